@@ -1,0 +1,249 @@
+"""Draw the built-in demo set in COCO layout: `python -m datasets.demo OUT --images N --seed S`.
+
+Objects differ in shape more than in colour, lie on textured backgrounds, overlap, and run from small to large. One seed
+gives the same pictures on every platform (see `datasets.shapes`); train and val come from different streams of it.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.shapes import (
+    ASPECTS,
+    CATEGORIES,
+    DIRECTIONS,
+    SAMPLES,
+    background,
+    coverage,
+    erode,
+    object_colours,
+    shape_grid,
+)
+from util.errors import UserError, run_cli
+
+MARKER = "demo_set.json"  # says that a folder is a demo set, and drawn with which settings
+DRAWING_VERSION = 1  # raise it when the same seed draws other pictures
+MIN_VISIBLE = 40  # percent of an object's area that stays visible, whatever is drawn on top of it
+MIN_INSIDE = 70  # percent of it that lies inside the picture
+PLACES_TRIED = 12
+SPLITS = ("train2017", "val2017")
+
+
+@dataclass
+class _Placed:
+    """One drawn object: category id, samples it covers in all and still visible, its window in samples."""
+
+    category_id: int
+    total: int
+    visible: int
+    window: tuple[slice, slice]
+
+
+def draw_image(seed: int, stream: int, index: int, size: int = 256) -> tuple[np.ndarray, list[dict]]:
+    """Draw one picture.
+
+    Args:
+        seed: the set's seed.
+        stream: 0 for train, 1 for val.
+        index: number of the picture in its split; pictures do not depend on each other.
+        size: side in pixels.
+
+    Returns:
+        Pixels, uint8 size x size x 3, and annotations with category_id, bbox (x, y, w, h of the visible part, in
+        pixels), area (visible pixels) and iscrowd.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, stream, index]))
+    picture = background(generator, size)
+    owner = np.zeros((size * SAMPLES, size * SAMPLES), np.uint8)
+    placed: list[_Placed] = []
+    count, largest = _object_count(generator)
+    for _ in range(count):
+        _add_object(generator, picture, owner, placed, largest)
+    annotations = []
+    for number, item in enumerate(placed, start=1):
+        seen = owner[item.window] == number
+        rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+        top, left = item.window[0].start + rows[0], item.window[1].start + columns[0]
+        extent = (left, top, columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)
+        annotations.append(
+            {
+                "category_id": item.category_id,
+                "bbox": [int(value) / SAMPLES for value in extent],
+                "area": item.visible / SAMPLES**2,
+                "iscrowd": 0,
+            }
+        )
+    return picture.astype(np.uint8), annotations
+
+
+def _object_count(generator: np.random.Generator) -> tuple[int, int]:
+    """Objects in a picture, and their greatest size in 1/256 of its side: 4 % empty, 8 % crowded."""
+    kind = int(generator.integers(100))
+    if kind < 4:
+        return 0, 0
+    if kind < 12:
+        return int(generator.integers(10, 17)), 64
+    return int(generator.integers(1, 7)), 112
+
+
+def _object_size(generator: np.random.Generator, largest: int) -> int:
+    """Size in 1/256 of the picture's side: small, medium, large with 32 and 96 of COCO's 640 pixels as the borders."""
+    kind = int(generator.integers(100))
+    if kind < 14:
+        return int(generator.integers(10, 13))
+    if kind < 54:
+        return int(generator.integers(15, 39))
+    return int(generator.integers(40, largest + 1))
+
+
+def _add_object(
+    generator: np.random.Generator, picture: np.ndarray, owner: np.ndarray, placed: list[_Placed], largest: int
+) -> None:
+    """Draw one object on top of the picture where it hides no other too far; leave it out where no place is found."""
+    draw = generator.integers
+    side = owner.shape[0]
+    category_id = list(CATEGORIES)[int(draw(len(CATEGORIES)))]
+    half_size = _object_size(generator, largest) * side >> 9
+    u, v = shape_grid(half_size, int(draw(len(ASPECTS))), int(draw(DIRECTIONS)))
+    mask = CATEGORIES[category_id][1](u, v)
+    total = int(np.count_nonzero(mask))
+    pixels, reach = side // SAMPLES, len(mask) // SAMPLES
+    for row, column in draw(0, pixels, (PLACES_TRIED, 2)):
+        top, left = int(row) - reach // 2, int(column) - reach // 2
+        rows = slice(max(top, 0), min(top + reach, pixels))
+        columns = slice(max(left, 0), min(left + reach, pixels))
+        part = tuple(_in_samples(part, start) for part, start in ((rows, top), (columns, left)))
+        window = tuple(_in_samples(part, 0) for part in (rows, columns))
+        inside = mask[part]
+        visible = int(np.count_nonzero(inside))
+        covered = np.bincount(owner[window][inside], minlength=len(placed) + 1)[1:]
+        hides = any(
+            100 * (item.visible - int(hidden)) < MIN_VISIBLE * item.total
+            for item, hidden in zip(placed, covered, strict=True)
+        )
+        if 100 * visible >= MIN_INSIDE * total and not hides:
+            break
+    else:
+        return
+    for item, hidden in zip(placed, covered, strict=True):
+        item.visible -= int(hidden)
+    placed.append(_Placed(category_id, total, visible, window))
+    owner[window][inside] = len(placed)
+    inner = erode(mask, max(2, half_size // 12))[part]
+    middle = tuple(slice(p.start + SAMPLES // 2, p.stop, SAMPLES) for p in part)
+    _paint(generator, picture[rows, columns], inside, inner, u[middle], v[middle])
+
+
+def _in_samples(pixels: slice, start: int) -> slice:
+    """A range of pixels as a range of samples counted from pixel `start`."""
+    return slice((pixels.start - start) * SAMPLES, (pixels.stop - start) * SAMPLES)
+
+
+def _paint(
+    generator: np.random.Generator,
+    target: np.ndarray,
+    inside: np.ndarray,
+    inner: np.ndarray,
+    u: np.ndarray,
+    v: np.ndarray,
+) -> None:
+    """Blend an object and its outline into `target`, H x W x 3, by the samples it covers."""
+    alpha = coverage(inside)[..., None].astype(np.int32)
+    fill = coverage(inner)[..., None].astype(np.int32)
+    behind = (target * alpha).sum(axis=(0, 1)) // max(1, int(alpha.sum()))
+    colours = object_colours(generator, behind, u, v)
+    outline = colours * 7 >> 4 if generator.integers(2) else 255 - ((255 - colours) * 9 >> 4)
+    full = SAMPLES**2
+    target[:] = (target * (full - alpha) + outline * (alpha - fill) + colours * fill + full // 2) // full
+
+
+def draw_split(folder: Path, split: str, images: int, *, seed: int, size: int) -> None:
+    """Write `images` pictures of a split and its annotation file below `folder`."""
+    (folder / split).mkdir(parents=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    entries, annotations = [], []
+    for index in tqdm(range(images), desc=split, delay=5, unit="image"):
+        pixels, objects = draw_image(seed, SPLITS.index(split), index, size)
+        image_id = index * 3 + 1  # gaps here too: an id is no position in the list
+        name = f"{image_id:012d}.jpg"
+        Image.fromarray(pixels).save(folder / split / name, quality=92)
+        entries.append({"id": image_id, "file_name": name, "width": size, "height": size})
+        for item in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **item})
+    categories = [{"id": key, "name": name, "supercategory": "shape"} for key, (name, _) in CATEGORIES.items()]
+    content = {"info": {"description": f"demo set, {split}, seed {seed}"}, "images": entries}
+    content |= {"annotations": annotations, "categories": categories}
+    path = folder / "annotations" / f"instances_{split}.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def draw_set(out: Path, *, images: int, val_images: int, seed: int, size: int = 256) -> bool:
+    """Draw the whole set into `out`; it appears there complete or not at all.
+
+    Returns:
+        False where the same set is there already and was left as it is.
+
+    Raises:
+        UserError: `out` holds something else.
+    """
+    settings = {"version": DRAWING_VERSION, "images": images, "val_images": val_images, "seed": seed, "size": size}
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _refuse_other_content(out, settings)
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        for split, number in zip(SPLITS, (images, val_images), strict=True):
+            draw_split(scratch, split, number, seed=seed, size=size)
+        (scratch / MARKER).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        scratch.chmod(0o755)
+        scratch.replace(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
+
+
+def _refuse_other_content(out: Path, settings: dict[str, int]) -> None:
+    """Raise `UserError` unless `out` is the demo set of these settings."""
+    try:
+        found = json.loads((out / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{out} is not empty and is no demo set; name a new or an empty folder") from None
+    if found != settings:
+        raise UserError(f"{out} holds a demo set drawn with {found}, asked for {settings}; name another folder")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], prog="python -m datasets.demo")
+    parser.add_argument("out", type=Path, help="folder to write, new or empty")
+    parser.add_argument("--images", type=int, default=5000, help="training images (default: %(default)s)")
+    parser.add_argument("--val-images", type=int, help="validation images (default: a tenth of --images, at least 1)")
+    parser.add_argument("--seed", type=int, default=0, help="what to draw (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels (default: %(default)s)")
+    return parser
+
+
+def main() -> None:
+    """Draw the set that the command line asks for."""
+    args = get_args_parser().parse_args()
+    val_images = max(1, args.images // 10) if args.val_images is None else args.val_images
+    for option, value, least in (("images", args.images, 1), ("val-images", val_images, 1), ("seed", args.seed, 0)):
+        if value < least:
+            raise UserError(f"--{option} is {value}, expected at least {least}")
+    if not 64 <= args.size <= 1024:
+        raise UserError(f"--size is {args.size}, expected 64 to 1024 pixels")
+    drawn = draw_set(args.out, images=args.images, val_images=val_images, seed=args.seed, size=args.size)
+    said = f"{args.images} + {val_images} images" if drawn else "the same demo set is there already, left as it is"
+    print(f"{args.out}: {said}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
