@@ -1,0 +1,168 @@
+"""The transformer decoder of DAB-DETR (arXiv 2201.12329): queries are anchor boxes that every layer refines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import attend, split_heads
+from models.layers import MLP, GatedLayer, OutputProjection, gated, inverse_sigmoid
+from models.position_encoding import anchor_encoding
+from models.prunable import ParameterSlice, columns, ffn_slices, rows_and_bias
+from models.state import DetectorState
+
+
+class DecoderLayer(GatedLayer):
+    """Self-attention among queries, cross-attention to the image, FFN; each with residual and norm.
+
+    Args:
+        hidden_dim: channels of the queries.
+        widths: channels of the self-attention, the cross-attention and the FFN.
+        nheads: attention heads.
+        activation: key of `models.layers.ACTIVATIONS`.
+        dropout: probability.
+        is_first: the first layer's cross-attention adds the positional query and key to the content, too.
+    """
+
+    def __init__(
+        self, hidden_dim: int, widths: tuple[int, ...], nheads: int, activation: str, dropout: float, is_first: bool
+    ) -> None:
+        self_width, cross_width, ffn_width = widths
+        super().__init__(hidden_dim, ffn_width, activation, dropout)
+        self.nheads = nheads
+        self.is_first = is_first
+        self.sa_qcontent_proj = nn.Linear(hidden_dim, self_width)
+        self.sa_qpos_proj = nn.Linear(hidden_dim, self_width)
+        self.sa_kcontent_proj = nn.Linear(hidden_dim, self_width)
+        self.sa_kpos_proj = nn.Linear(hidden_dim, self_width)
+        self.sa_v_proj = nn.Linear(hidden_dim, self_width)
+        self.self_attn = OutputProjection(self_width, hidden_dim)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+
+        self.ca_qcontent_proj = nn.Linear(hidden_dim, cross_width)
+        if is_first:
+            self.ca_qpos_proj = nn.Linear(hidden_dim, cross_width)
+        self.ca_kcontent_proj = nn.Linear(hidden_dim, cross_width)
+        self.ca_kpos_proj = nn.Linear(hidden_dim, cross_width)
+        self.ca_v_proj = nn.Linear(hidden_dim, cross_width)
+        self.ca_qpos_sine_proj = nn.Linear(hidden_dim, cross_width)
+        self.cross_attn = OutputProjection(cross_width, hidden_dim)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.norm3 = nn.LayerNorm(hidden_dim)
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.dropout.p if self.training else 0.0
+
+    def self_attention(self, x: Tensor, query_pos: Tensor, mask: Tensor | None) -> Tensor:
+        """x and query_pos are B x Q x hidden_dim, mask Q x Q bool or None."""
+        query_gate, value_gate = self.gate("self_attention")
+        query = gated(self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos), query_gate)
+        key = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
+        value = gated(self.sa_v_proj(x), value_gate)
+        heads = (split_heads(t, self.nheads) for t in (query, key, value))
+        attended = attend(*heads, mask, self.attention_dropout)
+        return self.norm1(x + self.dropout(self.self_attn(attended)))
+
+    def cross_attention(self, x: Tensor, state: DetectorState) -> Tensor:
+        """x is B x Q x hidden_dim; content and position are concatenated within each head."""
+        query_gate, value_gate = self.gate("cross_attention")
+        query, key = self.ca_qcontent_proj(x), self.ca_kcontent_proj(state.memory)
+        key_pos = self.ca_kpos_proj(state.memory_pos)
+        if self.is_first:
+            query = query + self.ca_qpos_proj(state.query_pos)
+            key = key + key_pos
+        query_sine = self.ca_qpos_sine_proj(state.query_sine)
+        value = gated(self.ca_v_proj(state.memory), value_gate)
+        attended = attend(
+            self._concatenate(gated(query, query_gate), gated(query_sine, query_gate)),
+            self._concatenate(key, key_pos),
+            split_heads(value, self.nheads),
+            state.memory_mask,
+            self.attention_dropout,
+        )
+        return self.norm2(x + self.dropout(self.cross_attn(attended)))
+
+    def _concatenate(self, content: Tensor, position: Tensor) -> Tensor:
+        """Two B x L x width -> B x nheads x L x (2 * head width); position may have B = 1."""
+        content, position = split_heads(content, self.nheads), split_heads(position, self.nheads)
+        return torch.cat((content, position.expand(content.shape)), dim=-1)
+
+    def ffn(self, x: Tensor) -> Tensor:
+        """B x Q x hidden_dim."""
+        return self.norm3(x + self.dropout(self.feed_forward(x)))
+
+
+class Decoder(nn.Module):
+    """A stack of decoder layers around the anchors.
+
+    Args:
+        layers: the layers in order.
+        hidden_dim: channels of the queries.
+        bbox_embed: the detector's box head, shared with it, which refines the anchors.
+    """
+
+    def __init__(self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: MLP) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim)
+        self.ref_point_head = MLP(2 * hidden_dim, hidden_dim, hidden_dim)
+        self.ref_anchor_head = MLP(hidden_dim, hidden_dim, 2)
+        self.bbox_embed = bbox_embed
+
+    def step(self, index: int, block: str, state: DetectorState) -> DetectorState:
+        """Run one block (`self_attention`, `cross_attention` or `ffn`) of one layer."""
+        layer, x = self.layers[index], state.queries
+        if block == "self_attention":
+            state = self._position_queries(index, state)
+            return state.replace(queries=layer.self_attention(x, state.query_pos, state.query_mask))
+        if block == "cross_attention":
+            return state.replace(queries=layer.cross_attention(x, state))
+        return self._finish_layer(index, state.replace(queries=layer.ffn(x)))
+
+    def _position_queries(self, index: int, state: DetectorState) -> DetectorState:
+        """Positional queries from the anchors, modulated by their sizes (arXiv 2201.12329, equations 5 and 6)."""
+        x, anchors = state.queries, state.anchors
+        hidden_dim = x.shape[-1]
+        encoding = anchor_encoding(anchors, hidden_dim)
+        query_sine = encoding[..., :hidden_dim]
+        if index > 0:
+            query_sine = query_sine * self.query_scale(x)
+        reference_wh = self.ref_anchor_head(x).sigmoid()
+        ratio_hw = (reference_wh / anchors[..., 2:]).flip(-1)
+        modulated = query_sine.unflatten(-1, (2, -1)) * ratio_hw.unsqueeze(-1)
+        return state.replace(query_pos=self.ref_point_head(encoding), query_sine=modulated.flatten(-2))
+
+    def _finish_layer(self, index: int, state: DetectorState) -> DetectorState:
+        """Read the layer's boxes off and refine the anchors for the next one."""
+        x = state.queries
+        hidden = self.norm(x)
+        boxes = (self.bbox_embed(hidden) + inverse_sigmoid(state.live_anchors)).sigmoid()
+        state = state.replace(hidden=(*state.hidden, hidden), boxes=(*state.boxes, boxes))
+        if index == len(self.layers) - 1:
+            return state
+        refined = (self.bbox_embed(x) + inverse_sigmoid(state.anchors)).sigmoid()
+        return state.replace(anchors=refined.detach(), live_anchors=refined)
+
+
+def decoder_layer_slices(prefix: str, is_first: bool) -> dict[str, tuple[ParameterSlice, ...]]:
+    """The parameters that shrink with each block of the decoder layer at `prefix`."""
+    self_slices, cross_slices = [], []
+    for name in ("sa_qcontent_proj", "sa_qpos_proj"):
+        self_slices += rows_and_bias(f"{prefix}.{name}", "query", fold=True)
+    for name in ("sa_kcontent_proj", "sa_kpos_proj"):
+        self_slices += rows_and_bias(f"{prefix}.{name}", "key")
+    self_slices += [*rows_and_bias(f"{prefix}.sa_v_proj", "value"), columns(f"{prefix}.self_attn.out_proj", "value")]
+
+    queries = ("ca_qcontent_proj", "ca_qpos_sine_proj", *(("ca_qpos_proj",) if is_first else ()))
+    for name in queries:
+        cross_slices += rows_and_bias(f"{prefix}.{name}", "query", fold=True)
+    for name in ("ca_kcontent_proj", "ca_kpos_proj"):
+        cross_slices += rows_and_bias(f"{prefix}.{name}", "key")
+    cross_slices += [*rows_and_bias(f"{prefix}.ca_v_proj", "value"), columns(f"{prefix}.cross_attn.out_proj", "value")]
+    return {
+        "self_attention": tuple(self_slices),
+        "cross_attention": tuple(cross_slices),
+        "ffn": ffn_slices(prefix),
+    }

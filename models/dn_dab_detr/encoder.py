@@ -1,0 +1,103 @@
+"""The transformer encoder of DAB-DETR: post-norm layers whose positions are scaled by their content."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import attend, split_heads
+from models.layers import MLP, GatedLayer, gated
+from models.prunable import ParameterSlice, columns, ffn_slices
+from models.state import DetectorState
+
+
+class EncoderLayer(GatedLayer):
+    """Self-attention (queries and keys from x + pos, values from x), then the FFN, each with residual and norm.
+
+    Args:
+        hidden_dim: channels of x.
+        widths: channels of the attention and of the FFN.
+        nheads: attention heads.
+        activation: key of `models.layers.ACTIVATIONS`.
+        dropout: probability.
+        slim_names: name the attention's parameters as the paper's slim models do, `in_proj_weight` on the layer
+            itself, instead of `self_attn.in_proj_weight` as in DN-DETR's release.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        widths: tuple[int, ...],
+        nheads: int,
+        activation: str,
+        dropout: float,
+        slim_names: bool,
+    ) -> None:
+        width, ffn_width = widths
+        super().__init__(hidden_dim, ffn_width, activation, dropout)
+        self.nheads = nheads
+        if not slim_names:
+            self.self_attn = nn.Module()
+        holder = self.projections
+        holder.in_proj_weight = nn.Parameter(torch.empty(3 * width, hidden_dim))
+        holder.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        holder.out_proj = nn.Linear(width, hidden_dim)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+
+    @property
+    def projections(self) -> nn.Module:
+        """The module that holds in_proj_weight (3 * width x hidden_dim: queries, keys, values) and out_proj."""
+        return self._modules.get("self_attn", self)
+
+    def attention(self, x: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor:
+        """x and pos are B x S x hidden_dim; mask as in `models.attention.attend`."""
+        weight, bias = self.projections.in_proj_weight, self.projections.in_proj_bias
+        width = weight.shape[0] // 3
+        query_gate, value_gate = self.gate("attention")
+        query, key = F.linear(x + pos, weight[: 2 * width], bias[: 2 * width]).chunk(2, dim=-1)
+        value = F.linear(x, weight[2 * width :], bias[2 * width :])
+        attended = attend(
+            split_heads(gated(query, query_gate), self.nheads),
+            split_heads(key, self.nheads),
+            split_heads(gated(value, value_gate), self.nheads),
+            mask,
+            self.dropout.p if self.training else 0.0,
+        )
+        return self.norm1(x + self.dropout(self.projections.out_proj(attended)))
+
+    def ffn(self, x: Tensor) -> Tensor:
+        """B x S x hidden_dim."""
+        return self.norm2(x + self.dropout(self.feed_forward(x)))
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers; each adds `pos * query_scale(x)` to its queries and keys."""
+
+    def __init__(self, layers: list[EncoderLayer], hidden_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim)
+
+    def step(self, index: int, block: str, state: DetectorState) -> DetectorState:
+        """Run one block (`attention` or `ffn`) of one layer."""
+        layer, x = self.layers[index], state.memory
+        if block == "attention":
+            pos = state.memory_pos * self.query_scale(x)
+            return state.replace(memory=layer.attention(x, pos, state.memory_mask))
+        return state.replace(memory=layer.ffn(x))
+
+
+def encoder_layer_slices(prefix: str, slim_names: bool) -> dict[str, tuple[ParameterSlice, ...]]:
+    """The parameters that shrink with each block of the encoder layer at `prefix`."""
+    holder = prefix if slim_names else f"{prefix}.self_attn"
+    packed = (("query", "key", "value"), (True, False, False))
+    return {
+        "attention": (
+            ParameterSlice(f"{holder}.in_proj_weight", 0, *packed),
+            ParameterSlice(f"{holder}.in_proj_bias", 0, *packed),
+            columns(f"{holder}.out_proj", "value"),
+        ),
+        "ffn": ffn_slices(prefix),
+    }

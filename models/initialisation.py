@@ -1,0 +1,25 @@
+"""Initial values of a detector trained from scratch (DESIGN.md section 3)."""
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from models.layers import MLP
+
+
+def initialise_detector(transformer: nn.Module, class_heads: Iterable[nn.Linear], box_heads: Iterable[MLP]) -> None:
+    """Xavier-uniform matrices and zero biases in the transformer; heads that start at "rarely an object, no offset"."""
+    for module in transformer.modules():
+        if isinstance(module, nn.Embedding | nn.PReLU | nn.LayerNorm):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+    for head in class_heads:
+        nn.init.constant_(head.bias, -math.log(99))
+    for head in box_heads:
+        nn.init.zeros_(head.layers[-1].weight)
+        nn.init.zeros_(head.layers[-1].bias)

@@ -1,0 +1,68 @@
+"""Small building blocks that the encoder, the decoder and the heads share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; `dims` lists the input, hidden and output channels."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class OutputProjection(nn.Module):
+    """The projection behind the heads of an attention; a module of its own for the sake of its state-dict name."""
+
+    def __init__(self, width: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.out_proj = nn.Linear(width, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(x)
+
+
+class GatedLayer(nn.Module):
+    """Base of the transformer layers: holds the gates of its modules and the feed-forward block.
+
+    A gate multiplies exactly the channels that a cut would remove (DESIGN.md section 5), so that the gated layer and
+    the cut one compute the same function. `gates[block]` is `(query gate, value gate)` for an attention and
+    `(hidden gate, None)` for the FFN; a gate has the shape `width`, or `B x 1 x width` for one gate an image.
+    Gates are no part of the state dict.
+    """
+
+    def __init__(self, hidden_dim: int, ffn_width: int, activation: str, dropout: float) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_dim, ffn_width)
+        self.linear2 = nn.Linear(ffn_width, hidden_dim)
+        self.activation = ACTIVATIONS[activation]()
+        self.dropout = nn.Dropout(dropout)
+        self.gates: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+
+    def gate(self, block: str) -> tuple[Tensor | None, Tensor | None]:
+        """The gates of one module of this layer, `(None, None)` where it has none."""
+        return self.gates.get(block, (None, None))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """linear2(gate * activation(linear1(x))), without residual or norm; x is B x L x hidden_dim."""
+        hidden = gated(self.activation(self.linear1(x)), self.gate("ffn")[0])
+        return self.linear2(self.dropout(hidden))
+
+
+def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    """`x` (B x L x width) times its gate, or `x` itself where there is none."""
+    return x if gate is None else x * gate
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
+    """log(x / (1 - x)) with both terms bounded below by `eps`, for x in [0, 1]."""
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

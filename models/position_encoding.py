@@ -1,0 +1,45 @@
+"""Sine encodings of pixel positions (Carion et al. 2020) and of anchor boxes (DAB-DETR, arXiv 2201.12329, eq. 4)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sine_encoding(position: Tensor, channels: int, temperature: float) -> Tensor:
+    """Interleaved sines and cosines of `position` (any shape, in radians): adds a last axis of `channels`."""
+    pair = torch.arange(channels, device=position.device) // 2
+    frequency = temperature ** (2 * pair.to(torch.float32) / channels)
+    angle = position.float().unsqueeze(-1) / frequency
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
+
+
+def pixel_encoding(
+    padding: Tensor, hidden_dim: int, temperature_h: float, temperature_w: float, eps: float = 1e-6
+) -> Tensor:
+    """Encoding of each feature pixel's place among the valid rows and columns.
+
+    Args:
+        padding: B x H x W bool, True on padding.
+        hidden_dim: channels of the result; the first half encodes y, the second x.
+        temperature_h, temperature_w: base of the frequencies for y and for x.
+
+    Returns:
+        B x (H * W) x hidden_dim, float32.
+    """
+    valid = ~padding
+    rows = valid.cumsum(1, dtype=torch.float32)
+    columns = valid.cumsum(2, dtype=torch.float32)
+    rows = rows / (rows[:, -1:, :] + eps) * 2 * math.pi
+    columns = columns / (columns[:, :, -1:] + eps) * 2 * math.pi
+    encodings = (
+        sine_encoding(rows, hidden_dim // 2, temperature_h),
+        sine_encoding(columns, hidden_dim // 2, temperature_w),
+    )
+    return torch.cat(encodings, dim=-1).flatten(1, 2)
+
+
+def anchor_encoding(anchors_cxcywh: Tensor, hidden_dim: int, temperature: float = 10000) -> Tensor:
+    """Encoding of anchors in [0, 1]: ... x 4 (cx, cy, w, h) -> ... x (2 * hidden_dim) in the order y, x, w, h."""
+    yxwh = anchors_cxcywh[..., [1, 0, 2, 3]] * 2 * math.pi
+    return sine_encoding(yxwh, hidden_dim // 2, temperature).flatten(-2)

@@ -1,0 +1,74 @@
+"""What a search may cut: one record for each attention and FFN, found by name in a detector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.layers import GatedLayer
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """How one parameter shrinks with its module.
+
+    Attributes:
+        key: full key in the detector's state dict.
+        axis: axis along which kept channels are selected, 0 for a projection's rows and 1 for its columns.
+        parts: which index set selects each block along the axis: ("query",), ("hidden",), or
+            ("query", "key", "value") for a packed projection. "key" is selected by the query's set.
+        fold: True for each block that carries the softmax scale, to be multiplied by sqrt(kept / full head width).
+    """
+
+    key: str
+    axis: int
+    parts: tuple[str, ...]
+    fold: tuple[bool, ...] = (False,)
+
+
+@dataclass(frozen=True)
+class PrunableModule:
+    """One attention or FFN.
+
+    Attributes:
+        name: such as `decoder.1.cross_attention`.
+        kind: `encoder_attention`, `self_attention`, `cross_attention` or `ffn`.
+        width: its channels as it stands.
+        nheads: groups with equal counts of channels, 1 for an FFN.
+        layer: the layer that holds its gate.
+        slices: the parameters that shrink with it.
+    """
+
+    name: str
+    kind: str
+    width: int
+    nheads: int
+    layer: GatedLayer
+    slices: tuple[ParameterSlice, ...]
+
+    @property
+    def is_attention(self) -> bool:
+        return self.kind != "ffn"
+
+    def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None:
+        """Multiply the module's channels by a gate of shape `width` or B x 1 x width; None takes it away."""
+        self.layer.gates[self.name.rsplit(".", 1)[1]] = (query_or_hidden, value)
+
+    def parameter_slices(self) -> tuple[ParameterSlice, ...]:
+        return self.slices
+
+
+def rows_and_bias(prefix: str, part: str, fold: bool = False) -> list[ParameterSlice]:
+    """The slices of a linear layer whose outputs are cut."""
+    return [ParameterSlice(f"{prefix}.{leaf}", 0, (part,), (fold,)) for leaf in ("weight", "bias")]
+
+
+def columns(prefix: str, part: str) -> ParameterSlice:
+    """The slice of a linear layer whose inputs are cut."""
+    return ParameterSlice(f"{prefix}.weight", 1, (part,))
+
+
+def ffn_slices(prefix: str) -> tuple[ParameterSlice, ...]:
+    """The slices of the FFN of the layer at `prefix`."""
+    return (*rows_and_bias(f"{prefix}.linear1", "hidden"), columns(f"{prefix}.linear2", "hidden"))
