@@ -16,7 +16,12 @@ GRAMMAR = "[[[attention, ffn], ...], [[self_attention, cross_attention, ffn], ..
 
 @dataclass(frozen=True)
 class Widths:
-    """Channel counts by layer: `encoder[i] = (attention, ffn)`, `decoder[i] = (self_attention, cross_attention, ffn)`."""
+    """Channel counts by layer.
+
+    Attributes:
+        encoder: (attention, ffn) of each layer.
+        decoder: (self_attention, cross_attention, ffn) of each layer.
+    """
 
     encoder: tuple[tuple[int, ...], ...]
     decoder: tuple[tuple[int, ...], ...]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one sentence naming the file, key or option, what was found, what was expected."""
+    """A mistake in what the user gave: one sentence that names file, key or option, what was found and expected."""
 
 
 def run_cli(main: Callable[[], None]) -> None:

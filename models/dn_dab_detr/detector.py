@@ -109,9 +109,7 @@ class DnDabDetr(nn.Module):
         """
         return self.outputs(self.run_steps(self.prepare(images, targets)))
 
-    def prepare(
-        self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None
-    ) -> DetectorState:
+    def prepare(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
         """The state in front of the first step: features, positions and queries."""
         batch, padding, is_padded = pad_images(images)
         features, padding = self.backbone[0](batch, padding)

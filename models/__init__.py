@@ -1,0 +1,39 @@
+"""Detectors and how to build them from command-line arguments."""
+
+from argparse import Namespace
+
+from torch import nn
+
+from models import dn_dab_detr
+from models.backbone import Backbone
+from models.criterion import Criterion
+from models.denoising import DenoisingSettings
+from models.matcher import HungarianMatcher
+from models.post_process import PostProcess
+from util.errors import UserError
+
+MODELS = {"dn_dab_detr": dn_dab_detr.build}
+
+
+def build_model(args: Namespace) -> tuple[nn.Module, Criterion, dict[str, PostProcess]]:
+    """Model, criterion and postprocessors for the arguments of `main.get_args_parser`.
+
+    `args.num_classes` is set from the annotations or the checkpoint and `args.cfgs` is a `Widths` or None.
+
+    Raises:
+        UserError: where options do not fit together.
+    """
+    for option, divisor in (("hidden_dim", args.nheads), ("hidden_dim", 4)):
+        if getattr(args, option) % divisor:
+            raise UserError(f"--{option}: found {getattr(args, option)}, expected a multiple of {divisor}")
+    backbone = Backbone(args.backbone, args.return_layer, args.dilation, args.batch_norm_type, args.pretrained_backbone)
+    denoising = DenoisingSettings(args.scalar, args.label_noise_scale, args.box_noise_scale) if args.use_dn else None
+    model = MODELS[args.modelname](args, backbone, denoising)
+    matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou, args.focal_alpha)
+    weights = {
+        "loss_ce": args.cls_loss_coef,
+        "loss_bbox": args.bbox_loss_coef,
+        "loss_giou": args.giou_loss_coef,
+    }
+    criterion = Criterion(matcher, args.dec_layers, weights, args.focal_alpha)
+    return model, criterion, {"bbox": PostProcess(args.num_select)}

@@ -1,0 +1,163 @@
+"""The losses of DN-DETR (arXiv 2203.01305, section 4), batched over decoder layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+
+from models.denoising import slot_indices
+from models.matcher import HungarianMatcher, Matches
+
+LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
+
+
+class Criterion(nn.Module):
+    """Focal, L1 and GIoU losses on matched queries and on denoising queries, for every decoder layer.
+
+    Args:
+        matcher: pairs queries with targets.
+        num_layers: decoder layers.
+        weights: weight of `loss_ce`, `loss_bbox` and `loss_giou` in the sum, the same for the denoising part.
+        focal_alpha: weight of positives in the focal loss; its gamma is 2.
+    """
+
+    def __init__(
+        self,
+        matcher: HungarianMatcher,
+        num_layers: int,
+        weights: dict[str, float],
+        focal_alpha: float = 0.25,
+    ) -> None:
+        super().__init__()
+        self.matcher = matcher
+        self.num_layers = num_layers
+        self.focal_alpha = focal_alpha
+        self.weight_dict = {
+            f"{prefix}{name}{suffix}": weights[name]
+            for prefix in ("", "tgt_")
+            for name in LOSSES
+            for suffix in map(self._suffix, range(num_layers))
+        }
+
+    def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
+        """The scalar that training minimises, and by which the paper's search scores channels."""
+        return sum(losses[name] * weight for name, weight in self.weight_dict.items())
+
+    def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """All losses by name, unweighted.
+
+        Args:
+            outputs: a detector's outputs, see `DnDabDetr.forward`.
+            targets: a dict for each image with `labels` (N) and `boxes` (N x 4 cxcywh in [0, 1]).
+
+        Returns:
+            `loss_ce`, `loss_bbox`, `loss_giou`, `loss_xy`, `loss_hw`, `cardinality_error` and, with the prefix `tgt_`,
+            `loss_ce`, `loss_bbox`, `loss_giou`, `class_error` of the denoising queries (0 without them), with the
+            suffix `_i` for each layer but the last; `class_error` of the last layer.
+        """
+        layers = [*outputs["aux_outputs"], outputs]
+        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
+        boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
+        labels = torch.cat([target["labels"] for target in targets])
+        target_boxes = torch.cat([target["boxes"] for target in targets])
+        matches = self.matcher(logits, boxes, targets)
+        num_boxes = self._mean_over_processes(len(labels), logits.device)
+
+        classes = labels[matches.target]
+        per_layer = {
+            "loss_ce": self._focal(logits, matches, classes) / num_boxes.clamp(min=1),
+            **self._box_losses(boxes, target_boxes[matches.target], matches, num_boxes.clamp(min=1)),
+            "cardinality_error": self._cardinality_error(logits, targets),
+        }
+        per_layer |= self._denoising_losses(outputs.get("denoising"), targets, labels, target_boxes, num_boxes)
+        losses = {
+            name + self._suffix(layer): value
+            for name, values in per_layer.items()
+            for layer, value in enumerate(values)
+        }
+        losses["class_error"] = self._class_error(logits, matches, classes)[-1]
+        return losses
+
+    def _suffix(self, layer: int) -> str:
+        return "" if layer == self.num_layers - 1 else f"_{layer}"
+
+    @staticmethod
+    def _mean_over_processes(count: int, device: torch.device) -> Tensor:
+        total = torch.tensor(float(count), device=device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
+        return total
+
+    def _focal(self, logits: Tensor, matches: Matches, classes: Tensor) -> Tensor:
+        """Summed focal loss of each layer (L); logits are L x B x Q x C, queries without a match are background."""
+        onehot = torch.zeros_like(logits)
+        onehot[matches.layer, matches.image, matches.query, classes] = 1
+        return sigmoid_focal_loss(logits, onehot, self.focal_alpha, reduction="none").sum((1, 2, 3))
+
+    @staticmethod
+    def _box_losses(boxes: Tensor, matched_boxes: Tensor, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
+        """L1 (also split into centre and size) and GIoU of each layer (L)."""
+        predicted = boxes[matches.layer, matches.image, matches.query]
+        distance = (predicted - matched_boxes).abs()
+        giou = generalized_box_iou_loss(
+            box_convert(predicted, "cxcywh", "xyxy"), box_convert(matched_boxes, "cxcywh", "xyxy")
+        )
+        parts = {
+            "loss_bbox": distance.sum(1),
+            "loss_giou": giou,
+            "loss_xy": distance[:, :2].sum(1).detach(),
+            "loss_hw": distance[:, 2:].sum(1).detach(),
+        }
+        zeros = boxes.new_zeros(len(boxes))
+        return {name: zeros.index_add(0, matches.layer, part) / num_boxes for name, part in parts.items()}
+
+    @staticmethod
+    @torch.no_grad()
+    def _cardinality_error(logits: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+        """Mean over images of the gap between queries whose top class is not the last one and targets (L)."""
+        counts = torch.tensor([len(target["labels"]) for target in targets], device=logits.device)
+        predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
+        return (predicted - counts).abs().float().mean(-1)
+
+    @staticmethod
+    @torch.no_grad()
+    def _class_error(logits: Tensor, matches: Matches, classes: Tensor) -> Tensor:
+        """Percentage of matched queries of each layer whose top class is wrong (L); 100 without targets."""
+        correct = logits[matches.layer, matches.image, matches.query].argmax(-1) == classes
+        zeros = logits.new_zeros(len(logits))
+        right = zeros.index_add(0, matches.layer, correct.float())
+        total = zeros.index_add(0, matches.layer, torch.ones_like(correct, dtype=zeros.dtype))
+        return 100 - 100 * right / total.clamp(min=1)
+
+    def _denoising_losses(
+        self,
+        denoising: dict | None,
+        targets: list[dict[str, Tensor]],
+        labels: Tensor,
+        target_boxes: Tensor,
+        num_boxes: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses of the denoising queries against the targets they were made of, without matching."""
+        names = (*LOSSES, "class_error")
+        if denoising is None:
+            zeros = torch.zeros(self.num_layers, device=num_boxes.device)
+            return {f"tgt_{name}": zeros for name in names}
+        logits, boxes = denoising["pred_logits"].float(), denoising["pred_boxes"].float()
+        image, query, target = slot_indices(targets, denoising["layout"])
+        layer = torch.arange(len(logits), device=logits.device).repeat_interleave(len(target))
+        pairs = Matches(layer, *(index.repeat(len(logits)) for index in (image, query, target)))
+        num_noised = (num_boxes * denoising["layout"].groups).clamp(min=1)
+
+        # Slots that only pad a group out must not count as background, so the focal loss sees the real ones alone.
+        real = logits[:, image, query]
+        onehot = F.one_hot(labels[target], real.shape[-1]).to(real.dtype).expand_as(real)
+        losses = {
+            "loss_ce": sigmoid_focal_loss(real, onehot, self.focal_alpha, reduction="none").sum((1, 2)) / num_noised
+        }
+        losses |= self._box_losses(boxes, target_boxes[pairs.target], pairs, num_noised)
+        losses["class_error"] = self._class_error(logits, pairs, labels[pairs.target])
+        return {f"tgt_{name}": losses[name] for name in names}

@@ -1,0 +1,29 @@
+"""The dense variant of DN-DETR."""
+
+from argparse import Namespace
+
+from models.backbone import Backbone
+from models.denoising import DenoisingSettings
+from models.dn_dab_detr.detector import DnDabDetr
+from models.widths import Widths
+
+
+def build(args: Namespace, backbone: Backbone, denoising: DenoisingSettings | None) -> DnDabDetr:
+    """The detector that the arguments describe."""
+    full = Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
+    if args.cfgs is not None:
+        args.cfgs.check(nheads=args.nheads, full=full)
+    return DnDabDetr(
+        backbone,
+        args.cfgs or full,
+        num_classes=args.num_classes,
+        hidden_dim=args.hidden_dim,
+        nheads=args.nheads,
+        num_queries=args.num_queries,
+        num_patterns=args.num_patterns,
+        activation=args.transformer_activation,
+        dropout=args.dropout,
+        slim_names=args.cfgs is not None,
+        temperatures=(args.pe_temperatureH, args.pe_temperatureW),
+        denoising=denoising,
+    )

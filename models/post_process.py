@@ -1,0 +1,36 @@
+"""From a detector's outputs to detections in pixels."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+
+class PostProcess:
+    """Keep the best `num_select` pairs of query and class of each image."""
+
+    def __init__(self, num_select: int) -> None:
+        self.num_select = num_select
+
+    @torch.no_grad()
+    def __call__(self, outputs: dict, sizes_hw: Tensor) -> list[dict[str, Tensor]]:
+        """Detections of each image, best first.
+
+        Args:
+            outputs: `pred_logits` B x Q x C and `pred_boxes` B x Q x 4 (cxcywh in [0, 1]).
+            sizes_hw: B x 2, height and width that the boxes are scaled to.
+
+        Returns:
+            For each image `scores` (K), `labels` (K, category ids) and `boxes` (K x 4, absolute xyxy), with
+            K = min(num_select, Q * C).
+        """
+        scores = outputs["pred_logits"].float().sigmoid()
+        num_classes = scores.shape[-1]
+        scores, index = scores.flatten(1).topk(min(self.num_select, scores[0].numel()), dim=1)
+        boxes = box_convert(outputs["pred_boxes"].float(), "cxcywh", "xyxy")
+        boxes = boxes.gather(1, (index // num_classes).unsqueeze(-1).expand(-1, -1, 4))
+        height, width = sizes_hw.to(boxes).unbind(1)
+        boxes = boxes * torch.stack((width, height, width, height), dim=1)[:, None]
+        return [
+            {"scores": s, "labels": label, "boxes": b}
+            for s, label, b in zip(scores, index % num_classes, boxes, strict=True)
+        ]
