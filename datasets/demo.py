@@ -169,7 +169,7 @@ def draw_split(folder: Path, split: str, images: int, *, seed: int, size: int) -
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
     entries, annotations = [], []
-    for index in tqdm(range(images), desc=split, delay=5, unit="image"):
+    for index in tqdm(range(images), desc=split, delay=5, unit="image", disable=None):
         pixels, objects = draw_image(seed, SPLITS.index(split), index, size)
         image_id = index * 3 + 1  # gaps here too: an id is no position in the list
         name = f"{image_id:012d}.jpg"

@@ -1,0 +1,320 @@
+"""Data sets in COCO layout: `{train2017,val2017}/*.jpg` and `annotations/instances_{train,val}2017.json`."""
+
+import contextlib
+import functools
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+from torchvision import tv_tensors
+from torchvision.datasets import CocoDetection, VisionDataset
+from torchvision.transforms.v2 import functional
+
+from datasets.transforms import eval_transforms, train_transforms
+from util.errors import UserError
+
+SPLITS = ("train2017", "val2017")
+MIN_TRAIN_SIDE = 1.0  # pixels; what a crop or a small scale leaves of a box below this is no target to learn
+
+
+def annotation_path(coco_path: str | Path, split: str) -> Path:
+    """The annotation file of a split."""
+    return Path(coco_path) / "annotations" / f"instances_{split}.json"
+
+
+def image_folder(coco_path: str | Path, split: str) -> Path:
+    """The folder with the images of a split."""
+    return Path(coco_path) / split
+
+
+def load_annotations(annotation_file: str | Path) -> COCO:
+    """Read and check an annotation file; the last few stay in memory, as several parts of a run ask for the same one.
+
+    Raises:
+        UserError: the file is missing, no JSON, lacks a table, or an annotation points to a missing image or category.
+    """
+    path = Path(annotation_file)
+    try:
+        return _load_annotations(path, path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; expected a COCO annotation file") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _load_annotations(path: Path, _modified: int) -> COCO:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); expected a COCO annotation file") from None
+    _check_annotations(content, path)
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _check_annotations(content: Any, path: Path) -> None:
+    """Raise `UserError` at the first thing that makes a detection annotation file unusable."""
+    for table in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(table), list):
+            raise UserError(f"{path} has no list {table!r}; expected a COCO annotation file")
+    if not content["categories"]:
+        raise UserError(f"{path} has no categories; expected at least one")
+    key = "images"
+    try:
+        image_ids = {image["id"] for image in content["images"] if image["file_name"]}
+        key = "categories"
+        category_ids = {category["id"] for category in content["categories"]}
+        key = "annotations"
+        for item in content["annotations"]:
+            if item["image_id"] not in image_ids:
+                raise UserError(
+                    f"{path}: annotation {item['id']} points to image {item['image_id']}, which is not listed"
+                )
+            if item["category_id"] not in category_ids:
+                raise UserError(
+                    f"{path}: annotation {item['id']} points to category {item['category_id']}, which is not listed"
+                )
+            if len(item["bbox"]) != 4:
+                raise UserError(
+                    f"{path}: annotation {item['id']} has a bbox of {len(item['bbox'])} numbers, expected 4"
+                )
+            item.setdefault("iscrowd", 0)
+            if "area" not in item:
+                item["area"] = item["bbox"][2] * item["bbox"][3]
+    except KeyError as error:
+        raise UserError(f"{path}: an entry of {key!r} has no {error.args[0]!r}") from None
+    except TypeError as error:
+        raise UserError(f"{path}: an entry of {key!r} is malformed ({error})") from None
+    least = min(category_ids)
+    if not isinstance(least, int) or least < 0:
+        raise UserError(f"{path}: category id {least!r}, expected whole numbers from 0 on")
+
+
+def num_classes_of(annotation_file: str | Path) -> int:
+    """Number of class logits that the labels need: the largest category id + 1 (91 for COCO)."""
+    return max(category_names(annotation_file)) + 1
+
+
+def category_names(annotation_file: str | Path) -> dict[int, str]:
+    """Category id -> name."""
+    categories = load_annotations(annotation_file).dataset["categories"]
+    return {category["id"]: category.get("name", str(category["id"])) for category in categories}
+
+
+class CocoDataset(CocoDetection):
+    """Images and box targets of one split, transformed.
+
+    What is random in a sample depends on the seed, the epoch and the sample's index alone, so a resumed run sees what
+    an uninterrupted one would, with any number of worker processes. Call `set_epoch` before each epoch.
+
+    Args:
+        folder: the image folder.
+        annotation_file: the COCO annotation file.
+        transforms: called as transforms(image, boxes) on a uint8 tv_tensors.Image and tv_tensors.BoundingBoxes
+            (N x 4 xyxy); returns both.
+        min_side: least box side in pixels after the transforms for a box to stay a target.
+        seed: seed of the random transforms.
+
+    Raises:
+        UserError: annotations or images are missing or unusable.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        annotation_file: str | Path,
+        transforms: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        *,
+        min_side: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        VisionDataset.__init__(self, str(folder))  # CocoDetection's would read the annotations unchecked, and again
+        self.coco = load_annotations(annotation_file)
+        self.ids = sorted(self.coco.imgs)
+        self.sample_transforms = transforms
+        self.min_side = min_side
+        self.seed, self.epoch = seed, 0
+        _check_images(Path(folder), Path(annotation_file), self.coco.dataset["images"])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (from 0) whose random transforms the next pass uses."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """One sample: image, 3 x H x W float32 normalised, and its target.
+
+        The target holds boxes (N x 4 cxcywh in [0, 1]), labels (N category ids), area (N, the annotation's, in original
+        pixels), iscrowd (N, zeros), image_id, orig_size and size (h, w). Crowds and boxes without area are left out.
+        """
+        image_id = self.ids[index]
+        image = self._load_image(image_id)
+        height, width = image.shape[-2:]
+        items = [item for item in self._load_target(image_id) if not item["iscrowd"]]
+        boxes = torch.tensor([item["bbox"] for item in items], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes[:, 0::2].clamp_(0, width)
+        boxes[:, 1::2].clamp_(0, height)
+        had_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_sample_seed(self.seed, self.epoch, index))
+            image, boxes = self.sample_transforms(image, boxes)
+        size = image.shape[-2:]
+        boxes = boxes.as_subclass(Tensor)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        keep = had_area & (sides > 0).all(dim=1) & (sides >= self.min_side).all(dim=1)
+        scale = torch.tensor([size[1], size[0]], dtype=torch.float32)
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        target = {
+            "boxes": torch.cat((centres / scale, sides / scale), dim=1)[keep],
+            "labels": torch.tensor([item["category_id"] for item in items], dtype=torch.int64)[keep],
+            "area": torch.tensor([item["area"] for item in items], dtype=torch.float32)[keep],
+            "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
+            "image_id": torch.tensor(image_id, dtype=torch.int64),
+            "orig_size": torch.tensor((height, width), dtype=torch.int64),
+            "size": torch.tensor(size, dtype=torch.int64),
+        }
+        return image.as_subclass(Tensor), target
+
+    def _load_image(self, id: int) -> tv_tensors.Image:
+        path = Path(self.root) / self.coco.imgs[id]["file_name"]
+        try:
+            with Image.open(path) as image:
+                return tv_tensors.Image(functional.pil_to_tensor(image.convert("RGB")))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} cannot be read as an image: {error}") from None
+
+
+def _check_images(folder: Path, annotation_file: Path, images: list[dict]) -> None:
+    """Raise `UserError` where listed images are not in the folder; one directory listing answers for all."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; expected the images that {annotation_file} lists")
+    if not images:
+        raise UserError(f"{annotation_file} lists no images; expected at least one")
+    present = {entry.name for entry in folder.iterdir()}
+    missing = [
+        image["file_name"]
+        for image in images
+        if image["file_name"] not in present and not (folder / image["file_name"]).is_file()
+    ]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the {len(images)} images of {annotation_file}, first {missing[0]}"
+        )
+
+
+def _sample_seed(seed: int, epoch: int, index: int) -> int:
+    """One 64-bit seed of the three, without the correlations that a sum of them would give."""
+    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def build_dataset(image_set: str, args: Any, *, augment: bool) -> CocoDataset:
+    """The data set of one split.
+
+    Args:
+        image_set: "train2017" or "val2017".
+        args: reads coco_path, image_size (pixels) and seed.
+        augment: DETR's random training transforms, or the fixed resize of evaluation.
+    """
+    if image_set not in SPLITS:
+        raise ValueError(f"image set {image_set!r}, expected one of {SPLITS}")
+    if not Path(args.coco_path).is_dir():
+        raise UserError(f"--coco_path {args.coco_path} is no folder; expected one with annotations and images")
+    return CocoDataset(
+        image_folder(args.coco_path, image_set),
+        annotation_path(args.coco_path, image_set),
+        train_transforms(args.image_size) if augment else eval_transforms(args.image_size),
+        min_side=MIN_TRAIN_SIDE if augment else 0.0,
+        seed=args.seed,
+    )
+
+
+def collate(batch: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Samples to (images, targets), two lists; images keep their own sizes."""
+    images, targets = zip(*batch, strict=True)
+    return list(images), list(targets)
+
+
+def _pack(
+    batch: list[tuple[Tensor, dict[str, Tensor]]],
+) -> tuple[Tensor, list[torch.Size], list[dict[str, np.ndarray]]]:
+    """A batch as a worker sends it: one tensor in shared memory in place of eight a sample, each with a file handle."""
+    images, targets = collate(batch)
+    packed = [{name: value.numpy() for name, value in target.items()} for target in targets]
+    return torch.cat([image.flatten() for image in images]), [image.shape for image in images], packed
+
+
+def _unpack(packed: tuple[Tensor, list[torch.Size], list[dict[str, np.ndarray]]]) -> tuple[list, list]:
+    """The reverse of `_pack`; images are views of one tensor."""
+    flat, shapes, targets = packed
+    parts = flat.split([shape.numel() for shape in shapes])
+    images = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return images, [{name: torch.from_numpy(np.asarray(value)) for name, value in target.items()} for target in targets]
+
+
+class CocoLoader(DataLoader):
+    """A DataLoader of (images, targets) whose workers report a user's mistake as the one sentence that it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the random transforms of the next pass."""
+        self.dataset.set_epoch(epoch)
+        self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+        """Batches of one pass."""
+        try:
+            for packed in super().__iter__():
+                yield _unpack(packed)
+        except UserError as error:
+            # A worker's error comes with its traceback as text in front of the message.
+            last_line = str(error).rstrip().rsplit("\n", 1)[-1]
+            raise UserError(last_line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
+
+
+def build_loader(
+    dataset: CocoDataset,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    num_workers: int = 0,
+    seed: int = 0,
+    drop_last: bool = False,
+    distributed: bool = False,
+    pin_memory: bool = False,
+) -> CocoLoader:
+    """Batches of a data set; order and transforms depend on seed and epoch alone (`loader.set_epoch`).
+
+    Args:
+        dataset: the data set.
+        batch_size: images per batch and process.
+        shuffle: a new order each epoch, or that of the data set.
+        num_workers: processes that decode and transform.
+        seed: seed of the order.
+        drop_last: leave out a last incomplete batch.
+        distributed: each process takes its share. All shares have one length, so the first images come again at the
+            end where the number does not divide: who gathers results keeps one per image id.
+        pin_memory: batches in page-locked memory, for copies to a GPU.
+    """
+    shares = {} if distributed else {"num_replicas": 1, "rank": 0}
+    sampler = DistributedSampler(dataset, shuffle=shuffle, seed=seed, drop_last=drop_last and distributed, **shares)
+    return CocoLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_pack,
+        drop_last=drop_last,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),  # keeps the loader off the global one
+    )
