@@ -90,16 +90,16 @@ def _object_count(generator: np.random.Generator) -> tuple[int, int]:
         return 0, 0
     if kind < 12:
         return int(generator.integers(10, 17)), 64
-    return int(generator.integers(1, 7)), 112
+    return int(generator.integers(1, 7)), 128
 
 
 def _object_size(generator: np.random.Generator, largest: int) -> int:
     """Size in 1/256 of the picture's side: small, medium, large with 32 and 96 of COCO's 640 pixels as the borders."""
     kind = int(generator.integers(100))
-    if kind < 14:
+    if kind < 8:
         return int(generator.integers(10, 13))
-    if kind < 54:
-        return int(generator.integers(15, 39))
+    if kind < 35:
+        return int(generator.integers(18, 39))
     return int(generator.integers(40, largest + 1))
 
 
