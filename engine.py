@@ -1,0 +1,261 @@
+"""The one training loop and the one evaluation loop, for detectors of any width and for the searches."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from datasets.coco_eval import GroundTruth, coco_stats, to_detections
+from util import distributed
+from util.ema import WeightAverage
+from util.logging import get_logger, table
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or NaN; the message holds the table of losses and the images of the batch."""
+
+
+@dataclass
+class EvalResult:
+    """What `evaluate` found.
+
+    Attributes:
+        stats: the twelve COCO figures, each in [0, 1] (-1 where nothing is there to measure).
+        losses: mean of each loss over the batches, empty without a criterion; `loss` is the weighted sum.
+        detections: N x 7 array of (image_id, x, y, w, h, score, category_id), boxes in pixels of the original image.
+        image_ids: the images that were seen, sorted.
+    """
+
+    stats: dict[str, float]
+    losses: dict[str, float] = field(default_factory=dict)
+    detections: np.ndarray = field(default_factory=lambda: np.zeros((0, 7)))
+    image_ids: list[int] = field(default_factory=list)
+
+
+class Means:
+    """Running means of named scalars, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Count in one batch of scalar tensors."""
+        for name, value in values.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """Mean of each name over the batches of all processes."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        return {name: float(value) for name, value in distributed.average(means).items()}
+
+
+def move_to(value: Any, device: torch.device) -> Any:
+    """Tensors, and whatever has `.to(device)`, inside lists, tuples and dicts, moved to `device`."""
+    if hasattr(value, "to"):
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+    if isinstance(value, Mapping):
+        return {key: move_to(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(move_to(item, device) for item in value)
+    return value
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    """Mixed precision for the forward pass: `amp` is off, bf16 or fp16."""
+    dtype = AMP_DTYPES[amp]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    loader: Iterable[tuple[list[Tensor], list[dict[str, Tensor]]]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    device: torch.device,
+    epoch: int = 0,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    clip_max_norm: float = 0.0,
+    amp: str = "off",
+    scaler: torch.amp.GradScaler | None = None,
+    accumulate: int = 1,
+    weight_average: WeightAverage | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Train `model` on every batch of `loader` once.
+
+    The gradient of an optimizer step is the mean of the gradients of its `accumulate` batches (of those left, in the
+    last step of the epoch). Each batch normalises its losses by its own number of boxes, so this equals one batch
+    `accumulate` times as large where the batches hold equally many boxes.
+
+    Args:
+        model: takes (images, targets) in training mode; a DistributedDataParallel of it too.
+        criterion: takes (outputs, targets), gives the losses, and has `weighted_sum(losses)`.
+        loader: gives (images, targets).
+        scheduler: stepped once an optimizer step.
+        clip_max_norm: largest norm of the gradient, 0 for no clipping.
+        amp: off, bf16 or fp16; fp16 needs `scaler`.
+        weight_average: updated after each optimizer step.
+
+    Returns:
+        Mean of each loss over the epoch and all processes, and `loss`, the weighted sum.
+
+    Raises:
+        NonFiniteLossError: before the optimizer sees it.
+    """
+    model.train()
+    criterion.train()
+    means = Means()
+    batches = len(loader)
+    bar = tqdm(total=batches, desc=f"epoch {epoch}", disable=_bar_off(progress), leave=False)
+    optimizer.zero_grad(set_to_none=True)
+    for number, (images, targets) in enumerate(loader):
+        images, targets = move_to(images, device), move_to(targets, device)
+        group = min(accumulate, batches - number // accumulate * accumulate)
+        stepping = (number + 1) % accumulate == 0 or number + 1 == batches
+        with contextlib.nullcontext() if stepping or not hasattr(model, "no_sync") else model.no_sync():
+            with autocast(device, amp):
+                outputs = model(images, targets)
+            losses = criterion(_to_float32(outputs), targets)
+            loss = criterion.weighted_sum(losses)
+            losses = distributed.average({**losses, "loss": loss})
+            _check_finite(losses, targets)
+            share = loss / group
+            (share if scaler is None else scaler.scale(share)).backward()
+        means.add(losses)
+        if stepping:
+            _optimizer_step(model, optimizer, scaler, clip_max_norm)
+            if weight_average is not None:
+                weight_average.update()
+            if scheduler is not None:
+                scheduler.step()
+        bar.set_postfix(loss=f"{float(losses['loss']):.3f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
+        bar.update()
+    bar.close()
+    return means.read()
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Any], dict[str, Any]],
+    postprocess: Callable[[dict[str, Any], Tensor], Sequence[dict[str, Tensor]]],
+    loader: Iterable[tuple[Any, list[dict[str, Tensor]]]],
+    ground_truth: GroundTruth,
+    *,
+    device: torch.device,
+    criterion: nn.Module | None = None,
+    amp: str = "off",
+    backend: str | None = None,
+    progress: bool = True,
+) -> EvalResult:
+    """The twelve COCO figures of `predict` over the images that `loader` gives.
+
+    Args:
+        predict: gives the detector's outputs for one batch of inputs; a module is put in eval mode for the while.
+        postprocess: takes (outputs, sizes B x 2 as (h, w) of the original images), gives scores, labels, boxes xyxy.
+        loader: gives (inputs, targets); inputs are images, or whatever `predict` takes and has `.to(device)`.
+        ground_truth: annotations prepared once; those of the images seen are counted.
+        criterion: if given, its losses are averaged too.
+        backend: evaluator of `coco_stats`, its own default if None.
+
+    With several processes each gives its own part; the parts are gathered, an image seen twice counts once, and every
+    process gets the same result.
+    """
+    rows: dict[int, np.ndarray] = {}
+    means = Means()
+    batches = tqdm(loader, desc="evaluate", disable=_bar_off(progress), leave=False)
+    with _eval_mode(predict), _eval_mode(criterion):
+        for inputs, targets in batches:
+            with autocast(device, amp):
+                outputs = predict(move_to(inputs, device))
+            outputs = _to_float32(outputs)
+            if criterion is not None:
+                losses = criterion(outputs, move_to(targets, device))
+                means.add({**losses, "loss": criterion.weighted_sum(losses)})
+            sizes = torch.stack([target["orig_size"] for target in targets]).to(device)
+            for target, result in zip(targets, postprocess(outputs, sizes), strict=True):
+                image_id = int(target["image_id"])
+                rows[image_id] = to_detections(image_id, result)
+    merged: dict[int, np.ndarray] = {}
+    for part in distributed.gather_objects(rows):
+        merged.update(part)
+    image_ids = sorted(merged)
+    detections = np.concatenate([merged[i] for i in image_ids]) if image_ids else np.zeros((0, 7))
+    options = {} if backend is None else {"backend": backend}
+    stats = coco_stats(ground_truth, detections, image_ids=image_ids, **options)
+    return EvalResult(stats, means.read(), detections, image_ids)
+
+
+def to_coco_results(detections: np.ndarray) -> list[dict[str, Any]]:
+    """Detections (N x 7, see `EvalResult`) as the entries of a COCO results file."""
+    return [
+        {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5].tolist(), "score": float(row[5])}
+        for row in detections
+    ]
+
+
+def _optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_max_norm: float
+) -> None:
+    """Clip, step and clear the gradients; with a scaler an overflow skips the step and lowers the scale."""
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    if clip_max_norm > 0:
+        nn.utils.clip_grad_norm_(model.parameters(), clip_max_norm)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _check_finite(losses: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise in every process at once: the losses given are those averaged over all of them."""
+    if math.isfinite(float(losses["loss"])):
+        return
+    image_ids = [int(target["image_id"]) for target in targets]
+    values = table(["loss", "value"], [(name, float(value)) for name, value in sorted(losses.items())])
+    get_logger().error("the loss is not finite on a batch with the images %s\n%s", image_ids, values)
+    raise NonFiniteLossError(f"the loss is not finite on a batch with the images {image_ids}")
+
+
+def _to_float32(value: Any) -> Any:
+    """Floating tensors inside dicts and lists as float32: losses and boxes are not computed in half precision."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _to_float32(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_float32(item) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def _eval_mode(module: Any) -> Iterator[None]:
+    """Eval mode for a module, and back to what it was; other callables are left alone."""
+    if not isinstance(module, nn.Module):
+        yield
+        return
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _bar_off(progress: bool) -> bool | None:
+    """For tqdm's `disable`: None leaves the bar to terminals, so that log files stay readable."""
+    return None if progress and distributed.is_main() else True

@@ -1,0 +1,88 @@
+"""Which options come out of a checkpoint, and which of those typed contradict it."""
+
+import argparse
+from collections.abc import Collection
+
+from models.widths import Widths
+from util.checkpoint import Checkpoint
+from util.errors import UserError
+
+# They decide the shapes or the function of the network; a typed one must agree with the checkpoint's.
+ARCHITECTURE = (
+    "modelname",
+    "backbone",
+    "dilation",
+    "return_layer",
+    "hidden_dim",
+    "nheads",
+    "enc_layers",
+    "dec_layers",
+    "dim_feedforward",
+    "num_queries",
+    "num_patterns",
+    "transformer_activation",
+    "pe_temperatureH",
+    "pe_temperatureW",
+)
+# They come with the checkpoint, but another value typed is a wish, not a mistake.
+PREFERRED = ("image_size", "num_select", "batch_norm_type")
+# They belong to one run and are never taken from a checkpoint.
+OF_THE_RUN = (
+    "coco_path",
+    "output_dir",
+    "resume",
+    "start_fresh",
+    "eval",
+    "save_results",
+    "device",
+    "num_workers",
+    "cfgs",
+)
+
+
+def take_from_checkpoint(
+    args: argparse.Namespace, typed: Collection[str], checkpoint: Checkpoint, *, continuing: bool = False
+) -> None:
+    """Set in `args` what the checkpoint knows: its architecture, and on `continuing` its run all options not typed.
+
+    `args.cfgs` becomes the widths of the model to build, None for a dense one that was not asked for by `--cfgs`.
+
+    Raises:
+        UserError: a typed option, or `--cfgs`, differs from what the checkpoint was made with.
+    """
+    stored = checkpoint.arguments
+    for name in ARCHITECTURE:
+        if name not in stored or not hasattr(args, name):
+            continue
+        if name in typed and getattr(args, name) != stored[name]:
+            raise UserError(f"--{name} {getattr(args, name)}: {checkpoint.path} was made with {stored[name]}")
+        setattr(args, name, stored[name])
+    others = set(stored) - {*ARCHITECTURE, *OF_THE_RUN} if continuing else PREFERRED
+    for name in others:
+        if name in stored and hasattr(args, name) and name not in typed:
+            setattr(args, name, stored[name])
+    full = full_widths(args)
+    if args.cfgs is not None:
+        widths = Widths.parse(args.cfgs)
+        widths.check(nheads=args.nheads, full=full)
+        if widths != checkpoint.widths:
+            raise UserError(f"--cfgs {widths}: {checkpoint.path} has the widths {checkpoint.widths}")
+        args.cfgs = widths
+    elif checkpoint.widths != full:
+        try:
+            checkpoint.widths.check(nheads=args.nheads, full=full)
+        except UserError as error:
+            raise UserError(f"{checkpoint.path}: {str(error).removeprefix('--cfgs: ')}") from None
+        args.cfgs = checkpoint.widths
+
+
+def take_from_command_line(args: argparse.Namespace) -> None:
+    """Without a checkpoint: `args.cfgs` becomes the widths typed, or None."""
+    if args.cfgs is not None:
+        args.cfgs = Widths.parse(args.cfgs)
+        args.cfgs.check(nheads=args.nheads, full=full_widths(args))
+
+
+def full_widths(args: argparse.Namespace) -> Widths:
+    """Widths before any pruning."""
+    return Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)

@@ -1,0 +1,53 @@
+"""Exponential moving average of a model's weights."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class WeightAverage:
+    """A second copy of `model` whose weights follow the trained ones slowly.
+
+    After optimizer step n the copy moves by 1 - min(decay, (1 + n) / (10 + n)) towards the model, so that the first
+    steps do not leave it stuck at the initial values. Floating buffers (BatchNorm statistics) are averaged alike,
+    others copied.
+
+    Attributes:
+        model: the averaged copy, in eval mode, for evaluation and for saving.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.source = model
+        self.decay = decay
+        self.steps = 0
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the source model after one optimizer step."""
+        self.steps += 1
+        weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        averaged, trained = [], []
+        for mine, theirs in zip(_tensors(self.model), _tensors(self.source), strict=True):
+            if mine.is_floating_point():
+                averaged.append(mine)
+                trained.append(theirs.detach())
+            else:
+                mine.copy_(theirs)
+        torch._foreach_lerp_(averaged, trained, weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights and the number of steps."""
+        return {"model": self.model.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.model.load_state_dict(state["model"])
+        self.steps = state["steps"]
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, each once, in a fixed order."""
+    return [*model.parameters(), *model.buffers()]

@@ -1,0 +1,64 @@
+"""Files that are either wholly there or not at all: write beside the target, flush to disk, rename over it."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from util.errors import UserError
+
+
+def write_atomic(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+    """Fill `path` by `write(binary stream)`; a crash, a full disk or a kill leaves the old file as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    write_atomic(path, lambda stream: stream.write(text.encode()))
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
+    """Write `value` as JSON, atomically."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def save_torch(path: str | Path, value: Any) -> None:
+    """`torch.save`, atomically."""
+    write_atomic(path, lambda stream: torch.save(value, stream))
+
+
+def append_json_line(path: str | Path, value: Any) -> None:
+    """Append `value` as one line of JSON and flush it to disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(value) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def check_output_dir(path: str | Path) -> Path:
+    """Return `path` if it is a folder or can become one, without making it; `UserError` if a file is in the way."""
+    path = Path(path)
+    nearest = path.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(f"--output_dir {path}: {nearest} is a file, expected a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"--output_dir {path}: no permission to write in {nearest}")
+    return path

@@ -1,0 +1,66 @@
+"""What a run says: a text log on the screen and in a file, and tables of figures."""
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from util import distributed
+
+LOGGER_NAME = "dn_detr_pruning"
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints to stdout above a running progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def get_logger() -> logging.Logger:
+    """The run's logger: silent below warnings in every process but the first."""
+    logger = logging.getLogger(LOGGER_NAME)
+    if not logger.handlers:
+        handler = _TqdmHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
+    return logger
+
+
+def log_to_file(path: str | Path) -> logging.Handler | None:
+    """Append the log to `path` too, with times; returns the handler (None in all processes but the first)."""
+    if not distributed.is_main():
+        return None
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    get_logger().addHandler(handler)
+    return handler
+
+
+def stop_logging_to_file(handler: logging.Handler | None) -> None:
+    """Undo `log_to_file`."""
+    if handler is not None:
+        get_logger().removeHandler(handler)
+        handler.close()
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Text table: the first column to the left, the others to the right; floats with 4 decimals."""
+    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""The options of all scripts, in one parser."""
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+
+import engine
+
+MODEL_NAMES = ("dn_dab_detr",)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All options of training and evaluation; a parent for the parsers of the searches, so without --help."""
+    parser = argparse.ArgumentParser("DN-DETR", add_help=False)
+    _add_run_options(parser.add_argument_group("run"))
+    _add_model_options(parser.add_argument_group("network"))
+    _add_loss_options(parser.add_argument_group("denoising and losses"))
+    _add_training_options(parser.add_argument_group("training"))
+    return parser
+
+
+def _add_run_options(group: argparse._ArgumentGroup) -> None:
+    yes_no = argparse.BooleanOptionalAction
+    group.add_argument("-m", "--modelname", choices=MODEL_NAMES, default="dn_dab_detr", help="network")
+    group.add_argument("--output_dir", default="output/run", help="folder for checkpoints and logs")
+    group.add_argument("--coco_path", default="data/coco", help="folder of a data set in COCO layout")
+    group.add_argument("--resume", default=None, help="checkpoint to start from, of any format the README lists")
+    group.add_argument(
+        "--start_fresh",
+        action="store_true",
+        help="take only the weights of --resume, even if its training is unfinished",
+    )
+    group.add_argument("--eval", action="store_true", help="evaluate on val2017 and stop")
+    group.add_argument(
+        "--save_results", action="store_true", help="write the detections on val2017 as COCO results JSON"
+    )
+    group.add_argument("--batch_size", type=whole(1), default=2, help="images in a batch of one process")
+    group.add_argument("--num_workers", type=whole(0), default=2, help="processes that read images, 0 for none")
+    group.add_argument("--image_size", type=whole(32), default=800, help="short side at evaluation, in pixels")
+    group.add_argument("--device", default=None, help="cpu, cuda or cuda:N; None takes cuda where there is one")
+    group.add_argument(
+        "--amp", nargs="?", choices=tuple(engine.AMP_DTYPES), const="bf16", default="off", help="mixed precision"
+    )
+    group.add_argument("--seed", type=whole(0), default=42, help="seed of every random generator")
+    group.add_argument("--use_dn", action=yes_no, default=True, help="train with denoising queries")
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    yes_no = argparse.BooleanOptionalAction
+    group.add_argument(
+        "--cfgs", nargs="+", default=None, help="widths [[[attention, ffn], ...], [[self, cross, ffn], ...]] or a file"
+    )
+    group.add_argument("--enc_layers", type=whole(1), default=6, help="encoder layers")
+    group.add_argument("--dec_layers", type=whole(1), default=6, help="decoder layers")
+    group.add_argument(
+        "--dim_feedforward", type=whole(1), default=2048, help="hidden channels of an FFN before pruning"
+    )
+    group.add_argument("--hidden_dim", type=whole(8), default=256, help="channels of the transformer")
+    group.add_argument("--nheads", type=whole(1), default=8, help="attention heads")
+    group.add_argument("--num_queries", type=whole(1), default=300, help="matching queries")
+    group.add_argument("--num_select", type=whole(1), default=300, help="detections kept for an image")
+    group.add_argument("--num_patterns", type=whole(0), default=0, help="patterns for each anchor, 0 for none")
+    group.add_argument(
+        "--pe_temperatureH", type=real(1e-6), default=20, help="temperature of the position's sine, height"
+    )
+    group.add_argument(
+        "--pe_temperatureW", type=real(1e-6), default=20, help="temperature of the position's sine, width"
+    )
+    group.add_argument("--transformer_activation", choices=("prelu", "relu"), default="prelu", help="of the FFNs")
+    group.add_argument("--dropout", type=real(0, 1), default=0.0, help="fraction dropped in the transformer")
+    group.add_argument("--backbone", default="resnet50", help="ResNet of torchvision")
+    group.add_argument("--dilation", action="store_true", help="dilate layer4 in place of its stride")
+    group.add_argument(
+        "--return_layer", choices=("layer3", "layer4"), default="layer4", help="stage that feeds the transformer"
+    )
+    group.add_argument(
+        "--batch_norm_type",
+        choices=("FrozenBatchNorm2d", "BatchNorm2d"),
+        default="FrozenBatchNorm2d",
+        help="batch norm of the backbone; one trained from scratch needs BatchNorm2d",
+    )
+    group.add_argument(
+        "--pretrained_backbone", action=yes_no, default=True, help="ImageNet weights; not used with --resume"
+    )
+
+
+def _add_loss_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--scalar", type=whole(1), default=5, help="denoising groups, copies of every target")
+    group.add_argument("--label_noise_scale", type=real(0, 1.0001), default=0.2, help="probability that a label flips")
+    group.add_argument("--box_noise_scale", type=real(0), default=0.4, help="box noise, in half widths and heights")
+    group.add_argument("--set_cost_class", type=real(0), default=2, help="weight of the class in the matching")
+    group.add_argument("--set_cost_bbox", type=real(0), default=5, help="weight of the L1 distance in the matching")
+    group.add_argument("--set_cost_giou", type=real(0), default=2, help="weight of the GIoU in the matching")
+    group.add_argument("--cls_loss_coef", type=real(0), default=1, help="weight of the focal loss")
+    group.add_argument("--bbox_loss_coef", type=real(0), default=5, help="weight of the L1 loss")
+    group.add_argument("--giou_loss_coef", type=real(0), default=2, help="weight of the GIoU loss")
+    group.add_argument("--focal_alpha", type=real(0, 1.0001), default=0.25, help="focal weight of the positives")
+
+
+def _add_training_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--epochs", type=whole(1), default=50, help="epochs")
+    group.add_argument("--lr", type=real(0), default=1e-4, help="learning rate")
+    group.add_argument("--lr_backbone", type=real(0), default=1e-5, help="learning rate of the backbone")
+    group.add_argument(
+        "--lr_schedule", choices=("step", "cosine"), default="step", help="drop to a tenth, or half cosine"
+    )
+    group.add_argument("--lr_drop", type=whole(1), default=40, help="epochs between the drops")
+    group.add_argument("--warmup_iters", type=whole(0), default=0, help="optimizer steps of linear warm-up")
+    group.add_argument("--weight_decay", type=real(0), default=1e-4, help="weight decay of AdamW")
+    group.add_argument("--clip_max_norm", type=real(0), default=0.1, help="largest gradient norm, 0 for no clipping")
+    group.add_argument("--accumulate", type=whole(1), default=1, help="batches for an optimizer step")
+    group.add_argument("--ema_decay", type=real(0, 1), default=0.0, help="decay of the averaged weights, 0 for none")
+    group.add_argument("--eval_every", type=whole(1), default=1, help="epochs between evaluations")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+    """Parse `argv`; returns the options and the names of those that were typed, whatever their value."""
+    args = parser.parse_args(argv)
+    silent = copy.deepcopy(parser)
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
+    return args, set(vars(silent.parse_args(argv)))
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """Type of an option: a whole number from `minimum` up."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {minimum} up")
+        return value
+
+    read.__name__ = "whole number"  # argparse shows it in its error
+    return read
+
+
+def real(minimum: float, below: float = float("inf")) -> Callable[[str], float]:
+    """Type of an option: a number in [minimum, below)."""
+
+    def read(text: str) -> float:
+        value = float(text)
+        if not minimum <= value < below:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number in [{minimum:g}, {below:g})")
+        return value
+
+    read.__name__ = "number"
+    return read
