@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional
 
 from datasets.transforms import eval_transforms, train_transforms
@@ -161,39 +162,59 @@ class CocoDataset(CocoDetection):
         image = self._load_image(image_id)
         height, width = image.shape[-2:]
         items = [item for item in self._load_target(image_id) if not item["iscrowd"]]
-        boxes = torch.tensor([item["bbox"] for item in items], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes[:, 0::2].clamp_(0, width)
-        boxes[:, 1::2].clamp_(0, height)
-        had_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        boxes, had_area = _corners([item["bbox"] for item in items], height, width)
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_sample_seed(self.seed, self.epoch, index))
             image, boxes = self.sample_transforms(image, boxes)
-        size = image.shape[-2:]
-        boxes = boxes.as_subclass(Tensor)
-        sides = boxes[:, 2:] - boxes[:, :2]
-        keep = had_area & (sides > 0).all(dim=1) & (sides >= self.min_side).all(dim=1)
-        scale = torch.tensor([size[1], size[0]], dtype=torch.float32)
-        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        size = np.array(image.shape[-2:])
+        corners = boxes.as_subclass(
+            Tensor
+        ).numpy()  # numpy from here: at these sizes torch's overhead is most of the time
+        sides, centres = corners[:, 2:] - corners[:, :2], (corners[:, :2] + corners[:, 2:]) / 2
+        keep = np.flatnonzero(had_area & (sides > 0).all(axis=1) & (sides >= self.min_side).all(axis=1))
+        scale = np.array([size[1], size[0], size[1], size[0]], np.float32)
         target = {
-            "boxes": torch.cat((centres / scale, sides / scale), dim=1)[keep],
-            "labels": torch.tensor([item["category_id"] for item in items], dtype=torch.int64)[keep],
-            "area": torch.tensor([item["area"] for item in items], dtype=torch.float32)[keep],
-            "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
-            "image_id": torch.tensor(image_id, dtype=torch.int64),
-            "orig_size": torch.tensor((height, width), dtype=torch.int64),
-            "size": torch.tensor(size, dtype=torch.int64),
+            "boxes": (np.concatenate((centres, sides), axis=1) / scale)[keep],
+            "labels": np.array([item["category_id"] for item in items], np.int64)[keep],
+            "area": np.array([item["area"] for item in items], np.float32)[keep],
+            "iscrowd": np.zeros(len(keep), np.int64),
+            "image_id": np.array(image_id, np.int64),
+            "orig_size": np.array((height, width), np.int64),
+            "size": size,
         }
-        return image.as_subclass(Tensor), target
+        return image.as_subclass(Tensor), {name: torch.from_numpy(value) for name, value in target.items()}
 
     def _load_image(self, id: int) -> tv_tensors.Image:
-        path = Path(self.root) / self.coco.imgs[id]["file_name"]
+        return tv_tensors.Image(read_image(Path(self.root) / self.coco.imgs[id]["file_name"]))
+
+
+def read_image(path: Path) -> Tensor:
+    """Decode an image file to RGB, uint8 3 x H x W.
+
+    Raises:
+        UserError: the file cannot be read as an image.
+    """
+    try:
+        content = path.read_bytes()
         try:
-            with Image.open(path) as image:
-                return tv_tensors.Image(functional.pil_to_tensor(image.convert("RGB")))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} cannot be read as an image: {error}") from None
+            decoded = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+            if decoded.dtype == torch.uint8 and decoded.ndim == 3:
+                return decoded
+        except (RuntimeError, ValueError):
+            pass  # Pillow is slower, but knows more formats and says what is wrong with the rest
+        with Image.open(io.BytesIO(content)) as image:
+            return functional.pil_to_tensor(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from None
+
+
+def _corners(boxes: list[list[float]], height: int, width: int) -> tuple[Tensor, np.ndarray]:
+    """Boxes x, y, w, h of an image to corners within it (N x 4 xyxy float32), and which have an area (bool N)."""
+    corners = np.array(boxes, np.float32).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    corners = corners.clip(0, np.array([width, height, width, height], np.float32))
+    return torch.from_numpy(corners), (corners[:, 2:] > corners[:, :2]).all(axis=1)
 
 
 def _check_images(folder: Path, annotation_file: Path, images: list[dict]) -> None:
