@@ -1,0 +1,201 @@
+"""The twelve COCO figures of a set of box detections, by one of several evaluators that agree to 1e-6.
+
+A search asks for them hundreds of times on one ground truth: that is prepared once, and detections travel as an array.
+"""
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from datasets.coco import load_annotations
+
+STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+COLUMNS = 7  # image id, x, y, w, h, score, category id
+
+
+class GroundTruth:
+    """The boxes that detections are measured against, crowds included.
+
+    Args:
+        annotations: an annotation file, or what it holds as a dict.
+
+    Raises:
+        UserError: the file is missing or malformed.
+    """
+
+    def __init__(self, annotations: str | Path | dict[str, Any]) -> None:
+        content = annotations if isinstance(annotations, dict) else load_annotations(annotations).dataset
+        self.images = content["images"]
+        self.categories = content["categories"]
+        self.image_ids = np.array(sorted({image["id"] for image in self.images}), np.int64)
+        # Numbered anew: evaluators mark "unmatched" by id 0, and files with repeated ids would lose boxes.
+        self.annotations = [
+            {
+                "id": number,
+                "image_id": item["image_id"],
+                "category_id": item["category_id"],
+                "bbox": [float(value) for value in item["bbox"]],
+                "area": float(item.get("area", item["bbox"][2] * item["bbox"][3])),
+                "iscrowd": int(item.get("iscrowd", 0)),
+            }
+            for number, item in enumerate(content["annotations"], start=1)
+        ]
+        self._image_of = np.array([item["image_id"] for item in self.annotations], np.int64)
+        self._category_of = np.array([item["category_id"] for item in self.annotations], np.int64)
+        self._prepared: dict[str, Any] = {}
+
+    def categories_in(self, image_ids: np.ndarray) -> np.ndarray:
+        """Ids of the categories with a box in the given images, sorted."""
+        return np.unique(self._category_of[np.isin(self._image_of, image_ids)])
+
+    def prepared(self, backend: str, prepare: Callable[[dict[str, Any]], Any]) -> Any:
+        """The evaluator's own form of the ground truth, made at its first use."""
+        if backend not in self._prepared:
+            tables = {"images": self.images, "annotations": self.annotations, "categories": self.categories}
+            self._prepared[backend] = prepare(tables)
+        return self._prepared[backend]
+
+
+def to_detections(image_id: int, result: dict[str, Tensor]) -> np.ndarray:
+    """Rows of one image for `coco_stats`.
+
+    Args:
+        image_id: the image's id.
+        result: scores (N), labels (N) and boxes (N x 4 xyxy, absolute pixels of the original image).
+
+    Returns:
+        float64 N x 7: image id, x, y, w, h, score, category id.
+    """
+    boxes = result["boxes"].double().cpu().numpy()
+    rows = np.empty((len(boxes), COLUMNS))
+    rows[:, 0] = image_id
+    rows[:, 1:3] = boxes[:, :2]
+    rows[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
+    rows[:, 5] = result["scores"].double().cpu().numpy()
+    rows[:, 6] = result["labels"].cpu().numpy()
+    return rows
+
+
+def to_results(detections: np.ndarray) -> list[dict[str, Any]]:
+    """Detections N x 7 in COCO's results format, ready for JSON."""
+    return [
+        {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5], "score": row[5]}
+        for row in detections.tolist()
+    ]
+
+
+def coco_stats(
+    ground_truth: GroundTruth,
+    detections: np.ndarray,
+    image_ids: Iterable[int] | None = None,
+    backend: str | None = None,
+) -> dict[str, float]:
+    """The twelve COCO figures, at most 100 detections an image and category.
+
+    Args:
+        ground_truth: what to measure against.
+        detections: N x 7 rows of image id, x, y, w, h (absolute pixels), score, category id.
+        image_ids: images to measure on; the rest, and detections in them, do not count. None: all.
+        backend: "faster", "pycocotools" or "hotcoco"; None takes the first of them that is installed.
+
+    Returns:
+        Figure by name, each in [0, 1], or -1 where there is no object to find of that size, as COCO has it.
+
+    Raises:
+        ValueError: an unknown backend, another shape of detections, or an image id that is not in the ground truth.
+    """
+    backend = backend or default_backend()
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r}, expected one of {sorted(_BACKENDS)}")
+    detections = np.asarray(detections, np.float64).reshape(-1, COLUMNS) if len(detections) else np.empty((0, COLUMNS))
+    images = ground_truth.image_ids if image_ids is None else np.unique(np.fromiter(image_ids, np.int64))
+    unknown = np.setdiff1d(images, ground_truth.image_ids)
+    if len(unknown):
+        raise ValueError(f"image id {unknown[0]} is not in the ground truth")
+    # A category without boxes has no precision and no part in any mean: leave it out, and its detections.
+    categories = ground_truth.categories_in(images)
+    if not len(categories):
+        return dict.fromkeys(STAT_NAMES, -1.0)
+    counted = np.isin(detections[:, 0], images) & np.isin(detections[:, 6], categories)
+    stats = _BACKENDS[backend](ground_truth, detections[counted], images.tolist(), categories.tolist())
+    return dict(zip(STAT_NAMES, (float(value) for value in stats), strict=True))
+
+
+def default_backend() -> str:
+    """The quickest installed evaluator."""
+    return "faster" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+
+
+def _result_tables(ground_truth: GroundTruth, detections: np.ndarray) -> dict[str, Any]:
+    """Detections as the tables of a COCO result, with what `loadRes` would add and without its copies."""
+    areas = detections[:, 3] * detections[:, 4]
+    annotations = [
+        {
+            "id": number,
+            "image_id": int(row[0]),
+            "category_id": int(row[6]),
+            "bbox": row[1:5],
+            "score": row[5],
+            "area": area,
+            "iscrowd": 0,
+        }
+        for number, (row, area) in enumerate(zip(detections.tolist(), areas.tolist(), strict=True), start=1)
+    ]
+    return {"images": ground_truth.images, "annotations": annotations, "categories": ground_truth.categories}
+
+
+def _stats_by_faster(
+    ground_truth: GroundTruth, detections: np.ndarray, image_ids: list[int], category_ids: list[int]
+) -> Iterable[float]:
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    truth = ground_truth.prepared("faster", COCO)
+    found = COCO(_result_tables(ground_truth, detections))
+    evaluator = COCOeval_faster(truth, found, "bbox", print_function=lambda *_: None)
+    evaluator.params.imgIds, evaluator.params.catIds = image_ids, category_ids
+    evaluator.run()
+    return evaluator.stats[:12]
+
+
+def _stats_by_pycocotools(
+    ground_truth: GroundTruth, detections: np.ndarray, image_ids: list[int], category_ids: list[int]
+) -> Iterable[float]:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def index(tables: dict[str, Any]) -> COCO:
+        coco = COCO()
+        coco.dataset = tables
+        coco.createIndex()
+        return coco
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = index(_result_tables(ground_truth, detections))
+        evaluator = COCOeval(ground_truth.prepared("pycocotools", index), found, "bbox")
+        evaluator.params.imgIds, evaluator.params.catIds = image_ids, category_ids
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return evaluator.stats
+
+
+def _stats_by_hotcoco(
+    ground_truth: GroundTruth, detections: np.ndarray, image_ids: list[int], category_ids: list[int]
+) -> Iterable[float]:
+    from hotcoco import COCO, COCOeval
+
+    truth = ground_truth.prepared("hotcoco", COCO)
+    evaluator = COCOeval(truth, truth.load_res(detections), "bbox")
+    evaluator.params.imgIds, evaluator.params.catIds = image_ids, category_ids
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.run()
+    return evaluator.stats
+
+
+_BACKENDS = {"faster": _stats_by_faster, "pycocotools": _stats_by_pycocotools, "hotcoco": _stats_by_hotcoco}
