@@ -1,0 +1,124 @@
+"""Time the evaluators side by side, and hold their figures against pycocotools'.
+
+    python -m bench.coco_eval [--images 5000] [--detections 300] [--output FILE.json]
+
+Every evaluator gets the same array of detections and gives the twelve figures; what is timed is that whole call, the
+second one of a run, as a search makes it (the ground truth prepared). An evaluator that is not installed is left out.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.coco_eval import GroundTruth, coco_stats
+from util.errors import UserError, run_cli
+
+PACKAGES = {"hotcoco": "hotcoco", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}
+CATEGORY_IDS = np.array([number for number in range(1, 91) if number % 9 != 3])  # 80 ids with gaps, as in COCO
+OBJECTS_PER_IMAGE = 7.3  # COCO val2017
+
+
+def synthetic_set(images: int, detections: int, seed: int = 0) -> tuple[dict[str, Any], np.ndarray]:
+    """A ground truth in COCO's tables and detections for it, about half of the boxes found.
+
+    Args:
+        images: number of images; a few have no objects.
+        detections: detections of each image.
+        seed: seed of all of it.
+
+    Returns:
+        The tables, and detections as N x 7 rows of image id, x, y, w, h, score, category id.
+    """
+    generator = np.random.default_rng(seed)
+    tables: dict[str, Any] = {
+        "images": [{"id": 5 * i + 2, "file_name": f"{i}.jpg", "width": 640, "height": 480} for i in range(images)],
+        "categories": [{"id": int(key), "name": str(key)} for key in CATEGORY_IDS],
+        "annotations": [],
+    }
+    rows = []
+    for image in tables["images"]:
+        count = int(generator.poisson(OBJECTS_PER_IMAGE))
+        boxes, categories = _random_boxes(generator, count)
+        crowd = generator.random(count) < 0.01
+        for box, category, is_crowd in zip(boxes.tolist(), categories.tolist(), crowd.tolist(), strict=True):
+            entry = {"id": len(tables["annotations"]) + 1, "image_id": image["id"], "category_id": category}
+            entry |= {"bbox": box, "area": box[2] * box[3] * 0.7, "iscrowd": int(is_crowd)}
+            tables["annotations"].append(entry)
+        found, labels = _random_boxes(generator, detections)
+        scores = generator.random(detections) ** 3
+        hits = min(count // 2 + 1, count, detections)
+        found[:hits] = boxes[:hits] * generator.uniform(0.9, 1.1, (hits, 4))
+        labels[:hits] = categories[:hits]
+        scores[:hits] = generator.random(hits)
+        rows.append(np.column_stack((np.full(detections, image["id"]), found, scores, labels)))
+    return tables, np.concatenate(rows)
+
+
+def _random_boxes(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes x, y, w, h (count x 4) with sizes spread evenly over their logarithm, and category ids."""
+    sizes = np.exp(generator.uniform(np.log(8), np.log(300), (count, 2)))
+    corners = generator.random((count, 2)) * np.maximum(np.array([640, 480]) - sizes, 1)
+    return np.concatenate((corners, sizes), axis=1), generator.choice(CATEGORY_IDS, count)
+
+
+def measure(images: int, detections: int, backends: list[str], seed: int = 0) -> dict[str, Any]:
+    """Seconds and figures of each evaluator on one synthetic set."""
+    tables, rows = synthetic_set(images, detections, seed)
+    ground_truth = GroundTruth(tables)
+    some = ground_truth.image_ids[: max(1, images // 100)]
+    results: dict[str, Any] = {}
+    for backend in backends:
+        coco_stats(ground_truth, rows, some, backend)  # imports, and prepares the ground truth
+        start = time.perf_counter()
+        stats = coco_stats(ground_truth, rows, None, backend)
+        results[backend] = {"seconds": time.perf_counter() - start, "stats": stats}
+        results[backend]["version"] = version(PACKAGES[backend])
+        print(f"{backend}: {results[backend]['seconds']:.2f} s", flush=True)
+    return {"images": images, "detections": detections, "machine": platform.processor() or platform.machine()} | {
+        "backends": results
+    }
+
+
+def print_table(measured: dict[str, Any]) -> None:
+    """Seconds, the ratio to pycocotools, and the greatest difference of a figure from pycocotools'."""
+    results = measured["backends"]
+    judge = results.get("pycocotools")
+    print(f"\n{measured['images']} images x {measured['detections']} detections")
+    print(f"| {'evaluator':<24} | {'seconds':>8} | {'times as quick':>14} | greatest difference |")
+    print("|---|---|---|---|")
+    for backend, result in results.items():
+        name = f"{PACKAGES[backend]} {result['version']}"
+        ratio = f"{judge['seconds'] / result['seconds']:.1f}" if judge else "-"
+        gap = f"{max(abs(value - judge['stats'][key]) for key, value in result['stats'].items()):.1e}" if judge else "-"
+        print(f"| {name:<24} | {result['seconds']:>8.2f} | {ratio:>14} | {gap:>19} |")
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], prog="python -m bench.coco_eval")
+    parser.add_argument("--images", type=int, default=5000, help="images (default: %(default)s)")
+    parser.add_argument("--detections", type=int, default=300, help="detections an image (default: %(default)s)")
+    parser.add_argument("--backends", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), help="which to time")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    args = parser.parse_args()
+    if args.images < 1 or args.detections < 0:
+        raise UserError(f"--images {args.images} --detections {args.detections}, expected at least 1 and 0")
+    backends = [name for name in args.backends if importlib.util.find_spec(PACKAGES[name].replace("-", "_"))]
+    if len(backends) < len(args.backends):
+        print(f"not installed: {', '.join(sorted(set(args.backends) - set(backends)))}")
+    measured = measure(args.images, args.detections, backends)
+    print_table(measured)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_cli(main)
