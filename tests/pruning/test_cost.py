@@ -1,0 +1,70 @@
+"""Parameters and GMACs: the published figures, and what torch itself counts on a real forward."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import build_model
+from models.widths import Widths
+from pruning.cost import cost_of, get_parser, main, products_of, step_shares
+from tests.pruning.tiny import tiny_detector
+
+GP = "[[[152,416],[232,1408],[216,1504],[232,1248],[224,1472],[248,1344]],"
+GP += "[[8,136,544],[184,192,1216],[240,168,1920],[232,256,800],[256,192,960],[256,216,1216]]]"
+MGP = "[[[160,32],[176,672],[216,608],[224,1344],[248,1248],[248,1152]],"
+MGP += "[[8,96,640],[120,120,1248],[224,160,1120],[176,144,576],[224,256,672],[216,152,1472]]]"
+FIGURES = {
+    "dense": (None, 19_667_474, 43_694_977, "15.90", "12.23", "11.23"),
+    "gp": (GP, 12_863_330, 36_890_833, "11.51", "8.53", "7.73"),
+    "mgp": (MGP, 10_467_714, 34_495_217, "9.76", "7.04", "6.30"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_published_figures(name):
+    given, transformer_params, params, *gmacs = FIGURES[name]
+    args = get_parser().parse_args(["--no-pretrained_backbone"])
+    args.cfgs = given and Widths.parse(given)
+    with torch.device("meta"):
+        model, _, _ = build_model(args)
+    cost = cost_of(model)
+    assert (cost.transformer_params, cost.params) == (transformer_params, params)
+    found = (cost.gmacs, cost.gmacs_without_attention_products, cost.gmacs_linear_modules)
+    assert [f"{value:.2f}" for value in found] == gmacs
+
+
+def test_the_command_prints_them(capsys):
+    main(["--cfgs", *MGP.replace(",", ", ").split()])
+    printed = capsys.readouterr().out
+    for figure in ("19,667,474", "10,467,714", "-46.8%", "34,495,217", "9.76", "-38.6%", "-42.5%", "-43.9%"):
+        assert figure in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "cfgs", "size"),
+    [
+        ("", None, (64, 96)),
+        ("--num_patterns 2 --return_layer layer3", None, (70, 33)),
+        ("--enc_layers 2", "[[[4,8],[16,24]],[[8,12,16],[4,28,32]]]", (64, 64)),
+    ],
+)
+def test_macs_are_those_of_a_forward(options, cfgs, size):
+    """Two differences: the model leaves out the last anchor refinement, which nothing reads, and masks cost nothing."""
+    model = tiny_detector(options, cfgs and Widths.parse(cfgs))[0].eval()
+    images = [torch.zeros(3, *size)]
+    products = products_of(model, size)
+    unread = [p.macs for p in products if p.part == "anchor refinement"][-1]
+    with torch.no_grad():
+        state = model.prepare(images)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.outputs(model.run_steps(state))
+    assert counter.get_total_flops() == 2 * (sum(p.macs for p in products) - unread)
+
+
+def test_shares_of_the_steps_are_those_of_the_products():
+    model = tiny_detector()[0]
+    shares = step_shares(model, (64, 64))
+    assert list(shares) == list(model.step_names)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(share > 0 for share in shares.values())

@@ -1,0 +1,48 @@
+"""Tiny detectors and images that the tests of the search share."""
+
+import argparse
+
+import torch
+
+from models import build_model
+from models.widths import Widths
+from util.options import get_args_parser
+
+TINY = (
+    "--backbone resnet18 --no-pretrained_backbone --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 "
+    "--dim_feedforward 32 --num_queries 5 --scalar 2"
+)
+
+
+def tiny_args(more: str = "", cfgs: Widths | None = None) -> argparse.Namespace:
+    """Options of a tiny detector for 7 classes."""
+    args = get_args_parser().parse_args(f"{TINY} {more}".split())
+    args.num_classes = 7
+    args.cfgs = cfgs
+    return args
+
+
+def tiny_detector(more: str = "", cfgs: Widths | None = None, seed: int = 0) -> tuple:
+    """Model, criterion and postprocessors; every parameter of the transformer drawn at random, biases too."""
+    torch.manual_seed(seed)
+    model, criterion, postprocessors = build_model(tiny_args(more, cfgs))
+    with torch.no_grad():
+        for module in (model.transformer, model.class_embed):
+            for name, parameter in module.named_parameters():
+                if parameter.dim() == 1 and "norm" not in name and "activation" not in name:
+                    parameter.normal_(0, 0.2)
+    return model, criterion, postprocessors
+
+
+def pictures(sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96)), seed: int = 0) -> tuple[list, list]:
+    """Images of those sizes with one to three boxes each."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randn(3, *size, generator=generator) for size in sizes]
+    targets = []
+    for index in range(len(sizes)):
+        count = 1 + index % 3
+        centre = 0.3 + 0.4 * torch.rand(count, 2, generator=generator)
+        size = 0.1 + 0.3 * torch.rand(count, 2, generator=generator)
+        labels = torch.randint(1, 7, (count,), generator=generator)
+        targets.append({"boxes": torch.cat((centre, size), 1), "labels": labels})
+    return images, targets
