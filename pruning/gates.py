@@ -1,0 +1,77 @@
+"""Gates: vectors that multiply the channels a cut would remove, 1 for a kept channel and 0 for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pruning.kept import Channels, Kept, check_kept, parts, width_of
+from util.errors import UserError
+
+
+class Gated(Channels, Protocol):
+    """A prunable module whose channels can be multiplied by a gate."""
+
+    def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None: ...
+
+
+def set_gate(module: Gated, kept: Kept, device: torch.device | str = "cpu") -> None:
+    """Let only the channels `kept` of a module through; no gate at all where that is every channel."""
+    if width_of(kept) == module.width:
+        module.set_gate(None)
+        return
+    module.set_gate(*(_gate(kept[part], module.width, device) for part in parts(module)))
+
+
+def set_candidate_gates(
+    module: Gated, kept: Kept, candidates: Sequence[Tensor], images: int, device: torch.device | str = "cpu"
+) -> None:
+    """Gate a batch that holds `images` images once for each candidate, candidate-major.
+
+    Args:
+        candidates: sets of channels; the copy of the batch for each lets `kept` and that set through.
+    """
+    gates = []
+    for part in parts(module):
+        gate = _gate(kept[part], module.width, device).repeat(len(candidates), 1)
+        for row, channels in zip(gate, candidates, strict=True):
+            row[channels.to(device)] = 1
+        gates.append(gate.repeat_interleave(images, dim=0)[:, None])
+    module.set_gate(*gates)
+
+
+def clear_gates(model: nn.Module) -> None:
+    """Take all gates of a detector away."""
+    for module in model.prunable_modules().values():
+        module.set_gate(None)
+
+
+@contextmanager
+def gated(model: nn.Module, kept: Mapping[str, Kept]) -> Iterator[None]:
+    """Inside, the modules named in `kept` let only those channels through; afterwards no module has a gate.
+
+    Raises:
+        UserError: for a module that the detector has not, or channels that its module has not.
+    """
+    modules = model.prunable_modules()
+    device = next(model.parameters()).device
+    for name, kept_of_module in kept.items():
+        if name not in modules:
+            raise UserError(f"kept set: found module {name}, expected one of {', '.join(modules)}")
+        check_kept(modules[name], kept_of_module)
+    try:
+        for name, kept_of_module in kept.items():
+            set_gate(modules[name], kept_of_module, device)
+        yield
+    finally:
+        clear_gates(model)
+
+
+def _gate(indices: Tensor, width: int, device: torch.device | str) -> Tensor:
+    gate = torch.zeros(width, device=device)
+    gate[indices.to(device)] = 1
+    return gate

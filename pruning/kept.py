@@ -1,0 +1,96 @@
+"""Kept sets: which channels of a module stay.
+
+A `Kept` maps a part to its sorted channel indices (int64, counted over the whole module, not within a head):
+`{"query": ..., "value": ...}` for an attention, equally many in each head and in both parts, `{"hidden": ...}` for an
+FFN. The two sets of an attention are independent by format; `add` gives both the same channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import torch
+
+from util.errors import UserError
+
+Kept = Mapping[str, torch.Tensor]
+
+ATTENTION_PARTS = ("query", "value")
+FFN_PARTS = ("hidden",)
+
+
+class Channels(Protocol):
+    """What this package asks of a prunable module: its name, how many channels it has and in how many heads."""
+
+    name: str
+    width: int
+    nheads: int
+    is_attention: bool
+
+
+def parts(module: Channels) -> tuple[str, ...]:
+    """The parts whose channels a module's kept set names."""
+    return ATTENTION_PARTS if module.is_attention else FFN_PARTS
+
+
+def none_kept(module: Channels) -> Kept:
+    """The empty kept set, from which a search starts."""
+    return {part: torch.empty(0, dtype=torch.int64) for part in parts(module)}
+
+
+def all_kept(module: Channels) -> Kept:
+    """The kept set of a whole module."""
+    return {part: torch.arange(module.width) for part in parts(module)}
+
+
+def width_of(kept: Kept) -> int:
+    """How many channels a kept set has (the same in each of its parts)."""
+    return len(next(iter(kept.values())))
+
+
+def add(kept: Kept, channels: torch.Tensor) -> Kept:
+    """`kept` with `channels` (absolute indices) added to every part."""
+    return {part: torch.cat([indices, channels.to(indices)]).unique(sorted=True) for part, indices in kept.items()}
+
+
+def missing(module: Channels, kept: Kept) -> torch.Tensor:
+    """Sorted indices of the channels that no part of `kept` has."""
+    free = torch.ones(module.width, dtype=torch.bool)
+    for indices in kept.values():
+        free[indices] = False
+    return free.nonzero().flatten()
+
+
+def unit_channels(module: Channels, attention_unit: int, ffn_unit: int) -> int:
+    """Channels that one step adds: `attention_unit` for each head of an attention, `ffn_unit` for an FFN."""
+    return attention_unit * module.nheads if module.is_attention else ffn_unit
+
+
+def to_lists(kept: Kept) -> dict[str, list[int]]:
+    """A kept set as plain lists, for JSON."""
+    return {part: indices.tolist() for part, indices in kept.items()}
+
+
+def from_lists(lists: Mapping[str, Iterable[int]]) -> Kept:
+    """The kept set that `to_lists` gave."""
+    return {part: torch.tensor(list(indices), dtype=torch.int64) for part, indices in lists.items()}
+
+
+def check_kept(module: Channels, kept: Kept, source: str = "kept set") -> None:
+    """Raise a `UserError` naming `source`, module and part unless `kept` can be cut from `module`."""
+    where = f"{source}: {module.name}"
+    if set(kept) != set(parts(module)):
+        raise UserError(f"{where}: found parts {sorted(kept)}, expected {sorted(parts(module))}")
+    for part, indices in kept.items():
+        if indices.dim() != 1 or not len(indices):
+            raise UserError(f"{where}: found no {part} channels, expected at least one")
+        if not 0 <= int(indices.min()) <= int(indices.max()) < module.width or bool((indices.diff() <= 0).any()):
+            raise UserError(f"{where}: expected ascending {part} channels from 0 to {module.width - 1}")
+        if module.is_attention:
+            head_width = module.width // module.nheads
+            counts = torch.bincount(indices // head_width, minlength=module.nheads).tolist()
+            if len(set(counts)) > 1:
+                raise UserError(f"{where}: found {counts} {part} channels in the heads, expected equally many")
+    if len({len(indices) for indices in kept.values()}) > 1:
+        raise UserError(f"{where}: found different numbers of query and value channels, expected the same")

@@ -1,0 +1,121 @@
+"""Transplant: the weights of the kept channels, cut out of a whole detector's state dict.
+
+A slim layer divides its attention logits by the root of its own head width, so query rows are multiplied by
+sqrt(kept / full head width): the cut model then computes what the gated one does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from models.prunable import ParameterSlice, PrunableModule
+from models.widths import Widths
+from pruning.kept import Kept, check_kept, width_of
+from util.errors import UserError
+
+# An index set of a kept set cuts these parts of a parameter: keys go with the queries they are multiplied with.
+SET_OF_PART = {"query": "query", "key": "query", "value": "value", "hidden": "hidden"}
+
+# The paper's masks in the order they stand in a layer: `select1` gates the first attention, the last one the FFN.
+MASK_KEY = re.compile(r"transformer\.(?P<stack>encoder|decoder)\.layers\.(?P<layer>\d+)\.select(?P<place>\d)\.prune_a")
+MASKED_BLOCK = {
+    ("encoder", "1"): "attention",
+    ("encoder", "2"): "ffn",
+    ("decoder", "1"): "self_attention",
+    ("decoder", "2"): "cross_attention",
+    ("decoder", "3"): "ffn",
+}
+
+
+def cut_state_dict(
+    state_dict: Mapping[str, Tensor],
+    kept: Mapping[str, Kept],
+    slices: Mapping[str, Iterable[ParameterSlice]],
+) -> dict[str, Tensor]:
+    """A detector's state dict with only the kept channels of each module.
+
+    Args:
+        state_dict: the whole model's weights, under the names that `slices` uses.
+        kept: kept set of each module to cut; modules without one stay whole.
+        slices: for each module, how its parameters shrink (`PrunableModule.parameter_slices()`).
+
+    Raises:
+        UserError: for a module without slices, or a parameter that is missing or too small for the kept channels.
+    """
+    cut = dict(state_dict)
+    for name, kept_of_module in kept.items():
+        if name not in slices:
+            raise UserError(f"kept set: found module {name}, expected one of {', '.join(slices)}")
+        for piece in slices[name]:
+            if piece.key not in cut:
+                raise UserError(f"state dict: no {piece.key}, expected it for the kept channels of {name}")
+            cut[piece.key] = _cut(cut[piece.key], piece, kept_of_module)
+    return cut
+
+
+def slices_of(modules: Mapping[str, PrunableModule]) -> dict[str, tuple[ParameterSlice, ...]]:
+    """The slices of all modules of a detector, as `cut_state_dict` takes them."""
+    return {name: module.parameter_slices() for name, module in modules.items()}
+
+
+def check_kept_sets(modules: Mapping[str, PrunableModule], kept: Mapping[str, Kept], source: str) -> None:
+    """Raise a `UserError` naming `source` unless `kept` names modules of the detector and channels that they have."""
+    for name, kept_of_module in kept.items():
+        if name not in modules:
+            raise UserError(f"{source}: found kept channels of {name}, expected one of {', '.join(modules)}")
+        check_kept(modules[name], kept_of_module, source)
+
+
+def widths_after(full: Widths, kept: Mapping[str, Kept]) -> Widths:
+    """The widths of a detector of widths `full` once it is cut."""
+    widths = full
+    for name, kept_of_module in kept.items():
+        widths = widths.replace(name, width_of(kept_of_module))
+    return widths
+
+
+def paper_masks_to_kept(state_dict: Mapping[str, Tensor]) -> dict[str, Kept]:
+    """The kept sets behind the masks of the paper's search output.
+
+    `transformer.{encoder,decoder}.layers.N.selectK.prune_a` is 1 x 1 x C; a channel is kept where it is above 0. The
+    paper does not keep equally many channels in each head: a slim attention regroups them into heads in order, and
+    no exactness is claimed for that.
+
+    Raises:
+        UserError: for a mask that belongs to no module or keeps nothing.
+    """
+    kept: dict[str, Kept] = {}
+    for key, mask in state_dict.items():
+        if not key.endswith(".prune_a"):
+            continue
+        match = MASK_KEY.fullmatch(key)
+        block = match and MASKED_BLOCK.get((match["stack"], match["place"]))
+        if block is None:
+            raise UserError(
+                f"state dict: found mask {key}, expected such as transformer.encoder.layers.N.select1.prune_a"
+            )
+        indices = (mask.flatten() > 0).nonzero().flatten()
+        if not len(indices):
+            raise UserError(f"state dict: {key} keeps no channel, expected at least one value above 0")
+        parts = ("hidden",) if block == "ffn" else ("query", "value")
+        kept[f"{match['stack']}.{match['layer']}.{block}"] = dict.fromkeys(parts, indices)
+    return kept
+
+
+def _cut(parameter: Tensor, piece: ParameterSlice, kept: Kept) -> Tensor:
+    blocks = []
+    for block, part, fold in zip(parameter.chunk(len(piece.parts), piece.axis), piece.parts, piece.fold, strict=True):
+        indices = kept[SET_OF_PART[part]].to(block.device)
+        full = block.shape[piece.axis]
+        if len(indices) and int(indices.max()) >= full:
+            raise UserError(
+                f"state dict: found kept channel {int(indices.max())}, expected below {full} for {piece.key}"
+            )
+        block = block.index_select(piece.axis, indices)
+        blocks.append(block * math.sqrt(len(indices) / full) if fold else block)
+    return torch.cat(blocks, piece.axis)

@@ -1,0 +1,174 @@
+"""A gated detector and the one cut to the same channels compute the same function."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pruning.gates import gated
+from pruning.kept import all_kept, check_kept
+from pruning.transplant import cut_state_dict, paper_masks_to_kept, slices_of, widths_after
+from tests.pruning.tiny import pictures, tiny_detector
+from util.checkpoint import load_weights
+from util.errors import UserError
+
+WHOLE, CRITERION, _ = tiny_detector()
+IMAGES, TARGETS = pictures()
+
+
+@st.composite
+def kept_sets(draw):
+    """Random channels of every module, equally many in each head, one unit up to all, own sets for queries and values."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kept = {}
+    for name, module in WHOLE.prunable_modules().items():
+        head_width = module.width // module.nheads
+        count = draw(st.integers(1, head_width))
+
+        def indices(module=module, head_width=head_width, count=count):
+            heads = [torch.randperm(head_width, generator=generator)[:count] for _ in range(module.nheads)]
+            return torch.cat([chosen.sort().values + head * head_width for head, chosen in enumerate(heads)])
+
+        if not module.is_attention:
+            kept[name] = {"hidden": indices()}
+        else:
+            query = indices()
+            kept[name] = {"query": query, "value": query if draw(st.booleans()) else indices()}
+    return kept
+
+
+def cut_model(model, kept):
+    """The slim model with the weights that `kept` leaves."""
+    slim = tiny_detector(cfgs=widths_after(model.widths, kept), seed=1)[0]
+    load_weights(slim, cut_state_dict(model.state_dict(), kept, slices_of(model.prunable_modules())))
+    return slim
+
+
+def outputs_of(model, training):
+    torch.manual_seed(0)
+    model.train(training)
+    with torch.no_grad():
+        outputs = model(IMAGES, TARGETS if training else None)
+    layers = [*outputs["aux_outputs"], outputs, *([outputs["denoising"]] if training else [])]
+    return [layer[key] for layer in layers for key in ("pred_logits", "pred_boxes")]
+
+
+@settings(max_examples=25, deadline=None)
+@given(kept=kept_sets(), training=st.booleans())
+def test_gated_and_cut_agree(kept, training):
+    slim = cut_model(WHOLE, kept)
+    with gated(WHOLE, kept):
+        expected = outputs_of(WHOLE, training)
+    for found, wanted in zip(outputs_of(slim, training), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=5, deadline=None)
+@given(kept=kept_sets())
+def test_a_cut_model_can_be_cut_again(kept):
+    slim = cut_model(WHOLE, kept)
+    ends = {name: module for name, module in slim.prunable_modules().items()}
+    again = {name: {part: _first_of_each_head(m) for part in all_kept(m)} for name, m in ends.items()}
+    slimmer = cut_model(slim, again)
+    with gated(slim, again):
+        expected = outputs_of(slim, False)
+    for found, wanted in zip(outputs_of(slimmer, False), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def _first_of_each_head(module):
+    return torch.arange(module.nheads) * (module.width // module.nheads)
+
+
+def test_gates_change_the_outputs_and_go_away():
+    before = outputs_of(WHOLE, False)
+    kept = {
+        name: {part: _first_of_each_head(m) for part in all_kept(m)} for name, m in WHOLE.prunable_modules().items()
+    }
+    with gated(WHOLE, kept):
+        between = outputs_of(WHOLE, False)
+    assert not torch.allclose(before[0], between[0], atol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs_of(WHOLE, False), strict=True))
+
+
+def test_everything_kept_changes_nothing():
+    kept = {name: all_kept(module) for name, module in WHOLE.prunable_modules().items()}
+    cut = cut_state_dict(WHOLE.state_dict(), kept, slices_of(WHOLE.prunable_modules()))
+    assert all(torch.equal(value, cut[key]) for key, value in WHOLE.state_dict().items())
+
+
+BAD_KEPT = {
+    "an unknown module": ({"encoder.7.ffn": {"hidden": [0]}}, "encoder.7.ffn"),
+    "unequal heads": ({"encoder.0.attention": {"query": [0, 1, 8, 16], "value": [0, 8, 16, 24]}}, "equally many"),
+    "a channel too many": ({"encoder.0.ffn": {"hidden": [32]}}, "0 to 31"),
+    "a channel twice": ({"encoder.0.ffn": {"hidden": [3, 3]}}, "ascending"),
+    "no channel": ({"encoder.0.ffn": {"hidden": []}}, "at least one"),
+    "a part too few": ({"encoder.0.attention": {"query": [0, 8, 16, 24]}}, "expected"),
+    "different numbers": (
+        {"encoder.0.attention": {"query": [0, 8, 16, 24], "value": list(range(32))}},
+        "different numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_KEPT)
+def test_channels_that_cannot_be_cut_are_a_users_mistake(name):
+    lists, message = BAD_KEPT[name]
+    kept = {m: {p: torch.tensor(i, dtype=torch.int64) for p, i in sets.items()} for m, sets in lists.items()}
+    with pytest.raises(UserError, match=message), gated(WHOLE, kept):
+        pass
+
+
+def test_check_kept_takes_a_whole_module():
+    for module in WHOLE.prunable_modules().values():
+        check_kept(module, all_kept(module))
+
+
+def test_a_parameter_too_small_for_the_kept_channels_is_a_users_mistake():
+    weights = {**WHOLE.state_dict(), "transformer.encoder.layers.0.linear1.bias": torch.zeros(8)}
+    kept = {"encoder.0.ffn": {"hidden": torch.tensor([9])}}
+    with pytest.raises(UserError, match=r"linear1\.bias"):
+        cut_state_dict(weights, kept, slices_of(WHOLE.prunable_modules()))
+
+
+def test_a_missing_parameter_is_a_users_mistake():
+    kept = {"encoder.0.ffn": {"hidden": torch.tensor([0])}}
+    with pytest.raises(UserError, match=r"no transformer\.encoder\.layers\.0\.linear1\.weight"):
+        cut_state_dict({}, kept, slices_of(WHOLE.prunable_modules()))
+
+
+def test_the_papers_masks_are_read_and_cut_without_equal_heads():
+    mask = torch.zeros(1, 1, 32)
+    mask[..., [0, 1, 2, 9]] = 0.5
+    masks = {
+        "transformer.encoder.layers.0.select1.prune_a": mask,
+        "transformer.encoder.layers.0.select2.prune_a": mask.flip(-1),
+        "transformer.decoder.layers.0.select1.prune_a": mask,
+        "transformer.decoder.layers.0.select2.prune_a": torch.ones(1, 1, 32),
+        "transformer.decoder.layers.1.select3.prune_a": mask - 0.25,
+    }
+    kept = paper_masks_to_kept({**WHOLE.state_dict(), **masks})
+    assert {name: {part: i.tolist() for part, i in sets.items()} for name, sets in kept.items()} == {
+        "encoder.0.attention": {"query": [0, 1, 2, 9], "value": [0, 1, 2, 9]},
+        "encoder.0.ffn": {"hidden": [22, 29, 30, 31]},
+        "decoder.0.self_attention": {"query": [0, 1, 2, 9], "value": [0, 1, 2, 9]},
+        "decoder.0.cross_attention": {"query": list(range(32)), "value": list(range(32))},
+        "decoder.1.ffn": {"hidden": [0, 1, 2, 9]},
+    }
+    slim = cut_model(WHOLE, kept)
+    assert slim.widths.of("encoder.0.attention") == 4
+    rows = slim.state_dict()["transformer.decoder.layers.0.sa_v_proj.weight"]
+    assert torch.equal(rows, WHOLE.state_dict()["transformer.decoder.layers.0.sa_v_proj.weight"][[0, 1, 2, 9]])
+
+
+@pytest.mark.parametrize(
+    ("key", "mask", "message"),
+    [
+        ("transformer.encoder.layers.0.select1.prune_a", torch.zeros(1, 1, 32), "keeps no channel"),
+        ("transformer.encoder.layers.0.select3.prune_a", torch.ones(1, 1, 32), "found mask"),
+        ("backbone.select1.prune_a", torch.ones(1, 1, 32), "found mask"),
+    ],
+)
+def test_masks_that_make_no_sense_are_a_users_mistake(key, mask, message):
+    with pytest.raises(UserError, match=message):
+        paper_masks_to_kept({key: mask})
