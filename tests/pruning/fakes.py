@@ -1,0 +1,77 @@
+"""A search without a network: modules that only know their widths, and mAP as a function of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pruning.features import PassCounter
+from pruning.kept import Kept, width_of
+
+
+@dataclass(frozen=True)
+class FakeModule:
+    """Channels without weights."""
+
+    name: str
+    width: int
+    nheads: int
+    is_attention: bool
+
+    def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None:
+        """Nothing to multiply."""
+
+
+@dataclass
+class FakeBench:
+    """A `Workbench` whose mAP is `ap(widths of all modules, whole split?)` and that notes what it is asked."""
+
+    modules: Mapping[str, FakeModule]
+    ap: Callable[[dict[str, int], bool], float]
+    scores: Callable[[str, Tensor], Tensor] = lambda name, candidates: candidates.double()
+    asked: list[tuple] = field(default_factory=list)
+    counter: PassCounter = field(default_factory=lambda: PassCounter({}))
+
+    def __post_init__(self) -> None:
+        self.widths = {name: module.width for name, module in self.modules.items()}
+
+    def ranking(self, module: FakeModule, kept: Kept, candidates: Tensor) -> Tensor:
+        self.asked.append(("score", module.name, width_of(kept), len(candidates)))
+        return self.scores(module.name, candidates)
+
+    def begin(self, name: str) -> None:
+        self.asked.append(("begin", name))
+
+    def set_kept(self, name: str, kept: Kept) -> None:
+        self.widths[name] = width_of(kept)
+
+    def subset_ap(self, name: str) -> float:
+        self.asked.append(("subset", name, self.widths[name]))
+        return self.ap(self.widths, False)
+
+    def full_ap(self, name: str) -> float:
+        self.asked.append(("full", name, self.widths[name]))
+        return self.ap(self.widths, True)
+
+    def transformer_params(self, kept: Mapping[str, Kept]) -> int:
+        return sum(map(width_of, kept.values()))
+
+
+def fake_modules() -> dict[str, FakeModule]:
+    """An attention of 2 heads x 4 channels and an FFN of 6 channels."""
+    return {
+        "encoder.0.attention": FakeModule("encoder.0.attention", 8, 2, True),
+        "encoder.0.ffn": FakeModule("encoder.0.ffn", 6, 1, False),
+    }
+
+
+def constant(ap: float) -> Callable[..., float]:
+    """mAP that does not depend on anything."""
+    return lambda widths, whole: ap
+
+
+def equal_heads(kept: Kept, head_width: int) -> bool:
+    """True where every head has as many channels as the others, in both parts."""
+    counts = [torch.bincount(indices // head_width).tolist() for indices in kept.values()]
+    return all(len(set(part)) == 1 for part in counts) and counts[0] == counts[-1]
