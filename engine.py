@@ -50,7 +50,7 @@ class Means:
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Count in one batch of scalar tensors."""
         for name, value in values.items():
-            value = value.detach().double()
+            value = value.double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 

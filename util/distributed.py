@@ -84,11 +84,12 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def average(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Scalar tensors averaged over the processes; every process must hold the same names."""
+    """Scalar tensors averaged over the processes, without gradient; every process must hold the same names."""
+    values = {name: value.detach() for name, value in values.items()}
     if not values or world_size() == 1:
-        return dict(values)
+        return values
     names = sorted(values)
-    stacked = torch.stack([values[name].detach().float() for name in names])
+    stacked = torch.stack([values[name].float() for name in names])
     dist.all_reduce(stacked)
     return dict(zip(names, stacked / world_size(), strict=True))
 
