@@ -166,7 +166,7 @@ def cost_table(costs: Sequence[tuple[str, Cost]]) -> str:
         cells: list[str] = []
         for index, (_, cost) in enumerate(costs):
             value = getattr(cost, key)
-            cells.append(f"{value:,}" if isinstance(value, int) else f"{value:.2f}")
+            cells.append(f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if value >= 1 else f"{value:.3g}")
             if index:
                 cells.append(f"{100 * (value / reference - 1):+.1f}%")
         rows.append([title, *cells])

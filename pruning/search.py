@@ -128,7 +128,8 @@ class Search:
             else:
                 if not subset_passed:
                     subset_ap = self.bench.subset_ap(name)
-                    subset_passed = subset_ap >= self.schedule.subset_threshold_ap(self.base_ap, visit)
+                    # A subset without boxes (-1) can tell nothing: the whole split decides.
+                    subset_passed = subset_ap < 0 or subset_ap >= self.schedule.subset_threshold_ap(self.base_ap, visit)
                 if subset_passed:
                     full_ap = self.bench.full_ap(name)
                     accepted = full_ap >= self.schedule.full_threshold_ap(self.base_ap, visit)

@@ -1,0 +1,10 @@
+"""Greedy pruning (GP): visit the modules in network order, each against a target that falls by points of AP.
+
+python prune_greedy.py -m dn_dab_detr --output_dir out --coco_path COCODIR --resume CKPT --batch_size 8 --use_dn
+"""
+
+from pruning.cli import run
+from pruning.schedule import GP
+
+if __name__ == "__main__":
+    run(GP, __doc__.splitlines()[0])

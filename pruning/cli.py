@@ -1,0 +1,279 @@
+"""The command line that both searches share: read, measure, search, write."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from datasets.coco import annotation_path, build_dataset, build_loader
+from datasets.coco_eval import GroundTruth
+from main import build_detector, get_args_parser, settle_arguments
+from models import build_model
+from models.widths import Widths
+from pruning import plots, report
+from pruning.cost import Cost, cost_of, cost_table, step_shares
+from pruning.journal import Decision, Journal
+from pruning.kept import Kept
+from pruning.schedule import Schedule
+from pruning.search import Search, Units
+from pruning.transplant import widths_after
+from pruning.workbench import DetectorBench
+from util import distributed
+from util.checkpoint import plain_arguments, save_checkpoint
+from util.errors import UserError, run_cli
+from util.files import check_output_dir
+from util.logging import get_logger, log_to_file, stop_logging_to_file
+from util.options import parse, real, whole
+from util.training_state import seed_everything
+
+OUTPUT_NAME = "pruned.pth"
+JOURNAL_NAME = "search.jsonl"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search leaves behind: AP in [0, 1] on the split it looked at, and where its output is."""
+
+    base_ap: float
+    ap: float
+    kept: Mapping[str, Kept]
+    widths: Widths
+    path: Path
+
+
+def get_pruning_parser(schedule: Schedule, description: str) -> argparse.ArgumentParser:
+    """The options of `main.py` and those of a search, with the schedule's own values as defaults."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        parents=[get_args_parser()],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    group = parser.add_argument_group("search")
+    add = group.add_argument
+    add("--map_tol", type=real(0, 1), default=schedule.map_tol,
+        help="fraction by which the full mAP may miss what it is held against")  # fmt: skip
+    add("--skip_eval_converge", type=real(0, 1), default=schedule.skip,
+        help="fraction by which the subset's mAP may miss the target")  # fmt: skip
+    add("--decay_points", type=real(0), default=schedule.points_per_module,
+        help="AP points by which the target falls from module to module")  # fmt: skip
+    add("--decay_fraction", type=real(0, 1), default=schedule.fraction_per_module,
+        help="fraction by which the target falls from module to module; None means --skip_eval_converge")  # fmt: skip
+    add("--attention_unit", type=whole(1), default=1, help="channels a step adds to each head of an attention")
+    add("--ffn_unit", type=whole(1), default=None, help="channels a step adds to an FFN; None means 4 * nheads")
+    add("--num_candidates_attention", type=whole(1), default=100, help="most attention channels scored in a step")
+    add("--num_candidates_ffn", type=whole(1), default=200, help="most FFN channels scored in a step")
+    add("--subset_batches_attention", type=whole(1), default=40, help="batches of the subset for an attention")
+    add("--subset_batches_ffn", type=whole(1), default=20, help="batches of the subset for an FFN")
+    add("--search_split", choices=("val2017", "train2017"), default="val2017",
+        help="images the search looks at; a fair figure searches on train2017 and reports val2017")  # fmt: skip
+    add("--images_at_once", type=whole(1), default=64, help="most images in a forward that scores several candidates")
+    add("--cache_device", choices=("cpu", "same"), default="same", help="where features are kept: RAM or --device")
+    return parser
+
+
+def run(schedule: Schedule, description: str) -> None:
+    """An entry script's main: parse the command line and search; a user's mistake ends with exit code 2."""
+    parser = get_pruning_parser(schedule, description)
+    run_cli(lambda: search(schedule, *parse(parser)))
+
+
+def search(schedule: Schedule, args: argparse.Namespace, typed: set[str] = frozenset()) -> Result:
+    """Search by `schedule` with the options of `get_pruning_parser`; write the output to `args.output_dir`.
+
+    Raises:
+        UserError: before anything is written.
+    """
+    torch.set_flush_denormal(True)
+    if args.resume is None:
+        raise UserError("--resume: found none, expected the checkpoint of the detector to prune")
+    device = distributed.choose_device(args.device)
+    output_dir = check_output_dir(args.output_dir)
+    # Reading the checkpoint is the same as for an evaluation: no training goes on.
+    args.eval, args.start_fresh = args.search_split == "val2017", True
+    checkpoint, _ = settle_arguments(args, typed)
+    schedule = schedule_of(schedule, args)
+    distributed.start(device)
+    seed_everything(args.seed)
+    handler = None
+    try:
+        model, criterion, postprocessors = build_detector(args, checkpoint)
+        run = _Run(schedule, args, model.to(device), output_dir, device)
+        run.prepare(criterion.to(device), postprocessors["bbox"])
+        handler = log_to_file(output_dir / "run.log")
+        return run.search()
+    finally:
+        stop_logging_to_file(handler)
+        distributed.stop()
+
+
+def schedule_of(schedule: Schedule, args: argparse.Namespace) -> Schedule:
+    """`schedule` with the values of the options."""
+    return dataclasses.replace(
+        schedule,
+        map_tol=args.map_tol,
+        skip=args.skip_eval_converge,
+        points_per_module=args.decay_points,
+        fraction_per_module=args.decay_fraction,
+    )
+
+
+def units_of(args: argparse.Namespace) -> Units:
+    """The sizes of the steps, from the options."""
+    ffn_unit = 4 * args.nheads if args.ffn_unit is None else args.ffn_unit
+    return Units(args.attention_unit, ffn_unit, args.num_candidates_attention, args.num_candidates_ffn, args.seed)
+
+
+class _Run:
+    """One search from the detector to its output files."""
+
+    def __init__(
+        self, schedule: Schedule, args: argparse.Namespace, model: nn.Module, output_dir: Path, device: torch.device
+    ) -> None:
+        self.schedule, self.args, self.model, self.device = schedule, args, model, device
+        self.output_dir = output_dir
+        self.log = get_logger()
+        self.decisions: list[Decision] = []
+
+    def prepare(self, criterion: nn.Module, postprocess: Any) -> None:
+        """Read the images once and keep what the backbone makes of them."""
+        args = self.args
+        ground_truth = GroundTruth(annotation_path(args.coco_path, args.search_split))
+        dataset = build_dataset(args.search_split, args, augment=False)
+        self.num_images = len(dataset)
+        numbers = batch_numbers(len(dataset), args.batch_size)
+        batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, len(dataset))) for n in numbers]
+        own_images = Subset(dataset, [index for batch in batches for index in batch])
+        loader = build_loader(own_images, args.batch_size, shuffle=False, num_workers=args.num_workers, seed=args.seed)
+        self.image_size_hw = tuple(dataset[0][0].shape[-2:])
+        self.began = time.monotonic()
+        self.bench = DetectorBench(
+            self.model,
+            criterion,
+            postprocess,
+            loader,
+            ground_truth,
+            step_shares(self.model, self.image_size_hw),
+            device=self.device,
+            batch_numbers=numbers,
+            subset_batches_attention=args.subset_batches_attention,
+            subset_batches_ffn=args.subset_batches_ffn,
+            images_at_once=args.images_at_once,
+            cache_device=torch.device("cpu") if args.cache_device == "cpu" else None,
+            amp=args.amp,
+            progress=functools.partial(tqdm, desc="backbone", leave=False, disable=_bar_off()),
+        )
+
+    def search(self) -> Result:
+        """Search, and write what it found."""
+        args, units = self.args, units_of(self.args)
+        journal = Journal(self.output_dir / JOURNAL_NAME)
+        base_ap = self.bench.full_ap()
+        if base_ap < 0:
+            raise UserError(f"--search_split {args.search_split}: found no boxes in its annotations, expected some")
+        self.log.info(
+            "%s on %s: %d images, mAP %.4f before; features take %.0f MB",
+            self.schedule.name, args.search_split, self.num_images,
+            base_ap, self.bench.cache.nbytes / 1e6,
+        )  # fmt: skip
+        if distributed.is_main():
+            journal.start(self._facts(base_ap, units))
+        with report.ProgressBar(list(self.bench.modules.values()), units, _bar_off()) as bar:
+
+            def record(decision: Decision) -> None:
+                self.decisions.append(decision)
+                if distributed.is_main():
+                    journal.decision(decision)
+                bar.show(decision)
+                if decision.accepted:
+                    self.log.info("%s", report.module_line(decision))
+
+            kept = Search(self.bench, self.schedule, units, base_ap, record).run()
+        result = Result(
+            base_ap,
+            self.decisions[-1].full_ap,
+            kept,
+            widths_after(self.model.widths, kept),
+            self.output_dir / OUTPUT_NAME,
+        )
+        if distributed.is_main():
+            self._write(result)
+            journal.end(self._outcome(result))
+        distributed.barrier()
+        return result
+
+    def _facts(self, base_ap: float, units: Units) -> dict[str, Any]:
+        return {
+            "schedule": dataclasses.asdict(self.schedule),
+            "units": dataclasses.asdict(units),
+            "base_ap": base_ap,
+            "full_widths": self.model.widths.to_list(),
+            "search_split": self.args.search_split,
+            "args": plain_arguments(self.args),
+        }
+
+    def _outcome(self, result: Result) -> dict[str, Any]:
+        return {
+            "ap": result.ap,
+            "widths": result.widths.to_list(),
+            "seconds": round(time.monotonic() - self.began, 3),
+            "passes": self.bench.counter.to_dict(),
+        }
+
+    def _write(self, result: Result) -> None:
+        """The output file, pictures, tables, and the command to type next."""
+        save_checkpoint(
+            result.path,
+            state_dict=self.model.state_dict(),
+            widths=result.widths,
+            full_widths=self.model.widths,
+            arguments=self.args,
+            num_classes=self.args.num_classes,
+            kept=result.kept,
+            trace=[{key: value for key, value in d.to_dict().items() if key != "kept"} for d in self.decisions],
+        )
+        before, after = self._costs(result.widths)
+        caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
+        plots.plot_widths(self.output_dir / "widths.png", self.model.widths, result.widths)
+        plots.plot_ap_against_parameters(
+            self.output_dir / "ap_params.png", self.decisions, result.base_ap, before.transformer_params, caption
+        )
+        passes = self.bench.counter
+        self.log.info("%s", report.module_table(self.decisions))
+        self.log.info("%s", cost_table([("before", before), ("after", after)]))
+        self.log.info(
+            "mAP on %s: %.4f before, %.4f after; %d images through the backbone, %d through a part of the rest, "
+            "worth %.0f whole passes; %.0f s",
+            self.args.search_split, result.base_ap, result.ap, passes.backbone_images, passes.images,
+            passes.whole_passes, time.monotonic() - self.began,
+        )  # fmt: skip
+        self.log.info("--cfgs '%s'", result.widths)
+        self.log.info("next: %s", report.next_command(self.args, result.path))
+
+    def _costs(self, widths: Widths) -> tuple[Cost, Cost]:
+        with torch.device("meta"):
+            slim, _, _ = build_model(
+                argparse.Namespace(**{**vars(self.args), "cfgs": widths, "pretrained_backbone": False})
+            )
+        return cost_of(self.model, self.image_size_hw), cost_of(slim, self.image_size_hw)
+
+
+def batch_numbers(images: int, batch_size: int) -> list[int]:
+    """The batches of this process: its share, and in front of it the first batch, on which all score candidates."""
+    share = range(distributed.rank(), -(-images // batch_size), distributed.world_size())
+    return [0, *(number for number in share if number)]
+
+
+def _bar_off() -> bool | None:
+    """For tqdm's `disable`: None leaves the bar to terminals."""
+    return None if distributed.is_main() else True

@@ -1,0 +1,83 @@
+"""Pictures of a search: what is left of each module, and what the way there cost in AP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.widths import Widths
+from pruning.journal import Decision
+from pruning.schedule import role_of
+from util.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "encoder.attention": "#1f77b4",
+    "encoder.ffn": "#1f77b4",
+    "decoder.self_attention": "#ff7f0e",
+    "decoder.cross_attention": "#d62728",
+    "decoder.ffn": "#ff7f0e",
+}
+WHOLE = "#dddddd"
+
+
+def plot_widths(path: str | Path, before: Widths, after: Widths) -> None:
+    """Write a PNG with the width of each module before (grey) and after, attentions above FFNs."""
+    figure = _figure(10, 6)
+    panels = figure.subplots(2, 1)
+    for axes, title, is_ffn in zip(panels, ("attention channels", "FFN channels"), (False, True), strict=True):
+        names = [name for name in before.names() if name.endswith("ffn") == is_ffn]
+        axes.bar(names, [before.of(name) for name in names], color=WHOLE, label="before")
+        bars = axes.bar(names, [after.of(name) for name in names], color=[COLOURS[role_of(name)] for name in names])
+        axes.bar_label(bars, fontsize=7)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.tick_params(axis="x", labelrotation=35, labelsize=7)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
+    _save(figure, path)
+
+
+def plot_ap_against_parameters(
+    path: str | Path, decisions: Sequence[Decision], base_ap: float, base_params: int, caption: str
+) -> None:
+    """Write a PNG: mAP of the whole split against transformer parameters, every width tried and those accepted.
+
+    Args:
+        base_ap: mAP in [0, 1] before the search, with `base_params` transformer parameters.
+        caption: title, such as the schedule and the split that was looked at.
+    """
+    tried = [d for d in decisions if d.full_ap is not None and not d.accepted]
+    accepted = [d for d in decisions if d.accepted]
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    axes.plot(
+        [base_params / 1e6, *(d.transformer_params / 1e6 for d in accepted)],
+        [100 * base_ap, *(100 * d.full_ap for d in accepted)],
+        "o-",
+        label="accepted",
+    )
+    axes.plot([d.transformer_params / 1e6 for d in tried], [100 * d.full_ap for d in tried], "x", label="tried")
+    axes.axhline(100 * base_ap, color=WHOLE, zorder=0)
+    axes.set_xlabel("transformer parameters (millions)")
+    axes.set_ylabel("AP (points)")
+    axes.invert_xaxis()
+    axes.set_title(caption, fontsize=10)
+    axes.legend()
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of that many inches, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    write_atomic(path, lambda stream: figure.savefig(stream, format="png", dpi=120))

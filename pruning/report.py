@@ -1,0 +1,85 @@
+"""What a search tells while it runs and when it is done."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from pruning.journal import Decision
+from pruning.kept import Channels
+from pruning.search import Units
+from util.logging import table
+
+
+class ProgressBar:
+    """A bar over all steps that a search could take; a module that is done early skips the rest of its steps.
+
+    So the time left is an upper estimate at the pace so far, which falls with each module that ends early.
+    """
+
+    def __init__(self, modules: Sequence[Channels], units: Units, disable: bool | None = None) -> None:
+        """`disable` None shows the bar on terminals only."""
+        self._steps = {module.name: -(-module.width // units.channels(module)) for module in modules}
+        self._done = 0
+        self._bar = tqdm(total=sum(self._steps.values()), unit="step", smoothing=0, disable=disable)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._bar.close()
+
+    def show(self, decision: Decision) -> None:
+        """Move on by one decision."""
+        ap = decision.subset_ap if decision.full_ap is None else decision.full_ap
+        self._bar.set_description(f"{decision.module} {decision.width}/{decision.full_width}", refresh=False)
+        split = "subset" if decision.full_ap is None else "full"
+        self._bar.set_postfix_str(
+            f"{split} mAP {ap:.4f} target {decision.target_ap:.4f}, {decision.whole_passes:.0f} passes", refresh=False
+        )
+        if decision.accepted:
+            self._done += self._steps[decision.module]
+            self._bar.update(self._done - self._bar.n)
+        else:
+            self._bar.update()
+
+
+def module_line(decision: Decision) -> str:
+    """One line of the log for a module that is done."""
+    return (
+        f"{decision.module}: {decision.full_width} -> {decision.width} channels, mAP {decision.full_ap:.4f} "
+        f"(target {decision.target_ap:.4f}), {decision.step + 1} steps, {decision.seconds:.0f} s since the start"
+    )
+
+
+def module_table(decisions: Sequence[Decision]) -> str:
+    """The table of modules: width before and after, mAP after, seconds and passes through the network."""
+    rows, seconds, passes, images = [], 0.0, 0.0, 0
+    for decision in decisions:
+        if not decision.accepted:
+            continue
+        rows.append(
+            (
+                decision.module,
+                decision.full_width,
+                decision.width,
+                decision.full_ap,
+                f"{decision.seconds - seconds:.1f}",
+                decision.image_passes - images,
+                f"{decision.whole_passes - passes:.1f}",
+            )
+        )
+        seconds, passes, images = decision.seconds, decision.whole_passes, decision.image_passes
+    return table(("module", "before", "after", "mAP after", "seconds", "images", "whole passes"), rows)
+
+
+def next_command(args: Namespace, pruned: Path) -> str:
+    """The command that transplants and fine-tunes what a search has found."""
+    words = ["python", "main.py", "-m", args.modelname, "--output_dir", str(pruned.parent / "finetuned")]
+    words += ["--coco_path", args.coco_path, "--resume", str(pruned), "--batch_size", str(args.batch_size)]
+    return shlex.join([*words, "--use_dn" if args.use_dn else "--no-use_dn"])

@@ -1,0 +1,213 @@
+"""Both searches on a tiny detector and a data set of its own detections, from the options to the output file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pruning.cli
+from datasets.coco import annotation_path, build_dataset, build_loader
+from datasets.coco_eval import GroundTruth
+from engine import evaluate
+from main import build_detector, settle_arguments
+from pruning.cli import get_pruning_parser, search
+from pruning.features import StateCache
+from pruning.gates import gated
+from pruning.kept import from_lists
+from pruning.schedule import GP, MGP
+from tests.pruning.tiny import TINY, tiny_args, tiny_detector
+from util.checkpoint import read_checkpoint, save_checkpoint
+from util.errors import UserError
+from util.options import parse
+
+IMAGES = 7
+SMALL = f"{TINY} --image_size 64 --batch_size 2 --num_workers 0 --device cpu"
+FEW = (
+    "--subset_batches_attention 2 --subset_batches_ffn 1 --num_candidates_attention 8 --num_candidates_ffn 4 "
+    "--attention_unit 2 --ffn_unit 8"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, and images annotated with the detections of that very detector."""
+    root = tmp_path_factory.mktemp("search")
+    model, _, postprocessors = tiny_detector("--num_queries 5")
+    args = tiny_args(f"{SMALL} --coco_path {root}")
+    save_checkpoint(
+        root / "dense.pth",
+        state_dict=model.state_dict(),
+        widths=model.widths,
+        full_widths=model.widths,
+        arguments=args,
+        num_classes=7,
+    )
+    (root / "annotations").mkdir()
+    for split, seed in (("val2017", 1), ("train2017", 2)):
+        _write_split(root, split, seed, args, model.eval(), postprocessors["bbox"])
+    return root
+
+
+def _write_split(root, split, seed, args, model, postprocess):
+    generator = np.random.default_rng(seed)
+    (root / split).mkdir()
+    images = []
+    for number in range(IMAGES):
+        height, width = (64, 64) if number % 3 else (64, 80)
+        blocks = generator.integers(0, 255, (height // 16, width // 16, 3), np.uint8)
+        name = f"{number:06d}.png"
+        Image.fromarray(blocks.repeat(16, 0).repeat(16, 1)).save(root / split / name)
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
+    categories = [{"id": number, "name": f"thing {number}"} for number in range(1, 7)]
+    content = {"images": images, "annotations": [], "categories": categories}
+    path = annotation_path(root, split)
+    path.write_text(json.dumps(content))
+    for image, target in build_dataset(split, args, augment=False):
+        with torch.no_grad():
+            found = postprocess(model([image]), target["orig_size"][None])[0]
+        seen = set()
+        for label, (x0, y0, x1, y1) in zip(found["labels"].tolist(), found["boxes"].tolist(), strict=True):
+            if label in range(1, 7) and label not in seen and len(seen) < 3:
+                seen.add(label)
+                box = [x0, y0, x1 - x0, y1 - y0]
+                content["annotations"].append(
+                    {
+                        "id": len(content["annotations"]) + 1,
+                        "image_id": int(target["image_id"]),
+                        "category_id": label,
+                        "bbox": box,
+                        "area": box[2] * box[3],
+                        "iscrowd": 0,
+                    }
+                )
+    path.write_text(json.dumps(content))
+
+
+def run(schedule, folder, out, more=""):
+    parser = get_pruning_parser(schedule, "a test")
+    words = f"{SMALL} {FEW} --coco_path {folder} --resume {folder}/dense.pth --output_dir {out} {more}".split()
+    args, typed = parse(parser, words)
+    return search(schedule, args, typed)
+
+
+def ap_of(model, postprocess, args, split="val2017"):
+    loader = build_loader(build_dataset(split, args, augment=False), 2, shuffle=False)
+    truth = GroundTruth(annotation_path(args.coco_path, split))
+    result = evaluate(model, postprocess, loader, truth, device=torch.device("cpu"), progress=False)
+    return result.stats["AP"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "more"),
+    [(GP, ""), (MGP, "--search_split train2017 --map_tol 0.3 --skip_eval_converge 0.1")],
+    ids=["gp", "mgp"],
+)
+def test_a_search_writes_what_it_has_measured(folder, tmp_path, schedule, more):
+    result = run(schedule, folder, tmp_path / "out", more)
+    split = "train2017" if "train2017" in more else "val2017"
+    assert result.base_ap > 0.2
+    assert result.ap >= schedule.full_threshold_ap(result.base_ap, 7) - 0.3
+
+    checkpoint = read_checkpoint(result.path)
+    assert checkpoint.kind == "search"
+    assert checkpoint.widths == result.widths != tiny_detector()[0].widths
+    args = tiny_args(f"{SMALL} --coco_path {folder} --resume {result.path} --eval")
+    checkpoint, _ = settle_arguments(args)
+    slim, _, postprocessors = build_detector(args, checkpoint)
+    assert slim.widths == result.widths
+    assert ap_of(slim, postprocessors["bbox"], args, split) == pytest.approx(result.ap, abs=1e-3)
+
+    whole = tiny_detector()[0]
+    with gated(whole, result.kept):
+        assert ap_of(whole, postprocessors["bbox"], args, split) == pytest.approx(result.ap, abs=1e-3)
+
+    lines = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", *["decision"] * (len(lines) - 2), "end"]
+    accepted = [line for line in lines if line.get("accepted")]
+    assert [line["module"] for line in accepted] == list(schedule.order(whole.prunable_modules()))
+    for line in accepted:
+        for part, indices in from_lists(line["kept"]).items():
+            assert torch.equal(indices, result.kept[line["module"]][part])
+    assert lines[0]["base_ap"] == result.base_ap
+    assert accepted[-1]["transformer_params"] == sum(p.numel() for p in slim.transformer.parameters())
+    for name in ("widths.png", "ap_params.png", "run.log"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    assert len(checkpoint.trace) == len(lines) - 2
+    assert f"--cfgs '{result.widths}'" in (tmp_path / "out" / "run.log").read_text()
+
+
+def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
+    """The backbone sees each image once; in front of the searched module each step sees each image once a visit."""
+    seen, built = {"backbone": 0}, []
+
+    def count(module, inputs, output):
+        if not output[0].is_meta:  # shapes alone are asked for too
+            seen["backbone"] += len(inputs[0])
+
+    def watched(args, checkpoint):
+        model, criterion, postprocessors = build_detector(args, checkpoint)
+        model.backbone[0].register_forward_hook(count)
+        built.append(model)
+        return model, criterion, postprocessors
+
+    moves = []
+    move_to = StateCache.move_to
+
+    def watched_move(self, name):
+        before = dict(self._counter.images_by_range)
+        came_from = self.position
+        move_to(self, name)
+        after = self._counter.images_by_range
+        moves.append(
+            (came_from, name, {key: n - before.get(key, 0) for key, n in after.items() if n != before.get(key)})
+        )
+
+    monkeypatch.setattr(pruning.cli, "build_detector", watched)
+    monkeypatch.setattr(StateCache, "move_to", watched_move)
+    run(MGP, folder, tmp_path)
+    assert seen["backbone"] == IMAGES
+    order = built[0].step_names
+    assert [name for _, name, _ in moves] == list(MGP.order(order))
+    for came_from, name, passes in moves:
+        back = order.index(name) < order.index(came_from)
+        start = order[0] if back else came_from
+        assert passes == ({} if start == name else {(start, name): IMAGES})
+
+
+def test_a_search_goes_on_from_its_own_output(folder, tmp_path):
+    first = run(MGP, folder, tmp_path / "one", "--map_tol 0.5 --skip_eval_converge 0.2")
+    second = run(MGP, folder, tmp_path / "two", f"--map_tol 0.5 --resume {first.path}")
+    assert second.base_ap == pytest.approx(first.ap, abs=1e-3)
+    assert all(second.widths.of(name) <= first.widths.of(name) for name in first.widths.names())
+
+
+def test_the_same_seed_finds_the_same_channels_however_many_share_a_forward(folder, tmp_path):
+    one = run(MGP, folder, tmp_path / "one", "--images_at_once 1")
+    many = run(MGP, folder, tmp_path / "many", "--images_at_once 100 --cache_device cpu")
+    assert one.widths == many.widths
+    for name, kept in one.kept.items():
+        assert all(torch.equal(indices, many.kept[name][part]) for part, indices in kept.items())
+
+
+def test_an_older_journal_is_moved_aside(folder, tmp_path):
+    (tmp_path / "search.jsonl").write_text("older\n")
+    run(GP, folder, tmp_path, "--attention_unit 8 --ffn_unit 32")
+    assert (tmp_path / "search.1.jsonl").read_text() == "older\n"
+
+
+@pytest.mark.parametrize("word", ["--map_tol 1", "--map_tol -0.1", "--skip_eval_converge 1.5", "--ffn_unit 0"])
+def test_options_out_of_range_end_with_code_2(folder, tmp_path, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(GP, folder, tmp_path / "out", word)
+    assert end.value.code == 2
+    assert word.split()[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_needs_a_checkpoint(folder, tmp_path):
+    args, typed = parse(get_pruning_parser(GP, "a test"), ["--coco_path", str(folder), "--output_dir", str(tmp_path)])
+    with pytest.raises(UserError, match="--resume"):
+        search(GP, args, typed)
+    assert not list(tmp_path.iterdir())
