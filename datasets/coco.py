@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional
 
 from datasets.transforms import eval_transforms, train_transforms
@@ -78,18 +78,9 @@ def _check_annotations(content: Any, path: Path) -> None:
         category_ids = {category["id"] for category in content["categories"]}
         key = "annotations"
         for item in content["annotations"]:
-            if item["image_id"] not in image_ids:
-                raise UserError(
-                    f"{path}: annotation {item['id']} points to image {item['image_id']}, which is not listed"
-                )
-            if item["category_id"] not in category_ids:
-                raise UserError(
-                    f"{path}: annotation {item['id']} points to category {item['category_id']}, which is not listed"
-                )
-            if len(item["bbox"]) != 4:
-                raise UserError(
-                    f"{path}: annotation {item['id']} has a bbox of {len(item['bbox'])} numbers, expected 4"
-                )
+            problem = _annotation_problem(item, image_ids, category_ids)
+            if problem:
+                raise UserError(f"{path}: annotation {item['id']} {problem}")
             item.setdefault("iscrowd", 0)
             if "area" not in item:
                 item["area"] = item["bbox"][2] * item["bbox"][3]
@@ -100,6 +91,19 @@ def _check_annotations(content: Any, path: Path) -> None:
     least = min(category_ids)
     if not isinstance(least, int) or least < 0:
         raise UserError(f"{path}: category id {least!r}, expected whole numbers from 0 on")
+
+
+def _annotation_problem(item: dict[str, Any], image_ids: set, category_ids: set) -> str | None:
+    """What is wrong with one annotation, to follow its name in a sentence."""
+    if item["image_id"] not in image_ids:
+        return f"points to image {item['image_id']}, which is not listed"
+    if item["category_id"] not in category_ids:
+        return f"points to category {item['category_id']}, which is not listed"
+    if len(item["bbox"]) != 4:
+        return f"has a bbox of {len(item['bbox'])} numbers, expected 4"
+    if not math.isfinite(sum(item["bbox"])):
+        return f"has the bbox {item['bbox']}, expected finite numbers"
+    return None
 
 
 def num_classes_of(annotation_file: str | Path) -> int:
@@ -196,14 +200,7 @@ def read_image(path: Path) -> Tensor:
         UserError: the file cannot be read as an image.
     """
     try:
-        content = path.read_bytes()
-        try:
-            decoded = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-            if decoded.dtype == torch.uint8 and decoded.ndim == 3:
-                return decoded
-        except (RuntimeError, ValueError):
-            pass  # Pillow is slower, but knows more formats and says what is wrong with the rest
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:  # one read; Pillow would make dozens of small ones
             return functional.pil_to_tensor(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from None

@@ -82,14 +82,6 @@ def to_detections(image_id: int, result: dict[str, Tensor]) -> np.ndarray:
     return rows
 
 
-def to_results(detections: np.ndarray) -> list[dict[str, Any]]:
-    """Detections N x 7 in COCO's results format, ready for JSON."""
-    return [
-        {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5], "score": row[5]}
-        for row in detections.tolist()
-    ]
-
-
 def coco_stats(
     ground_truth: GroundTruth,
     detections: np.ndarray,

@@ -1,0 +1,258 @@
+"""Reading COCO folders: targets, repeatable loading, and what a user gets to read when something is wrong."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.coco import (
+    CocoDataset,
+    annotation_path,
+    build_dataset,
+    build_loader,
+    category_names,
+    collate,
+    image_folder,
+    num_classes_of,
+    read_image,
+)
+from datasets.transforms import eval_transforms
+from util.errors import UserError
+
+SPLIT = "train2017"
+
+
+def box(number, image_id, category_id, bbox, **more):
+    """One annotation."""
+    return {"id": number, "image_id": image_id, "category_id": category_id, "bbox": bbox, "area": 1.0, **more}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images of 40 x 60 pixels (one without annotations), with a crowd and a box without area."""
+    root = tmp_path / "coco"
+    image_folder(root, SPLIT).mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        pixels = generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(image_folder(root, SPLIT) / name)
+    content = {
+        "images": [{"id": 9, "file_name": "c.jpg"}, {"id": 2, "file_name": "a.jpg"}, {"id": 5, "file_name": "b.jpg"}],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+        "annotations": [
+            box(1, 2, 7, [6, 4, 12, 8], iscrowd=0),
+            box(2, 2, 3, [0, 0, 60, 40], iscrowd=1),
+            box(3, 2, 3, [10, 10, 0, 5], iscrowd=0),
+            box(4, 9, 3, [50, 30, 20, 20], iscrowd=0),  # reaches over the border
+        ],
+    }
+    rewrite(root, content)
+    return root
+
+
+def rewrite(root, content):
+    """Write the annotation file of the split."""
+    path = annotation_path(root, SPLIT)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def edited(root, **changes):
+    """The annotation file's content with some tables replaced."""
+    return json.loads(annotation_path(root, SPLIT).read_text()) | changes
+
+
+def options(root, image_size=20, seed=0):
+    """What the factories read of the command line."""
+    return SimpleNamespace(coco_path=str(root), image_size=image_size, seed=seed)
+
+
+def test_targets_are_relative_and_leave_out_crowds_and_empty_boxes(folder):
+    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    assert dataset.ids == [2, 5, 9]
+    image, target = dataset[0]
+    assert image.shape == (3, 20, 30) and image.dtype == torch.float32 and type(image) is torch.Tensor
+    torch.testing.assert_close(target["boxes"], torch.tensor([[0.2, 0.2, 0.2, 0.2]]))
+    assert target["labels"].tolist() == [7] and target["iscrowd"].tolist() == [0]
+    assert target["image_id"].item() == 2 and target["image_id"].ndim == 0
+    assert target["orig_size"].tolist() == [40, 60] and target["size"].tolist() == [20, 30]
+    assert all(target[name].dtype == torch.int64 for name in ("labels", "image_id", "orig_size", "size", "iscrowd"))
+    empty = dataset[1][1]
+    assert empty["boxes"].shape == (0, 4) and empty["boxes"].dtype == torch.float32 and empty["labels"].shape == (0,)
+    torch.testing.assert_close(dataset[2][1]["boxes"], torch.tensor([[55 / 60, 35 / 40, 10 / 60, 10 / 40]]))
+
+
+def test_classes_come_from_the_annotations(folder):
+    path = annotation_path(folder, SPLIT)
+    assert num_classes_of(path) == 8 and category_names(path) == {3: "cat", 7: "dog"}
+
+
+def test_collate_keeps_sizes():
+    batch = [(torch.zeros(3, 4, 5), {"boxes": torch.zeros(0, 4)}), (torch.ones(3, 6, 2), {"boxes": torch.ones(1, 4)})]
+    images, targets = collate(batch)
+    assert [tuple(image.shape) for image in images] == [(3, 4, 5), (3, 6, 2)] and len(targets) == 2
+
+
+def batches(root, epoch, *, seed=0, num_workers=0, batch_size=2):
+    """All images and targets of one training epoch."""
+    loader = build_loader(
+        build_dataset(SPLIT, options(root, seed=seed), augment=True),
+        batch_size,
+        shuffle=True,
+        num_workers=num_workers,
+        seed=seed,
+    )
+    loader.set_epoch(epoch)
+    return [(image, target) for images, targets in loader for image, target in zip(images, targets, strict=True)]
+
+
+def same(one, other):
+    """Whether two epochs hold the same images and targets in the same order."""
+    return len(one) == len(other) and all(
+        torch.equal(image, image_2) and all(torch.equal(target[name], target_2[name]) for name in target)
+        for (image, target), (image_2, target_2) in zip(one, other, strict=True)
+    )
+
+
+def test_an_epoch_depends_on_seed_and_number_alone(folder):
+    reference = batches(folder, 3)
+    state = torch.get_rng_state()
+    torch.rand(5)
+    assert same(reference, batches(folder, 3))
+    torch.set_rng_state(state)
+    assert same(reference, batches(folder, 3, num_workers=2))
+    assert torch.equal(torch.get_rng_state(), state)  # and touches no global generator
+    epochs = [batches(folder, epoch) for epoch in range(6)] + [batches(folder, 3, seed=1)]
+    assert sum(same(reference, other) for other in epochs) == 1
+
+
+def test_batches_are_the_collated_samples(folder):
+    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    images, targets = next(iter(build_loader(dataset, 3, shuffle=False)))
+    for index, (image, target) in enumerate(zip(images, targets, strict=True)):
+        wanted_image, wanted_target = dataset[index]
+        assert torch.equal(image, wanted_image)
+        assert {name: value.dtype for name, value in target.items()} == {
+            name: value.dtype for name, value in wanted_target.items()
+        }
+        assert all(torch.equal(target[name], value) for name, value in wanted_target.items())
+        target["boxes"] += 1  # writable
+
+
+def test_boxes_follow_the_picture_through_augmentation(tmp_path):
+    """A white rectangle on black: wherever it goes, its box goes along."""
+    root = tmp_path / "coco"
+    image_folder(root, SPLIT).mkdir(parents=True)
+    pixels = np.zeros((80, 120, 3), np.uint8)
+    pixels[30:60, 20:50] = 255
+    Image.fromarray(pixels).save(image_folder(root, SPLIT) / "a.png")
+    content = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "x"}]}
+    rewrite(root, content | {"annotations": [box(1, 1, 1, [20, 30, 30, 30])]})
+    dataset = build_dataset(SPLIT, options(root, image_size=100), augment=True)
+    sizes = set()
+    for epoch in range(40):
+        dataset.set_epoch(epoch)
+        image, target = dataset[0]
+        height, width = image.shape[-2:]
+        sizes.add((height, width))
+        assert min(height, width) <= 100 and max(height, width) <= 167
+        bright = image[0] > 0
+        if not len(target["boxes"]):
+            assert bright.any(dim=0).sum() <= 2 or bright.any(dim=1).sum() <= 2
+            continue
+        rows, columns = bright.any(dim=1).nonzero(), bright.any(dim=0).nonzero()
+        seen = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        cx, cy, w, h = (target["boxes"][0] * torch.tensor([width, height, width, height])).tolist()
+        corners = torch.tensor([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+        assert (corners - seen).abs().max() <= 1.5
+    assert len(sizes) > 10
+
+
+def test_share_of_each_process(folder, monkeypatch):
+    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr("torch.utils.data.distributed.dist.is_available", lambda: True)
+        monkeypatch.setattr("torch.utils.data.distributed.dist.get_world_size", lambda: 2)
+        monkeypatch.setattr("torch.utils.data.distributed.dist.get_rank", lambda rank=rank: rank)
+        loader = build_loader(dataset, 1, shuffle=True, distributed=True)
+        seen.append([int(targets[0]["image_id"]) for _, targets in loader])
+    assert len(seen[0]) == len(seen[1]) == 2 and set(seen[0] + seen[1]) == {2, 5, 9}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_corrupt_image_is_named(folder, num_workers):
+    path = image_folder(folder, SPLIT) / "b.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    loader = build_loader(
+        build_dataset(SPLIT, options(folder), augment=False), 1, shuffle=False, num_workers=num_workers
+    )
+    with pytest.raises(UserError, match=r"b\.jpg cannot be read as an image") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_formats_are_read_as_rgb(tmp_path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for name, image in (
+        ("grey.jpg", Image.fromarray(grey)),
+        ("palette.png", Image.fromarray(grey).convert("P")),
+        ("deep.png", Image.fromarray(grey.astype(np.uint16))),
+        ("inks.jpg", Image.fromarray(grey).convert("CMYK")),
+        ("alpha.png", Image.fromarray(grey).convert("RGBA")),
+        ("bitmap.bmp", Image.fromarray(grey)),
+    ):
+        image.save(tmp_path / name)
+        decoded = read_image(tmp_path / name)
+        assert decoded.shape == (3, 8, 8) and decoded.dtype == torch.uint8, name
+
+
+def test_missing_files_are_named(folder, tmp_path):
+    with pytest.raises(UserError, match=r"--coco_path .*nowhere is no folder"):
+        build_dataset(SPLIT, options(tmp_path / "nowhere"), augment=False)
+    with pytest.raises(UserError, match=r"instances_val2017\.json does not exist"):
+        build_dataset("val2017", options(folder), augment=False)
+    (image_folder(folder, SPLIT) / "c.jpg").unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of the 3 images .* first c\.jpg"):
+        build_dataset(SPLIT, options(folder), augment=False)
+    image_folder(folder, SPLIT).rename(folder / "elsewhere")
+    with pytest.raises(UserError, match="train2017 is no folder"):
+        build_dataset(SPLIT, options(folder), augment=False)
+
+
+BROKEN = {
+    "cannot be read as JSON": "{",
+    "has no list 'images'": "[]",
+    "has no list 'categories'": {"categories": None},
+    "has no categories": {"categories": []},
+    "lists no images": {"images": [], "annotations": []},
+    "annotation 8 points to image 77": {"annotations": [box(8, 77, 3, [0, 0, 1, 1])]},
+    "annotation 8 points to category 4": {"annotations": [box(8, 2, 4, [0, 0, 1, 1])]},
+    "annotation 8 has a bbox of 3 numbers": {"annotations": [box(8, 2, 3, [0, 0, 1])]},
+    "annotation 8 has the bbox .* expected finite numbers": {"annotations": [box(8, 2, 3, [0, 0, 1, float("nan")])]},
+    "an entry of 'annotations' is malformed": {"annotations": [box(8, 2, 3, [0, 0, 1, "x"])]},
+    "an entry of 'annotations' has no 'bbox'": {"annotations": [{"id": 1, "image_id": 2, "category_id": 3}]},
+    "an entry of 'images' has no 'file_name'": {"images": [{"id": 2}]},
+    "an entry of 'images' is malformed": {"images": ["a.jpg"]},
+    "category id -1": {"categories": [{"id": -1, "name": "x"}], "annotations": []},
+    "category id 'cat'": {"categories": [{"id": "cat"}], "annotations": []},
+}
+
+
+@pytest.mark.parametrize("message", list(BROKEN))
+def test_broken_annotations_are_told_in_a_sentence(folder, message):
+    content = BROKEN[message]
+    rewrite(folder, content if isinstance(content, str) else edited(folder, **content))
+    with pytest.raises(UserError, match=message) as caught:
+        build_dataset(SPLIT, options(folder), augment=False)
+    assert str(annotation_path(folder, SPLIT)) in str(caught.value)
+
+
+def test_missing_area_and_crowd_flag_are_filled_in(folder):
+    items = [{"id": 1, "image_id": 2, "category_id": 3, "bbox": [1, 2, 3, 4]}]
+    rewrite(folder, edited(folder, annotations=items))
+    dataset = CocoDataset(image_folder(folder, SPLIT), annotation_path(folder, SPLIT), eval_transforms(20))
+    assert dataset[0][1]["area"].tolist() == [12.0]

@@ -1,0 +1,169 @@
+"""All evaluators give what plain pycocotools gives, and what COCO's rules say on cases worked out by hand."""
+
+import contextlib
+import importlib.util
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from datasets.coco_eval import COLUMNS, STAT_NAMES, GroundTruth, coco_stats, default_backend, to_detections
+
+PACKAGES = {"faster": "faster_coco_eval", "hotcoco": "hotcoco", "pycocotools": "pycocotools"}
+BACKENDS = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package)]
+CATEGORY_IDS = (1, 4, 9)
+
+
+def tables(annotations, image_ids=(3, 7, 20), category_ids=CATEGORY_IDS):
+    """COCO tables; annotations are (image id, category id, bbox, iscrowd)."""
+    return {
+        "images": [{"id": i, "width": 300, "height": 300, "file_name": f"{i}.jpg"} for i in image_ids],
+        "categories": [{"id": c, "name": str(c)} for c in category_ids],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": c, "bbox": b, "area": b[2] * b[3] * 0.8, "iscrowd": crowd}
+            for n, (i, c, b, crowd) in enumerate(annotations, start=1)
+        ],
+    }
+
+
+def judge(content, detections, image_ids=None):
+    """The figures as pycocotools' own documentation computes them, with nothing left out."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = content
+        truth.createIndex()
+        found = COCO()
+        if len(detections):
+            found = truth.loadRes(np.array(detections, np.float64))
+        else:
+            found.dataset = content | {"annotations": []}
+            found.createIndex()
+        evaluator = COCOeval(truth, found, "bbox")
+        if image_ids is not None:
+            evaluator.params.imgIds = list(image_ids)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return dict(zip(STAT_NAMES, evaluator.stats, strict=True))
+
+
+def check_all(content, detections, image_ids=None):
+    """Every backend agrees with the judge to 1e-6."""
+    wanted = judge(content, detections, image_ids)
+    ground_truth = GroundTruth(content)
+    for backend in BACKENDS:
+        for _ in range(2):  # the second call finds the ground truth prepared, and must not find it changed
+            found = coco_stats(ground_truth, np.array(detections), image_ids, backend=backend)
+            assert list(found) == list(STAT_NAMES)
+            for name in STAT_NAMES:
+                assert abs(found[name] - wanted[name]) <= 1e-6, (backend, name, found[name], wanted[name])
+    return wanted
+
+
+sides = st.sampled_from([0.0, 3.5, 20.0, 31.9, 32.0, 60.25, 96.0, 140.0])
+places = st.sampled_from([0.0, 1.0, 7.5, 40.0, 41.0, 100.0])
+boxes = st.tuples(places, places, sides, sides).map(list)
+objects = st.tuples(st.sampled_from([3, 7]), st.sampled_from(CATEGORY_IDS[:2]), boxes, st.sampled_from([0, 0, 0, 1]))
+found_boxes = st.tuples(
+    st.sampled_from([3, 7, 20]),
+    places,
+    places,
+    sides,
+    sides,
+    st.sampled_from([0.0, 0.1, 0.5, 0.5, 0.9, 1.0]),
+    st.none(),
+)
+detection_rows = st.lists(st.tuples(found_boxes, st.sampled_from(CATEGORY_IDS)), max_size=25).map(
+    lambda rows: [[*row[:6], category] for row, category in rows]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(objects, max_size=14), detection_rows, st.sampled_from([None, [3], [3, 20], [20], [20, 7, 3]]))
+def test_evaluators_agree_on_random_detections(annotations, detections, image_ids):
+    """Ties in scores, crowds, images and categories without boxes or detections, id gaps, subsets, empty boxes."""
+    check_all(tables(annotations), detections, image_ids)
+
+
+def test_evaluators_agree_on_many_detections_of_one_image():
+    """More than 100 of a category: the rest must not count."""
+    generator = np.random.default_rng(0)
+    annotations = [(3, 4, [*generator.uniform(0, 200, 2), *generator.uniform(5, 120, 2)], 0) for _ in range(60)]
+    rows = [
+        [3, *(np.array(annotations[i % 60][2]) * generator.uniform(0.9, 1.1, 4)), generator.random(), 4]
+        for i in range(250)
+    ]
+    wanted = check_all(tables(annotations), rows)
+    assert 0 <= wanted["AR1"] < wanted["AR10"] < wanted["AR100"] < 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_worked_example(backend):
+    """Two boxes of one category, one found exactly with a false positive below it: precision 1 up to recall 1/2."""
+    content = tables([(3, 4, [0, 0, 50, 50], 0), (7, 4, [0, 0, 50, 50], 0)])
+    rows = np.array([[3, 0, 0, 50, 50, 0.9, 4], [3, 200, 200, 50, 50, 0.8, 4]], float)
+    stats = coco_stats(GroundTruth(content), rows, backend=backend)
+    assert stats["AP"] == pytest.approx(51 / 101) and stats["AP50"] == pytest.approx(51 / 101)
+    assert stats["AR100"] == pytest.approx(0.5) and stats["APm"] == pytest.approx(51 / 101)
+    assert stats["APs"] == -1 and stats["APl"] == -1
+    subset = coco_stats(GroundTruth(content), rows, [3], backend=backend)
+    assert subset["AP"] == pytest.approx(1) and subset["AR1"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_crowds_swallow_detections(backend):
+    content = tables([(3, 4, [0, 0, 50, 50], 0), (3, 4, [100, 100, 150, 150], 1)])
+    rows = np.array([[3, 110, 110, 40, 40, 0.9, 4], [3, 0, 0, 50, 50, 0.5, 4]], float)
+    assert coco_stats(GroundTruth(content), rows, backend=backend)["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_found_and_nothing_to_find(backend, capfd):
+    ground_truth = GroundTruth(tables([(3, 4, [0, 0, 50, 50], 0)]))
+    nothing = coco_stats(ground_truth, np.empty((0, COLUMNS)), backend=backend)
+    assert nothing["AP"] == 0 and nothing["AR100"] == 0 and nothing["APs"] == -1
+    row = np.array([[7, 0, 0, 9, 9, 1, 4]])
+    assert set(coco_stats(ground_truth, row, [7], backend=backend).values()) == {-1.0}
+    crowd_only = GroundTruth(tables([(3, 4, [0, 0, 50, 50], 1)]))
+    assert coco_stats(crowd_only, row, backend=backend)["AP"] == -1
+    assert capfd.readouterr().out == ""
+
+
+def test_repeated_and_zero_annotation_ids_lose_nothing():
+    content = tables([(3, 4, [0, 0, 50, 50], 0), (3, 4, [100, 0, 50, 50], 0)])
+    for item in content["annotations"]:
+        item["id"] = 0
+    rows = np.array([[3, 0, 0, 50, 50, 0.9, 4], [3, 100, 0, 50, 50, 0.8, 4]], float)
+    for backend in BACKENDS:
+        assert coco_stats(GroundTruth(content), rows, backend=backend)["AP"] == pytest.approx(1)
+
+
+def test_to_detections_turns_corners_into_sizes():
+    result = {
+        "scores": torch.tensor([0.5, 0.25]),
+        "labels": torch.tensor([4, 9]),
+        "boxes": torch.tensor([[1.0, 2, 11, 22], [0, 0, 3, 4]]),
+    }
+    rows = to_detections(17, result)
+    assert rows.dtype == np.float64
+    assert rows.tolist() == [[17, 1, 2, 10, 20, 0.5, 4], [17, 0, 0, 3, 4, 0.25, 9]]
+    assert to_detections(17, {name: value[:0] for name, value in result.items()}).shape == (0, 7)
+
+
+def test_wrong_use_is_refused():
+    ground_truth = GroundTruth(tables([(3, 4, [0, 0, 50, 50], 0)]))
+    with pytest.raises(ValueError, match="backend 'fastest'"):
+        coco_stats(ground_truth, np.empty((0, COLUMNS)), backend="fastest")
+    with pytest.raises(ValueError, match="image id 4"):
+        coco_stats(ground_truth, np.empty((0, COLUMNS)), [3, 4])
+
+
+def test_pycocotools_is_the_fallback(monkeypatch):
+    assert default_backend() in BACKENDS
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert default_backend() == "pycocotools"
