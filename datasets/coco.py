@@ -276,8 +276,8 @@ def _pack(
 def _unpack(packed: tuple[Tensor, list[torch.Size], list[dict[str, np.ndarray]]]) -> tuple[list, list]:
     """The reverse of `_pack`; images are views of one tensor."""
     flat, shapes, targets = packed
-    parts = flat.split([shape.numel() for shape in shapes])
-    images = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = flat.split([math.prod(shape) for shape in shapes])  # pinning memory turns torch.Size into plain lists
+    images = [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
     return images, [{name: torch.from_numpy(np.asarray(value)) for name, value in target.items()} for target in targets]
 
 

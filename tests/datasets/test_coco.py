@@ -10,6 +10,8 @@ from PIL import Image
 
 from datasets.coco import (
     CocoDataset,
+    _pack,
+    _unpack,
     annotation_path,
     build_dataset,
     build_loader,
@@ -140,6 +142,15 @@ def test_batches_are_the_collated_samples(folder):
         }
         assert all(torch.equal(target[name], value) for name, value in wanted_target.items())
         target["boxes"] += 1  # writable
+
+
+def test_a_batch_survives_pinning():
+    """What pinning does to containers: tuples become lists, torch.Size too."""
+    batch = [(torch.rand(3, 4, 5), {"labels": torch.tensor([1])}), (torch.rand(3, 2, 2), {"labels": torch.tensor([])})]
+    flat, shapes, targets = _pack(batch)
+    images, unpacked = _unpack([flat, [list(shape) for shape in shapes], targets])
+    for (image, target), image_2, target_2 in zip(batch, images, unpacked, strict=True):
+        assert torch.equal(image, image_2) and torch.equal(target["labels"], target_2["labels"])
 
 
 def test_boxes_follow_the_picture_through_augmentation(tmp_path):
