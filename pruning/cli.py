@@ -77,7 +77,7 @@ def get_pruning_parser(schedule: Schedule, description: str) -> argparse.Argumen
     add("--subset_batches_ffn", type=whole(1), default=20, help="batches of the subset for an FFN")
     add("--search_split", choices=("val2017", "train2017"), default="val2017",
         help="images the search looks at; a fair figure searches on train2017 and reports val2017")  # fmt: skip
-    add("--images_at_once", type=whole(1), default=64, help="most images in a forward that scores several candidates")
+    add("--images_at_once", type=whole(1), default=32, help="most images in a forward that scores several candidates")
     add("--cache_device", choices=("cpu", "same"), default="same", help="where features are kept: RAM or --device")
     return parser
 

@@ -1,0 +1,148 @@
+"""Cached states, counted passes, scores and gates on a tiny detector."""
+
+import pytest
+import torch
+
+from pruning.features import PassCounter, StateCache, repeat_batch, split_outputs
+from pruning.gates import clear_gates, set_gate
+from pruning.kept import add, missing, none_kept
+from pruning.scores import ExactLoss, best_of_each_head, draw_candidates
+from tests.pruning.fakes import FakeModule, equal_heads
+from tests.pruning.tiny import pictures, tiny_detector
+
+CPU = torch.device("cpu")
+BATCHES = [pictures(seed=1), pictures(((64, 64), (64, 64)), seed=2), pictures(((96, 64),), seed=3)]
+
+
+def cache_of(model, batches=BATCHES):
+    shares = dict.fromkeys(model.step_names, 1 / len(model.step_names))
+    return StateCache(model.eval(), batches, PassCounter(shares), device=CPU)
+
+
+def assert_same(found, expected):
+    for one, other in zip([*found["aux_outputs"], found], [*expected["aux_outputs"], expected], strict=True):
+        for key in ("pred_logits", "pred_boxes"):
+            torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_outputs_from_any_position_are_those_of_the_whole_network():
+    model = tiny_detector()[0]
+    cache = cache_of(model)
+    for name in model.step_names:
+        cache.move_to(name)
+        for (state, _), (images, _) in zip(cache.batches(), BATCHES, strict=True):
+            assert_same(cache.predict(state), model(images))
+
+
+@torch.no_grad()
+def test_moving_uses_the_gates_as_they_are_and_going_back_starts_from_the_features():
+    model = tiny_detector()[0]
+    modules, cache = model.prunable_modules(), cache_of(model)
+    cache.move_to("decoder.1.ffn")
+    ffn = modules["encoder.0.ffn"]
+    set_gate(ffn, add(none_kept(ffn), torch.tensor([3, 5])))
+    gated = model(BATCHES[0][0])
+    cache.move_to("encoder.0.attention")
+    cache.move_to("decoder.0.cross_attention")
+    assert_same(cache.predict(cache.state(0)), gated)
+    clear_gates(model)
+
+
+def test_passes_are_counted_by_range_and_weighed():
+    model = tiny_detector()[0]
+    cache = cache_of(model)
+    counter, names = cache._counter, model.step_names
+    assert counter.backbone_images == cache.images == 5
+    assert counter.images == 0
+    cache.move_to(names[2])
+    cache.move_to(names[4])
+    cache.predict(cache.state(0))
+    cache.move_to(names[1])
+    assert counter.images_by_range == {
+        (names[0], names[2]): 5,
+        (names[2], names[4]): 5,
+        (names[4], None): 2,
+        (names[0], names[1]): 5,
+    }
+    assert counter.images == 17
+    assert counter.whole_passes == pytest.approx((5 * 2 + 5 * 2 + 2 * (len(names) - 4) + 5) / len(names))
+    assert counter.to_dict()["images_by_range"][f"{names[4]}:end"] == 2
+
+
+def test_what_the_steps_leave_alone_is_held_once():
+    model = tiny_detector()[0]
+    cache = cache_of(model)
+    features = [state for state, _ in cache.batches()]
+    cache.move_to("encoder.0.ffn")
+    for before, (after, _) in zip(features, cache.batches(), strict=True):
+        assert after.memory_pos is before.memory_pos
+        assert after.anchors is before.anchors
+        assert after.memory is not before.memory
+
+
+@torch.no_grad()
+def test_a_repeated_batch_gives_the_outputs_of_each_copy():
+    model = tiny_detector()[0]
+    for batch in range(3):
+        state = cache_of(model).state(batch)
+        expected = model.outputs(model.run_steps(state))
+        for part in split_outputs(model.outputs(model.run_steps(repeat_batch(state, 3))), 3):
+            assert_same(part, expected)
+
+
+@pytest.mark.parametrize("name", ["encoder.0.attention", "decoder.1.cross_attention", "decoder.0.ffn"])
+@pytest.mark.parametrize("images_at_once", [1, 7])
+def test_the_exact_loss_is_that_of_the_gated_detector(name, images_at_once):
+    model, criterion, _ = tiny_detector()
+    model.eval()
+    images, targets = BATCHES[0]
+    module, cache = model.prunable_modules()[name], cache_of(model)
+    kept = add(none_kept(module), torch.tensor([2, 9]))
+    candidates = torch.tensor([0, 1, 8, 17, 31])
+    cache.move_to(name)
+    scores = ExactLoss(model, criterion, cache, device=CPU, images_at_once=images_at_once)(module, kept, candidates)
+    for channel, score in zip(candidates, scores, strict=True):
+        set_gate(module, add(kept, channel[None]))
+        with torch.no_grad():
+            loss = criterion.weighted_sum(criterion(model(images), targets))
+        assert float(score) == pytest.approx(float(loss), rel=1e-5)
+
+
+ATTENTION = FakeModule("encoder.0.attention", 32, 4, True)
+FFN = FakeModule("encoder.0.ffn", 30, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("module", "count", "unit", "expected"),
+    [
+        (ATTENTION, 100, 4, [8, 8, 8, 8]),
+        (ATTENTION, 10, 4, [3, 3, 2, 2]),
+        (ATTENTION, 1, 8, [2, 2, 2, 2]),
+        (FFN, 200, 16, [30]),
+        (FFN, 7, 4, [7]),
+        (FFN, 7, 16, [16]),
+    ],
+)
+def test_candidates_are_spread_over_heads_and_suffice_for_a_unit(module, count, unit, expected):
+    drawn = draw_candidates(module, none_kept(module), count, unit, torch.Generator().manual_seed(0))
+    assert torch.bincount(drawn // (module.width // module.nheads)).tolist() == expected
+    assert torch.equal(drawn, drawn.unique(sorted=True))
+
+
+def test_kept_channels_are_no_candidates():
+    kept = add(none_kept(ATTENTION), torch.tensor([0, 8, 16, 24]))
+    drawn = draw_candidates(ATTENTION, kept, 100, 4, torch.Generator())
+    assert torch.equal(drawn, missing(ATTENTION, kept))
+    assert len(drawn) == 28
+
+
+def test_the_lowest_scores_win_in_each_head():
+    candidates = torch.arange(32)
+    scores = (candidates * 7 % 32).double()
+    best = best_of_each_head(ATTENTION, candidates, scores, 8)
+    for head in range(4):
+        of_head = scores[head * 8 : head * 8 + 8]
+        chosen = [c for c in best.tolist() if c // 8 == head]
+        assert sorted(scores[chosen].tolist()) == sorted(of_head.tolist())[:2]
+    assert equal_heads(add(none_kept(ATTENTION), best), 8)
