@@ -1,0 +1,66 @@
+"""The --cfgs grammar: what it takes, and how it refuses the rest."""
+
+import json
+import shlex
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.widths import Widths
+from util.errors import UserError
+
+FULL = Widths.dense(2, 1, 64, 128)
+GOOD = [[[8, 16], [64, 128]], [[8, 16, 24]]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 99)), max_size=3))
+def test_words_quoted_text_lists_and_print_agree(encoder):
+    nested = [[list(layer) for layer in encoder], [[1, 2, 3]]]
+    text = json.dumps(nested)
+    expected = Widths.parse(nested)
+    assert Widths.parse(text) == Widths.parse([text]) == Widths.parse(shlex.split(text)) == expected
+    assert Widths.parse(str(expected)) == expected
+    assert expected.to_list() == nested
+
+
+def test_a_file_holds_widths(tmp_path):
+    path = tmp_path / "widths.json"
+    path.write_text(json.dumps(GOOD))
+    assert Widths.parse([str(path)]).to_list() == GOOD
+
+
+@given(st.text(max_size=40) | st.lists(st.recursive(st.integers() | st.text(), lambda s: st.lists(s, max_size=3))))
+def test_anything_else_is_one_sentence(given_value):
+    try:
+        Widths.parse(given_value)
+    except UserError as error:
+        assert "--cfgs" in str(error)
+        assert "expected" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("nested", "words"),
+    [
+        ([[[8, 16]], [[8, 16, 24]]], "1 encoder layers, expected 2"),
+        ([[[8, 16], [64, 128]], []], "0 decoder layers, expected 1"),
+        ([[[0, 16], [64, 128]], [[8, 16, 24]]], "width 0 for encoder.0.attention"),
+        ([[[8, 16], [64, -3]], [[8, 16, 24]]], "width -3 for encoder.1.ffn"),
+        ([[[8, 16], [64, 129]], [[8, 16, 24]]], "width 129 for encoder.1.ffn, expected 1 to 128"),
+        ([[[8, 16], [64, 128]], [[8, 12, 24]]], "width 12 for decoder.0.cross_attention, expected a multiple"),
+    ],
+)
+def test_widths_that_do_not_fit_are_named(nested, words):
+    with pytest.raises(UserError, match=words):
+        Widths.parse(nested).check(nheads=8, full=FULL)
+
+
+def test_good_widths_pass():
+    Widths.parse(GOOD).check(nheads=8, full=FULL)
+
+
+def test_one_module_is_read_and_replaced_by_name():
+    widths = Widths.parse(GOOD).replace("decoder.0.ffn", 40)
+    assert widths.of("decoder.0.ffn") == 40
+    assert widths.of("encoder.0.attention") == 8
+    assert [name for name, _ in widths.items()][-1] == "decoder.0.ffn"
