@@ -41,22 +41,25 @@ class EvalResult:
 
 
 class Means:
-    """Running means of named scalars, kept on the device until they are read."""
+    """Running means of named scalars, the same names each time, kept on the device until they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._count = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Count in one batch of scalar tensors."""
-        for name, value in values.items():
-            value = value.double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+        self._names = self._names or sorted(values)
+        stacked = torch.stack([values[name].detach().double() for name in self._names])
+        self._sums = stacked if self._sums is None else self._sums + stacked
+        self._count += 1
 
     def read(self) -> dict[str, float]:
         """Mean of each name over the batches of all processes."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        if self._sums is None:
+            return {}
+        means = dict(zip(self._names, self._sums / self._count, strict=True))
         return {name: float(value) for name, value in distributed.average(means).items()}
 
 

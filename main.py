@@ -23,6 +23,7 @@ import engine
 from datasets.coco import annotation_path, build_dataset, build_loader, num_classes_of
 from datasets.coco_eval import GroundTruth
 from models import build_model
+from pruning.cost import cost_of
 from util import distributed
 from util.arguments import full_widths, take_from_checkpoint, take_from_command_line
 from util.checkpoint import Checkpoint, load_weights, plain_arguments, read_checkpoint, save_checkpoint, slim_state_dict
@@ -32,7 +33,7 @@ from util.logging import get_logger, log_to_file, stop_logging_to_file, table
 from util.options import get_args_parser, parse
 from util.training_state import TrainingState, seed_everything
 
-__all__ = ["build_detector", "get_args_parser", "main", "measure", "settle_arguments"]
+__all__ = ["build_detector", "get_args_parser", "main", "settle_arguments"]
 
 
 def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, float]:
@@ -119,14 +120,6 @@ def build_detector(
     return built
 
 
-def measure(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
-    """Parameters of the transformer (with the shared box head) and of all, frozen ones too."""
-    return {
-        "transformer_params": sum(parameter.numel() for parameter in model.transformer.parameters()),
-        "params": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
 class Run:
     """One training or evaluation run: the detector, its data, and the folder that keeps what comes of it."""
 
@@ -161,6 +154,17 @@ class Run:
         if continuing:
             self.state.load(checkpoint.training, self.state.best_model.state_dict(), str(checkpoint.path))
 
+    def costs(self) -> dict[str, int | float]:
+        """Parameters, and GMACs of the transformer for an image of the first one's size."""
+        height, width = self.val_loader.dataset[0][0].shape[-2:]
+        cost = cost_of(self.model, (height, width))
+        return {
+            "transformer_params": cost.transformer_params,
+            "params": cost.params,
+            "gmacs": cost.gmacs,
+            "image_size_hw": f"{height} x {width}",
+        }
+
     def evaluate(self, model: nn.Module) -> engine.EvalResult:
         """The figures on val2017; with --save_results the detections go to results.json."""
         distributed.broadcast_buffers(model)
@@ -179,8 +183,10 @@ class Run:
 
     def evaluate_only(self) -> dict[str, float]:
         """Evaluate, print the figures, keep them in eval.json."""
+        if self.args.resume is None:
+            self.log.warning("no --resume: these are the figures of a network that has not been trained")
         result = self.evaluate(self.model)
-        figures = {**result.stats, **measure(self.model, self.args)}
+        figures = {**result.stats, **self.costs()}
         self.log.info("%s", table(["val2017", ""], figures.items()))
         if distributed.is_main():
             write_json(self.output_dir / "eval.json", {**figures, "widths": self.model.widths.to_list()})
@@ -189,7 +195,7 @@ class Run:
     def train(self) -> dict[str, float]:
         """Train the epochs that are left; returns the figures of the last evaluation."""
         args, state = self.args, self.state
-        figures = measure(self.model, args)
+        figures = self.costs()
         self.log.info("%s", table(["network", ""], figures.items()))
         if distributed.is_main():
             write_json(self.output_dir / "args.json", plain_arguments(args))

@@ -12,6 +12,7 @@
 """
 
 import argparse
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ VERSION = 1
 REQUIRED = {"model": dict, "widths": list, "full_widths": list, "args": dict, "num_classes": int}
 SHOWN_KEYS = 3
 ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:in_proj_|out_proj\.)(?:weight|bias))$")
+UNSAFE = re.compile(r"Unsupported (?:global|class|operand|operator):?\s*(?:GLOBAL )?(\S+)", re.IGNORECASE)
 LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
 BOX_HEADS = ("bbox_embed.", "transformer.decoder.bbox_embed.")
 
@@ -189,18 +191,29 @@ def slim_down(source: str | Path, target: str | Path, half: bool = False) -> Non
 def _load(path: Path) -> Any:
     """`torch.load` of plain data, tensors and argparse namespaces; all that can go wrong becomes a `UserError`."""
     if path.is_dir():
-        raise UserError(f"--resume {path}: found a folder, expected a checkpoint file")
+        raise UserError(f"{path}: found a folder, expected a checkpoint file")
     if not path.exists():
-        raise UserError(f"--resume {path}: no such file, expected a checkpoint")
+        raise UserError(f"{path}: no such file, expected a checkpoint")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # damaged and hostile files raise whatever the unpickler stumbles over
-        reason = str(error).strip().splitlines()
-        reason = reason[0][:120] if reason else type(error).__name__
-        raise UserError(f"--resume {path}: cannot be read as a checkpoint ({reason})") from None
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint ({_reason(error)}), expected a file of torch.save"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """One line on why a file could not be read, without torch's advice to read it unsafely."""
+    unsafe = UNSAFE.search(str(error))
+    if unsafe:
+        return f"it holds {unsafe[1]}, and only tensors and plain values are read"
+    if isinstance(error, pickle.UnpicklingError):
+        return "damaged, or no pickle of tensors and plain values"
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
 
 
 def _strip_module(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -214,6 +227,12 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         if not isinstance(content.get(key), kind):
             raise UserError(f"{path}: found {type(content.get(key)).__name__} under `{key}`, expected {kind.__name__}")
     kept = content.get("kept")
+    _check_tensors(path, "model", content["model"])
+    if kept is not None:
+        if not isinstance(kept, dict):
+            raise UserError(f"{path}: found {type(kept).__name__} under `kept`, expected dict or None")
+        for name, parts in kept.items():
+            _check_tensors(path, f"kept.{name}", parts)
     training = None
     if "optimizer" in content:
         training = {key: value for key, value in content.items() if key not in {*REQUIRED, "format", "version", "kept"}}
@@ -228,6 +247,12 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         training,
         content.get("trace") or [],
     )
+
+
+def _check_tensors(path: Path, name: str, values: Any) -> None:
+    for value in values.values() if isinstance(values, dict) else [values]:
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path}: found {type(value).__name__} under `{name}`, expected tensors by name")
 
 
 def _parse_widths(path: Path, nested: list) -> Widths:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import engine
 
 MODEL_NAMES = ("dn_dab_detr",)
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -68,7 +69,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--transformer_activation", choices=("prelu", "relu"), default="prelu", help="of the FFNs")
     group.add_argument("--dropout", type=real(0, 1), default=0.0, help="fraction dropped in the transformer")
-    group.add_argument("--backbone", default="resnet50", help="ResNet of torchvision")
+    group.add_argument("--backbone", choices=BACKBONES, default="resnet50", help="ResNet of torchvision")
     group.add_argument("--dilation", action="store_true", help="dilate layer4 in place of its stride")
     group.add_argument(
         "--return_layer", choices=("layer3", "layer4"), default="layer4", help="stage that feeds the transformer"

@@ -32,7 +32,7 @@ class TrainingState:
         self.model = model
         self.args = args
         groups = parameter_groups(model, args.lr, args.lr_backbone)
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(args, steps_per_epoch))
         self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type) if args.amp == "fp16" else None
         self.weight_average = WeightAverage(model, args.ema_decay) if args.ema_decay > 0 else None
@@ -80,7 +80,7 @@ class TrainingState:
         """
         try:
             self._load(state, averaged)
-        except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
+        except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
             raise UserError(
                 f"{source}: its training state does not fit this run ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else ''}), expected one written with the same options; "

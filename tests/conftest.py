@@ -1,0 +1,20 @@
+"""Fixtures that several tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_run import write_coco
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory) -> Path:
+    """A data set of 4 + 4 images; not to be changed."""
+    return write_coco(tmp_path_factory.mktemp("coco"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny tensors are quickest on one thread, and every machine then sums in the same order."""
+    torch.set_num_threads(1)

@@ -1,0 +1,64 @@
+"""A tiny data set in COCO layout, and the options of a tiny detector on it."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+import main
+from util.options import parse
+
+CATEGORIES = (1, 3)  # a gap in the ids, as COCO has
+TINY = """
+    --backbone resnet18 --return_layer layer3 --no-pretrained_backbone --enc_layers 1 --dec_layers 2 --hidden_dim 32
+    --nheads 4 --dim_feedforward 32 --num_queries 5 --scalar 2 --image_size 64 --num_workers 0 --batch_size 2
+    --device cpu
+"""
+
+
+def write_split(root: Path, split: str, images: int, seed: int) -> None:
+    """Rectangles on noise, `images` pictures of 64 x 64 or 64 x 80; the last has no objects."""
+    generator = np.random.default_rng(seed)
+    (root / split).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    tables = {"images": [], "annotations": [], "categories": [{"id": i, "name": f"kind {i}"} for i in CATEGORIES]}
+    for number in range(images):
+        width, height = (64, 80)[number % 2], 64
+        picture = Image.fromarray(generator.integers(0, 80, (height, width, 3), dtype=np.uint8))
+        tables["images"].append({"id": 10 + number, "file_name": f"{number}.jpg", "width": width, "height": height})
+        for _ in range(0 if number == images - 1 else 2):
+            x, y, w, h = (int(value) for value in generator.integers((2, 2, 12, 12), (30, 30, 30, 30)))
+            category = CATEGORIES[int(generator.integers(2))]
+            ImageDraw.Draw(picture).rectangle((x, y, x + w, y + h), fill=(250, 40, 40) if category == 1 else "blue")
+            tables["annotations"].append(
+                {
+                    "id": len(tables["annotations"]) + 1,
+                    "image_id": 10 + number,
+                    "category_id": category,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
+        picture.save(root / split / f"{number}.jpg")
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(tables))
+
+
+def write_coco(root: Path, images: int = 4) -> Path:
+    """Both splits, drawn from different seeds."""
+    for seed, split in enumerate(("train2017", "val2017")):
+        write_split(root, split, images, seed)
+    return root
+
+
+def options(*more: str | Path) -> tuple:
+    """Arguments and typed names for `main.main`: a tiny detector with `more` options."""
+    words = [word for text in more for word in (text.split() if isinstance(text, str) else [str(text)])]
+    return parse(argparse.ArgumentParser(parents=[main.get_args_parser()]), words)
+
+
+def tiny_options(*more: str | Path) -> tuple:
+    """`options` of a tiny detector."""
+    return options(TINY, *more)

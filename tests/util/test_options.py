@@ -1,0 +1,108 @@
+"""Options: names and defaults that people rely on, and which of them come out of a checkpoint."""
+
+import argparse
+
+import pytest
+import torch
+
+from main import get_args_parser
+from models.widths import Widths
+from util.arguments import take_from_checkpoint
+from util.checkpoint import Checkpoint
+from util.errors import UserError
+from util.options import parse
+from util.training_state import schedule
+
+DEFAULTS = {
+    "lr": 1e-4, "lr_backbone": 1e-5, "weight_decay": 1e-4, "clip_max_norm": 0.1, "enc_layers": 6, "dec_layers": 6,
+    "dim_feedforward": 2048, "hidden_dim": 256, "nheads": 8, "num_queries": 300, "num_select": 300,
+    "set_cost_class": 2, "set_cost_bbox": 5, "set_cost_giou": 2, "cls_loss_coef": 1, "bbox_loss_coef": 5,
+    "giou_loss_coef": 2, "focal_alpha": 0.25, "scalar": 5, "label_noise_scale": 0.2, "box_noise_scale": 0.4,
+    "pe_temperatureH": 20, "pe_temperatureW": 20, "transformer_activation": "prelu", "dropout": 0, "epochs": 50,
+    "lr_drop": 40, "num_patterns": 0, "backbone": "resnet50", "seed": 42, "use_dn": True, "amp": "off",
+}  # fmt: skip
+
+
+def read(text: str) -> tuple[argparse.Namespace, set[str]]:
+    """Options and typed names of a command line."""
+    return parse(argparse.ArgumentParser(parents=[get_args_parser()]), text.split())
+
+
+def test_defaults_are_those_of_detr():
+    args, typed = read("")
+    assert {name: getattr(args, name) for name in DEFAULTS} == DEFAULTS and typed == set()
+
+
+def test_every_option_has_a_help_text():
+    assert all(action.help for action in get_args_parser()._actions)
+
+
+def test_options_typed_at_their_defaults_count_as_typed():
+    args, typed = read("-m dn_dab_detr --use_dn --enc_layers 6 --cfgs [[[152, 416]], [[8, 8, 8]]] --eval --amp")
+    assert typed == {"modelname", "use_dn", "enc_layers", "cfgs", "eval", "amp"} and args.amp == "bf16"
+    assert Widths.parse(args.cfgs).encoder == ((152, 416),)
+    assert not read("--no-use_dn")[0].use_dn
+
+
+@pytest.mark.parametrize(
+    "text", ["--batch_size 0", "--dropout 1", "--lr -1", "--backbone vgg", "--epochs 1.5", "--nope"]
+)
+def test_values_out_of_range_end_with_exit_code_2(text, capsys):
+    with pytest.raises(SystemExit) as end:
+        read(text)
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def checkpoint(widths: Widths, **arguments) -> Checkpoint:
+    """A checkpoint with these options and no weights."""
+    return Checkpoint("a.pth", "ours", {}, widths, None, 4, arguments)
+
+
+def test_architecture_comes_from_the_checkpoint_and_the_rest_only_on_going_on():
+    stored = {
+        "enc_layers": 1,
+        "dec_layers": 1,
+        "image_size": 96,
+        "lr": 1.0,
+        "epochs": 7,
+        "batch_size": 9,
+        "output_dir": "x",
+    }
+    for continuing, lr, epochs in ((False, 1e-4, 50), (True, 1.0, 7)):
+        args, typed = read("--batch_size 3")
+        take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 1, 256, 2048), **stored), continuing=continuing)
+        assert (args.enc_layers, args.image_size, args.lr, args.epochs, args.batch_size) == (1, 96, lr, epochs, 3)
+        assert args.cfgs is None and args.output_dir != "x"
+
+
+def test_typed_preferences_win_and_a_typed_architecture_must_agree():
+    args, typed = read("--image_size 640 --enc_layers 1")
+    take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 6, 256, 2048), enc_layers=1, image_size=96))
+    assert args.image_size == 640
+    args, typed = read("--enc_layers 6")
+    with pytest.raises(UserError, match=r"--enc_layers 6: a\.pth was made with 1"):
+        take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 6, 256, 2048), enc_layers=1))
+
+
+def test_widths_of_a_slim_checkpoint_are_taken_and_checked():
+    slim = Widths.parse([[[16, 64]], [[8, 8, 8]]])
+    args, typed = read("--enc_layers 1 --dec_layers 1")
+    take_from_checkpoint(args, typed, checkpoint(slim))
+    assert args.cfgs == slim
+    for text in ("--enc_layers 1 --dec_layers 2", "--enc_layers 1 --dec_layers 1 --nheads 32"):
+        with pytest.raises(UserError, match=r"^a\.pth: found"):
+            take_from_checkpoint(*read(text), checkpoint(slim))
+
+
+def rates(text: str, steps: int, steps_per_epoch: int) -> torch.Tensor:
+    """Factors of the learning rate for the first steps."""
+    factor = schedule(read(text)[0], steps_per_epoch)
+    return torch.tensor([factor(step) for step in range(steps)])
+
+
+def test_schedules_drop_or_fall_and_start_warm():
+    stepped = rates("--lr_drop 2", 12, 3)
+    assert torch.allclose(stepped, torch.tensor([1.0] * 6 + [0.1] * 6))
+    cosine = rates("--lr_schedule cosine --epochs 4 --warmup_iters 2", 13, 3)
+    assert cosine[:2].tolist() == [0.5, 1.0] and cosine[2] == 1 and abs(float(cosine[12])) < 1e-7
+    assert (cosine[2:].diff() < 0).all() and float(cosine[7]) == pytest.approx(0.5)
