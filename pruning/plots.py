@@ -33,6 +33,7 @@ def plot_widths(path: str | Path, before: Widths, after: Widths) -> None:
         axes.bar(names, [before.of(name) for name in names], color=WHOLE, label="before")
         bars = axes.bar(names, [after.of(name) for name in names], color=[COLOURS[role_of(name)] for name in names])
         axes.bar_label(bars, fontsize=7)
+        axes.margins(y=0.12)
         axes.set_title(title, loc="left", fontsize=10)
         axes.tick_params(axis="x", labelrotation=35, labelsize=7)
         for label in axes.get_xticklabels():
