@@ -68,7 +68,7 @@ def take_from_checkpoint(
         if widths != checkpoint.widths:
             raise UserError(f"--cfgs {widths}: {checkpoint.path} has the widths {checkpoint.widths}")
         args.cfgs = widths
-    elif checkpoint.widths != full:
+    elif checkpoint.widths != full or stored.get("cfgs") is not None:
         try:
             checkpoint.widths.check(nheads=args.nheads, full=full)
         except UserError as error:

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable, Sequence
 
 import engine
+from datasets.transforms import TRAINING_TRANSFORMS
 
 MODEL_NAMES = ("dn_dab_detr",)
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -99,6 +100,12 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_training_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--augmentation",
+        choices=tuple(TRAINING_TRANSFORMS),
+        default="detr",
+        help="of training images: DETR's flips, scales and crops, or flips alone at --image_size",
+    )
     group.add_argument("--epochs", type=whole(1), default=50, help="epochs")
     group.add_argument("--lr", type=real(0), default=1e-4, help="learning rate")
     group.add_argument("--lr_backbone", type=real(0), default=1e-5, help="learning rate of the backbone")

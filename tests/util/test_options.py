@@ -84,6 +84,14 @@ def test_typed_preferences_win_and_a_typed_architecture_must_agree():
         take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 6, 256, 2048), enc_layers=1))
 
 
+def test_a_build_with_slim_names_is_built_so_again():
+    full = Widths.dense(6, 6, 256, 2048)
+    for stored, cfgs in ((full.to_list(), full), (None, None)):
+        args, typed = read("")
+        take_from_checkpoint(args, typed, checkpoint(full, cfgs=stored))
+        assert args.cfgs == cfgs
+
+
 def test_widths_of_a_slim_checkpoint_are_taken_and_checked():
     slim = Widths.parse([[[16, 64]], [[8, 8, 8]]])
     args, typed = read("--enc_layers 1 --dec_layers 1")
