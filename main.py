@@ -147,9 +147,10 @@ class Run:
         self.train_loader = build_loader(dataset, args.batch_size, shuffle=True, **self.loader_options)
         self.wrapped = self.model
         if distributed.is_distributed():
-            # Without targets in its batch a process has no use for the denoising weights.
             devices = [self.device.index] if self.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=True)
+            # The decoder's query_scale serves from its second layer on; all else is used whatever the batch holds.
+            unused = args.dec_layers == 1
+            self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
         self.state = TrainingState(self.model, args, math.ceil(len(self.train_loader) / args.accumulate))
         if continuing:
             self.state.load(checkpoint.training, self.state.best_model.state_dict(), str(checkpoint.path))

@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset
 from torchvision.transforms.v2 import functional
 
-from datasets.transforms import eval_transforms, train_transforms
+from datasets.transforms import TRAINING_TRANSFORMS, eval_transforms
 from util.errors import UserError
 
 SPLITS = ("train2017", "val2017")
@@ -242,8 +242,8 @@ def build_dataset(image_set: str, args: Any, *, augment: bool) -> CocoDataset:
 
     Args:
         image_set: "train2017" or "val2017".
-        args: reads coco_path, image_size (pixels) and seed.
-        augment: DETR's random training transforms, or the fixed resize of evaluation.
+        args: reads coco_path, image_size (pixels), augmentation and seed.
+        augment: the random training transforms of args.augmentation, or the fixed resize of evaluation.
     """
     if image_set not in SPLITS:
         raise ValueError(f"image set {image_set!r}, expected one of {SPLITS}")
@@ -252,7 +252,7 @@ def build_dataset(image_set: str, args: Any, *, augment: bool) -> CocoDataset:
     return CocoDataset(
         image_folder(args.coco_path, image_set),
         annotation_path(args.coco_path, image_set),
-        train_transforms(args.image_size) if augment else eval_transforms(args.image_size),
+        (TRAINING_TRANSFORMS[args.augmentation] if augment else eval_transforms)(args.image_size),
         min_side=MIN_TRAIN_SIDE if augment else 0.0,
         seed=args.seed,
     )

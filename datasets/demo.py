@@ -29,7 +29,7 @@ from datasets.shapes import (
 from util.errors import UserError, run_cli
 
 MARKER = "demo_set.json"  # says that a folder is a demo set, and drawn with which settings
-DRAWING_VERSION = 1  # raise it when the same seed draws other pictures
+DRAWING_VERSION = 2  # raise it when the same seed draws other pictures
 MIN_VISIBLE = 40  # percent of an object's area that stays visible, whatever is drawn on top of it
 MIN_INSIDE = 70  # percent of it that lies inside the picture
 PLACES_TRIED = 12
@@ -90,17 +90,17 @@ def _object_count(generator: np.random.Generator) -> tuple[int, int]:
         return 0, 0
     if kind < 12:
         return int(generator.integers(10, 17)), 64
-    return int(generator.integers(1, 7)), 128
+    return int(generator.integers(1, 6)), 144
 
 
 def _object_size(generator: np.random.Generator, largest: int) -> int:
     """Size in 1/256 of the picture's side: small, medium, large with 32 and 96 of COCO's 640 pixels as the borders."""
     kind = int(generator.integers(100))
-    if kind < 8:
+    if kind < 6:
         return int(generator.integers(10, 13))
-    if kind < 35:
-        return int(generator.integers(18, 39))
-    return int(generator.integers(40, largest + 1))
+    if kind < 26:
+        return int(generator.integers(20, 39))
+    return int(generator.integers(44, largest + 1))
 
 
 def _add_object(

@@ -81,6 +81,14 @@ def train_transforms(image_size: int = 800) -> v2.Compose:
     return v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomChoice([resize, crop]), ToModelInput()])
 
 
+def flip_transforms(image_size: int = 800) -> v2.Compose:
+    """Training at one scale: flip, then the resize of evaluation."""
+    return v2.Compose([v2.RandomHorizontalFlip(0.5), eval_transforms(image_size)])
+
+
 def eval_transforms(image_size: int = 800) -> v2.Compose:
     """Short side `image_size`, long side at most 1333/800 of it; nothing random."""
     return v2.Compose([v2.Resize(image_size, max_size=scaled(1333, image_size)), ToModelInput()])
+
+
+TRAINING_TRANSFORMS = {"detr": train_transforms, "flip": flip_transforms}

@@ -69,7 +69,7 @@ def edited(root, **changes):
 
 def options(root, image_size=20, seed=0):
     """What the factories read of the command line."""
-    return SimpleNamespace(coco_path=str(root), image_size=image_size, seed=seed)
+    return SimpleNamespace(coco_path=str(root), image_size=image_size, augmentation="detr", seed=seed)
 
 
 def test_targets_are_relative_and_leave_out_crowds_and_empty_boxes(folder):

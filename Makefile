@@ -1,0 +1,43 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer; both set up .venv first.
+PYTHON ?= python3
+VENV := .venv/bin
+DEMO_OUTPUT ?= output/demo
+
+.PHONY: help demo test lint gpu-check checkpoint clean
+
+help:
+	@echo "make demo        prune the demo detector from end to end; results in $(DEMO_OUTPUT)"
+	@echo "make test        run the tests"
+	@echo "make lint        check format and style"
+	@echo "make gpu-check   run all that needs a GPU"
+	@echo "make checkpoint  train checkpoints/demo.pth anew (about 90 minutes on two CPU cores)"
+	@echo "make clean       remove .venv and output"
+
+# The stamps make pip run once for each change of the lists, not at every call.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-tests: .venv/installed tests/requirements.txt
+	$(VENV)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+demo: .venv/installed
+	$(VENV)/python -m bench.demo --output $(DEMO_OUTPUT)
+
+test: .venv/installed-tests
+	$(VENV)/python -m pytest
+
+lint: .venv/installed-tests
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+
+gpu-check: .venv/installed-tests
+	$(VENV)/python -m pytest -m gpu
+
+checkpoint: .venv/installed
+	PATH="$(CURDIR)/$(VENV):$$PATH" sh checkpoints/train_demo.sh
+
+clean:
+	rm -rf .venv output

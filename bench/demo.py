@@ -1,0 +1,189 @@
+"""The whole path on the built-in demo set, by the real scripts: evaluate, prune, transplant, fine-tune, evaluate.
+
+    make demo
+
+Writes to --output: the data set, a folder for each script's run, summary.json, widths.png, ap_params.png and
+detections.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bench.timing import milliseconds_per_image
+from datasets.coco import CocoDataset, annotation_path, build_dataset, category_names
+from main import build_detector, get_args_parser, settle_arguments
+from util.draw import draw_detections, write_grid
+from util.errors import UserError, run_cli
+from util.files import write_json
+from util.logging import table
+from util.options import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = ROOT / "checkpoints" / "demo.pth"
+ROWS = {"dense": "dense", "pruned": "pruned, before fine-tuning", "fine-tuned": "pruned, fine-tuned"}
+PICTURES = 6
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of the demo: sizes that keep it within minutes."""
+    parser = argparse.ArgumentParser(
+        "python -m bench.demo",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("output/demo"), help="folder for all results")
+    add("--checkpoint", type=Path, default=CHECKPOINT, help="detector to prune")
+    add("--images", type=int, default=1200, help="training images to draw")
+    add("--val_images", type=int, default=400, help="validation images to draw")
+    add("--seed", type=int, default=42, help="seed of the drawing")
+    add("--epochs", type=int, default=3, help="epochs of fine-tuning")
+    return parser
+
+
+def stages(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """Title and command of each stage, as a user would type them."""
+    data, output = str(args.output / "data"), args.output
+    drawn = ["--images", str(args.images), "--val-images", str(args.val_images), "--seed", str(args.seed)]
+    search = ["--search_split", "train2017", "--search_images", "400", "--batch_size", "16"]
+    search += ["--attention_unit", "2", "--ffn_unit", "64"]
+    search += ["--num_candidates_attention", "32", "--num_candidates_ffn", "64", "--images_at_once", "64"]
+    training = ["--epochs", str(args.epochs), "--batch_size", "16", "--amp", "--lr", "1e-4", "--lr_backbone", "1e-5"]
+    training += ["--lr_schedule", "cosine", "--ema_decay", "0.99", "--batch_norm_type", "BatchNorm2d"]
+    return [
+        ("draw the demo set", ["-m", "datasets.demo", data, *drawn]),
+        ("evaluate the dense detector", _main(output / "dense", data, args.checkpoint, "--eval")),
+        (
+            "search: how few channels does each layer need?",
+            _script("prune_greedy_ad.py", output / "search", data, args.checkpoint, *search),
+        ),
+        ("evaluate what the search found", _main(output / "pruned", data, output / "search" / "pruned.pth", "--eval")),
+        (
+            "transplant and fine-tune",
+            _main(output / "training", data, output / "search" / "pruned.pth", *training),
+        ),
+        (
+            "evaluate the fine-tuned detector",
+            _main(output / "fine-tuned", data, output / "training" / "checkpoint.pth", "--eval"),
+        ),
+    ]
+
+
+def _script(name: str, output: Path, data: str, checkpoint: Path, *options: str) -> list[str]:
+    return [name, "--output_dir", str(output), "--coco_path", data, "--resume", str(checkpoint), *options]
+
+
+def _main(output: Path, data: str, checkpoint: Path, *options: str) -> list[str]:
+    return _script("main.py", output, data, checkpoint, *options)
+
+
+def run_stages(args: argparse.Namespace) -> None:
+    """Run each stage in a process of its own; the first that fails ends the demo with its exit code."""
+    todo = stages(args)
+    for number, (title, command) in enumerate(todo, start=1):
+        print(f"\n[{number}/{len(todo)}] {title}\n$ python {shlex.join(command)}", flush=True)
+        start = time.perf_counter()
+        code = subprocess.run([sys.executable, *command], check=False).returncode
+        if code:
+            sys.exit(code)
+        print(f"({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def load_detector(checkpoint: Path, coco_path: Path) -> tuple[nn.Module, object, argparse.Namespace]:
+    """Model in eval mode, its postprocessor and its arguments, as `main.py --eval` would build them."""
+    args, typed = parse(
+        argparse.ArgumentParser(parents=[get_args_parser()]),
+        ["--coco_path", str(coco_path), "--resume", str(checkpoint), "--eval"],
+    )
+    read, _ = settle_arguments(args, typed)
+    model, _, postprocessors = build_detector(args, read)
+    return model.eval(), postprocessors["bbox"], args
+
+
+def summarise(output: Path, checkpoint: Path) -> list[dict]:
+    """Rows of the table from the evaluations' files, timed side by side; writes summary.json and the pictures."""
+    paths = {
+        "dense": checkpoint,
+        "pruned": output / "search" / "pruned.pth",
+        "fine-tuned": output / "training" / "checkpoint.pth",
+    }
+    detectors = {name: load_detector(path, output / "data") for name, path in paths.items()}
+    models = {name: model for name, (model, _, _) in detectors.items()}
+    dataset = build_dataset("val2017", detectors["dense"][2], augment=False)
+    images = [dataset[index][0] for index in range(min(20, len(dataset)))]
+    times = milliseconds_per_image(models, images)
+    rows = []
+    for name, title in ROWS.items():
+        found = json.loads((output / name / "eval.json").read_text())
+        rows.append(
+            {
+                "name": title,
+                "ap": found["AP"],
+                "ap50": found["AP50"],
+                "transformer_params": found["transformer_params"],
+                "params": found["params"],
+                "gmacs": found["gmacs"],
+                "ms_per_image": times[name],
+                "widths": found["widths"],
+            }
+        )
+    for picture in ("widths.png", "ap_params.png"):
+        shutil.copyfile(output / "search" / picture, output / picture)
+    _write_detections(output, dataset, {name: detectors[name] for name in ("dense", "fine-tuned")})
+    write_json(output / "summary.json", {"rows": rows})
+    return rows
+
+
+@torch.no_grad()
+def _write_detections(output: Path, dataset: CocoDataset, detectors: dict) -> None:
+    """detections.png: validation images with the boxes of each detector, side by side."""
+    names = category_names(annotation_path(output / "data", "val2017"))
+    # The images with most objects show most; ties are broken by the order in the file.
+    busiest = sorted(range(len(dataset)), key=lambda index: -len(dataset[index][1]["labels"]))
+    columns = []
+    for name, (model, postprocess, _) in detectors.items():
+        pictures = []
+        for index in busiest[: PICTURES * 8 : 8]:
+            image, target = dataset[index]
+            result = postprocess(model([image]), target["orig_size"][None])[0]
+            pictures.append(draw_detections(dataset.load_picture(index), result, names, threshold=0.4, scale=2))
+        columns.append((ROWS[name], pictures))
+    half = PICTURES // 2
+    write_grid(
+        output / "detections.png",
+        [(title, part) for start in (0, half) for title, part in ((t, p[start : start + half]) for t, p in columns)],
+    )
+
+
+def main() -> None:
+    """Run the demo and print its table."""
+    torch.set_flush_denormal(True)
+    args = get_parser().parse_args()
+    if not args.checkpoint.is_file():
+        raise UserError(f"--checkpoint {args.checkpoint}: found no such file, expected a detector's checkpoint")
+    start = time.perf_counter()
+    run_stages(args)
+    rows = summarise(args.output, args.checkpoint)
+    keys = ("name", "ap", "ap50", "transformer_params", "params", "gmacs", "ms_per_image")
+    titles = ("", "AP", "AP50", "transformer parameters", "all parameters", "GMACs", "ms an image")
+    cells = [[f"{row[k]:,}" if isinstance(row[k], int) else row[k] for k in keys] for row in rows]
+    print(f"\n{table(titles, cells)}\n\nwidths: --cfgs '{json.dumps(rows[-1]['widths'])}'")
+    for name in ("summary.json", "widths.png", "ap_params.png", "detections.png"):
+        print(args.output / name)
+    print(f"{time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    run_cli(main)
