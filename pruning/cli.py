@@ -77,6 +77,7 @@ def get_pruning_parser(schedule: Schedule, description: str) -> argparse.Argumen
     add("--subset_batches_ffn", type=whole(1), default=20, help="batches of the subset for an FFN")
     add("--search_split", choices=("val2017", "train2017"), default="val2017",
         help="images the search looks at; a fair figure searches on train2017 and reports val2017")  # fmt: skip
+    add("--search_images", type=whole(1), default=None, help="first images of the split to look at; None means all")
     add("--images_at_once", type=whole(1), default=32, help="most images in a forward that scores several candidates")
     add("--cache_device", choices=("cpu", "same"), default="same", help="where features are kept: RAM or --device")
     return parser
@@ -150,9 +151,9 @@ class _Run:
         args = self.args
         ground_truth = GroundTruth(annotation_path(args.coco_path, args.search_split))
         dataset = build_dataset(args.search_split, args, augment=False)
-        self.num_images = len(dataset)
-        numbers = batch_numbers(len(dataset), args.batch_size)
-        batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, len(dataset))) for n in numbers]
+        self.num_images = min(args.search_images or len(dataset), len(dataset))
+        numbers = batch_numbers(self.num_images, args.batch_size)
+        batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, self.num_images)) for n in numbers]
         own_images = Subset(dataset, [index for batch in batches for index in batch])
         loader = build_loader(own_images, args.batch_size, shuffle=False, num_workers=args.num_workers, seed=args.seed)
         self.image_size_hw = tuple(dataset[0][0].shape[-2:])

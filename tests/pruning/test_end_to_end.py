@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 
 import pruning.cli
 from datasets.coco import annotation_path, build_dataset, build_loader
@@ -197,6 +198,17 @@ def test_the_same_seed_finds_the_same_channels_however_many_share_a_forward(fold
         assert all(torch.equal(indices, many.kept[name][part]) for part, indices in kept.items())
 
 
+def test_a_search_may_look_at_the_first_images_alone(folder, tmp_path):
+    result = run(MGP, folder, tmp_path, "--search_images 3 --attention_unit 8 --ffn_unit 32")
+    args = tiny_args(f"{SMALL} --coco_path {folder}")
+    model, _, postprocessors = tiny_detector()
+    loader = build_loader(Subset(build_dataset("val2017", args, augment=False), range(3)), 2, shuffle=False)
+    truth = GroundTruth(annotation_path(folder, "val2017"))
+    found = evaluate(model, postprocessors["bbox"], loader, truth, device=torch.device("cpu"), progress=False)
+    assert len(found.image_ids) == 3
+    assert result.base_ap == pytest.approx(found.stats["AP"], abs=1e-9)
+
+
 def test_an_older_journal_is_moved_aside(folder, tmp_path):
     (tmp_path / "search.jsonl").write_text("older\n")
     run(GP, folder, tmp_path, "--attention_unit 8 --ffn_unit 32")
@@ -231,8 +243,9 @@ def command(script, *words):
 
 
 def test_two_processes_decide_as_one(folder, tmp_path):
-    options = f"{SMALL} {FEW} --coco_path {folder} --resume {folder}/dense.pth --map_tol 0.3 --skip_eval_converge 0.1"
-    alone = run(MGP, folder, tmp_path / "one", "--map_tol 0.3 --skip_eval_converge 0.1")
+    more = "--map_tol 0.3 --skip_eval_converge 0.1 --attention_unit 4 --ffn_unit 16"
+    options = f"{SMALL} {FEW} --coco_path {folder} --resume {folder}/dense.pth {more}"
+    alone = run(MGP, folder, tmp_path / "one", more)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = command("prune_greedy_ad.py", *launcher, f"{options} --output_dir {tmp_path}/two")
     assert done.returncode == 0, done.stderr
@@ -243,9 +256,10 @@ def test_two_processes_decide_as_one(folder, tmp_path):
     assert together.trace[-1]["full_ap"] == pytest.approx(alone.ap, abs=1e-9)
 
 
-@pytest.mark.parametrize("script", ["prune_greedy.py", "prune_greedy_ad.py"])
-def test_a_missing_checkpoint_is_one_sentence_and_code_2(folder, tmp_path, script):
-    done = command(script, f"{SMALL} --coco_path {folder} --resume {folder}/none.pth --output_dir {tmp_path}/out")
+def test_a_missing_checkpoint_is_one_sentence_and_code_2(folder, tmp_path):
+    done = command(
+        "prune_greedy.py", f"{SMALL} --coco_path {folder} --resume {folder}/none.pth --output_dir {tmp_path}/out"
+    )
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "none.pth" in done.stderr

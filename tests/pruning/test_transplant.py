@@ -53,7 +53,7 @@ def outputs_of(model, training):
     return [layer[key] for layer in layers for key in ("pred_logits", "pred_boxes")]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(kept=kept_sets(), training=st.booleans())
 def test_gated_and_cut_agree(kept, training):
     slim = cut_model(WHOLE, kept)
