@@ -238,7 +238,7 @@ def command(script, *words):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
