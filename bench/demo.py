@@ -157,7 +157,7 @@ def _write_detections(output: Path, dataset: CocoDataset, detectors: dict) -> No
         for index in busiest[: PICTURES * 8 : 8]:
             image, target = dataset[index]
             result = postprocess(model([image]), target["orig_size"][None])[0]
-            pictures.append(draw_detections(dataset.load_picture(index), result, names, threshold=0.4, scale=2))
+            pictures.append(draw_detections(dataset.picture(index), result, names, threshold=0.4, scale=2))
         columns.append((ROWS[name], pictures))
     half = PICTURES // 2
     write_grid(

@@ -172,9 +172,8 @@ class CocoDataset(CocoDetection):
             torch.default_generator.manual_seed(_sample_seed(self.seed, self.epoch, index))
             image, boxes = self.sample_transforms(image, boxes)
         size = np.array(image.shape[-2:])
-        corners = boxes.as_subclass(
-            Tensor
-        ).numpy()  # numpy from here: at these sizes torch's overhead is most of the time
+        # numpy from here: at these sizes torch's overhead is most of the time.
+        corners = boxes.as_subclass(Tensor).numpy()
         sides, centres = corners[:, 2:] - corners[:, :2], (corners[:, :2] + corners[:, 2:]) / 2
         keep = np.flatnonzero(had_area & (sides > 0).all(axis=1) & (sides >= self.min_side).all(axis=1))
         scale = np.array([size[1], size[0], size[1], size[0]], np.float32)
@@ -188,6 +187,10 @@ class CocoDataset(CocoDetection):
             "size": size,
         }
         return image.as_subclass(Tensor), {name: torch.from_numpy(value) for name, value in target.items()}
+
+    def picture(self, index: int) -> Tensor:
+        """The image of a sample as it is on disk: RGB, uint8 3 x H x W."""
+        return self._load_image(self.ids[index]).as_subclass(Tensor)
 
     def _load_image(self, id: int) -> tv_tensors.Image:
         return tv_tensors.Image(read_image(Path(self.root) / self.coco.imgs[id]["file_name"]))

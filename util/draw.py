@@ -19,23 +19,24 @@ GAP = 6
 
 
 def draw_detections(
-    image: Image.Image,
+    image: Tensor,
     result: Mapping[str, Tensor],
     names: Mapping[int, str],
     *,
     threshold: float = 0.5,
     scale: int = 1,
 ) -> Image.Image:
-    """A copy of `image` with its boxes, names and scores.
+    """A picture of `image` with its boxes, names and scores.
 
     Args:
-        image: RGB.
+        image: RGB, uint8 3 x H x W.
         result: `scores` (K), `labels` (K, category ids), `boxes` (K x 4 xyxy in the image's pixels).
         names: category name by id; an id without one is shown as a number.
         threshold: least score that is drawn.
         scale: whole factor that the picture is enlarged by, so that small ones can be read.
     """
-    canvas = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
+    height, width = image.shape[1:]
+    canvas = to_pil_image(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)
     keep = result["scores"] >= threshold
     if not bool(keep.any()):
         return canvas
