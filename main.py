@@ -113,7 +113,9 @@ def build_detector(
         return build_model(args)
     state_dict = checkpoint.state_dict
     if checkpoint.is_search:
-        whole_model, _, _ = build_model(argparse.Namespace(**{**vars(args), "cfgs": None}))
+        # What was pruned before is smaller than the dense network already.
+        full_widths = checkpoint.full_widths
+        whole_model, _, _ = build_model(argparse.Namespace(**{**vars(args), "cfgs": full_widths}))
         state_dict = slim_state_dict(checkpoint, whole_model)
     built = build_model(args)
     load_weights(built[0], state_dict, checkpoint.path)

@@ -52,6 +52,7 @@ class Checkpoint:
         arguments: options it was made with, empty for foreign files.
         training: optimizer and so on of an unfinished run, or None.
         trace: decisions of a search.
+        full_widths: of a search, channels of each module before the cut, those of the weights.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Checkpoint:
     arguments: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
+    full_widths: Widths | None = None
 
     @property
     def is_search(self) -> bool:
@@ -246,6 +248,7 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         content["args"],
         training,
         content.get("trace") or [],
+        _parse_widths(path, content["full_widths"]),
     )
 
 
@@ -277,10 +280,10 @@ def _read_foreign(path: Path, state_dict: dict[str, Tensor]) -> Checkpoint:
     if any(key.endswith(".prune_a") for key in state_dict):
         kind, kept = "paper_search", _masks_to_kept(path, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if ".select" not in key}
-    widths = _widths_of(path, state_dict)
+    widths = full_widths = _widths_of(path, state_dict)
     for name, parts in (kept or {}).items():
         widths = widths.replace(name, len(next(iter(parts.values()))))
-    return Checkpoint(path, kind, state_dict, widths, kept, bias.shape[0])
+    return Checkpoint(path, kind, state_dict, widths, kept, bias.shape[0], full_widths=full_widths)
 
 
 def _masks_to_kept(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -73,5 +73,5 @@ def test_a_grid_holds_every_column(tmp_path):
     pictures = [Image.new("RGB", (20, 10), RED)] * 2
     write_grid(tmp_path / "grid.png", [("left", pictures), ("right", pictures)])
     with Image.open(tmp_path / "grid.png") as sheet:
-        red = dict((colour, count) for count, colour in sheet.convert("RGB").getcolors(100_000))[RED]
+        red = {colour: count for count, colour in sheet.convert("RGB").getcolors(100_000)}[RED]
     assert red == 4 * 20 * 10

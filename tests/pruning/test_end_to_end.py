@@ -188,6 +188,11 @@ def test_a_search_goes_on_from_its_own_output(folder, tmp_path):
     second = run(MGP, folder, tmp_path / "two", f"--map_tol 0.5 --resume {first.path}")
     assert second.base_ap == pytest.approx(first.ap, abs=1e-3)
     assert all(second.widths.of(name) <= first.widths.of(name) for name in first.widths.names())
+    args = tiny_args(f"{SMALL} --coco_path {folder} --resume {second.path} --eval")
+    checkpoint, _ = settle_arguments(args)
+    slim, _, postprocessors = build_detector(args, checkpoint)
+    assert slim.widths == second.widths
+    assert ap_of(slim, postprocessors["bbox"], args) == pytest.approx(second.ap, abs=1e-3)
 
 
 def test_the_same_seed_finds_the_same_channels_however_many_share_a_forward(folder, tmp_path):
