@@ -10,7 +10,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make lint        check format and style"
 	@echo "make gpu-check   run all that needs a GPU"
-	@echo "make checkpoint  train checkpoints/demo.pth anew (about 90 minutes on two CPU cores)"
+	@echo "make checkpoint  train checkpoints/demo.pth anew (about 70 minutes on two CPU cores)"
 	@echo "make clean       remove .venv and output"
 
 # The stamps make pip run once for each change of the lists, not at every call.
