@@ -60,7 +60,8 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     search += ["--attention_unit", "2", "--ffn_unit", "64"]
     search += ["--num_candidates_attention", "32", "--num_candidates_ffn", "64", "--images_at_once", "64"]
     training = ["--epochs", str(args.epochs), "--batch_size", "16", "--amp", "--lr", "1e-4", "--lr_backbone", "1e-5"]
-    training += ["--lr_schedule", "cosine", "--ema_decay", "0.99", "--batch_norm_type", "BatchNorm2d"]
+    training += ["--lr_schedule", "cosine", "--ema_decay", "0.99", "--augmentation", "flip"]
+    training += ["--cls_loss_coef", "2", "--num_workers", "1"]
     return [
         ("draw the demo set", ["-m", "datasets.demo", data, *drawn]),
         ("evaluate the dense detector", _main(output / "dense", data, args.checkpoint, "--eval")),
