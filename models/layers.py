@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU, "gelu": nn.GELU}
+ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU}
 
 
 class MLP(nn.Module):
@@ -17,6 +17,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
+        """... x input channels -> ... x output channels."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
@@ -30,6 +31,7 @@ class OutputProjection(nn.Module):
         self.out_proj = nn.Linear(width, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """B x L x width -> B x L x hidden_dim."""
         return self.out_proj(x)
 
 

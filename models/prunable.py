@@ -49,6 +49,7 @@ class PrunableModule:
 
     @property
     def is_attention(self) -> bool:
+        """True for an attention, False for an FFN."""
         return self.kind != "ffn"
 
     def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None:
@@ -56,6 +57,7 @@ class PrunableModule:
         self.layer.gates[self.name.rsplit(".", 1)[1]] = (query_or_hidden, value)
 
     def parameter_slices(self) -> tuple[ParameterSlice, ...]:
+        """The parameters that shrink with the module, and how."""
         return self.slices
 
 

@@ -16,7 +16,8 @@ from util.errors import UserError
 class Gated(Channels, Protocol):
     """A prunable module whose channels can be multiplied by a gate."""
 
-    def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None: ...
+    def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None:
+        """Multiply the channels by a gate of shape `width` or B x 1 x width; None takes it away."""
 
 
 def set_gate(module: Gated, kept: Kept, device: torch.device | str = "cpu") -> None:

@@ -52,6 +52,7 @@ class DecoderLayer(GatedLayer):
 
     @property
     def attention_dropout(self) -> float:
+        """Probability with which an attention weight is dropped: 0 outside training."""
         return self.dropout.p if self.training else 0.0
 
     def self_attention(self, x: Tensor, query_pos: Tensor, mask: Tensor | None) -> Tensor:
