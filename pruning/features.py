@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -172,8 +172,5 @@ def _keep_unchanged(
     cached: DetectorState, before: DetectorState, after: DetectorState, device: torch.device
 ) -> DetectorState:
     """`after` on `device`, holding the tensors of `cached` wherever the steps did not touch them."""
-    changes = {}
-    for entry in fields(after):
-        new, old = getattr(after, entry.name), getattr(before, entry.name)
-        changes[entry.name] = getattr(cached, entry.name) if new is old else getattr(after.to(device), entry.name)
-    return after.replace(**changes)
+    held = {id(old): kept for old, kept in zip(before.tensors(), cached.tensors(), strict=True)}
+    return after.map(lambda tensor: held[id(tensor)] if id(tensor) in held else tensor.to(device))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pruning.features import PassCounter, StateCache, repeat_batch, split_outputs
+from pruning.features import PassCounter, StateCache, _keep_unchanged, repeat_batch, split_outputs
 from pruning.gates import clear_gates, set_gate
 from pruning.kept import add, missing, none_kept
 from pruning.scores import ExactLoss, best_of_each_head, draw_candidates
@@ -79,6 +79,20 @@ def test_what_the_steps_leave_alone_is_held_once():
         assert after.memory_pos is before.memory_pos
         assert after.anchors is before.anchors
         assert after.memory is not before.memory
+
+
+@torch.no_grad()
+def test_only_what_a_step_has_made_goes_to_the_caches_device(monkeypatch):
+    model = tiny_detector()[0].eval()
+    before = model.run_steps(model.prepare(BATCHES[0][0]), stop="decoder.1.ffn")
+    cached, after = before.to("meta"), model.run_steps(before, "decoder.1.ffn")
+    moved, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where: moved.append(tensor) or to(tensor, *where))
+    found = _keep_unchanged(cached, before, after, torch.device("meta"))
+    assert [id(tensor) for tensor in moved] == [id(after.queries), id(after.hidden[1]), id(after.boxes[1])]
+    assert found.memory is cached.memory
+    assert found.hidden[0] is cached.hidden[0]
+    assert all(tensor.is_meta for tensor in found.tensors())
 
 
 @torch.no_grad()
