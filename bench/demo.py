@@ -45,7 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", type=Path, default=Path("output/demo"), help="folder for all results")
     add("--checkpoint", type=Path, default=CHECKPOINT, help="detector to prune")
-    add("--images", type=int, default=1200, help="training images to draw")
+    add("--images", type=int, default=1000, help="training images to draw")
     add("--val_images", type=int, default=400, help="validation images to draw")
     add("--seed", type=int, default=42, help="seed of the drawing")
     add("--epochs", type=int, default=3, help="epochs of fine-tuning")
@@ -56,9 +56,10 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Title and command of each stage, as a user would type them."""
     data, output = str(args.output / "data"), args.output
     drawn = ["--images", str(args.images), "--val-images", str(args.val_images), "--seed", str(args.seed)]
-    search = ["--search_split", "train2017", "--search_images", "400", "--batch_size", "16"]
+    search = ["--search_split", "train2017", "--search_images", "200", "--batch_size", "8"]
+    search += ["--subset_batches_attention", "12", "--subset_batches_ffn", "12"]
     search += ["--attention_unit", "2", "--ffn_unit", "64"]
-    search += ["--num_candidates_attention", "32", "--num_candidates_ffn", "64", "--images_at_once", "64"]
+    search += ["--num_candidates_attention", "32", "--num_candidates_ffn", "128"]
     training = ["--epochs", str(args.epochs), "--batch_size", "16", "--amp", "--lr", "1e-4", "--lr_backbone", "1e-5"]
     training += ["--lr_schedule", "cosine", "--ema_decay", "0.99", "--augmentation", "flip"]
     training += ["--cls_loss_coef", "2", "--num_workers", "1"]
