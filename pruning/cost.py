@@ -26,10 +26,11 @@ from torch import nn
 
 from models import build_model
 from models.widths import Widths
+from pruning.options import READ_BY_COST, hide_unread, refuse_unread
 from util.arguments import take_from_command_line
 from util.errors import run_cli
 from util.logging import table
-from util.options import get_args_parser, whole
+from util.options import get_args_parser, parse, whole
 
 GIGA = 1e9
 PAPER_IMAGE_SIZE_HW = (800, 1088)
@@ -184,19 +185,25 @@ def _feature_pixels(model: nn.Module, image_size_hw: tuple[int, int]) -> int:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The options of `main.py` (those that shape a network are read) and the size of the image."""
+    """The options of `main.py` (those that shape a network) and the size of the image."""
     parser = argparse.ArgumentParser(
         "python -m pruning.cost", description=__doc__.splitlines()[0], parents=[get_args_parser()]
     )
     parser.add_argument("--image-size", dest="image_size_hw", type=whole(1), nargs=2, default=PAPER_IMAGE_SIZE_HW,
                         metavar=("HEIGHT", "WIDTH"), help="pixels of the one image counted for")  # fmt: skip
     parser.add_argument("--num_classes", type=whole(1), default=91, help="largest category id + 1 (COCO: 91)")
+    hide_unread(parser, READ_BY_COST)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table."""
-    args = get_parser().parse_args(argv)
+    """Print the table.
+
+    Raises:
+        UserError: widths that do not fit the network, or an option that changes no figure.
+    """
+    args, typed = parse(get_parser(), argv)
+    refuse_unread(typed, READ_BY_COST, "the cost table")
     args.pretrained_backbone = False
     take_from_command_line(args)
     costs = [("dense", _cost_of_args(args, None))]

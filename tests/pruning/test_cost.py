@@ -9,6 +9,7 @@ from models import build_model
 from models.widths import Widths
 from pruning.cost import cost_of, get_parser, main, products_of, step_shares
 from tests.pruning.tiny import tiny_detector
+from util.errors import UserError
 
 GP = "[[[152,416],[232,1408],[216,1504],[232,1248],[224,1472],[248,1344]],"
 GP += "[[8,136,544],[184,192,1216],[240,168,1920],[232,256,800],[256,192,960],[256,216,1216]]]"
@@ -60,6 +61,12 @@ def test_macs_are_those_of_a_forward(options, cfgs, size):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model.outputs(model.run_steps(state))
     assert counter.get_total_flops() == 2 * (sum(p.macs for p in products) - unread)
+
+
+@pytest.mark.parametrize("word", ["--resume a.pth", "--coco_path a", "--device cpu", "--image_size 64", "--lr 1"])
+def test_options_that_change_no_figure_are_refused(word):
+    with pytest.raises(UserError, match=word.split()[0]):
+        main(word.split())
 
 
 def test_shares_of_the_steps_are_those_of_the_products():
