@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from engine import autocast
 from models.state import DetectorState
+from util.logging import get_logger
 
 Targets = list[dict[str, Tensor]]
+
+USABLE_SHARE = 0.8  # of a GPU's free memory: a search's forwards need some, too
 
 
 @dataclass
@@ -71,7 +74,7 @@ class StateCache:
     def __init__(
         self,
         model: nn.Module,
-        loader: Iterable[tuple[list[Tensor], Targets]],
+        loader: Collection[tuple[list[Tensor], Targets]],
         counter: PassCounter,
         *,
         device: torch.device,
@@ -79,11 +82,14 @@ class StateCache:
         amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
-        """Run the front of `model` (its `prepare`) over `loader` and keep the states on `cache_device`."""
+        """Run the front of `model` (its `prepare`) over `loader` and keep the states on `cache_device`.
+
+        None keeps them on `device`, or on the CPU if that is a GPU whose memory they would fill.
+        """
         self._model = model
         self._counter = counter
         self._device = device
-        self._cache_device = cache_device or device
+        self.cache_device = cache_device
         self._amp = amp
         self._features: list[DetectorState] = []
         self.targets: list[Targets] = []
@@ -91,7 +97,9 @@ class StateCache:
             for images, targets in progress(loader):
                 state = model.prepare([image.to(device) for image in images])
                 counter.backbone_images += len(images)
-                self._features.append(state.to(self._cache_device))
+                if self.cache_device is None:
+                    self.cache_device = fitting_device(bytes_needed(state, model.step_names) * len(loader), device)
+                self._features.append(state.to(self.cache_device))
                 self.targets.append([_without_images(target) for target in targets])
         self._states = list(self._features)
         self.position: str = model.step_names[0]
@@ -107,9 +115,7 @@ class StateCache:
     @property
     def nbytes(self) -> int:
         """Bytes that the cached states hold, shared ones counted once."""
-        states = [*self._features, *self._states]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in states for t in s.tensors()}
-        return sum(storages.values())
+        return _storage_bytes([*self._features, *self._states])
 
     def state(self, batch: int) -> DetectorState:
         """The state of one batch in front of the module under search, on the cache's device."""
@@ -137,8 +143,28 @@ class StateCache:
                 on_device = state.to(self._device)
                 self._counter.add(self.position, name, len(state.queries))
                 moved = self._model.run_steps(on_device, self.position, name)
-                self._states[index] = _keep_unchanged(state, on_device, moved, self._cache_device)
+                self._states[index] = _keep_unchanged(state, on_device, moved, self.cache_device)
         self.position = name
+
+
+def bytes_needed(state: DetectorState, step_names: Sequence[str]) -> int:
+    """Bytes that a cache holds at most for a batch: its features, and beside them its state behind the last step."""
+    layers = sum(name.startswith("decoder.") and name.endswith(".ffn") for name in step_names)
+    # The encoded features, and the queries: content, position and sine, and what each layer leaves.
+    return _storage_bytes([state]) + state.memory.nbytes + (3 + layers) * state.queries.nbytes
+
+
+def fitting_device(needed: int, device: torch.device) -> torch.device:
+    """`device` if `needed` bytes fit it, else the CPU, which the log then says; a CPU is not asked."""
+    if device.type != "cuda":
+        return device
+    free = _free_bytes(device)
+    if needed <= USABLE_SHARE * free:
+        return device
+    get_logger().info(
+        "features are kept in RAM: they may take %.1f GB, and %s has %.1f GB free", needed / 1e9, device, free / 1e9
+    )
+    return torch.device("cpu")
 
 
 def repeat_batch(state: DetectorState, copies: int) -> DetectorState:
@@ -162,6 +188,17 @@ def split_outputs(outputs: dict[str, Any], copies: int) -> list[dict[str, Any]]:
         for part, piece in zip(parts, pieces, strict=True):
             part[key] = piece if isinstance(piece, Tensor) else list(piece)
     return parts
+
+
+def _storage_bytes(states: Iterable[DetectorState]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in states for t in s.tensors()}
+    return sum(storages.values())
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses, those that torch has set aside for itself included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _without_images(target: Mapping[str, Any]) -> dict[str, Tensor]:

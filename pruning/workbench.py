@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class DetectorBench:
         model: nn.Module,
         criterion: nn.Module,
         postprocess: Callable[[dict[str, Any], Tensor], Sequence[dict[str, Tensor]]],
-        loader: Iterable[tuple[list[Tensor], Targets]],
+        loader: Collection[tuple[list[Tensor], Targets]],
         ground_truth: GroundTruth,
         step_shares: Mapping[str, float],
         *,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pruning import features
 from pruning.features import PassCounter, StateCache, _keep_unchanged, repeat_batch, split_outputs
 from pruning.gates import clear_gates, set_gate
 from pruning.kept import add, missing, none_kept
@@ -93,6 +94,26 @@ def test_only_what_a_step_has_made_goes_to_the_caches_device(monkeypatch):
     assert found.memory is cached.memory
     assert found.hidden[0] is cached.hidden[0]
     assert all(tensor.is_meta for tensor in found.tensors())
+
+
+def test_features_that_do_not_fit_a_gpu_stay_in_ram(monkeypatch, capsys):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(features, "_free_bytes", lambda device: 1000)
+    assert features.fitting_device(800, gpu) == gpu
+    assert features.fitting_device(801, gpu) == CPU
+    assert "kept in RAM" in capsys.readouterr().out
+    assert features.fitting_device(801, CPU) == CPU
+
+
+@torch.no_grad()
+def test_the_estimate_covers_the_cache_wherever_it_stands():
+    model = tiny_detector()[0].eval()
+    batch = pictures(((64, 96), (96, 64)))
+    estimate = features.bytes_needed(model.prepare(batch[0]), model.step_names)
+    cache = cache_of(model, [batch])
+    for name in model.step_names:
+        cache.move_to(name)
+        assert cache.nbytes <= 1.1 * estimate
 
 
 @torch.no_grad()

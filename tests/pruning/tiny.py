@@ -8,10 +8,10 @@ from models import build_model
 from models.widths import Widths
 from util.options import get_args_parser
 
-TINY = (
-    "--backbone resnet18 --no-pretrained_backbone --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 "
-    "--dim_feedforward 32 --num_queries 5 --scalar 2"
+NETWORK = (
+    "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 --dim_feedforward 32 --num_queries 5"
 )
+TINY = f"{NETWORK} --no-pretrained_backbone --scalar 2"
 
 
 def tiny_args(more: str = "", cfgs: Widths | None = None) -> argparse.Namespace:
