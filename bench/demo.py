@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -27,12 +29,14 @@ from util.draw import draw_detections, write_grid
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table
-from util.options import parse
+from util.options import parse, whole
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "demo.pth"
 ROWS = {"dense": "dense", "pruned": "pruned, before fine-tuning", "fine-tuned": "pruned, fine-tuned"}
 PICTURES = 6
+
+T = TypeVar("T")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -45,10 +49,10 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", type=Path, default=Path("output/demo"), help="folder for all results")
     add("--checkpoint", type=Path, default=CHECKPOINT, help="detector to prune")
-    add("--images", type=int, default=1000, help="training images to draw")
-    add("--val_images", type=int, default=400, help="validation images to draw")
-    add("--seed", type=int, default=42, help="seed of the drawing")
-    add("--epochs", type=int, default=3, help="epochs of fine-tuning")
+    add("--images", type=whole(1), default=1000, help="training images to draw")
+    add("--val_images", type=whole(1), default=400, help="validation images to draw")
+    add("--seed", type=whole(0), default=42, help="seed of the drawing")
+    add("--epochs", type=whole(1), default=3, help="epochs of fine-tuning")
     return parser
 
 
@@ -156,16 +160,25 @@ def _write_detections(output: Path, dataset: CocoDataset, detectors: dict) -> No
     columns = []
     for name, (model, postprocess, _) in detectors.items():
         pictures = []
-        for index in busiest[: PICTURES * 8 : 8]:
+        for index in spread(busiest, PICTURES):
             image, target = dataset[index]
             result = postprocess(model([image]), target["orig_size"][None])[0]
             pictures.append(draw_detections(dataset.picture(index), result, names, threshold=0.4, scale=2))
         columns.append((ROWS[name], pictures))
-    half = PICTURES // 2
-    write_grid(
-        output / "detections.png",
-        [(title, part) for start in (0, half) for title, part in ((t, p[start : start + half]) for t, p in columns)],
-    )
+    write_grid(output / "detections.png", fold_columns(columns))
+
+
+def spread(indices: Sequence[int], count: int) -> Sequence[int]:
+    """`count` of the indices (all if there are fewer), up to 8 places apart, so that pictures differ in their load."""
+    step = max(1, min(8, len(indices) // count))
+    return indices[::step][:count]
+
+
+def fold_columns(columns: Sequence[tuple[str, Sequence[T]]]) -> list[tuple[str, Sequence[T]]]:
+    """The upper halves of all columns and then the lower halves, so that a sheet is wider than high."""
+    half = -(-max(len(pictures) for _, pictures in columns) // 2)
+    halves = [(title, pictures[start : start + half]) for start in (0, half) for title, pictures in columns]
+    return [(title, pictures) for title, pictures in halves if pictures]
 
 
 def main() -> None:

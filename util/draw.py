@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -54,18 +55,21 @@ def draw_detections(
 
 
 def write_grid(path: str | Path, columns: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
-    """Write a PNG with one captioned column of pictures beside the other; pictures of a row have one size."""
-    width = sum(max(picture.width for picture in pictures) + GAP for _, pictures in columns) + GAP
-    rows = list(zip(*(pictures for _, pictures in columns), strict=True))
-    height = CAPTION_HEIGHT + sum(max(picture.height for picture in row) + GAP for row in rows)
+    """Write a PNG with one captioned column of pictures beside the other; a column may be shorter or empty."""
+    widths = [max((picture.width for picture in pictures), default=0) for _, pictures in columns]
+    heights = [
+        max(picture.height for picture in row if picture is not None)
+        for row in zip_longest(*(pictures for _, pictures in columns))
+    ]
+    width, height = sum(widths) + GAP * (len(widths) + 1), CAPTION_HEIGHT + sum(heights) + GAP * len(heights)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     left = GAP
-    for caption, pictures in columns:
+    for (caption, pictures), column_width in zip(columns, widths, strict=True):
         draw.text((left, GAP), caption, fill="black", font_size=14)
         top = CAPTION_HEIGHT
-        for row, picture in zip(rows, pictures, strict=True):
+        for picture, row_height in zip(pictures, heights, strict=False):
             sheet.paste(picture, (left, top))
-            top += max(other.height for other in row) + GAP
-        left += max(picture.width for picture in pictures) + GAP
+            top += row_height + GAP
+        left += column_width + GAP
     write_atomic(path, lambda stream: sheet.save(stream, format="PNG"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.demo import get_parser, stages
+from bench.demo import PICTURES, fold_columns, get_parser, spread, stages
 from bench.timing import milliseconds_per_image
 from pruning.cli import get_pruning_parser
 from pruning.schedule import MGP
@@ -69,9 +69,26 @@ def test_only_confident_boxes_are_drawn(score):
     assert (drawn.getcolors() == [(80 * 60, RED)]) == (score < 0.5)
 
 
-def test_a_grid_holds_every_column(tmp_path):
-    pictures = [Image.new("RGB", (20, 10), RED)] * 2
-    write_grid(tmp_path / "grid.png", [("left", pictures), ("right", pictures)])
+@pytest.mark.parametrize("counts", [(2, 2), (2, 1), (1, 0)])
+def test_a_grid_holds_every_column(tmp_path, counts):
+    columns = [("column", [Image.new("RGB", (20, 10), RED)] * count) for count in counts]
+    write_grid(tmp_path / "grid.png", columns)
     with Image.open(tmp_path / "grid.png") as sheet:
         red = {colour: count for count, colour in sheet.convert("RGB").getcolors(100_000)}[RED]
-    assert red == 4 * 20 * 10
+    assert red == sum(counts) * 20 * 10
+
+
+@pytest.mark.parametrize("images", [1, 2, 5, 6, 23, 24, 400])
+def test_few_images_make_a_smaller_sheet(images):
+    shown = spread(range(images), PICTURES)
+    assert len(shown) == min(images, PICTURES)
+    columns = fold_columns([("dense", shown), ("fine-tuned", shown)])
+    assert [title for title, _ in columns] == ["dense", "fine-tuned"] * (1 if images == 1 else 2)
+    assert [index for _, pictures in columns[::2] for index in pictures] == list(shown)
+
+
+@pytest.mark.parametrize("words", [["--images", "0"], ["--val_images", "-3"], ["--epochs", "0"], ["--seed", "x"]])
+def test_sizes_are_checked_at_the_start(words, capsys):
+    with pytest.raises(SystemExit):
+        get_parser().parse_args(words)
+    assert words[0] in capsys.readouterr().err
