@@ -14,7 +14,7 @@ from tqdm import tqdm
 from datasets.coco_eval import GroundTruth, coco_stats, to_detections
 from util import distributed
 from util.ema import WeightAverage
-from util.logging import get_logger, table
+from util.logging import bar_off, get_logger, table
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +29,7 @@ class EvalResult:
 
     Attributes:
         stats: the twelve COCO figures, each in [0, 1] (-1 where nothing is there to measure).
-        losses: mean of each loss over the batches, empty without a criterion; `loss` is the weighted sum.
+        losses: mean of each loss, batches counting by their images, and of `loss`, the weighted sum; else empty.
         detections: N x 7 array of (image_id, x, y, w, h, score, category_id), boxes in pixels of the original image.
         image_ids: the images that were seen, sorted.
     """
@@ -41,26 +41,28 @@ class EvalResult:
 
 
 class Means:
-    """Running means of named scalars, the same names each time, kept on the device until they are read."""
+    """Running weighted means of named scalars, the same names each time, kept on the device until they are read."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._count = 0
+        self._weight = 0
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count in one batch of scalar tensors."""
+    def add(self, values: Mapping[str, Tensor], weight: int = 1) -> None:
+        """Count in one batch of scalar tensors, `weight` times."""
         self._names = self._names or sorted(values)
-        stacked = torch.stack([values[name].detach().double() for name in self._names])
+        stacked = weight * torch.stack([values[name].detach().double() for name in self._names])
         self._sums = stacked if self._sums is None else self._sums + stacked
-        self._count += 1
+        self._weight += weight
 
     def read(self) -> dict[str, float]:
         """Mean of each name over the batches of all processes."""
         if self._sums is None:
             return {}
-        means = dict(zip(self._names, self._sums / self._count, strict=True))
-        return {name: float(value) for name, value in distributed.average(means).items()}
+        sums = dict(zip(self._names, self._sums, strict=True))
+        # No loss is called "": the weights travel with the sums.
+        found = distributed.average({**sums, "": torch.full_like(self._sums[0], self._weight)})
+        return {name: float(found[name] / found[""]) for name in self._names}
 
 
 def move_to(value: Any, device: torch.device) -> Any:
@@ -105,8 +107,7 @@ def train_one_epoch(
     Args:
         model: takes (images, targets) in training mode; a DistributedDataParallel of it too.
         criterion: takes (outputs, targets), gives the losses, and has `weighted_sum(losses)`.
-        loader: gives (images, targets).
-        scheduler: stepped once an optimizer step.
+        scheduler: stepped once an optimizer step, not where fp16 skips one.
         clip_max_norm: largest norm of the gradient, 0 for no clipping.
         amp: off, bf16 or fp16; fp16 needs `scaler`.
         weight_average: updated after each optimizer step.
@@ -121,24 +122,17 @@ def train_one_epoch(
     criterion.train()
     means = Means()
     batches = len(loader)
-    bar = tqdm(total=batches, desc=f"epoch {epoch}", disable=_bar_off(progress), leave=False)
+    bar = tqdm(total=batches, desc=f"epoch {epoch}", disable=bar_off(progress), leave=False)
     optimizer.zero_grad(set_to_none=True)
     for number, (images, targets) in enumerate(loader):
         images, targets = move_to(images, device), move_to(targets, device)
         group = min(accumulate, batches - number // accumulate * accumulate)
         stepping = (number + 1) % accumulate == 0 or number + 1 == batches
         with contextlib.nullcontext() if stepping or not hasattr(model, "no_sync") else model.no_sync():
-            with autocast(device, amp):
-                outputs = model(images, targets)
-            losses = criterion(_to_float32(outputs), targets)
-            loss = criterion.weighted_sum(losses)
-            losses = distributed.average({**losses, "loss": loss})
-            _check_finite(losses, targets)
-            share = loss / group
-            (share if scaler is None else scaler.scale(share)).backward()
+            loss, losses = _losses(model, criterion, images, targets, autocast(device, amp))
+            (loss / group if scaler is None else scaler.scale(loss / group)).backward()
         means.add(losses)
-        if stepping:
-            _optimizer_step(model, optimizer, scaler, clip_max_norm)
+        if stepping and _optimizer_step(model, optimizer, scaler, clip_max_norm):
             if weight_average is not None:
                 weight_average.update()
             if scheduler is not None:
@@ -177,7 +171,7 @@ def evaluate(
     """
     rows: dict[int, np.ndarray] = {}
     means = Means()
-    batches = tqdm(loader, desc="evaluate", disable=_bar_off(progress), leave=False)
+    batches = tqdm(loader, desc="evaluate", disable=bar_off(progress), leave=False)
     with _eval_mode(predict), _eval_mode(criterion):
         for inputs, targets in batches:
             with autocast(device, amp):
@@ -185,7 +179,7 @@ def evaluate(
             outputs = _to_float32(outputs)
             if criterion is not None:
                 losses = criterion(outputs, move_to(targets, device))
-                means.add({**losses, "loss": criterion.weighted_sum(losses)})
+                means.add({**losses, "loss": criterion.weighted_sum(losses)}, weight=len(targets))
             sizes = torch.stack([target["orig_size"] for target in targets]).to(device)
             for target, result in zip(targets, postprocess(outputs, sizes), strict=True):
                 image_id = int(target["image_id"])
@@ -208,20 +202,49 @@ def to_coco_results(detections: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
+def _losses(
+    model: nn.Module,
+    criterion: nn.Module,
+    images: list[Tensor],
+    targets: list[dict[str, Tensor]],
+    precision: contextlib.AbstractContextManager,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch to go backward from, and every loss averaged over the processes.
+
+    Raises:
+        NonFiniteLossError: the average is not finite.
+    """
+    with precision:
+        outputs = model(images, targets)
+    losses = criterion(_to_float32(outputs), targets)
+    loss = criterion.weighted_sum(losses)
+    losses = distributed.average({**losses, "loss": loss})
+    _check_finite(losses, targets)
+    return loss, losses
+
+
 def _optimizer_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_max_norm: float
-) -> None:
-    """Clip, step and clear the gradients; with a scaler an overflow skips the step and lowers the scale."""
+) -> bool:
+    """Clip, step and clear the gradients; with a scaler an overflow skips the step and lowers the scale.
+
+    Returns:
+        Whether the step was taken.
+    """
     if scaler is not None:
         scaler.unscale_(optimizer)
     if clip_max_norm > 0:
         nn.utils.clip_grad_norm_(model.parameters(), clip_max_norm)
+    stepped = True
     if scaler is None:
         optimizer.step()
     else:
+        scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
+        stepped = scaler.get_scale() >= scale
     optimizer.zero_grad(set_to_none=True)
+    return stepped
 
 
 def _check_finite(losses: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
@@ -257,8 +280,3 @@ def _eval_mode(module: Any) -> Iterator[None]:
         yield
     finally:
         module.train(training)
-
-
-def _bar_off(progress: bool) -> bool | None:
-    """For tqdm's `disable`: None leaves the bar to terminals, so that log files stay readable."""
-    return None if progress and distributed.is_main() else True

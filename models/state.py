@@ -79,9 +79,3 @@ class DetectorState:
                 yield value
             elif isinstance(value, tuple):
                 yield from value
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of storage that the tensors occupy, those that share one counted once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
-        return sum(storages.values())

@@ -48,7 +48,7 @@ class Widths:
                 shown, given = f"--cfgs {given}", _read_file(given)
             try:
                 given = json.loads(given)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{shown}: found no JSON ({error}), expected {GRAMMAR}") from None
         return cls(*_stacks(given, shown))
 

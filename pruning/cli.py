@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pruning import plots, report
 from pruning.cost import Cost, cost_of, cost_table, step_shares
 from pruning.journal import Decision, Journal
 from pruning.kept import Kept
+from pruning.options import READ_BY_SEARCH, hide_unread, refuse_unread
 from pruning.schedule import Schedule
 from pruning.search import Search, Units
 from pruning.transplant import widths_after
@@ -32,13 +33,15 @@ from pruning.workbench import DetectorBench
 from util import distributed
 from util.checkpoint import plain_arguments, save_checkpoint
 from util.errors import UserError, run_cli
-from util.files import check_output_dir
-from util.logging import get_logger, log_to_file, stop_logging_to_file
+from util.files import check_output_dir, move_aside
+from util.logging import bar_off, get_logger, log_to_file, stop_logging_to_file
 from util.options import parse, real, whole
 from util.training_state import seed_everything
 
 OUTPUT_NAME = "pruned.pth"
 JOURNAL_NAME = "search.jsonl"
+WIDTHS_PICTURE = "widths.png"
+AP_PICTURE = "ap_params.png"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,13 @@ def get_pruning_parser(schedule: Schedule, description: str) -> argparse.Argumen
         help="images the search looks at; a fair figure searches on train2017 and reports val2017")  # fmt: skip
     add("--search_images", type=whole(1), default=None, help="first images of the split to look at; None means all")
     add("--images_at_once", type=whole(1), default=32, help="most images in a forward that scores several candidates")
-    add("--cache_device", choices=("cpu", "same"), default="same", help="where features are kept: RAM or --device")
+    add(
+        "--cache_device",
+        choices=("cpu", "same"),
+        default="same",
+        help="where features are kept: RAM, or --device; in RAM anyway if they do not fit a GPU's free memory",
+    )
+    hide_unread(parser, READ_BY_SEARCH)
     return parser
 
 
@@ -96,6 +105,7 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: set[str] = froze
         UserError: before anything is written.
     """
     torch.set_flush_denormal(True)
+    refuse_unread(typed, READ_BY_SEARCH, "a search")
     if args.resume is None:
         raise UserError("--resume: found none, expected the checkpoint of the detector to prune")
     device = distributed.choose_device(args.device)
@@ -111,8 +121,10 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: set[str] = froze
         model, criterion, postprocessors = build_detector(args, checkpoint)
         run = _Run(schedule, args, model.to(device), output_dir, device)
         run.prepare(criterion.to(device), postprocessors["bbox"])
+        base_ap = run.base_ap()
+        # From here on the inputs are known to be good, and files are written.
         handler = log_to_file(output_dir / "run.log")
-        return run.search()
+        return run.search(base_ap)
     finally:
         stop_logging_to_file(handler)
         distributed.stop()
@@ -172,24 +184,43 @@ class _Run:
             images_at_once=args.images_at_once,
             cache_device=torch.device("cpu") if args.cache_device == "cpu" else None,
             amp=args.amp,
-            progress=functools.partial(tqdm, desc="backbone", leave=False, disable=_bar_off()),
+            progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
         )
 
-    def search(self) -> Result:
-        """Search, and write what it found."""
-        args, units = self.args, units_of(self.args)
-        journal = Journal(self.output_dir / JOURNAL_NAME)
-        base_ap = self.bench.full_ap()
+    def base_ap(self) -> float:
+        """mAP before the search, above 0.
+
+        Raises:
+            UserError: there is nothing to hold a search against; 0 would let every module shrink to one unit.
+        """
+        args, base_ap = self.args, self.bench.full_ap()
         if base_ap < 0:
             raise UserError(f"--search_split {args.search_split}: found no boxes in its annotations, expected some")
+        if base_ap == 0:
+            raise UserError(
+                f"--resume {args.resume}: found mAP 0 on {args.search_split} of {args.coco_path}, expected a detector "
+                "that finds its objects"
+            )
+        return base_ap
+
+    def search(self, base_ap: float) -> Result:
+        """Search, and write what it found; `base_ap` is the mAP before.
+
+        The output file is there from the first module on, so that a search that is killed leaves what it had found.
+        """
+        args, units = self.args, units_of(self.args)
+        journal = Journal(self.output_dir / JOURNAL_NAME)
         self.log.info(
-            "%s on %s: %d images, mAP %.4f before; features take %.0f MB",
+            "%s on %s: %d images, mAP %.4f before; features take %.0f MB on %s",
             self.schedule.name, args.search_split, self.num_images,
-            base_ap, self.bench.cache.nbytes / 1e6,
+            base_ap, self.bench.cache.nbytes / 1e6, self.bench.cache.cache_device,
         )  # fmt: skip
+        order = self.schedule.order(self.bench.modules)
         if distributed.is_main():
+            for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE):
+                move_aside(self.output_dir / name)
             journal.start(self._facts(base_ap, units))
-        with report.ProgressBar(list(self.bench.modules.values()), units, _bar_off()) as bar:
+        with report.ProgressBar(list(self.bench.modules.values()), units, bar_off()) as bar:
 
             def record(decision: Decision) -> None:
                 self.decisions.append(decision)
@@ -198,8 +229,12 @@ class _Run:
                 bar.show(decision)
                 if decision.accepted:
                     self.log.info("%s", report.module_line(decision))
+                    left = order[decision.visit + 1 :]
+                    if left and distributed.is_main():
+                        self._save(search.kept, left)
 
-            kept = Search(self.bench, self.schedule, units, base_ap, record).run()
+            search = Search(self.bench, self.schedule, units, base_ap, record)
+            kept = search.run()
         result = Result(
             base_ap,
             self.decisions[-1].full_ap,
@@ -231,23 +266,33 @@ class _Run:
             "passes": self.bench.counter.to_dict(),
         }
 
-    def _write(self, result: Result) -> None:
-        """The output file, pictures, tables, and the command to type next."""
+    def _save(self, kept: Mapping[str, Kept], left: Sequence[str] = ()) -> None:
+        """Write the output file; `left` are the modules that have not been visited and are still whole.
+
+        While some are left, the trace ends with an entry that says so.
+        """
+        trace = [{key: value for key, value in d.to_dict().items() if key != "kept"} for d in self.decisions]
+        if left:
+            trace.append({"unfinished": True, "modules_left": list(left)})
         save_checkpoint(
-            result.path,
+            self.output_dir / OUTPUT_NAME,
             state_dict=self.model.state_dict(),
-            widths=result.widths,
+            widths=widths_after(self.model.widths, kept),
             full_widths=self.model.widths,
             arguments=self.args,
             num_classes=self.args.num_classes,
-            kept=result.kept,
-            trace=[{key: value for key, value in d.to_dict().items() if key != "kept"} for d in self.decisions],
+            kept=kept,
+            trace=trace,
         )
+
+    def _write(self, result: Result) -> None:
+        """The output file, pictures, tables, and the command to type next."""
+        self._save(result.kept)
         before, after = self._costs(result.widths)
         caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
-        plots.plot_widths(self.output_dir / "widths.png", self.model.widths, result.widths)
+        plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.model.widths, result.widths)
         plots.plot_ap_against_parameters(
-            self.output_dir / "ap_params.png", self.decisions, result.base_ap, before.transformer_params, caption
+            self.output_dir / AP_PICTURE, self.decisions, result.base_ap, before.transformer_params, caption
         )
         passes = self.bench.counter
         self.log.info("%s", report.module_table(self.decisions))
@@ -273,8 +318,3 @@ def batch_numbers(images: int, batch_size: int) -> list[int]:
     """The batches of this process: its share, and in front of it the first batch, on which all score candidates."""
     share = range(distributed.rank(), -(-images // batch_size), distributed.world_size())
     return [0, *(number for number in share if number)]
-
-
-def _bar_off() -> bool | None:
-    """For tqdm's `disable`: None leaves the bar to terminals."""
-    return None if distributed.is_main() else True

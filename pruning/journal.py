@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pruning.kept import Kept, to_lists
-from util.files import append_json_line
+from util.files import append_json_line, move_aside
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,6 @@ class Journal:
 
     def _write(self, event: str, facts: Mapping[str, Any]) -> None:
         if not self._begun:
-            _move_aside(self.path)
+            move_aside(self.path)
             self._begun = True
         append_json_line(self.path, {"event": event, **facts})
-
-
-def _move_aside(path: Path) -> None:
-    """Rename an existing `search.jsonl` to the first free one of `search.1.jsonl`, `search.2.jsonl`, ..."""
-    if not path.exists():
-        return
-    number = 1
-    while (older := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(older)

@@ -116,6 +116,19 @@ def test_averaged_weights_follow_after_every_step():
     assert torch.allclose(average.model.weight, start + (model.weight.detach() - start) * 9 / 11, atol=1e-7)
 
 
+def test_a_step_that_overflows_moves_neither_schedule_nor_average():
+    model = Linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    average = WeightAverage(model, decay=0.5)
+    # At this scale the first gradients are infinite; the scale falls to 1 and the second step is taken.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-127)
+    engine.train_one_epoch(model, MeanSquare(), batches(4, 2), optimizer, device=CPU, scaler=scaler,
+                           scheduler=scheduler, weight_average=average, progress=False)  # fmt: skip
+    assert scaler.get_scale() == 1 and not torch.equal(model.weight, Linear().weight)
+    assert (scheduler.last_epoch, average.steps) == (1, 1)
+
+
 GROUND_TRUTH = {
     "images": [{"id": i, "width": 100, "height": 50} for i in (4, 7, 9)],
     "categories": [{"id": 2}, {"id": 5}],
@@ -160,18 +173,21 @@ def test_only_the_images_seen_are_counted_and_each_of_them_once():
     assert evaluate(()).stats["AP"] == -1
 
 
-def test_evaluation_leaves_the_mode_of_a_module_as_it_was():
+def test_evaluation_leaves_the_mode_of_a_module_and_weights_losses_by_images():
     model, seen = Linear().train(), []
     model.register_forward_hook(lambda module, *_: seen.append(module.training))
     loader = [
-        (images, [{**t, "orig_size": torch.tensor([5, 5])} for t in targets]) for images, targets in batches(2, 2)
+        (images, [{**t, "orig_size": torch.tensor([5, 5])} for t in targets]) for images, targets in batches(3, 2)
     ]
-    truth = GroundTruth({**GROUND_TRUTH, "images": [{"id": 0}, {"id": 1}], "annotations": []})
+    truth = GroundTruth({**GROUND_TRUTH, "images": [{"id": 0}, {"id": 1}, {"id": 2}], "annotations": []})
     nothing = {"scores": torch.zeros(0), "labels": torch.zeros(0), "boxes": torch.zeros(0, 4)}
     result = engine.evaluate(model, lambda outputs, sizes: [nothing] * len(sizes), loader, truth, device=CPU,
                              criterion=MeanSquare(), progress=False)  # fmt: skip
-    assert model.training and seen == [False]
+    assert model.training and seen == [False, False]
     assert set(result.losses) == {"loss", "loss_square", "loss_sum"}
+    # The last batch is of one image and counts as one.
+    all_at_once = MeanSquare()(model(*batches(3, 3)[0]), None)
+    assert result.losses["loss_square"] == pytest.approx(float(all_at_once["loss_square"].detach()), abs=1e-6)
 
 
 def test_results_json_has_plain_numbers():

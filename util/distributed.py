@@ -46,6 +46,9 @@ def choose_device(name: str | None) -> torch.device:
         raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
     if device.type == "cpu":
         return device
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if device.index is not None and processes > 1:
+        raise UserError(f"--device {name}: found one GPU for {processes} processes, expected cuda, a GPU for each")
     if not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine or this build of torch has no CUDA, expected --device cpu")
     index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index

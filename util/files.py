@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,14 +52,35 @@ def append_json_line(path: str | Path, value: Any) -> None:
         os.fsync(stream.fileno())
 
 
-def check_output_dir(path: str | Path) -> Path:
-    """Return `path` if it is a folder or can become one, without making it; `UserError` if a file is in the way."""
+def move_aside(path: str | Path) -> Path | None:
+    """Rename an existing `a.txt` to the first free one of `a.1.txt`, `a.2.txt`, ...; returns that, None without one."""
     path = Path(path)
-    nearest = path.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise UserError(f"--output_dir {path}: {nearest} is a file, expected a folder")
-    if not os.access(nearest, os.W_OK):
-        raise UserError(f"--output_dir {path}: no permission to write in {nearest}")
+    if not path.exists():
+        return None
+    number = 1
+    while (older := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(older)
+
+
+def check_output_dir(path: str | Path) -> Path:
+    """Return `path` if it is a folder or can become one, without making it.
+
+    Raises:
+        UserError: a file is in the way, or nothing can be written there.
+    """
+    path = Path(path)
+    nearest, missing = path.absolute(), []
+    try:
+        while not nearest.exists():
+            missing.insert(0, nearest.name)
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise UserError(f"--output_dir {path}: {nearest} is a file, expected a folder")
+        # Permissions do not tell all, so the missing folders are made once: under a name of this process alone.
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest) as probe:
+            Path(probe, *missing).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output_dir {path}: found no way to write there ({reason}), expected a folder") from None
     return path

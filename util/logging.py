@@ -51,6 +51,11 @@ def stop_logging_to_file(handler: logging.Handler | None) -> None:
         handler.close()
 
 
+def bar_off(progress: bool = True) -> bool | None:
+    """For tqdm's `disable`: None leaves the bar of the first process to terminals, so that log files stay readable."""
+    return None if progress and distributed.is_main() else True
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Text table: the first column to the left, the others to the right; floats with 4 decimals."""
     cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]

@@ -25,7 +25,7 @@ class TrainingState:
 
     Attributes:
         epoch: epochs done.
-        best_ap: best AP so far, -1 before the first.
+        best_ap: best AP so far; minus infinity before the first, for AP is -1 where val2017 has no boxes.
     """
 
     def __init__(self, model: nn.Module, args: argparse.Namespace, steps_per_epoch: int) -> None:
@@ -37,7 +37,7 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type) if args.amp == "fp16" else None
         self.weight_average = WeightAverage(model, args.ema_decay) if args.ema_decay > 0 else None
         self.epoch = 0
-        self.best_ap = -1.0
+        self.best_ap = -math.inf
 
     @property
     def best_model(self) -> nn.Module:

@@ -39,6 +39,13 @@ def test_anything_else_is_one_sentence(given_value):
         assert "expected" in str(error)
 
 
+def test_a_file_nested_too_deep_is_one_sentence(tmp_path):
+    path = tmp_path / "widths.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="found no JSON"):
+        Widths.parse([str(path)])
+
+
 @pytest.mark.parametrize(
     ("nested", "words"),
     [

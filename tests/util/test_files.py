@@ -5,8 +5,9 @@ import logging
 
 import pytest
 
+from util.distributed import choose_device
 from util.errors import UserError
-from util.files import append_json_line, check_output_dir, write_atomic, write_json
+from util.files import append_json_line, check_output_dir, move_aside, write_atomic, write_json
 from util.logging import get_logger, log_to_file, stop_logging_to_file, table
 
 
@@ -36,6 +37,18 @@ def test_an_output_folder_is_checked_but_not_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file, expected a folder"):
         check_output_dir(tmp_path / "file" / "out")
+    for name in ("/proc/nope", tmp_path / "a" / ("b" * 300)):
+        with pytest.raises(UserError, match="found no way to write there"):
+            check_output_dir(name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_older_file_is_moved_to_the_first_free_name(tmp_path):
+    assert move_aside(tmp_path / "log.txt") is None
+    for number in (1, 2):
+        (tmp_path / "log.txt").write_text(f"run {number}")
+        assert move_aside(tmp_path / "log.txt") == tmp_path / f"log.{number}.txt"
+    assert (tmp_path / "log.1.txt").read_text() == "run 1" and not (tmp_path / "log.txt").exists()
 
 
 def test_the_log_goes_to_the_screen_and_to_a_file_while_it_is_open(tmp_path, capsys):
@@ -53,3 +66,9 @@ def test_a_table_aligns_its_columns():
         table(["name", "AP"], [("dense", 0.5), ("x", 12)])
         == "name       AP\n-----  ------\ndense  0.5000\nx          12"
     )
+
+
+def test_one_gpu_is_not_shared_by_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cuda:0: found one GPU for 2 processes"):
+        choose_device("cuda:0")
