@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset
 from torchvision.transforms.v2 import functional
 
+from datasets.annotations import check_annotations
 from datasets.transforms import TRAINING_TRANSFORMS, eval_transforms
 from util.errors import UserError
 
@@ -37,6 +39,19 @@ def image_folder(coco_path: str | Path, split: str) -> Path:
     return Path(coco_path) / split
 
 
+def check_coco_path(coco_path: str | Path) -> None:
+    """Raise `UserError` unless `coco_path` is a folder that can be looked into."""
+    try:
+        found = any(Path(coco_path).iterdir())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--coco_path {coco_path} is no folder that can be read ({getattr(error, 'strerror', error)}); "
+            "expected one with annotations and images"
+        ) from None
+    if not found:
+        raise UserError(f"--coco_path {coco_path} is an empty folder; expected one with annotations and images")
+
+
 def load_annotations(annotation_file: str | Path) -> COCO:
     """Read and check an annotation file; the last few stay in memory, as several parts of a run ask for the same one.
 
@@ -48,62 +63,22 @@ def load_annotations(annotation_file: str | Path) -> COCO:
         return _load_annotations(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; expected a COCO annotation file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected a COCO annotation file") from None
 
 
 @functools.lru_cache(maxsize=4)
 def _load_annotations(path: Path, _modified: int) -> COCO:
     try:
         content = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); expected a COCO annotation file") from None
-    _check_annotations(content, path)
+    check_annotations(content, path)
     coco = COCO()
     coco.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-def _check_annotations(content: Any, path: Path) -> None:
-    """Raise `UserError` at the first thing that makes a detection annotation file unusable."""
-    for table in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(table), list):
-            raise UserError(f"{path} has no list {table!r}; expected a COCO annotation file")
-    if not content["categories"]:
-        raise UserError(f"{path} has no categories; expected at least one")
-    key = "images"
-    try:
-        image_ids = {image["id"] for image in content["images"] if image["file_name"]}
-        key = "categories"
-        category_ids = {category["id"] for category in content["categories"]}
-        key = "annotations"
-        for item in content["annotations"]:
-            problem = _annotation_problem(item, image_ids, category_ids)
-            if problem:
-                raise UserError(f"{path}: annotation {item['id']} {problem}")
-            item.setdefault("iscrowd", 0)
-            if "area" not in item:
-                item["area"] = item["bbox"][2] * item["bbox"][3]
-    except KeyError as error:
-        raise UserError(f"{path}: an entry of {key!r} has no {error.args[0]!r}") from None
-    except TypeError as error:
-        raise UserError(f"{path}: an entry of {key!r} is malformed ({error})") from None
-    least = min(category_ids)
-    if not isinstance(least, int) or least < 0:
-        raise UserError(f"{path}: category id {least!r}, expected whole numbers from 0 on")
-
-
-def _annotation_problem(item: dict[str, Any], image_ids: set, category_ids: set) -> str | None:
-    """What is wrong with one annotation, to follow its name in a sentence."""
-    if item["image_id"] not in image_ids:
-        return f"points to image {item['image_id']}, which is not listed"
-    if item["category_id"] not in category_ids:
-        return f"points to category {item['category_id']}, which is not listed"
-    if len(item["bbox"]) != 4:
-        return f"has a bbox of {len(item['bbox'])} numbers, expected 4"
-    if not math.isfinite(sum(item["bbox"])):
-        return f"has the bbox {item['bbox']}, expected finite numbers"
-    return None
 
 
 def num_classes_of(annotation_file: str | Path) -> int:
@@ -114,7 +89,7 @@ def num_classes_of(annotation_file: str | Path) -> int:
 def category_names(annotation_file: str | Path) -> dict[int, str]:
     """Category id -> name."""
     categories = load_annotations(annotation_file).dataset["categories"]
-    return {category["id"]: category.get("name", str(category["id"])) for category in categories}
+    return {category["id"]: str(category.get("name", category["id"])) for category in categories}
 
 
 class CocoDataset(CocoDetection):
@@ -170,7 +145,13 @@ class CocoDataset(CocoDetection):
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_sample_seed(self.seed, self.epoch, index))
-            image, boxes = self.sample_transforms(image, boxes)
+            try:
+                image, boxes = self.sample_transforms(image, boxes)
+            except (RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"{self._image_path(image_id)} of {width} x {height} pixels cannot be scaled "
+                    f"({str(error).splitlines()[0]:.80}), expected a larger one or a larger --image_size"
+                ) from None
         size = np.array(image.shape[-2:])
         # numpy from here: at these sizes torch's overhead is most of the time.
         corners = boxes.as_subclass(Tensor).numpy()
@@ -193,7 +174,10 @@ class CocoDataset(CocoDetection):
         return self._load_image(self.ids[index]).as_subclass(Tensor)
 
     def _load_image(self, id: int) -> tv_tensors.Image:
-        return tv_tensors.Image(read_image(Path(self.root) / self.coco.imgs[id]["file_name"]))
+        return tv_tensors.Image(read_image(self._image_path(id)))
+
+    def _image_path(self, id: int) -> Path:
+        return Path(self.root) / self.coco.imgs[id]["file_name"]
 
 
 def read_image(path: Path) -> Tensor:
@@ -205,8 +189,11 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as image:  # one read; Pillow would make dozens of small ones
             return functional.pil_to_tensor(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # on a damaged file each of Pillow's decoders raises what it stumbles over
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image: {reason.splitlines()[0]}") from None
 
 
 def _corners(boxes: list[list[float]], height: int, width: int) -> tuple[Tensor, np.ndarray]:
@@ -219,15 +206,19 @@ def _corners(boxes: list[list[float]], height: int, width: int) -> tuple[Tensor,
 
 def _check_images(folder: Path, annotation_file: Path, images: list[dict]) -> None:
     """Raise `UserError` where listed images are not in the folder; one directory listing answers for all."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; expected the images that {annotation_file} lists")
     if not images:
         raise UserError(f"{annotation_file} lists no images; expected at least one")
-    present = {entry.name for entry in folder.iterdir()}
+    try:
+        present = {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        raise UserError(
+            f"{folder} is no folder that can be read ({error.strerror}); "
+            f"expected the images that {annotation_file} lists"
+        ) from None
     missing = [
         image["file_name"]
         for image in images
-        if image["file_name"] not in present and not (folder / image["file_name"]).is_file()
+        if image["file_name"] not in present and not os.path.isfile(folder / image["file_name"])
     ]
     if missing:
         raise UserError(
@@ -250,8 +241,7 @@ def build_dataset(image_set: str, args: Any, *, augment: bool) -> CocoDataset:
     """
     if image_set not in SPLITS:
         raise ValueError(f"image set {image_set!r}, expected one of {SPLITS}")
-    if not Path(args.coco_path).is_dir():
-        raise UserError(f"--coco_path {args.coco_path} is no folder; expected one with annotations and images")
+    check_coco_path(args.coco_path)
     return CocoDataset(
         image_folder(args.coco_path, image_set),
         annotation_path(args.coco_path, image_set),

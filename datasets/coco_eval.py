@@ -31,8 +31,9 @@ class GroundTruth:
 
     def __init__(self, annotations: str | Path | dict[str, Any]) -> None:
         content = annotations if isinstance(annotations, dict) else load_annotations(annotations).dataset
-        self.images = content["images"]
-        self.categories = content["categories"]
+        # What an evaluator does not need it might stumble over.
+        self.images = [{"id": image["id"]} for image in content["images"]]
+        self.categories = [{"id": category["id"], "name": str(category["id"])} for category in content["categories"]]
         self.image_ids = np.array(sorted({image["id"] for image in self.images}), np.int64)
         # Numbered anew: evaluators mark "unmatched" by id 0, and files with repeated ids would lose boxes.
         self.annotations = [

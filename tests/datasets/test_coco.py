@@ -229,11 +229,16 @@ def test_missing_files_are_named(folder, tmp_path):
     (image_folder(folder, SPLIT) / "c.jpg").unlink()
     with pytest.raises(UserError, match=r"lacks 1 of the 3 images .* first c\.jpg"):
         build_dataset(SPLIT, options(folder), augment=False)
+    with pytest.raises(UserError, match=r"a\.jpg is no folder that can be read \(Not a directory\)"):
+        build_dataset(SPLIT, options(image_folder(folder, SPLIT) / "a.jpg"), augment=False)
+    with pytest.raises(UserError, match=r"cannot be read \(Not a directory\)"):
+        num_classes_of(annotation_path(folder, SPLIT) / "deeper.json")
     image_folder(folder, SPLIT).rename(folder / "elsewhere")
     with pytest.raises(UserError, match="train2017 is no folder"):
         build_dataset(SPLIT, options(folder), augment=False)
 
 
+NO_BOX = {"image_id": 2, "category_id": 3, "bbox": 5}
 BROKEN = {
     "cannot be read as JSON": "{",
     "has no list 'images'": "[]",
@@ -242,14 +247,28 @@ BROKEN = {
     "lists no images": {"images": [], "annotations": []},
     "annotation 8 points to image 77": {"annotations": [box(8, 77, 3, [0, 0, 1, 1])]},
     "annotation 8 points to category 4": {"annotations": [box(8, 2, 4, [0, 0, 1, 1])]},
-    "annotation 8 has a bbox of 3 numbers": {"annotations": [box(8, 2, 3, [0, 0, 1])]},
-    "annotation 8 has the bbox .* expected finite numbers": {"annotations": [box(8, 2, 3, [0, 0, 1, float("nan")])]},
-    "an entry of 'annotations' is malformed": {"annotations": [box(8, 2, 3, [0, 0, 1, "x"])]},
-    "an entry of 'annotations' has no 'bbox'": {"annotations": [{"id": 1, "image_id": 2, "category_id": 3}]},
-    "an entry of 'images' has no 'file_name'": {"images": [{"id": 2}]},
+    "annotation 8 has the bbox .0, 0, 1., expected four": {"annotations": [box(8, 2, 3, [0, 0, 1])]},
+    "annotation 8 has the bbox .* nan., expected four finite": {"annotations": [box(8, 2, 3, [0, 0, 1, float("nan")])]},
+    "annotation 8 has the bbox .*'x'.*, expected four": {"annotations": [box(8, 2, 3, [0, 0, 1, "x"])]},
+    "annotation 8 has the bbox .* expected four finite numbers": {"annotations": [box(8, 2, 3, [0, 0, 1, 10**400])]},
+    "annotation 1 has the bbox None": {"annotations": [{"id": 1, "image_id": 2, "category_id": 3}]},
+    "annotation 'number 2' has the bbox 5": {"annotations": [box(1, 2, 3, [0] * 4), NO_BOX]},
+    "annotation 8 has the area None, expected a number": {"annotations": [box(8, 2, 3, [0, 0, 1, 1]) | {"area": None}]},
+    "annotation 8 has the area 'x', expected a number": {"annotations": [box(8, 2, 3, [0, 0, 1, 1]) | {"area": "x"}]},
+    "annotation 8 has the iscrowd None": {"annotations": [box(8, 2, 3, [0, 0, 1, 1], iscrowd=None)]},
+    "annotation 8 has the 'category_id' '3'": {"annotations": [box(8, 2, "3", [0, 0, 1, 1])]},
+    "annotation 8 has the 'image_id' .2.": {"annotations": [box(8, [2], 3, [0, 0, 1, 1])]},
+    "annotation '8' has that id": {"annotations": [box("8", 2, 3, [0, 0, 1, 1])]},
+    "image 2 has the 'file_name' None, expected text": {"images": [{"id": 2}]},
+    "image 2 has the 'file_name' 5, expected text": {"images": [{"id": 2, "file_name": 5}]},
+    "image id '2', expected whole numbers": {"images": [{"id": "2", "file_name": "a.jpg"}]},
+    "image id 2 comes twice": {"images": [{"id": 2, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}]},
     "an entry of 'images' is malformed": {"images": ["a.jpg"]},
-    "category id -1": {"categories": [{"id": -1, "name": "x"}], "annotations": []},
-    "category id 'cat'": {"categories": [{"id": "cat"}], "annotations": []},
+    "category id -1, expected": {"categories": [{"id": -1, "name": "x"}], "annotations": []},
+    "category id 'cat', expected": {"categories": [{"id": 3}, {"id": "cat"}], "annotations": []},
+    "category id 7.5, expected": {"categories": [{"id": 7.5}], "annotations": []},
+    "category id 1000000000000, expected .* to 65535": {"categories": [{"id": 10**12}], "annotations": []},
+    "cannot be read as JSON .*recursion": '{"images": ' + "[" * 200_000,
 }
 
 
@@ -267,3 +286,24 @@ def test_missing_area_and_crowd_flag_are_filled_in(folder):
     rewrite(folder, edited(folder, annotations=items))
     dataset = CocoDataset(image_folder(folder, SPLIT), annotation_path(folder, SPLIT), eval_transforms(20))
     assert dataset[0][1]["area"].tolist() == [12.0]
+
+
+def test_annotations_without_ids_of_their_own_are_numbered(folder):
+    for ids in ({}, {"id": 5}):
+        items = [{**ids, "image_id": 2, "category_id": 3, "bbox": [1, 2, side, side]} for side in (3, 4)]
+        rewrite(folder, edited(folder, annotations=items))
+        dataset = build_dataset(SPLIT, options(folder), augment=False)
+        assert dataset[0][1]["area"].tolist() == [9.0, 16.0]
+
+
+def test_damaged_and_thin_images_are_named(folder, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    for length in (20, 40, len(whole) // 2):
+        (tmp_path / "cut.png").write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"cut\.png cannot be read as an image: \w"):
+            read_image(tmp_path / "cut.png")
+    Image.new("RGB", (4000, 1)).save(image_folder(folder, SPLIT) / "a.jpg")
+    for augment in (False, True):
+        with pytest.raises(UserError, match=r"a\.jpg of 4000 x 1 pixels cannot be scaled"):
+            build_dataset(SPLIT, options(folder), augment=augment)[0]
