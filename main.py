@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import engine
-from datasets.coco import annotation_path, build_dataset, build_loader, num_classes_of
+from datasets.coco import annotation_path, build_dataset, build_loader, check_coco_path, num_classes_of
 from datasets.coco_eval import GroundTruth
 from models import build_model
 from pruning.cost import cost_of
@@ -28,7 +28,7 @@ from util import distributed
 from util.arguments import full_widths, take_from_checkpoint, take_from_command_line
 from util.checkpoint import Checkpoint, load_weights, plain_arguments, read_checkpoint, save_checkpoint, slim_state_dict
 from util.errors import UserError, run_cli
-from util.files import append_json_line, check_output_dir, write_json
+from util.files import append_json_line, check_output_dir, move_aside, write_json
 from util.logging import get_logger, log_to_file, stop_logging_to_file, table
 from util.options import get_args_parser, parse
 from util.training_state import TrainingState, seed_everything
@@ -77,22 +77,28 @@ def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> t
     Raises:
         UserError: options, checkpoint and annotations do not agree.
     """
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    if args.resume == "":
+        raise UserError("--resume: found an empty name, expected the path of a checkpoint, or no --resume")
+    checkpoint = None if args.resume is None else read_checkpoint(args.resume)
+    check_coco_path(args.coco_path)
     continuing = checkpoint is not None and checkpoint.training is not None and not args.eval and not args.start_fresh
     if checkpoint is None:
         take_from_command_line(args)
     else:
         take_from_checkpoint(args, typed, checkpoint, continuing=continuing)
         args.pretrained_backbone = False
-    if args.hidden_dim % args.nheads or args.hidden_dim % 4:
-        raise UserError(f"--hidden_dim {args.hidden_dim}: expected a multiple of 4 and of --nheads {args.nheads}")
     splits = ["val2017"] if args.eval else ["val2017", "train2017"]
     args.num_classes = max(num_classes_of(annotation_path(args.coco_path, split)) for split in splits)
-    if checkpoint is not None and checkpoint.num_classes != args.num_classes:
-        raise UserError(
-            f"{checkpoint.path}: found a checkpoint for {checkpoint.num_classes} classes, expected {args.num_classes}, "
-            f"the largest category id + 1 in the annotations of {args.coco_path}"
-        )
+    if checkpoint is not None:
+        searching = hasattr(args, "search_split")
+        # A split need not name all the classes that a detector was trained for, to be measured with it.
+        if (args.eval or searching) and checkpoint.num_classes > args.num_classes:
+            args.num_classes = checkpoint.num_classes
+        if checkpoint.num_classes != args.num_classes:
+            raise UserError(
+                f"{checkpoint.path}: found a checkpoint for {checkpoint.num_classes} classes, expected "
+                f"{args.num_classes}, the largest category id + 1 in the annotations of {args.coco_path}"
+            )
     if continuing and checkpoint.training.get("epoch", 0) >= args.epochs:
         raise UserError(
             f"{checkpoint.path}: its training of {args.epochs} epochs is complete; expected more --epochs to go on, "
@@ -153,6 +159,7 @@ class Run:
             # The decoder's query_scale serves from its second layer on; all else is used whatever the batch holds.
             unused = args.dec_layers == 1
             self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
+        self.move_aside = not continuing
         self.state = TrainingState(self.model, args, math.ceil(len(self.train_loader) / args.accumulate))
         if continuing:
             self.state.load(checkpoint.training, self.state.best_model.state_dict(), str(checkpoint.path))
@@ -247,10 +254,12 @@ class Run:
         state = self.state
         ap = line.get("test_AP")
         is_best = ap is not None and ap > state.best_ap
-        state.best_ap = max(state.best_ap, -1.0 if ap is None else ap)
+        if is_best:
+            state.best_ap = ap
         training = state.state_dict()
         if not distributed.is_main():
             return
+        self._move_older_files_aside()
         content = {
             "state_dict": state.best_model.state_dict(),
             "widths": self.model.widths,
@@ -265,6 +274,16 @@ class Run:
         found = "not evaluated" if ap is None else f"AP {ap:.4f}{' (best)' if is_best else ''}"
         seconds = line["train_seconds"] + line.get("test_seconds", 0)
         self.log.info("epoch %d: loss %.4f, %s, %.1f s", line["epoch"], line["train_loss"], found, seconds)
+
+    def _move_older_files_aside(self) -> None:
+        """Once, before the first files of a run that does not go on with an older one."""
+        if not self.move_aside:
+            return
+        self.move_aside = False
+        moved = [move_aside(self.output_dir / name) for name in ("checkpoint.pth", "checkpoint_best.pth", "log.txt")]
+        if any(moved):
+            names = ", ".join(path.name for path in moved if path is not None)
+            self.log.info("%s held an older run; its files are now %s", self.output_dir, names)
 
 
 def _summary(lines: list[dict[str, Any]]) -> str:

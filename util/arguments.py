@@ -2,10 +2,13 @@
 
 import argparse
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 from models.widths import Widths
 from util.checkpoint import Checkpoint
 from util.errors import UserError
+from util.options import get_args_parser
 
 # They decide the shapes or the function of the network; a typed one must agree with the checkpoint's.
 ARCHITECTURE = (
@@ -51,16 +54,19 @@ def take_from_checkpoint(
         UserError: a typed option, or `--cfgs`, differs from what the checkpoint was made with.
     """
     stored = checkpoint.arguments
-    for name in ARCHITECTURE:
+    options = {action.dest: action for action in get_args_parser()._actions}
+    # What foreign files tell of themselves may be wrong, so what is typed wins; if it does not fit, the weights tell.
+    binding = ARCHITECTURE if checkpoint.kind in ("ours", "search") else ()
+    others = set(stored) - {*binding, *OF_THE_RUN} if continuing or not binding else PREFERRED
+    for name in (*binding, *sorted(others)):
         if name not in stored or not hasattr(args, name):
             continue
-        if name in typed and getattr(args, name) != stored[name]:
-            raise UserError(f"--{name} {getattr(args, name)}: {checkpoint.path} was made with {stored[name]}")
-        setattr(args, name, stored[name])
-    others = set(stored) - {*ARCHITECTURE, *OF_THE_RUN} if continuing else PREFERRED
-    for name in others:
-        if name in stored and hasattr(args, name) and name not in typed:
+        if name not in typed:
+            if name in options:
+                _check_stored(options[name], stored[name], checkpoint.path)
             setattr(args, name, stored[name])
+        elif name in binding and getattr(args, name) != stored[name]:
+            raise UserError(f"--{name} {getattr(args, name)}: {checkpoint.path} was made with {stored[name]}")
     full = full_widths(args)
     if args.cfgs is not None:
         widths = Widths.parse(args.cfgs)
@@ -74,6 +80,26 @@ def take_from_checkpoint(
         except UserError as error:
             raise UserError(f"{checkpoint.path}: {str(error).removeprefix('--cfgs: ')}") from None
         args.cfgs = checkpoint.widths
+
+
+def _check_stored(option: argparse.Action, value: Any, path: Path) -> None:
+    """Raise a `UserError` unless `value` is one that the option could have got on a command line."""
+    shown = f"{path}: found {value!r:.40} under `args.{option.dest}`"
+    if option.choices is not None:
+        if value not in option.choices:
+            raise UserError(f"{shown}, expected one of {', '.join(map(str, option.choices))}")
+    elif option.type is None:
+        if isinstance(option.default, bool) and not isinstance(value, bool):
+            raise UserError(f"{shown}, expected True or False")
+    else:
+        try:
+            if type(value) not in (int, float):
+                raise ValueError
+            option.type(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{shown}, {str(error).partition(': ')[2]}") from None
+        except ValueError:
+            raise UserError(f"{shown}, expected a {option.type.__name__}") from None
 
 
 def take_from_command_line(args: argparse.Namespace) -> None:

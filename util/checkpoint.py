@@ -32,6 +32,10 @@ FORMAT = "dn-detr-pruning"
 VERSION = 1
 REQUIRED = {"model": dict, "widths": list, "full_widths": list, "args": dict, "num_classes": int}
 SHOWN_KEYS = 3
+FOREIGN_ARGUMENTS = (
+    "backbone", "dilation", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "num_queries",
+    "num_patterns", "num_select", "transformer_activation", "pe_temperatureH", "pe_temperatureW",
+)  # fmt: skip
 ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:in_proj_|out_proj\.)(?:weight|bias))$")
 UNSAFE = re.compile(r"Unsupported (?:global|class|operand|operator):?\s*(?:GLOBAL )?(\S+)", re.IGNORECASE)
 LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
@@ -49,7 +53,7 @@ class Checkpoint:
         widths: channels of each module.
         kept: for a search, module name -> part (query, value, hidden) -> sorted channel indices; else None.
         num_classes: classes of the detection head.
-        arguments: options it was made with, empty for foreign files.
+        arguments: options it was made with; of foreign files those of `FOREIGN_ARGUMENTS` that it tells.
         training: optimizer and so on of an unfinished run, or None.
         trace: decisions of a search.
         full_widths: of a search, channels of each module before the cut, those of the weights.
@@ -85,7 +89,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path}: found no weights in it, expected a checkpoint with a state dict under `model`")
-    return _read_foreign(path, _strip_module(weights))
+    _check_keys(path, "model", weights)
+    return _read_foreign(path, _strip_module(weights), _foreign_arguments(content))
 
 
 def save_checkpoint(
@@ -169,7 +174,10 @@ def slim_state_dict(checkpoint: Checkpoint, whole: nn.Module) -> dict[str, Tenso
     modules = whole.prunable_modules()
     if checkpoint.kind == "search":  # the paper's sets need no equal counts in the heads
         check_kept_sets(modules, checkpoint.kept, str(checkpoint.path))
-    return cut_state_dict(whole.state_dict(), checkpoint.kept, slices_of(modules))
+    try:
+        return cut_state_dict(whole.state_dict(), checkpoint.kept, slices_of(modules))
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from None
 
 
 def slim_down(source: str | Path, target: str | Path, half: bool = False) -> None:
@@ -192,14 +200,14 @@ def slim_down(source: str | Path, target: str | Path, half: bool = False) -> Non
 
 def _load(path: Path) -> Any:
     """`torch.load` of plain data, tensors and argparse namespaces; all that can go wrong becomes a `UserError`."""
-    if path.is_dir():
-        raise UserError(f"{path}: found a folder, expected a checkpoint file")
-    if not path.exists():
-        raise UserError(f"{path}: no such file, expected a checkpoint")
     try:
+        if path.is_dir():
+            raise UserError(f"{path}: found a folder, expected a checkpoint file")
+        if not path.exists():
+            raise UserError(f"{path}: no such file, expected a checkpoint")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # damaged and hostile files raise whatever the unpickler stumbles over
         raise UserError(
@@ -229,12 +237,15 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         if not isinstance(content.get(key), kind):
             raise UserError(f"{path}: found {type(content.get(key)).__name__} under `{key}`, expected {kind.__name__}")
     kept = content.get("kept")
+    _check_keys(path, "args", content["args"])
     _check_tensors(path, "model", content["model"])
+    bias = content["model"].get("class_embed.bias")
+    if bias is not None and bias.shape != (content["num_classes"],):
+        raise UserError(
+            f"{path}: found {content['num_classes']} under `num_classes`, expected {_shape(bias)} as biases"
+        )
     if kept is not None:
-        if not isinstance(kept, dict):
-            raise UserError(f"{path}: found {type(kept).__name__} under `kept`, expected dict or None")
-        for name, parts in kept.items():
-            _check_tensors(path, f"kept.{name}", parts)
+        _check_kept(path, kept)
     training = None
     if "optimizer" in content:
         training = {key: value for key, value in content.items() if key not in {*REQUIRED, "format", "version", "kept"}}
@@ -252,10 +263,29 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
     )
 
 
+def _check_keys(path: Path, name: str, values: dict) -> None:
+    for key in values:
+        if not isinstance(key, str):
+            raise UserError(f"{path}: found the key {key!r:.40} under `{name}`, expected names alone")
+
+
+def _check_kept(path: Path, kept: Any) -> None:
+    """Module name -> part -> whole-numbered channels; which of them there are is checked with the detector at hand."""
+    if not isinstance(kept, dict):
+        raise UserError(f"{path}: found {type(kept).__name__} under `kept`, expected dict or None")
+    _check_keys(path, "kept", kept)
+    for name, parts in kept.items():
+        _check_tensors(path, f"kept.{name}", parts)
+        for part, indices in parts.items():
+            if indices.dtype != torch.int64:
+                raise UserError(f"{path}: found {indices.dtype} under `kept.{name}.{part}`, expected torch.int64")
+
+
 def _check_tensors(path: Path, name: str, values: Any) -> None:
     for value in values.values() if isinstance(values, dict) else [values]:
-        if not isinstance(value, Tensor):
+        if not isinstance(values, dict) or not isinstance(value, Tensor):
             raise UserError(f"{path}: found {type(value).__name__} under `{name}`, expected tensors by name")
+    _check_keys(path, name, values)
 
 
 def _parse_widths(path: Path, nested: list) -> Widths:
@@ -265,7 +295,14 @@ def _parse_widths(path: Path, nested: list) -> Widths:
         raise UserError(f"{path}: under `widths`, {error}") from None
 
 
-def _read_foreign(path: Path, state_dict: dict[str, Tensor]) -> Checkpoint:
+def _foreign_arguments(content: dict[str, Any]) -> dict[str, Any]:
+    """Options that fix the network, where a foreign file tells them under `args` by the names they have here."""
+    stored = content.get("args") if "model" in content else None
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    return {name: stored[name] for name in FOREIGN_ARGUMENTS if name in stored} if isinstance(stored, dict) else {}
+
+
+def _read_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict[str, Any]) -> Checkpoint:
     if "transformer.encoder.layers.0.self_attn.in_proj_weight" in state_dict:
         kind = "release"
     elif "transformer.encoder.layers.0.in_proj_weight" in state_dict:
@@ -274,16 +311,18 @@ def _read_foreign(path: Path, state_dict: dict[str, Tensor]) -> Checkpoint:
         key = "transformer.encoder.layers.0.self_attn.in_proj_weight"
         raise UserError(f"{path}: found no key {key}, expected the weights of a DN-DETR detector")
     bias = state_dict.get("class_embed.bias")
-    if bias is None:
-        raise UserError(f"{path}: found no key class_embed.bias, expected the weights of a DN-DETR detector")
+    if bias is None or bias.ndim != 1:
+        raise UserError(f"{path}: found no vector under class_embed.bias, expected the weights of a DN-DETR detector")
     kept = None
     if any(key.endswith(".prune_a") for key in state_dict):
         kind, kept = "paper_search", _masks_to_kept(path, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if ".select" not in key}
     widths = full_widths = _widths_of(path, state_dict)
     for name, parts in (kept or {}).items():
+        if name not in widths.names():
+            raise UserError(f"{path}: found a mask for {name}, expected masks of the layers that it has weights for")
         widths = widths.replace(name, len(next(iter(parts.values()))))
-    return Checkpoint(path, kind, state_dict, widths, kept, bias.shape[0], full_widths=full_widths)
+    return Checkpoint(path, kind, state_dict, widths, kept, len(bias), arguments, full_widths=full_widths)
 
 
 def _masks_to_kept(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

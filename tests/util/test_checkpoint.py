@@ -7,6 +7,7 @@ import torch
 
 from models.widths import Widths
 from tests.pruning.tiny import pictures, tiny_args, tiny_detector
+from util.arguments import take_from_checkpoint
 from util.checkpoint import (
     load_weights,
     plain_arguments,
@@ -17,6 +18,7 @@ from util.checkpoint import (
     slim_state_dict,
 )
 from util.errors import UserError
+from util.options import get_args_parser, parse
 
 FULL = Widths.dense(1, 2, 32, 32)
 SLIM = Widths.parse([[[16, 20]], [[8, 32, 16], [32, 4, 32]]])
@@ -109,6 +111,31 @@ def test_the_papers_search_output_is_cut_by_its_masks(tmp_path):
     assert outputs_of(slim).isfinite().all()
 
 
+def test_a_mask_for_a_layer_without_weights_is_told_with_the_file(tmp_path):
+    weights = rename_encoder_attention(tiny_detector()[0].state_dict(), slim=True)
+    mask = {"transformer.encoder.layers.7.select2.prune_a": torch.ones(1, 1, 32)}
+    torch.save({"model": {**weights, **mask}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth: found a mask for encoder\.7\.ffn"):
+        read_checkpoint(tmp_path / "a.pth")
+    mask = {"transformer.encoder.layers.0.select2.prune_a": torch.ones(1, 1, 40)}
+    torch.save({"model": {**weights, **mask}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth: state dict: found kept channel 39"):
+        slim_state_dict(read_checkpoint(tmp_path / "a.pth"), tiny_detector()[0])
+
+
+def test_a_foreign_file_tells_its_architecture_unless_it_is_typed(tmp_path):
+    told = argparse.Namespace(dilation=True, num_queries=5, pe_temperatureH=7, lr=3, modelname="other", cfgs=[1],
+                              enc_layers=1, dec_layers=2, hidden_dim=32, dim_feedforward=32, nheads=4,
+                              backbone="resnet18", num_select=50)  # fmt: skip
+    model = tiny_detector("--dilation --num_queries 5")[0]
+    torch.save({"model": model.state_dict(), "args": told}, tmp_path / "a.pth")
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    args, typed = parse(get_args_parser(), ["--num_select", "9"])
+    take_from_checkpoint(args, typed, checkpoint)
+    assert (args.dilation, args.pe_temperatureH, args.hidden_dim, args.backbone) == (True, 7, 32, "resnet18")
+    assert (args.num_select, args.lr, args.modelname, args.cfgs) == (9, 1e-4, "dn_dab_detr", None)
+
+
 def saved(path, **more) -> None:
     """A search's output."""
     args = tiny_args()
@@ -149,6 +176,14 @@ def test_kept_channels_that_cannot_be_cut_are_told(tmp_path, kept, told):
         ({"model": {"a": 1}}, "found int under `model`"),
         ({"kept": [1]}, "found list under `kept`"),
         ({"num_classes": "many"}, "found str under `num_classes`, expected int"),
+        ({"num_classes": 9}, "found 9 under `num_classes`, expected 7"),
+        ({"model": {5: torch.ones(1)}}, "found the key 5 under `model`"),
+        (
+            {"kept": {"encoder.0.ffn": {"hidden": torch.arange(20.0)}}},
+            "found torch.float32 under `kept.encoder.0.ffn.hid",
+        ),
+        ({"kept": {"encoder.0.ffn": torch.arange(20)}}, "found Tensor under `kept.encoder.0.ffn`"),
+        ({"kept": {3: {"hidden": torch.arange(20)}}}, "found the key 3 under `kept`"),
     ],
 )
 def test_a_file_of_ours_with_wrong_entries_is_told(tmp_path, change, told):
@@ -156,6 +191,33 @@ def test_a_file_of_ours_with_wrong_entries_is_told(tmp_path, change, told):
     torch.save({**torch.load(tmp_path / "a.pth", weights_only=True), **change}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=told):
         read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        ({"nheads": "4"}, "found '4' under `args.nheads`, expected a whole number"),
+        ({"hidden_dim": 32.5}, "found 32.5 under `args.hidden_dim`, expected a whole number"),
+        ({"enc_layers": 0}, "found 0 under `args.enc_layers`, expected a whole number from 1 up"),
+        ({"backbone": "vgg"}, "found 'vgg' under `args.backbone`, expected one of resnet18, "),
+        ({"modelname": None}, "found None under `args.modelname`, expected one of dn_dab_detr"),
+        ({"dilation": "no"}, "found 'no' under `args.dilation`, expected True or False"),
+        ({"image_size": [1]}, "found .1. under `args.image_size`, expected a whole number"),
+    ],
+)
+def test_stored_options_that_no_command_line_could_give_are_told(tmp_path, stored, told):
+    saved(tmp_path / "a.pth")
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    torch.save({**content, "args": {**content["args"], **stored}}, tmp_path / "a.pth")
+    args, typed = parse(get_args_parser(), [])
+    with pytest.raises(UserError, match=told) as error:
+        take_from_checkpoint(args, typed, read_checkpoint(tmp_path / "a.pth"))
+    assert "a.pth" in str(error.value)
+
+
+def test_a_name_that_no_file_can_have_is_told():
+    with pytest.raises(UserError, match="cannot be read"):
+        read_checkpoint("a" * 300)
 
 
 def test_slim_down_drops_training_state_and_keeps_what_half_precision_cannot_hold(tmp_path):
