@@ -23,10 +23,12 @@ from util.errors import UserError, run_cli
 PACKAGES = {"hotcoco": "hotcoco", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}
 CATEGORY_IDS = np.array([number for number in range(1, 91) if number % 9 != 3])  # 80 ids with gaps, as in COCO
 OBJECTS_PER_IMAGE = 7.3  # COCO val2017
+FOUND = 0.75  # share of the boxes that a detection is drawn for
+OFF = 0.06  # standard deviation of its corner and size, in widths and heights of the box
 
 
 def synthetic_set(images: int, detections: int, seed: int = 0) -> tuple[dict[str, Any], np.ndarray]:
-    """A ground truth in COCO's tables and detections for it, about half of the boxes found.
+    """A ground truth in COCO's tables and detections for it: an AP of about 0.4, as a good detector has.
 
     Args:
         images: number of images; a few have no objects.
@@ -52,11 +54,14 @@ def synthetic_set(images: int, detections: int, seed: int = 0) -> tuple[dict[str
             entry |= {"bbox": box, "area": box[2] * box[3] * 0.7, "iscrowd": int(is_crowd)}
             tables["annotations"].append(entry)
         found, labels = _random_boxes(generator, detections)
-        scores = generator.random(detections) ** 3
-        hits = min(count // 2 + 1, count, detections)
-        found[:hits] = boxes[:hits] * generator.uniform(0.9, 1.1, (hits, 4))
+        scores = 0.5 * generator.random(detections) ** 3
+        hits = min(round(FOUND * count), detections)
+        # Off by a share of the box's own size: neither far boxes nor large ones are off by more than that.
+        off = generator.normal(0, OFF, (hits, 4)) * np.tile(boxes[:hits, 2:], 2)
+        found[:hits] = boxes[:hits] + off
+        found[:hits, 2:] = np.maximum(found[:hits, 2:], 1)
         labels[:hits] = categories[:hits]
-        scores[:hits] = generator.random(hits)
+        scores[:hits] = generator.uniform(0.2, 1, hits)
         rows.append(np.column_stack((np.full(detections, image["id"]), found, scores, labels)))
     return tables, np.concatenate(rows)
 
