@@ -21,14 +21,15 @@ from pruning.features import StateCache
 from pruning.gates import gated
 from pruning.kept import from_lists
 from pruning.schedule import GP, MGP, Schedule
-from tests.pruning.tiny import TINY, tiny_args, tiny_detector
+from pruning.workbench import DetectorBench
+from tests.pruning.tiny import NETWORK, tiny_args, tiny_detector
 from util.checkpoint import read_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.options import parse
 
 IMAGES = 7
 ROOT = Path(__file__).parents[2]
-SMALL = f"{TINY} --image_size 64 --batch_size 2 --num_workers 0 --device cpu"
+SMALL = f"{NETWORK} --image_size 64 --batch_size 2 --num_workers 0 --device cpu"
 FEW = (
     "--subset_batches_attention 2 --subset_batches_ffn 1 --num_candidates_attention 8 --num_candidates_ffn 4 "
     "--attention_unit 2 --ffn_unit 8"
@@ -214,10 +215,37 @@ def test_a_search_may_look_at_the_first_images_alone(folder, tmp_path):
     assert result.base_ap == pytest.approx(found.stats["AP"], abs=1e-9)
 
 
-def test_an_older_journal_is_moved_aside(folder, tmp_path):
-    (tmp_path / "search.jsonl").write_text("older\n")
+def test_what_an_older_search_left_is_moved_aside(folder, tmp_path):
+    for name in ("search.jsonl", "pruned.pth", "widths.png", "ap_params.png"):
+        (tmp_path / name).write_text("older\n")
     run(GP, folder, tmp_path, "--attention_unit 8 --ffn_unit 32")
-    assert (tmp_path / "search.1.jsonl").read_text() == "older\n"
+    for name in ("search.1.jsonl", "pruned.1.pth", "widths.1.png", "ap_params.1.png"):
+        assert (tmp_path / name).read_text() == "older\n"
+
+
+def test_a_killed_search_leaves_what_it_had_found(folder, tmp_path, monkeypatch):
+    shown, begin = [], DetectorBench.begin
+
+    def killed_at_the_third(self, name):
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+        shown.append(name)
+        begin(self, name)
+
+    monkeypatch.setattr(DetectorBench, "begin", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(MGP, folder, tmp_path, "--map_tol 0.5 --skip_eval_converge 0.2 --attention_unit 4")
+    checkpoint = read_checkpoint(tmp_path / "pruned.pth")
+    order = MGP.order(tiny_detector()[0].step_names)
+    assert checkpoint.trace[-1] == {"unfinished": True, "modules_left": list(order[2:])}
+    accepted = {entry["module"]: entry for entry in checkpoint.trace[:-1] if entry["accepted"]}
+    assert list(accepted) == shown == list(order[:2])
+    assert any(entry["width"] < entry["full_width"] for entry in accepted.values())
+    for name in order:
+        assert checkpoint.widths.of(name) == (accepted[name]["width"] if name in accepted else 32)
+    args = tiny_args(f"{SMALL} --coco_path {folder} --resume {checkpoint.path} --eval")
+    slim, _, postprocessors = build_detector(args, settle_arguments(args)[0])
+    assert ap_of(slim, postprocessors["bbox"], args) == pytest.approx(accepted[order[1]]["full_ap"], abs=1e-3)
 
 
 @pytest.mark.parametrize("word", ["--map_tol 1", "--map_tol -0.1", "--skip_eval_converge 1.5", "--ffn_unit 0"])
@@ -226,6 +254,34 @@ def test_options_out_of_range_end_with_code_2(folder, tmp_path, word, capsys):
         run(GP, folder, tmp_path / "out", word)
     assert end.value.code == 2
     assert word.split()[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("word", ["--eval", "--lr 0.1", "--start_fresh", "--dropout 0.1", "--scalar 2"])
+def test_options_that_a_search_does_not_read_are_refused(folder, tmp_path, word):
+    with pytest.raises(UserError, match=f"{word.split()[0]}: a search does not read it"):
+        run(GP, folder, tmp_path / "out", word)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_what_a_search_reads():
+    text = get_pruning_parser(GP, "a test").format_help()
+    assert all(option in text for option in ("--use_dn", "--coco_path", "--cls_loss_coef", "--map_tol", "--nheads"))
+    assert not any(option in text for option in ("--epochs", "--save_results", "--scalar", "--lr"))
+
+
+def test_the_papers_command_line_is_taken(folder, tmp_path):
+    words = f"-m dn_dab_detr --output_dir {tmp_path}/out --coco_path {folder} --resume {folder}/none.pth "
+    words += "--batch_size 8 --use_dn --map_tol 0.02 --skip_eval_converge 0.0"
+    with pytest.raises(UserError, match=r"none\.pth"):
+        search(GP, *parse(get_pruning_parser(GP, "a test"), words.split()))
+
+
+@pytest.mark.parametrize(("base_ap", "said"), [(0.0, "found mAP 0 on val2017"), (-1.0, "found no boxes")])
+def test_a_search_needs_an_map_to_hold_on_to(folder, tmp_path, monkeypatch, base_ap, said):
+    monkeypatch.setattr(DetectorBench, "full_ap", lambda self, name=None: base_ap)
+    with pytest.raises(UserError, match=said):
+        run(GP, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
