@@ -1,0 +1,130 @@
+"""The detector, training, evaluation and a search on CUDA give what they give on the CPU (`make gpu-check`)."""
+
+import copy
+from argparse import Namespace
+
+import pytest
+import torch
+
+import engine
+import main
+from datasets.coco import annotation_path, build_dataset, build_loader
+from datasets.coco_eval import GroundTruth
+from main import get_args_parser
+from models import build_model
+from models.widths import Widths
+from pruning.cli import get_pruning_parser, search
+from pruning.schedule import MGP
+from tests.golden import recipe
+from tests.pruning.tiny import pictures, tiny_detector
+from tests.tiny_run import tiny_options
+from util.options import parse
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# Relative to the CPU's loss in float32: bf16 has 8 bits of mantissa and fp16 has 11, and rounding adds up over layers.
+LOSS_TOLERANCE = {"off": 1e-3, "bf16": 0.1, "fp16": 0.05}
+QUICK_SEARCH = "--map_tol 0.3 --skip_eval_converge 0.2 --attention_unit 4 --ffn_unit 16 --num_candidates_attention 8"
+
+
+@pytest.fixture(autouse=True)
+def full_float32():
+    """No TF32: its products are right to three digits only."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
+
+
+@pytest.mark.parametrize("name", ["dense", "slim"])
+def test_the_golden_outputs(name):
+    found = vars(recipe.settings(name))
+    args = Namespace(**{**vars(get_args_parser().parse_args(["--no-pretrained_backbone"])), "num_classes": 91, **found})
+    args.cfgs = Widths.parse(found["cfgs"]) if found.get("cfgs") else None
+    model, _, _ = build_model(args)
+    model.load_state_dict(recipe.weights(model.state_dict()))
+    model.to(CUDA).eval()
+    with torch.no_grad():
+        outputs = model([image.to(CUDA) for image in recipe.inputs()[0]])
+    expected = recipe.figures(name)
+    for field in ("logits", "boxes"):
+        torch.testing.assert_close(
+            outputs[f"pred_{field}"].cpu(), torch.from_numpy(expected[f"pred_{field}"]), rtol=0, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("amp", list(LOSS_TOLERANCE))
+def test_a_training_step_has_the_loss_of_the_cpu(amp):
+    """Without denoising queries, whose noise differs between the devices' generators."""
+    on_cpu, criterion, _ = tiny_detector("--no-use_dn")
+    on_cuda = copy.deepcopy(on_cpu).to(CUDA)
+    before = on_cuda.class_embed.weight.detach().clone()
+    images, targets = pictures()
+    batch = [(images, [{**target, "image_id": torch.tensor(i)} for i, target in enumerate(targets)])]
+
+    def losses(model, device, precision):
+        # A low scale: the first step of fp16 must not be skipped for an overflow.
+        scaler = torch.amp.GradScaler("cuda", init_scale=16.0) if precision == "fp16" else None
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        return engine.train_one_epoch(
+            model, copy.deepcopy(criterion).to(device), batch, optimizer,
+            device=device, clip_max_norm=0.1, amp=precision, scaler=scaler, progress=False,
+        )  # fmt: skip
+
+    expected, found = losses(on_cpu, CPU, "off"), losses(on_cuda, CUDA, amp)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=LOSS_TOLERANCE[amp])
+    assert not torch.equal(on_cuda.class_embed.weight, before)
+    assert all(parameter.isfinite().all() for parameter in on_cuda.parameters())
+
+
+@pytest.fixture(scope="module")
+def trained(coco, tmp_path_factory):
+    """Checkpoint of a tiny detector that was trained on CUDA, denoising queries included, until it finds something."""
+    out = tmp_path_factory.mktemp("trained")
+    stats = main.main(
+        *tiny_options("--coco_path", coco, "--output_dir", out, "--epochs 150 --eval_every 150 --augmentation flip",
+                      "--batch_norm_type BatchNorm2d --lr 1e-3 --lr_backbone 1e-3 --device cuda")
+    )  # fmt: skip
+    assert 0 <= stats["AP"] <= 1
+    return out / "checkpoint.pth"
+
+
+def test_evaluation_gives_the_figures_of_the_cpu(coco, trained, tmp_path):
+    options = ("--coco_path", coco, "--output_dir", tmp_path, "--eval --resume", trained, "--device")
+    on_cpu, on_cuda = (main.main(*tiny_options(*options, device)) for device in ("cpu", "cuda"))
+    assert on_cuda == pytest.approx(on_cpu, abs=0.02)
+
+
+def test_pinned_batches_are_those_of_the_data_set(coco):
+    args, _ = tiny_options("--coco_path", coco)
+    dataset = build_dataset("val2017", args, augment=False)
+    plain, pinned = (build_loader(dataset, 2, shuffle=False, num_workers=1, pin_memory=pin) for pin in (False, True))
+    for (images, targets), (expected_images, expected_targets) in zip(pinned, plain, strict=True):
+        assert all(image.is_pinned() for image in images)
+        moved = engine.move_to(images, CUDA)
+        torch.cuda.synchronize()
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(moved, expected_images, strict=True))
+        for target, expected in zip(targets, expected_targets, strict=True):
+            assert all(torch.equal(target[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("cache_device", ["same", "cpu"])
+def test_a_search_completes_and_its_output_evaluates(coco, trained, tmp_path, cache_device):
+    words = f"--coco_path {coco} --output_dir {tmp_path} --resume {trained} --device cuda --num_workers 0 "
+    words += f"--search_split train2017 --cache_device {cache_device} {QUICK_SEARCH}"
+    args, typed = parse(get_pruning_parser(MGP, "a test"), words.split())
+    result = search(MGP, args, typed)
+    args, typed = tiny_options("--coco_path", coco, "--resume", result.path, "--eval")
+    checkpoint, _ = main.settle_arguments(args)
+    model, _, postprocessors = main.build_detector(args, checkpoint)
+    assert model.widths == result.widths
+    truth = GroundTruth(annotation_path(coco, "train2017"))
+    loader = build_loader(build_dataset("train2017", args, augment=False), 2, shuffle=False)
+    found = engine.evaluate(
+        model.to(CUDA), postprocessors["bbox"], loader, truth, device=CUDA, progress=False
+    )  # fmt: skip
+    assert found.stats["AP"] == pytest.approx(result.ap, abs=0.02)
