@@ -15,11 +15,15 @@ from torch import Tensor
 import engine
 import main
 from pruning.kept import all_kept
-from tests.tiny_run import TINY, options, tiny_options, write_coco
+from tests.tiny_run import TINY, options, tiny_options, write_coco, write_self_annotated
 from util.checkpoint import read_checkpoint, save_checkpoint, slim_down
 from util.errors import UserError
 
 ROOT = Path(main.__file__).parent
+SLOW = """
+    --lr 1e-6 --lr_backbone 1e-6 --weight_decay 0 --clip_max_norm 0 --no-use_dn --augmentation flip --num_workers 0
+    --device cpu
+"""
 FROM_SCRATCH = "--batch_norm_type BatchNorm2d --ema_decay 0.9 --accumulate 2 --warmup_iters 2"
 
 
@@ -74,19 +78,60 @@ def test_what_a_run_leaves_in_its_folder(trained):
     assert args["hidden_dim"] == 32 and args["num_classes"] == 4
     best = read_checkpoint(trained / "checkpoint_best.pth")
     assert best.training is None and best.kind == "ours"
-    last = read_checkpoint(trained / "checkpoint.pth")
-    assert last.training["best_ap"] == max(line["test_AP"] for line in lines)
     results = json.loads((trained / "results.json").read_text())
     assert results and set(results[0]) == {"image_id", "category_id", "bbox", "score"}
     assert not list(trained.glob("*.tmp")) and "epoch 1: loss" in (trained / "run.log").read_text()
 
 
-def test_evaluation_repeats_the_figures_of_training(coco, trained, tmp_path):
-    stats = main.main(*options("--coco_path", coco, "--output_dir", tmp_path, "--num_workers 0 --batch_size 1",
-                               "--device cpu --eval --resume", trained / "checkpoint.pth"))  # fmt: skip
-    last = json.loads((trained / "log.txt").read_text().splitlines()[-1])
-    assert stats == pytest.approx({name: last[f"test_{name}"] for name in stats}, abs=0.02)
+@pytest.fixture(scope="module")
+def annotated(tmp_path_factory) -> Path:
+    """A data set that its detector dense.pth knows, and in `run` two epochs of going on very slowly with it."""
+    root = write_self_annotated(tmp_path_factory.mktemp("annotated"))
+    main.main(*options("--coco_path", root, "--output_dir", root / "run", "--resume", root / "dense.pth", SLOW,
+                       "--epochs 2 --batch_size 2"))  # fmt: skip
+    return root
+
+
+def test_evaluation_repeats_the_figures_of_training(annotated, tmp_path):
+    stats = main.main(*options("--coco_path", annotated, "--output_dir", tmp_path, "--num_workers 0 --device cpu",
+                               "--batch_size 2 --eval --resume", annotated / "run" / "checkpoint.pth"))  # fmt: skip
+    assert stats["AP"] > 0.1
+    lines = [json.loads(line) for line in (annotated / "run" / "log.txt").read_text().splitlines()]
+    assert stats == pytest.approx({name: lines[-1][f"test_{name}"] for name in stats}, abs=1e-9)
     assert json.loads((tmp_path / "eval.json").read_text())["AP"] == stats["AP"]
+    last = read_checkpoint(annotated / "run" / "checkpoint.pth")
+    assert last.training["best_ap"] == max(line["test_AP"] for line in lines)
+
+
+def test_a_new_run_keeps_the_files_of_an_older_one(coco, trained, tmp_path):
+    for name in ("checkpoint.pth", "checkpoint_best.pth", "log.txt"):
+        (tmp_path / name).write_text(f"older {name}")
+    (tmp_path / "log.1.txt").write_text("oldest")
+    root = broken(coco, tmp_path / "coco", lambda tables: tables.update(annotations=[]))
+    train(root, tmp_path, "--epochs 1 --lr 0")
+    assert (tmp_path / "checkpoint.1.pth").read_text() == "older checkpoint.pth"
+    assert (tmp_path / "log.2.txt").read_text() == "older log.txt" and (tmp_path / "log.1.txt").read_text() == "oldest"
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+    assert "held an older run" in (tmp_path / "run.log").read_text()
+    # Without boxes in val2017 AP is -1, and the first epoch is the best all the same.
+    best = read_checkpoint(tmp_path / "checkpoint_best.pth")
+    assert best.kind == "ours" and (tmp_path / "checkpoint_best.1.pth").read_text() == "older checkpoint_best.pth"
+
+
+def test_a_detector_of_more_classes_than_val_names_is_evaluated_but_not_trained(coco, trained, tmp_path):
+    def fewer(tables):
+        tables["categories"] = [{"id": 1, "name": "kind 1"}]
+        tables["annotations"] = [item for item in tables["annotations"] if item["category_id"] == 1]
+
+    root = broken(coco, tmp_path / "coco", fewer)
+    words = ("--coco_path", root, "--device cpu --output_dir", tmp_path, "--resume", trained / "checkpoint.pth")
+    args, typed = options(*words, "--eval")
+    main.settle_arguments(args, typed)
+    assert args.num_classes == 4
+    path = root / "annotations" / "instances_train2017.json"
+    path.write_text((root / "annotations" / "instances_val2017.json").read_text())
+    with pytest.raises(UserError, match="a checkpoint for 4 classes, expected 2"):
+        main.settle_arguments(*options(*words, "--start_fresh"))
 
 
 def test_a_halved_checkpoint_evaluates_and_trains_from_epoch_0(coco, trained, tmp_path):
@@ -170,7 +215,10 @@ MISTAKES = {
     "negative width": ("--cfgs [[[-8,32]],[[8,8,8]]] --enc_layers 1 --dec_layers 1", "found width -8"),
     "excess width": ("--cfgs [[[8,4096]],[[8,8,8]]] --enc_layers 1 --dec_layers 1", "found width 4096 for"),
     "no multiple": ("--cfgs [[[12,32]],[[8,8,8]]] --enc_layers 1 --dec_layers 1", "expected a multiple of --nheads 8"),
-    "no COCO folder": ("--coco_path {tmp}/nowhere", "instances_val2017.json does not exist"),
+    "no COCO folder": ("--coco_path {tmp}/nowhere", "nowhere is no folder that can be read"),
+    "a file as COCO folder": ("--coco_path {tmp}/text.pth", "is no folder that can be read (Not a directory)"),
+    "a folder without annotations": ("--coco_path {tmp}/no_images/annotations", "val2017.json does not exist"),
+    "empty checkpoint": ("--resume=", "--resume: found an empty name"),
     "no images": ("--coco_path {tmp}/no_images", "val2017 is no folder"),
     "annotation to a missing image": ("--coco_path {tmp}/stray_image", "points to image 999"),
     "annotation to a missing category": ("--coco_path {tmp}/stray_category", "points to category 77"),
@@ -245,14 +293,24 @@ def test_a_corrupt_image_is_named_by_a_worker_process_too(coco, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_two_processes_go_on_with_a_run_and_find_the_figures_of_one(coco, trained, tmp_path):
+def test_two_processes_go_on_with_a_run_as_one_and_find_the_figures_of_one(annotated, tmp_path):
+    """One step on a batch of two, or on a batch of one in each of two processes; one of 7 images comes twice to AP."""
+    common = [f"{SLOW} --epochs 3 --coco_path", annotated, "--resume", annotated / "run" / "checkpoint.pth"]
     command = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"]]
-    command += ["--device", "cpu", "--num_workers", "0", "--batch_size", "1", "--epochs", "3", "--output_dir"]
-    command += [tmp_path / "two", "--coco_path", coco, "--resume", trained / "checkpoint.pth"]
+    command += [*common[0].split(), *common[1:], "--batch_size", "1", "--output_dir", tmp_path / "two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
     line = json.loads((tmp_path / "two" / "log.txt").read_text())
-    assert line["epoch"] == 2
-    one = main.main(*options("--eval --batch_size 1 --device cpu --num_workers 0 --coco_path", coco, "--resume",
-                             tmp_path / "two" / "checkpoint.pth", "--output_dir", tmp_path / "one"))  # fmt: skip
+    assert line["epoch"] == 2 and line["test_AP"] > 0.1
+    one = main.main(*options("--eval --batch_size 1 --device cpu --num_workers 0 --coco_path", annotated, "--resume",
+                             tmp_path / "two" / "checkpoint.pth", "--output_dir", tmp_path / "eval"))  # fmt: skip
     assert one == pytest.approx({name: line[f"test_{name}"] for name in one}, abs=1e-9)
+
+    main.main(*options(*common, "--batch_size 2 --output_dir", tmp_path / "one"))
+    moments = [read_checkpoint(tmp_path / name / "checkpoint.pth").training["optimizer"]["state"]
+               for name in ("one", "two")]  # fmt: skip
+    before = read_checkpoint(annotated / "run" / "checkpoint.pth").training["optimizer"]["state"]
+    alone, together = (torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)]) for state in moments)
+    gradient = alone - 0.9 * torch.cat([before[i]["exp_avg"].flatten() for i in sorted(before)])
+    assert float(gradient.norm()) > 0
+    assert float((alone - together).norm()) < 1e-3 * float(gradient.norm())
