@@ -61,6 +61,8 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
         handler = log_to_file(output_dir / "run.log")
         if checkpoint is not None and checkpoint.is_search:
             run.log.info("widths found by the search: --cfgs '%s'", args.cfgs or checkpoint.widths)
+            if checkpoint.trace and checkpoint.trace[-1].get("unfinished"):
+                run.log.warning("%s: its search was cut short; the modules it had left are whole", checkpoint.path)
             if not args.eval:
                 run.log.info("AP before fine-tuning: %.4f", run.evaluate(run.model).stats["AP"])
         return run.evaluate_only() if args.eval else run.train()
