@@ -40,6 +40,7 @@ ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:i
 UNSAFE = re.compile(r"Unsupported (?:global|class|operand|operator):?\s*(?:GLOBAL )?(\S+)", re.IGNORECASE)
 LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
 BOX_HEADS = ("bbox_embed.", "transformer.decoder.bbox_embed.")
+LOCAL_ARGUMENTS = ("output_dir", "coco_path", "resume", "device")
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,10 @@ def slim_down(source: str | Path, target: str | Path, half: bool = False) -> Non
             halved = value.half() if half and value.is_floating_point() else value
             shared[identity] = halved if halved.isfinite().all() else value
         weights[key] = shared[identity]
-    kept = (*REQUIRED, "format", "version", "kept", "trace")
-    save_torch(target, {**{key: content[key] for key in kept if key in content}, "model": weights})
+    kept = {key: content[key] for key in (*REQUIRED, "format", "version", "kept", "trace") if key in content}
+    # What is handed to others says nothing of the folders of the machine it was made on.
+    arguments = {name: value for name, value in content["args"].items() if name not in LOCAL_ARGUMENTS}
+    save_torch(target, {**kept, "args": arguments, "model": weights})
 
 
 def _load(path: Path) -> Any:
