@@ -223,8 +223,9 @@ def test_a_name_that_no_file_can_have_is_told():
 def test_slim_down_drops_training_state_and_keeps_what_half_precision_cannot_hold(tmp_path):
     weights = dict(tiny_detector(seed=1)[0].state_dict())
     weights["class_embed.bias"] = torch.full((7,), 1e6)
-    save_checkpoint(tmp_path / "a.pth", state_dict=weights, widths=FULL, full_widths=FULL,
-                    arguments={"lr": 1, "output_dir": "here"}, num_classes=7, training={"optimizer": {"state": weights}, "epoch": 3})  # fmt: skip
+    arguments, training = {"lr": 1, "output_dir": "here"}, {"optimizer": {"state": weights}, "epoch": 3}
+    save_checkpoint(tmp_path / "a.pth", state_dict=weights, widths=FULL, full_widths=FULL, arguments=arguments,
+                    num_classes=7, training=training)  # fmt: skip
     assert read_checkpoint(tmp_path / "a.pth").training["epoch"] == 3
     slim_down(tmp_path / "a.pth", tmp_path / "b.pth", half=True)
     checkpoint = read_checkpoint(tmp_path / "b.pth")
