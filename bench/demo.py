@@ -52,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--images", type=whole(1), default=1000, help="training images to draw")
     add("--val_images", type=whole(1), default=400, help="validation images to draw")
     add("--seed", type=whole(0), default=42, help="seed of the drawing")
-    add("--epochs", type=whole(1), default=3, help="epochs of fine-tuning")
+    add("--epochs", type=whole(1), default=4, help="epochs of fine-tuning")
     return parser
 
 
