@@ -60,7 +60,8 @@ def plot_ap_against_parameters(
         "o-",
         label="accepted",
     )
-    axes.plot([d.transformer_params / 1e6 for d in tried], [100 * d.full_ap for d in tried], "x", label="tried")
+    if tried:
+        axes.plot([d.transformer_params / 1e6 for d in tried], [100 * d.full_ap for d in tried], "x", label="tried")
     axes.axhline(100 * base_ap, color=WHOLE, zorder=0)
     axes.set_xlabel("transformer parameters (millions)")
     axes.set_ylabel("AP (points)")

@@ -3,9 +3,11 @@
 import argparse
 import copy
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import engine
 from datasets.transforms import TRAINING_TRANSFORMS
+from util.errors import UserError
 
 MODEL_NAMES = ("dn_dab_detr",)
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -122,12 +124,21 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
-    """Parse `argv`; returns the options and the names of those that were typed, whatever their value."""
+    """Parse `argv`; returns the options and the names of those that were typed, whatever their value.
+
+    Raises:
+        UserError: what argparse would print below its whole usage.
+    """
+    parser.error = _refuse
     args = parser.parse_args(argv)
     silent = copy.deepcopy(parser)
     for action in silent._actions:
         action.default = argparse.SUPPRESS
     return args, set(vars(silent.parse_args(argv)))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; see --help")
 
 
 def whole(minimum: int) -> Callable[[str], int]:

@@ -24,7 +24,7 @@ from pruning.schedule import GP, MGP, Schedule
 from pruning.workbench import DetectorBench
 from tests.pruning.tiny import NETWORK, tiny_args, tiny_detector
 from util.checkpoint import read_checkpoint, save_checkpoint
-from util.errors import UserError
+from util.errors import UserError, run_cli
 from util.options import parse
 
 IMAGES = 7
@@ -251,7 +251,7 @@ def test_a_killed_search_leaves_what_it_had_found(folder, tmp_path, monkeypatch)
 @pytest.mark.parametrize("word", ["--map_tol 1", "--map_tol -0.1", "--skip_eval_converge 1.5", "--ffn_unit 0"])
 def test_options_out_of_range_end_with_code_2(folder, tmp_path, word, capsys):
     with pytest.raises(SystemExit) as end:
-        run(GP, folder, tmp_path / "out", word)
+        run_cli(lambda: run(GP, folder, tmp_path / "out", word))
     assert end.value.code == 2
     assert word.split()[0] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
