@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets.coco_eval import GroundTruth, coco_stats, to_detections
+from models.distillation import Distillation
 from util import distributed
 from util.ema import WeightAverage
 from util.logging import bar_off, get_logger, table
@@ -96,6 +97,7 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler | None = None,
     accumulate: int = 1,
     weight_average: WeightAverage | None = None,
+    distillation: Distillation | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """Train `model` on every batch of `loader` once.
@@ -111,6 +113,7 @@ def train_one_epoch(
         clip_max_norm: largest norm of the gradient, 0 for no clipping.
         amp: off, bf16 or fp16; fp16 needs `scaler`.
         weight_average: updated after each optimizer step.
+        distillation: adds its losses towards a teacher's outputs on the same images.
 
     Returns:
         Mean of each loss over the epoch and all processes, and `loss`, the weighted sum.
@@ -129,7 +132,8 @@ def train_one_epoch(
         group = min(accumulate, batches - number // accumulate * accumulate)
         stepping = (number + 1) % accumulate == 0 or number + 1 == batches
         with contextlib.nullcontext() if stepping or not hasattr(model, "no_sync") else model.no_sync():
-            loss, losses = _losses(model, criterion, images, targets, autocast(device, amp))
+            precision = autocast(device, amp)
+            loss, losses = _losses(model, criterion, images, targets, precision, distillation)
             (loss / group if scaler is None else scaler.scale(loss / group)).backward()
         means.add(losses)
         if stepping and _optimizer_step(model, optimizer, scaler, clip_max_norm):
@@ -208,6 +212,7 @@ def _losses(
     images: list[Tensor],
     targets: list[dict[str, Tensor]],
     precision: contextlib.AbstractContextManager,
+    distillation: Distillation | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch to go backward from, and every loss averaged over the processes.
 
@@ -216,8 +221,14 @@ def _losses(
     """
     with precision:
         outputs = model(images, targets)
-    losses = criterion(_to_float32(outputs), targets)
+        lesson = None if distillation is None else distillation.teach(images)
+    outputs = _to_float32(outputs)
+    losses = criterion(outputs, targets)
     loss = criterion.weighted_sum(losses)
+    if lesson is not None:
+        distilled = distillation(outputs, lesson)
+        loss = loss + distillation.weighted_sum(distilled)
+        losses = losses | distilled
     losses = distributed.average({**losses, "loss": loss})
     _check_finite(losses, targets)
     return loss, losses

@@ -14,6 +14,11 @@ from models.matcher import HungarianMatcher, Matches
 LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
 
 
+def layer_suffix(layer: int, num_layers: int) -> str:
+    """What the names of a decoder layer's losses end in: nothing for the last one, else `_` and its number."""
+    return "" if layer == num_layers - 1 else f"_{layer}"
+
+
 class Criterion(nn.Module):
     """Focal, L1 and GIoU losses on matched queries and on denoising queries, for every decoder layer.
 
@@ -39,7 +44,7 @@ class Criterion(nn.Module):
             f"{prefix}{name}{suffix}": weights[name]
             for prefix in ("", "tgt_")
             for name in LOSSES
-            for suffix in map(self._suffix, range(num_layers))
+            for suffix in (layer_suffix(layer, num_layers) for layer in range(num_layers))
         }
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
@@ -74,15 +79,12 @@ class Criterion(nn.Module):
         }
         per_layer |= self._denoising_losses(outputs.get("denoising"), targets, labels, target_boxes, num_boxes)
         losses = {
-            name + self._suffix(layer): value
+            name + layer_suffix(layer, self.num_layers): value
             for name, values in per_layer.items()
             for layer, value in enumerate(values)
         }
         losses["class_error"] = self._class_error(logits, matches, classes)[-1]
         return losses
-
-    def _suffix(self, layer: int) -> str:
-        return "" if layer == self.num_layers - 1 else f"_{layer}"
 
     @staticmethod
     def _mean_over_processes(count: int, device: torch.device) -> Tensor:

@@ -104,6 +104,47 @@ def test_mixed_precision_steps_close_to_full_precision(amp):
     assert mixed.dtype == torch.float32 and torch.allclose(mixed, full, atol=0.02)
 
 
+class Towards:
+    """A "distillation" that draws the sums towards those of another weight; notes how the teacher was run."""
+
+    def __init__(self, weight: list[float]) -> None:
+        self.weight = torch.tensor(weight)
+        self.autocast: set[bool] = set()
+
+    def teach(self, images):
+        self.autocast.add(torch.is_autocast_enabled("cpu"))
+        return torch.stack(images) @ self.weight
+
+    def __call__(self, outputs, lesson):
+        return {"loss_distill_sums": (outputs["sums"] - lesson).square().mean()}
+
+    def weighted_sum(self, losses):
+        return 3 * losses["loss_distill_sums"]
+
+
+def test_a_teachers_losses_join_the_gradient_and_the_log():
+    loader = batches(8, 4)[:1]
+    weights, losses = train(loader, distillation=Towards([1.0, 1.0]))
+    model = Linear()
+    found = MeanSquare()(model(*loader[0]), None)
+    towards = (torch.stack(loader[0][0]) @ (model.weight - torch.ones(2))).square().mean()
+    loss = MeanSquare().weighted_sum(found) + 3 * towards
+    (gradient,) = torch.autograd.grad(loss, [model.weight])
+    assert torch.allclose(weights, model.weight.detach() - 0.1 * gradient, atol=1e-6)
+    assert losses["loss_distill_sums"] == pytest.approx(float(towards.detach()), rel=1e-5)
+    assert losses["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+def test_a_teacher_runs_in_the_precision_of_the_student_and_with_accumulated_batches():
+    small, _ = train(batches(8, 2), accumulate=2, distillation=Towards([1.0, 0.0]))
+    large, _ = train(batches(8, 4), distillation=Towards([1.0, 0.0]))
+    assert torch.allclose(small, large, atol=1e-6)
+    for amp, expected in (("bf16", {True}), ("off", {False})):
+        towards = Towards([1.0, 0.0])
+        train(batches(8, 4), distillation=towards, amp=amp)
+        assert towards.autocast == expected
+
+
 def test_averaged_weights_follow_after_every_step():
     model = Linear()
     average = WeightAverage(model, decay=0.5)

@@ -177,6 +177,31 @@ def test_a_searchs_output_is_cut_trained_and_then_carries_its_widths(coco, train
         main.main(*options(*common, slim.path, "--cfgs [[[32,32]],[[32,32,32],[32,32,32]]]"))
 
 
+def test_a_distilled_run_logs_its_losses_and_goes_on_bit_by_bit(coco, trained, tmp_path):
+    search_output(trained, tmp_path / "pruned.pth")
+    teacher = tmp_path / "teacher.pth"
+    shutil.copy(trained / "checkpoint_best.pth", teacher)
+    start = (FROM_SCRATCH, "--distill_memory_coef 3 --resume", tmp_path / "pruned.pth", "--distill", teacher)
+    train(coco, tmp_path / "whole", "--epochs 2", *start)
+    line = json.loads((tmp_path / "whole" / "log.txt").read_text().splitlines()[0])
+    for name in ("memory", "logits", "logits_0", "bbox", "giou_0"):
+        assert line[f"train_loss_distill_{name}"] > 0
+    assert not any(name.startswith("test_loss_distill") for name in line)
+
+    train(coco, tmp_path / "parts", "--epochs 1", *start)
+    go_on = ("--coco_path", coco, "--output_dir", tmp_path / "parts", "--resume", tmp_path / "parts" / "checkpoint.pth",
+             "--epochs 2 --num_workers 0 --device cpu")  # fmt: skip
+    teacher.rename(tmp_path / "moved.pth")
+    with pytest.raises(UserError, match=r"^--distill .*teacher\.pth: no such file, expected a checkpoint$"):
+        main.main(*options(*go_on))
+    (tmp_path / "moved.pth").rename(teacher)
+    main.main(*options(*go_on))
+    resumed, whole = (torch.load(tmp_path / run / "checkpoint.pth", weights_only=True) for run in ("parts", "whole"))
+    assert resumed["args"]["distill"] == str(teacher) and resumed["args"]["distill_memory_coef"] == 3
+    del resumed["args"], whole["args"]
+    assert differing(resumed, whole) == []
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(coco, trained, tmp_path):
     shutil.copy(trained / "checkpoint.pth", tmp_path / "checkpoint.pth")
     before = (tmp_path / "checkpoint.pth").read_bytes()
@@ -227,6 +252,52 @@ MISTAKES = {
     "a file as output folder": ("--output_dir {tmp}/text.pth", "is a file, expected a folder"),
     "a complete run": ("--resume {ckpt}", "its training of 2 epochs is complete"),
 }  # fmt: skip
+
+
+TEACHERS = {
+    "missing": ("nowhere.pth", "--distill nowhere.pth: no such file"),
+    "no name": ("", "--distill: found an empty name"),
+    "a search's output": ("{tmp}/pruned.pth", "pruned.pth: found the output of a search, expected the detector that"),
+    "of other classes": ("{tmp}/annotated.pth", "num_classes 7, return_layer layer4, expected num_classes 4, return"),
+    "of another shape": ("{tmp}/shape.pth", "found dec_layers 1, num_queries 6, expected dec_layers 2, num_queries 5"),
+    "of another shape, foreign": ("{tmp}/foreign.pth", "refpoint_embed.weight has the shape 6 x 4, expected 5 x 4"),
+    "not its ancestor": ("{tmp}/stranger.pth", "found queries that are not the student's (their anchors are 0."),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teachers_folder(trained, annotated, tmp_path_factory) -> Path:
+    """A folder with the unsuitable files that TEACHERS speak of."""
+    tmp = tmp_path_factory.mktemp("teachers")
+    search_output(trained, tmp / "pruned.pth")
+    shutil.copy(annotated / "dense.pth", tmp / "annotated.pth")
+    for name, more in (
+        ("stranger", "--seed 1"),
+        ("shape", "--num_queries 6 --dec_layers 1"),
+        ("query", "--num_queries 6"),
+    ):
+        args, _ = tiny_options(more)
+        args.num_classes = 4
+        torch.manual_seed(args.seed)
+        model = main.build_detector(args, None)[0]
+        save_checkpoint(tmp / f"{name}.pth", state_dict=model.state_dict(), widths=model.widths,
+                        full_widths=model.widths, arguments=args, num_classes=4)  # fmt: skip
+    torch.save({"model": read_checkpoint(tmp / "query.pth").state_dict}, tmp / "foreign.pth")
+    return tmp
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_an_unsuitable_teacher_is_one_sentence_and_nothing_is_written(
+    teacher, coco, trained, teachers_folder, tmp_path
+):
+    path, told = TEACHERS[teacher]
+    args, typed = tiny_options("--coco_path", coco, "--output_dir", tmp_path, "--start_fresh", "--resume",
+                               trained / "checkpoint.pth")  # fmt: skip
+    args.distill = path.format(tmp=teachers_folder)
+    with pytest.raises(UserError) as error:
+        main.main(args, {*typed, "distill"})
+    assert told in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("--distill") and list(tmp_path.iterdir()) == []
 
 
 class Hostile:
@@ -295,13 +366,19 @@ def test_a_corrupt_image_is_named_by_a_worker_process_too(coco, tmp_path):
 
 def test_two_processes_go_on_with_a_run_as_one_and_find_the_figures_of_one(annotated, tmp_path):
     """One step on a batch of two, or on a batch of one in each of two processes; one of 7 images comes twice to AP."""
-    common = [f"{SLOW} --epochs 3 --coco_path", annotated, "--resume", annotated / "run" / "checkpoint.pth"]
+    teacher = torch.load(annotated / "dense.pth", weights_only=True)
+    torch.manual_seed(0)
+    for value in teacher["model"].values():
+        value += 0.02 * torch.randn_like(value)
+    torch.save(teacher, tmp_path / "teacher.pth")
+    common = [f"{SLOW} --epochs 3 --distill {tmp_path}/teacher.pth --coco_path", annotated, "--resume",
+              annotated / "run" / "checkpoint.pth"]  # fmt: skip
     command = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"]]
     command += [*common[0].split(), *common[1:], "--batch_size", "1", "--output_dir", tmp_path / "two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
     line = json.loads((tmp_path / "two" / "log.txt").read_text())
-    assert line["epoch"] == 2 and line["test_AP"] > 0.1
+    assert line["epoch"] == 2 and line["test_AP"] > 0.1 and line["train_loss_distill_bbox"] > 0
     one = main.main(*options("--eval --batch_size 1 --device cpu --num_workers 0 --coco_path", annotated, "--resume",
                              tmp_path / "two" / "checkpoint.pth", "--output_dir", tmp_path / "eval"))  # fmt: skip
     assert one == pytest.approx({name: line[f"test_{name}"] for name in one}, abs=1e-9)

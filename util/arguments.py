@@ -91,6 +91,8 @@ def _check_stored(option: argparse.Action, value: Any, path: Path) -> None:
     elif option.type is None:
         if isinstance(option.default, bool) and not isinstance(value, bool):
             raise UserError(f"{shown}, expected True or False")
+        if not isinstance(option.default, bool) and not isinstance(value, str | None):
+            raise UserError(f"{shown}, expected text")
     else:
         try:
             if type(value) not in (int, float):

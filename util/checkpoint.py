@@ -40,7 +40,7 @@ ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:i
 UNSAFE = re.compile(r"Unsupported (?:global|class|operand|operator):?\s*(?:GLOBAL )?(\S+)", re.IGNORECASE)
 LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
 BOX_HEADS = ("bbox_embed.", "transformer.decoder.bbox_embed.")
-LOCAL_ARGUMENTS = ("output_dir", "coco_path", "resume", "device")
+LOCAL_ARGUMENTS = ("output_dir", "coco_path", "resume", "device", "distill")
 
 
 @dataclass(frozen=True)

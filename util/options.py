@@ -20,6 +20,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     _add_model_options(parser.add_argument_group("network"))
     _add_loss_options(parser.add_argument_group("denoising and losses"))
     _add_training_options(parser.add_argument_group("training"))
+    _add_distillation_options(parser.add_argument_group("distillation"))
     return parser
 
 
@@ -121,6 +122,28 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--accumulate", type=whole(1), default=1, help="batches for an optimizer step")
     group.add_argument("--ema_decay", type=real(0, 1), default=0.0, help="decay of the averaged weights, 0 for none")
     group.add_argument("--eval_every", type=whole(1), default=1, help="epochs between evaluations")
+
+
+def _add_distillation_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--distill",
+        metavar="TEACHER",
+        default=None,
+        help="train towards this detector's outputs, too: path of the checkpoint that a search pruned to get the "
+        "detector under training; a search's own output is refused, for its weights need not be that detector's",
+    )
+    group.add_argument(
+        "--distill_logits_coef", type=real(0), default=1, help="weight of the loss towards the teacher's logits"
+    )
+    group.add_argument(
+        "--distill_boxes_coef",
+        type=real(0),
+        default=1,
+        help="weight of the losses towards the teacher's boxes, in units of --bbox_loss_coef and --giou_loss_coef",
+    )
+    group.add_argument(
+        "--distill_memory_coef", type=real(0), default=1, help="weight of the loss towards the encoder's output"
+    )
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:

@@ -104,8 +104,8 @@ class DnDabDetr(nn.Module):
 
         Returns:
             `pred_logits` B x Q x num_classes, `pred_boxes` B x Q x 4 (cxcywh in [0, 1]), `aux_outputs`: the same two
-            for each earlier layer; with denoising queries also `denoising`: `layout`, `pred_logits` and `pred_boxes`
-            with a leading axis of layers.
+            for each earlier layer; in training also `memory`, the encoder's output (B x S x D); with denoising queries
+            also `denoising`: `layout`, `pred_logits` and `pred_boxes` with a leading axis of layers.
         """
         return self.outputs(self.run_steps(self.prepare(images, targets)))
 
@@ -163,6 +163,8 @@ class DnDabDetr(nn.Module):
             for layer_logits, boxes in zip(logits, state.boxes, strict=True)
         ]
         outputs = {**layers[-1], "aux_outputs": layers[:-1]}
+        if self.training:
+            outputs["memory"] = state.memory
         if state.denoising:
             outputs["denoising"] = {
                 "layout": state.denoising,

@@ -203,6 +203,7 @@ def test_a_file_of_ours_with_wrong_entries_is_told(tmp_path, change, told):
         ({"modelname": None}, "found None under `args.modelname`, expected one of dn_dab_detr"),
         ({"dilation": "no"}, "found 'no' under `args.dilation`, expected True or False"),
         ({"image_size": [1]}, "found .1. under `args.image_size`, expected a whole number"),
+        ({"distill": 5}, "found 5 under `args.distill`, expected text"),
     ],
 )
 def test_stored_options_that_no_command_line_could_give_are_told(tmp_path, stored, told):
@@ -211,7 +212,7 @@ def test_stored_options_that_no_command_line_could_give_are_told(tmp_path, store
     torch.save({**content, "args": {**content["args"], **stored}}, tmp_path / "a.pth")
     args, typed = parse(get_args_parser(), [])
     with pytest.raises(UserError, match=told) as error:
-        take_from_checkpoint(args, typed, read_checkpoint(tmp_path / "a.pth"))
+        take_from_checkpoint(args, typed, read_checkpoint(tmp_path / "a.pth"), continuing=True)
     assert "a.pth" in str(error.value)
 
 
@@ -223,7 +224,8 @@ def test_a_name_that_no_file_can_have_is_told():
 def test_slim_down_drops_training_state_and_keeps_what_half_precision_cannot_hold(tmp_path):
     weights = dict(tiny_detector(seed=1)[0].state_dict())
     weights["class_embed.bias"] = torch.full((7,), 1e6)
-    arguments, training = {"lr": 1, "output_dir": "here"}, {"optimizer": {"state": weights}, "epoch": 3}
+    arguments = {"lr": 1, "output_dir": "here", "distill": "there"}
+    training = {"optimizer": {"state": weights}, "epoch": 3}
     save_checkpoint(tmp_path / "a.pth", state_dict=weights, widths=FULL, full_widths=FULL, arguments=arguments,
                     num_classes=7, training=training)  # fmt: skip
     assert read_checkpoint(tmp_path / "a.pth").training["epoch"] == 3

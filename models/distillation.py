@@ -1,0 +1,125 @@
+"""Distillation: a pruned detector learns from the one it was cut from (Hinton et al. 2015, arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import box_convert, generalized_box_iou_loss
+
+from models.criterion import layer_suffix
+from util import distributed
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the teacher says of a batch; L decoder layers, B images, Q matching queries, C classes, S feature pixels.
+
+    Attributes:
+        probabilities: L x B x Q x C.
+        boxes_cxcywh: L x B x Q x 4 in [0, 1].
+        memory: B x S x D, the encoder's output.
+        pixels: B x S, 1 on image pixels and 0 on padding.
+    """
+
+    probabilities: Tensor
+    boxes_cxcywh: Tensor
+    memory: Tensor
+    pixels: Tensor
+
+
+class Distillation:
+    """Losses that draw a student's matching queries and encoder output to its teacher's on the same images.
+
+    A student cut from its teacher has the teacher's queries, so query i learns from query i, without matching. Queries
+    in which the teacher sees nothing are most of them: what they say of boxes means nothing, and their logits must not
+    drown the few that hold an object. So boxes count by the square of the teacher's confidence (its highest class
+    probability in that layer), and logits by the square of the difference in probability (the quality focal loss of
+    arXiv 2006.04388, with soft targets), which is next to nothing where both see background. Both are summed and
+    divided by the sum of the squared confidences. The memory's loss is the mean squared difference of pixels'
+    features, each normalised over its channels.
+
+    Args:
+        teacher: a detector with the student's classes, queries, channels and layers, on the student's device; it is put
+            in eval mode and keeps no gradient.
+        weights: weight of `loss_distill_logits`, `loss_distill_bbox`, `loss_distill_giou` and `loss_distill_memory`.
+    """
+
+    def __init__(self, teacher: nn.Module, weights: dict[str, float]) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        num_layers = len(teacher.widths.decoder)
+        self.suffixes = [layer_suffix(layer, num_layers) for layer in range(num_layers)]
+        self.weight_dict = {
+            name + suffix: weight
+            for name, weight in weights.items()
+            for suffix in ([""] if name == "loss_distill_memory" else self.suffixes)
+        }
+
+    @torch.no_grad()
+    def teach(self, images: list[Tensor] | Tensor) -> Lesson:
+        """Run the teacher on the student's images, list of 3 x H x W or one B x 3 x H x W."""
+        state = self.teacher.run_steps(self.teacher.prepare(images))
+        logits, boxes = _stacked(self.teacher.outputs(state))
+        mask = state.memory_mask
+        pixels = torch.ones(state.memory.shape[:2], device=logits.device) if mask is None else mask[:, 0, 0].float()
+        return Lesson(logits.sigmoid(), boxes, state.memory.float(), pixels)
+
+    def __call__(self, outputs: dict, lesson: Lesson) -> dict[str, Tensor]:
+        """All losses by name, unweighted: `loss_distill_memory` and, with the suffix `_i` for each layer but the last,
+        `loss_distill_logits`, `loss_distill_bbox` and `loss_distill_giou`.
+
+        Args:
+            outputs: of the student in training mode, see `DnDabDetr.forward`.
+            lesson: of the same images.
+        """
+        logits, boxes = _stacked(outputs)
+        weights = lesson.probabilities.amax(-1).square()
+        totals = {str(layer): total for layer, total in enumerate(weights.sum((1, 2)))}
+        # Gradients are averaged over the processes, so each divides by the mean over all of them.
+        totals = distributed.average({**totals, "pixels": lesson.pixels.sum()})
+        pixels = totals.pop("pixels")
+        per_layer = {
+            "loss_distill_logits": _quality_focal(logits, lesson.probabilities).sum((1, 2, 3)),
+            "loss_distill_bbox": (weights * (boxes - lesson.boxes_cxcywh).abs().sum(-1)).sum((1, 2)),
+            "loss_distill_giou": (weights * _giou_loss(boxes, lesson.boxes_cxcywh)).sum((1, 2)),
+        }
+        total = torch.stack(list(totals.values())).clamp(min=1)
+        losses = {
+            name + suffix: value
+            for name, values in per_layer.items()
+            for suffix, value in zip(self.suffixes, values / total, strict=True)
+        }
+        distance = (_normalised(outputs["memory"]) - _normalised(lesson.memory)).square().mean(-1)
+        losses["loss_distill_memory"] = (distance * lesson.pixels).sum() / pixels
+        return losses
+
+    def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
+        """The scalar that training minimises beside the losses against the targets."""
+        return sum(losses[name] * weight for name, weight in self.weight_dict.items())
+
+
+def _stacked(outputs: dict) -> tuple[Tensor, Tensor]:
+    """Logits L x B x Q x C and boxes L x B x Q x 4 of all layers, in float32."""
+    layers = [*outputs["aux_outputs"], outputs]
+    logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
+    return logits, torch.stack([layer["pred_boxes"] for layer in layers]).float()
+
+
+def _quality_focal(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """arXiv 2006.04388, equation 3, with beta = 2: cross entropy against soft targets, least (0) where they agree."""
+    entropy = F.binary_cross_entropy_with_logits(logits, probabilities, reduction="none")
+    return (probabilities - logits.sigmoid()).square() * entropy
+
+
+def _giou_loss(boxes_cxcywh: Tensor, others_cxcywh: Tensor) -> Tensor:
+    """1 - GIoU of boxes at the same place in two tensors ... x 4."""
+    return generalized_box_iou_loss(
+        box_convert(boxes_cxcywh, "cxcywh", "xyxy"), box_convert(others_cxcywh, "cxcywh", "xyxy")
+    )
+
+
+def _normalised(memory: Tensor) -> Tensor:
+    """Features B x S x D with mean 0 and variance 1 over the channels of each pixel."""
+    return F.layer_norm(memory.float(), memory.shape[-1:])

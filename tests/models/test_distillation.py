@@ -1,0 +1,122 @@
+"""The losses towards a teacher: nothing where both agree, and only where the teacher sees something."""
+
+import copy
+
+import pytest
+import torch
+
+from models.distillation import Distillation, Lesson
+from tests.pruning.tiny import pictures, tiny_detector
+
+WEIGHTS = {"loss_distill_logits": 1.0, "loss_distill_bbox": 5.0, "loss_distill_giou": 2.0, "loss_distill_memory": 3.0}
+NAMES = {f"{name}{end}" for name in list(WEIGHTS)[:3] for end in ("", "_0")} | {"loss_distill_memory"}
+
+
+def distillation(seed: int = 0) -> Distillation:
+    """A tiny teacher of two decoder layers, five queries and seven classes."""
+    return Distillation(tiny_detector(seed=seed)[0], WEIGHTS)
+
+
+def example(seed: int = 0) -> tuple[dict, Lesson]:
+    """Outputs of a student and what a teacher says, at random; 2 layers, 2 images, 5 queries, 3 classes, 4 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, taught = torch.randn(2, 2, 2, 5, 3, generator=generator)
+    boxes, taught_boxes = torch.rand(2, 2, 2, 5, 4, generator=generator) * 0.3 + 0.3
+    memory, taught_memory = torch.randn(2, 2, 4, 8, generator=generator)
+    layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
+    outputs = {**layers[1], "aux_outputs": layers[:1], "memory": memory}
+    return outputs, Lesson(taught.sigmoid(), taught_boxes, taught_memory, torch.ones(2, 4))
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
+    teaching = distillation()
+    student = copy.deepcopy(teaching.teacher).requires_grad_(True).train()
+    images, targets = pictures()
+    losses = teaching(student(images, targets), teaching.teach(images))
+    assert set(losses) == NAMES
+    assert all(float(value.detach()) == pytest.approx(0, abs=1e-5) for value in losses.values())
+
+
+def test_another_student_learns_in_all_its_parts_and_the_teacher_stays_as_it_is():
+    teaching = distillation()
+    before = {key: value.clone() for key, value in teaching.teacher.state_dict().items()}
+    student = tiny_detector(seed=1)[0].train()
+    images, targets = pictures()
+    losses = teaching(student(images, targets), teaching.teach(images))
+    assert all(float(value.detach()) > 1e-4 for value in losses.values())
+    assert float(teaching.weighted_sum(losses).detach()) == pytest.approx(
+        sum(float(value.detach()) * WEIGHTS[name.removesuffix("_0")] for name, value in losses.items()), rel=1e-5
+    )
+    for name, value in losses.items():
+        parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        assert any(gradient is not None and bool(gradient.any()) for gradient in gradients), name
+    assert not teaching.teacher.training
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teaching.teacher.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in teaching.teacher.state_dict().items())
+
+
+def test_the_losses_are_those_of_the_equations():
+    outputs, lesson = example()
+    losses = distillation()(outputs, lesson)
+    for layer, (end, found) in enumerate((("_0", outputs["aux_outputs"][0]), ("", outputs))):
+        taught, boxes = lesson.probabilities[layer], lesson.boxes_cxcywh[layer]
+        weights = taught.max(dim=-1).values ** 2
+        p = found["pred_logits"].sigmoid()
+        focal = (taught - p) ** 2 * -(taught * p.log() + (1 - taught) * (1 - p).log())
+        distance = (found["pred_boxes"] - boxes).abs().sum(-1)
+        torch.testing.assert_close(losses[f"loss_distill_logits{end}"], focal.sum() / weights.sum())
+        torch.testing.assert_close(losses[f"loss_distill_bbox{end}"], (weights * distance).sum() / weights.sum())
+
+
+def test_queries_in_which_the_teacher_sees_nothing_do_not_pull_boxes():
+    outputs, lesson = example()
+    lesson.probabilities[:, :, 1:] = 1e-4
+    lesson.probabilities[:, :, 0] = 0.9
+    before = distillation()(outputs, lesson)
+    lesson.boxes_cxcywh[:, :, 1:] = 0.1
+    after = distillation()(outputs, lesson)
+    for name in ("loss_distill_bbox", "loss_distill_giou_0"):
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("background", [0, 299])
+def test_much_background_weighs_little_against_one_object(background):
+    probabilities = torch.full((1, 1, 1 + background, 3), 0.03)
+    probabilities[0, 0, 0, 0] = 0.9
+    logits, boxes = torch.full((1, 1 + background, 3), -4.0), torch.full((1, 1 + background, 4), 0.4)
+    outputs = {"pred_logits": logits, "pred_boxes": boxes, "aux_outputs": [], "memory": torch.zeros(1, 4, 8)}
+    teaching = Distillation(tiny_detector("--dec_layers 1")[0], WEIGHTS)
+    losses = teaching(outputs, Lesson(probabilities, boxes[None], torch.zeros(1, 4, 8), torch.ones(1, 4)))
+    p = torch.tensor(-4.0).sigmoid()
+    object_alone = (0.9 - p) ** 2 * -(0.9 * p.log() + 0.1 * (1 - p).log())
+    # The squared confidences sum to 0.81 with or without the background, up to 0.03 ** 2 a query, but at least to 1.
+    assert float(losses["loss_distill_logits"]) == pytest.approx(float(object_alone), rel=0.1)
+
+
+def test_memory_is_compared_by_direction_on_image_pixels_alone():
+    outputs, lesson = example()
+    scaled = {**outputs, "memory": 3 * lesson.memory + 2}
+    assert float(distillation()(scaled, lesson)["loss_distill_memory"]) == pytest.approx(0, abs=1e-6)
+    padded = Lesson(lesson.probabilities, lesson.boxes_cxcywh, lesson.memory, torch.tensor([[1.0, 1, 0, 0]] * 2))
+    before = float(distillation()(outputs, padded)["loss_distill_memory"])
+    outputs["memory"][:, 2:] = 100 * torch.randn(2, 2, 8)
+    assert float(distillation()(outputs, padded)["loss_distill_memory"]) == before
+    cropped = Lesson(lesson.probabilities, lesson.boxes_cxcywh, lesson.memory[:, :2], torch.ones(2, 2))
+    whole = distillation()({**outputs, "memory": outputs["memory"][:, :2]}, cropped)
+    assert float(whole["loss_distill_memory"]) == pytest.approx(before)
+
+
+def test_padding_of_a_batch_reaches_the_lesson():
+    lesson = distillation().teach(pictures(((64, 64), (64, 96)))[0])
+    assert lesson.pixels.shape == lesson.memory.shape[:2]
+    assert lesson.pixels[1].all()
+    assert float(lesson.pixels[0].mean()) == pytest.approx(2 / 3)
+
+
+def test_a_teacher_without_anything_to_say_gives_finite_losses():
+    outputs, lesson = example()
+    lesson.probabilities.zero_()
+    losses = distillation()(outputs, lesson)
+    assert all(bool(torch.isfinite(value)) for value in losses.values())
+    assert float(losses["loss_distill_bbox"]) == 0
