@@ -1,0 +1,200 @@
+"""The pruning paper's own search, held to given widths, so that it can be compared at equal parameters.
+
+Huang et al., J. Donghua Univ. (Eng.) 42(1), 2025 (MGP). It differs from the search of this package in two ways: the
+gate of an attention multiplies the layer's input, residual included, and the cut then takes other channels than those
+that were searched, the rows of q, k and v (and columns of the output projection) with the same numbers; and channels
+are picked without regard to heads, which are regrouped in order. The FFN's gate stands on its hidden channels. Here a
+module ends at a given width in place of at an mAP.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.state import DetectorState
+from models.widths import Widths
+from pruning.cost import count_parameters
+from pruning.features import repeat_batch, split_outputs
+from pruning.gates import clear_gates
+from pruning.schedule import MGP
+from pruning.transplant import MASKED_BLOCK, cut_state_dict, paper_masks_to_kept, slices_of
+from util.errors import UserError
+
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+FFN_UNIT_OF_HEADS = 4  # DESIGN: an FFN grows by 4 * nheads channels a step, an attention by nheads
+
+
+def prune_as_paper(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    criterion: nn.Module,
+    widths: Widths,
+    *,
+    candidates_attention: int = 100,
+    candidates_ffn: int = 200,
+    images_at_once: int = 64,
+    seed: int = 0,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A detector cut to `widths` by the channels that the paper's forward selection picks.
+
+    Args:
+        model: whole detector in eval mode; it is left as it is.
+        batches: (images, targets); only the first is looked at, as the paper does.
+        criterion: its eval-mode weighted sum is the score.
+        widths: where each module stops.
+        candidates_attention, candidates_ffn: most random channels scored in a step.
+        images_at_once: most images in one forward that scores several candidates.
+        seed: of the candidates.
+
+    Returns:
+        The cut detector, and `masks` (kept channels by module), `forwards` (candidates scored), `images` (of the
+        batch), `transformer_params`.
+
+    Raises:
+        UserError: for widths that cannot be cut, or no more candidates than a step adds.
+    """
+    widths.check(nheads=model.nheads, full=model.widths)
+    units = {True: model.nheads, False: FFN_UNIT_OF_HEADS * model.nheads}
+    counts = {True: candidates_attention, False: candidates_ffn}
+    if any(counts[kind] <= units[kind] for kind in units):
+        raise UserError(
+            f"candidates: found {candidates_attention} for an attention and {candidates_ffn} for an FFN, expected more "
+            f"than the {units[True]} and {units[False]} that a step adds"
+        )
+    images, targets = next(iter(batches))
+    search = _Search(model, criterion, images, targets, images_at_once)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for name in MGP.order(model.step_names):
+            if widths.of(name) < model.widths.of(name):
+                is_attention = not name.endswith(".ffn")
+                search.select(name, widths.of(name), units[is_attention], counts[is_attention], generator)
+    finally:
+        clear_gates(model)
+    kept = paper_masks_to_kept(_as_masks(search.gates))
+    slim = slim_copy(model, cut_state_dict(model.state_dict(), kept, slices_of(model.prunable_modules())), widths)
+    info = {
+        "masks": {name: gate.nonzero().flatten().tolist() for name, gate in search.gates.items()},
+        "forwards": search.forwards,
+        "images": len(images),
+        "transformer_params": count_parameters(slim.transformer),
+    }
+    return slim, info
+
+
+def slim_copy(model: nn.Module, state_dict: Mapping[str, Tensor], widths: Widths) -> nn.Module:
+    """A copy of a detector that holds the smaller weights `state_dict`, of the names it has, and says `widths`."""
+    slim = copy.deepcopy(model)
+    for key, old in list(slim.named_parameters()):
+        holder, leaf = slim.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
+        if state_dict[key].shape != old.shape:
+            setattr(holder, leaf, nn.Parameter(state_dict[key].clone(), old.requires_grad))
+        if isinstance(holder, nn.Linear) and leaf == "weight":
+            holder.out_features, holder.in_features = holder.weight.shape
+    slim.load_state_dict(state_dict)
+    slim.widths = widths
+    return slim.eval()
+
+
+class _Search:
+    """Forward selection of input channels (attention) or hidden channels (FFN), one module after the other.
+
+    Attributes:
+        gates: for each module visited, its gate: 1 for a kept channel and 0 for the others.
+        forwards: candidates scored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        images: Sequence[Tensor],
+        targets: Sequence[Mapping[str, Tensor]],
+        images_at_once: int,
+    ) -> None:
+        self._model = model.eval()
+        self._criterion = criterion.eval()
+        self._device = next(model.parameters()).device
+        self._targets = [{k: v.to(self._device) for k, v in target.items()} for target in targets]
+        self._at_once = max(1, images_at_once // len(targets))
+        with torch.no_grad():
+            self._front = model.prepare([image.to(self._device) for image in images])
+        self.gates: dict[str, Tensor] = {}
+        self.forwards = 0
+
+    @torch.no_grad()
+    def select(self, name: str, width: int, unit: int, count: int, generator: torch.Generator) -> None:
+        """Add the best of at most `count` random channels to an empty module, `unit` a step, until it has `width`."""
+        state = self._run(self._front, None, name)
+        gate = torch.zeros(self._model.widths.of(name), device=self._device)
+        while (kept := int(gate.sum())) < width:
+            free = (gate == 0).nonzero().flatten()
+            drawn = free[torch.randperm(len(free), generator=generator)[:count].to(free.device)]
+            best = self._losses(name, state, gate, drawn).argsort(stable=True)[: min(unit, width - kept)]
+            gate[drawn[best]] = 1
+        self.gates[name] = gate
+
+    def _losses(self, name: str, state: DetectorState, gate: Tensor, candidates: Tensor) -> Tensor:
+        """The loss with each of the candidates added, from the state in front of the module."""
+        losses = []
+        for group in candidates.split(self._at_once):
+            gates = gate.repeat(len(group), 1)
+            gates[torch.arange(len(group)), group] = 1
+            gates = gates.repeat_interleave(len(self._targets), dim=0)[:, None]
+            outputs = self._model.outputs(self._run(repeat_batch(state, len(group)), name, None, {name: gates}))
+            parts = split_outputs(outputs, len(group))
+            losses += [self._criterion.weighted_sum(self._criterion(part, self._targets)) for part in parts]
+        self.forwards += len(candidates)
+        return torch.stack(losses)
+
+    def _run(
+        self, state: DetectorState, start: str | None, stop: str | None, tried: Mapping[str, Tensor] | None = None
+    ) -> DetectorState:
+        """The steps from `start` to `stop` under the gates found so far and those `tried`."""
+        names = self._model.step_names
+        first = 0 if start is None else names.index(start)
+        last = len(names) if stop is None else names.index(stop)
+        gates = {**self.gates, **(tried or {})}
+        for name in names[first:last]:
+            state = gated_step(self._model, name, state, gates.get(name))
+        return state
+
+
+def gated_step(model: nn.Module, name: str, state: DetectorState, gate: Tensor | None) -> DetectorState:
+    """One step of a detector under the paper's gate, of the shape `width` or B x 1 x width; None runs it as it is.
+
+    An attention's gate multiplies the content that enters the layer (B x L x hidden_dim): what its projections see and
+    what is added behind them. Positions are computed outside the paper's layers, from the content as it was.
+    """
+    names = model.step_names
+    following = dict(zip(names, [*names[1:], None], strict=True))[name]
+    stack, index, block = name.split(".")
+    layer = getattr(model.transformer, stack).layers[int(index)]
+    if block == "ffn":
+        model.prunable_modules()[name].set_gate(gate)
+    if block == "ffn" or gate is None:
+        return model.run_steps(state, name, following)
+    if block == "attention":
+        pos = state.memory_pos * model.transformer.encoder.query_scale(state.memory)
+        return state.replace(memory=layer.attention(state.memory * gate, pos, state.memory_mask))
+    if block == "self_attention":
+        # An ungated step leaves the positional queries in its state.
+        placed = model.run_steps(state, name, following)
+        return placed.replace(queries=layer.self_attention(state.queries * gate, placed.query_pos, state.query_mask))
+    return state.replace(queries=layer.cross_attention(state.queries * gate, state))
+
+
+def _as_masks(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gates under the names and in the shape (1 x 1 x width) that the paper's search output has them."""
+    places = {(stack, block): place for (stack, place), block in MASKED_BLOCK.items()}
+    masks = {}
+    for name, gate in gates.items():
+        stack, index, block = name.split(".")
+        masks[f"transformer.{stack}.layers.{index}.select{places[stack, block]}.prune_a"] = gate.cpu()[None, None]
+    return masks

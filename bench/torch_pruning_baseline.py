@@ -1,0 +1,367 @@
+"""Torch-Pruning (Fang et al., arXiv 2301.12900) on the same detector: what it does alone, and what it can be helped to.
+
+Alone it is given the whole detector and told, as its documentation asks, which layers not to touch and how many heads
+the projections have; `try_alone` reports what comes of that. `prune_with_torch_pruning` helps it: each attention and
+FFN is traced apart from the rest, and an encoder's packed projection is taken apart into three layers. What is removed
+is decided by Torch-Pruning's own dependency graph, importance and ranking, and removed by it; weights stay as it leaves
+them. It is no requirement of this package: `pip install torch-pruning`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import attend, split_heads
+from models.state import DetectorState
+from models.widths import Widths
+from pruning.cost import count_parameters
+from util.errors import UserError
+
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+ATTENTION_PROJECTIONS = ("sa_", "ca_")
+PACKED = ("query", "key", "value")
+BISECTIONS = 12
+TOKENS = 6  # of the input that a block is traced with; any number shows the same graph
+HELP = (
+    "each attention and FFN traced apart from the rest of the network",
+    "packed projections of the encoder taken apart into three layers and put together again",
+    "output projections and all other layers ignored, heads given for each projection",
+    "ratio found by bisection; head widths follow from the weights in this package, nothing to set",
+)
+
+
+class _EncoderAttention(nn.Module):
+    """An encoder layer's attention with its packed projection as three layers, which share nothing with it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.nheads = layer.nheads
+        holder = layer.projections
+        weights, biases = holder.in_proj_weight.chunk(3), holder.in_proj_bias.chunk(3)
+        gradients = [None] * 3 if holder.in_proj_weight.grad is None else holder.in_proj_weight.grad.chunk(3)
+        for name, weight, bias, gradient in zip(PACKED, weights, biases, gradients, strict=True):
+            linear = nn.Linear(weight.shape[1], len(weight))
+            linear.weight = nn.Parameter(weight.detach().clone())
+            linear.bias = nn.Parameter(bias.detach().clone())
+            linear.weight.grad = None if gradient is None else gradient.clone()
+            self.add_module(name, linear)
+        self.out_proj = holder.out_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B x L x hidden_dim."""
+        heads = (split_heads(self.get_submodule(name)(x), self.nheads) for name in PACKED)
+        return self.out_proj(attend(*heads, None, 0.0))
+
+    def pack_into(self, layer: nn.Module) -> None:
+        """Give a layer the three projections as they are now."""
+        linears = [self.get_submodule(name) for name in PACKED]
+        layer.projections.in_proj_weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]))
+        layer.projections.in_proj_bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]))
+
+
+class _Blocks(nn.Module):
+    """The attentions and FFNs of a detector side by side, each on an input of its own, so that none touches another."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.encoder_layers = model.transformer.encoder.layers
+        self.decoder_layers = model.transformer.decoder.layers
+        self.encoder_attentions = nn.ModuleList(_EncoderAttention(layer) for layer in self.encoder_layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """1 x L x hidden_dim -> the output of every block, of the same shape."""
+        anchors = x[..., :4]
+        state = DetectorState(x, x, None, x, None, anchors, anchors, query_pos=x, query_sine=x)
+        outputs = [attention(x) for attention in self.encoder_attentions]
+        outputs += [layer.self_attention(x, x, None) for layer in self.decoder_layers]
+        outputs += [layer.cross_attention(x, state) for layer in self.decoder_layers]
+        return outputs + [layer.ffn(x) for layer in (*self.encoder_layers, *self.decoder_layers)]
+
+    def projections(self) -> list[list[nn.Linear]]:
+        """Every projection to queries, keys and values: those of the encoder, of self- and of cross-attention."""
+        encoder = [attention.get_submodule(name) for attention in self.encoder_attentions for name in PACKED]
+        return [encoder, *(_decoder_projections(self.decoder_layers, prefix) for prefix in ATTENTION_PROJECTIONS)]
+
+    def hidden_layers(self) -> list[nn.Linear]:
+        """The first layer of every FFN."""
+        return [layer.linear1 for layer in (*self.encoder_layers, *self.decoder_layers)]
+
+
+def prune_with_torch_pruning(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    criterion: nn.Module,
+    fraction: float,
+    *,
+    importance: str = "magnitude",
+    ranking: str = "global",
+    attention_power: float | None = 2.0,
+    tolerance: float = 0.005,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A detector from which Torch-Pruning, helped, removed `fraction` of the transformer's parameters.
+
+    Args:
+        model: whole detector in eval mode; it is left as it is.
+        batches: (images, targets), whose gradients `taylor` uses; `magnitude` looks at none.
+        criterion: its eval-mode weighted sum is what the gradients are of.
+        fraction: in (0, 1).
+        importance: `magnitude` (GroupMagnitudeImportance) or `taylor` (GroupTaylorImportance).
+        ranking: how its pruner ranks: `uniform` (within each layer) or `global` (all FFNs together, and so on by kind).
+        attention_power: attentions lose the share ratio ** attention_power of their channels where FFNs lose `ratio`;
+            None prunes the FFNs alone.
+        tolerance: how far from `fraction` the result may be to count as having reached it.
+
+    Returns:
+        The smaller detector, and `fraction` (removed), `reached` (whether that is within the tolerance; if not, it is
+        the nearest that was found), `ratio` (of channels, as given to the pruner), `widths`, `transformer_params`,
+        `version` and `help`.
+
+    Raises:
+        UserError: torch-pruning is not installed, or an unknown importance or ranking.
+    """
+    tp = _import_torch_pruning()
+    gradients = {}
+    if importance == "taylor":
+        gradients = _gradients(model, batches, criterion)
+    elif importance != "magnitude":
+        raise UserError(f"importance: found {importance!r}, expected magnitude or taylor")
+    if ranking not in ("uniform", "global"):
+        raise UserError(f"ranking: found {ranking!r}, expected uniform or global")
+    whole = count_parameters(model.transformer)
+    best, best_error, best_ratio = model, math.inf, 0.0
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        ratio = (low + high) / 2
+        pruned = _prune(tp, model, gradients, ratio, importance, ranking, attention_power)
+        removed = 1 - count_parameters(pruned.transformer) / whole
+        if abs(removed - fraction) < best_error:
+            best, best_error, best_ratio = pruned, abs(removed - fraction), ratio
+        low, high = (ratio, high) if removed < fraction else (low, ratio)
+    params = count_parameters(best.transformer)
+    return best, {
+        "fraction": 1 - params / whole,
+        "reached": best_error <= tolerance,
+        "ratio": best_ratio,
+        "widths": best.widths.to_list(),
+        "transformer_params": params,
+        "version": tp.__version__,
+        "help": list(HELP),
+    }
+
+
+def _prune(
+    tp: ModuleType,
+    model: nn.Module,
+    gradients: Mapping[str, Tensor],
+    ratio: float,
+    importance: str,
+    ranking: str,
+    attention_power: float | None,
+) -> nn.Module:
+    """A copy of a detector after one run of Torch-Pruning's pruner over its blocks."""
+    slim = copy.deepcopy(model).eval()
+    for name, parameter in slim.named_parameters():
+        parameter.grad = gradients.get(name)
+    blocks = _Blocks(slim)
+    attentions = [] if attention_power is None else blocks.projections()
+    ratios = {tuple(kind): ratio**attention_power for kind in attentions} | {tuple(blocks.hidden_layers()): ratio}
+    roots = {layer for kind in ratios for layer in kind}
+    score = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}
+    x = torch.randn(1, TOKENS, model.hidden_dim, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad(), _quietly():
+        pruner = tp.pruner.BasePruner(
+            blocks,
+            x.to(next(model.parameters()).device),
+            importance=score[importance](),
+            pruning_ratio_dict=ratios,
+            global_pruning=ranking == "global",
+            num_heads={layer: model.nheads for kind in attentions for layer in kind},
+            ignored_layers=[layer for layer in blocks.modules() if isinstance(layer, nn.Linear) and layer not in roots],
+        )
+        pruner.step()
+    for packed, layer in zip(blocks.encoder_attentions, blocks.encoder_layers, strict=True):
+        packed.pack_into(layer)
+    slim.zero_grad(set_to_none=True)
+    slim.widths = _widths_of(slim)
+    return slim
+
+
+def try_alone(
+    model: nn.Module, image: Tensor, *, limit_s: float = 120.0, cases: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """What Torch-Pruning does with the whole detector as it stands, asked to remove half of the channels.
+
+    Each case runs in a process of its own, so that none can hang the caller or change the model.
+
+    Args:
+        model: whole detector.
+        image: 3 x H x W, to trace it with.
+        limit_s: seconds each case may take.
+        cases: names of the cases to try, all of them if empty.
+
+    Returns:
+        For each case `outcome` (`works`, `prunes nothing`, `forward fails`, `fails`, `not finished`), `removed`
+        (fraction of the transformer's parameters, where something was pruned) and `error` (its first line).
+
+    Raises:
+        UserError: torch-pruning is not installed.
+    """
+    _import_torch_pruning()
+    found = {}
+    # A forked process has the model and the imports at hand; torch must then not have threads of its own.
+    context = multiprocessing.get_context("fork")
+    for case in cases or CASES:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_try_case, args=(case, model, image, sender), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            found[case] = receiver.recv() if receiver.poll(limit_s) else {"outcome": "not finished"}
+        except EOFError:
+            found[case] = {"outcome": "fails", "error": "the process died"}
+        process.kill()
+        process.join()
+    return found
+
+
+def _try_case(case: str, model: nn.Module, image: Tensor, sender: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        sender.send(_alone(CASES[case], model, image))
+    except Exception as error:  # whatever the package stumbles over is the finding
+        sender.send({"outcome": "fails", "error": _first_line(error)})
+
+
+def _alone(choose: Callable[[nn.Module], tuple], model: nn.Module, image: Tensor) -> dict[str, Any]:
+    """Run the pruner on a copy of the whole detector, then the detector."""
+    tp = _import_torch_pruning()
+    slim = copy.deepcopy(model).cpu().eval().requires_grad_(True)
+    roots, heads, unwrapped = choose(slim)
+    ignored = [layer for layer in slim.modules() if isinstance(layer, nn.Linear | nn.Conv2d) and layer not in roots]
+    with torch.enable_grad(), _quietly():
+        pruner = tp.pruner.BasePruner(
+            slim,
+            [image.cpu()],
+            importance=tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=0.5,
+            num_heads=dict.fromkeys(heads, model.nheads),
+            unwrapped_parameters=unwrapped or None,
+            root_module_types=[nn.Conv2d, nn.Linear, *([nn.Parameter] if unwrapped else [])],
+            ignored_layers=ignored,
+            forward_fn=lambda network, images: _tensors(network(images)),
+        )
+        pruner.step()
+    removed = 1 - count_parameters(slim.transformer) / count_parameters(model.transformer)
+    if not removed:
+        return {"outcome": "prunes nothing"}
+    try:
+        with torch.no_grad():
+            slim([image.cpu()])
+    except Exception as error:  # whatever the pruned network stumbles over is the finding
+        return {"outcome": "forward fails", "removed": removed, "error": _first_line(error)}
+    return {"outcome": "works", "removed": removed}
+
+
+def _all_layers(model: nn.Module) -> tuple:
+    """Roots, layers with heads and unwrapped parameters: everything but the heads of the detector may shrink."""
+    heads = {*model.class_embed.modules(), *model.bbox_embed.modules()}
+    roots = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d) and layer not in heads]
+    return roots, _decoder_projections(model.transformer.decoder.layers), []
+
+
+def _transformer_widths(model: nn.Module) -> tuple:
+    """The FFNs, the decoder's projections, and the encoder's packed ones as parameters of no layer."""
+    heads = _decoder_projections(model.transformer.decoder.layers)
+    return [*_ffn_widths(model)[0], *heads], heads, _encoder_attention(model)[2]
+
+
+def _ffn_widths(model: nn.Module) -> tuple:
+    layers = (*model.transformer.encoder.layers, *model.transformer.decoder.layers)
+    return [layer.linear1 for layer in layers], [], []
+
+
+def _decoder_widths(model: nn.Module) -> tuple:
+    heads = _decoder_projections(model.transformer.decoder.layers)
+    return [*_ffn_widths(model)[0], *heads], heads, []
+
+
+def _encoder_attention(model: nn.Module) -> tuple:
+    holders = [layer.projections for layer in model.transformer.encoder.layers]
+    unwrapped = [(parameter, 0) for holder in holders for parameter in (holder.in_proj_weight, holder.in_proj_bias)]
+    return [], [], unwrapped
+
+
+# Custom pruners are no way to the encoder's packed projections: they are found by the calls of a module, and the module
+# that holds these parameters is never called.
+CASES = {
+    "all layers": _all_layers,
+    "FFN and attention widths": _transformer_widths,
+    "FFN and decoder attention widths": _decoder_widths,
+    "encoder attention widths": _encoder_attention,
+    "FFN widths": _ffn_widths,
+}
+
+
+def _decoder_projections(
+    layers: Iterable[nn.Module], prefix: str | tuple[str, ...] = ATTENTION_PROJECTIONS
+) -> list[nn.Linear]:
+    return [child for layer in layers for name, child in layer.named_children() if name.startswith(prefix)]
+
+
+def _tensors(outputs: Mapping[str, Any]) -> list[Tensor]:
+    """Every prediction of a detector, of all layers."""
+    return [layer[key] for layer in (outputs, *outputs["aux_outputs"]) for key in ("pred_logits", "pred_boxes")]
+
+
+def _gradients(model: nn.Module, batches: Iterable[Batch], criterion: nn.Module) -> dict[str, Tensor]:
+    """Gradient of the eval-mode weighted loss with respect to the transformer's parameters, summed over the batches."""
+    device = next(model.parameters()).device
+    model, criterion = copy.deepcopy(model).eval(), criterion.eval()
+    for images, targets in batches:
+        outputs = model([image.to(device) for image in images])
+        targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
+        criterion.weighted_sum(criterion(outputs, targets)).backward()
+    named = model.transformer.named_parameters(prefix="transformer")
+    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+
+def _widths_of(model: nn.Module) -> Widths:
+    """Widths read off the weights."""
+    widths = model.widths
+    parameters = dict(model.named_parameters())
+    for name, module in model.prunable_modules().items():
+        piece = next(piece for piece in module.parameter_slices() if piece.axis == 0)
+        widths = widths.replace(name, len(parameters[piece.key]) // len(piece.parts))
+    return widths
+
+
+def _import_torch_pruning() -> ModuleType:
+    try:
+        import torch_pruning
+    except ImportError:
+        raise UserError("torch-pruning: found no such package, expected it for this comparison (pip install)") from None
+    return torch_pruning
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the package's warnings of parameters that it decides about by itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
