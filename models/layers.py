@@ -1,10 +1,15 @@
 """Small building blocks that the encoder, the decoder and the heads share."""
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Called with the name of a block and some of its activations.
+Observer = Callable[[str, dict[str, Any]], None]
 
 ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU}
 
@@ -42,6 +47,10 @@ class GatedLayer(nn.Module):
     the cut one compute the same function. `gates[block]` is `(query gate, value gate)` for an attention and
     `(hidden gate, None)` for the FFN; a gate has the shape `width`, or `B x 1 x width` for one gate an image.
     Gates are no part of the state dict.
+
+    `observer`, where there is one, is called with a block's name and its activations as they come by: `queries` and
+    `keys`, tuples of B x L x width that are multiplied with each other pair by pair, before any gate; `attended`, what
+    the output projection of an attention is given; `hidden`, what `linear2` is given.
     """
 
     def __init__(self, hidden_dim: int, ffn_width: int, activation: str, dropout: float) -> None:
@@ -51,14 +60,21 @@ class GatedLayer(nn.Module):
         self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
         self.gates: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.observer: Observer | None = None
 
     def gate(self, block: str) -> tuple[Tensor | None, Tensor | None]:
         """The gates of one module of this layer, `(None, None)` where it has none."""
         return self.gates.get(block, (None, None))
 
+    def observe(self, block: str, **activations: Tensor | tuple[Tensor, ...] | None) -> None:
+        """Show activations of one block to the observer."""
+        if self.observer is not None:
+            self.observer(block, activations)
+
     def feed_forward(self, x: Tensor) -> Tensor:
         """linear2(gate * activation(linear1(x))), without residual or norm; x is B x L x hidden_dim."""
         hidden = gated(self.activation(self.linear1(x)), self.gate("ffn")[0])
+        self.observe("ffn", hidden=hidden)
         return self.linear2(self.dropout(hidden))
 
 

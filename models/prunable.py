@@ -8,6 +8,9 @@ from torch import Tensor
 
 from models.layers import GatedLayer
 
+# What queries and keys are multiplied with each other.
+PRODUCTS = (("query", "key"), ("position_query", "position_key"))
+
 
 @dataclass(frozen=True)
 class ParameterSlice:
@@ -16,8 +19,10 @@ class ParameterSlice:
     Attributes:
         key: full key in the detector's state dict.
         axis: axis along which kept channels are selected, 0 for a projection's rows and 1 for its columns.
-        parts: which index set selects each block along the axis: ("query",), ("hidden",), or
-            ("query", "key", "value") for a packed projection. "key" is selected by the query's set.
+        parts: what each block along the axis holds: ("query",), ("hidden",), or ("query", "key", "value") for a packed
+            projection. Where content and position are multiplied apart, "query" and "key" are those of the content,
+            "position_query" and "position_key" those of the position, and a projection that keys of both are made with
+            is a "common_key".
         fold: True for each block that carries the softmax scale, to be multiplied by sqrt(kept / full head width).
     """
 
@@ -51,6 +56,21 @@ class PrunableModule:
     def is_attention(self) -> bool:
         """True for an attention, False for an FFN."""
         return self.kind != "ffn"
+
+    @property
+    def has_logits(self) -> bool:
+        """True where queries are multiplied with keys."""
+        return any("query" in piece.parts for piece in self.slices)
+
+    @property
+    def has_common_key(self) -> bool:
+        """True where content and position keys are made with a common projection."""
+        return any("common_key" in piece.parts for piece in self.slices)
+
+    @property
+    def output_name(self) -> str:
+        """Name in the detector of the linear layer behind the channels."""
+        return next(piece.key for piece in self.slices if piece.axis == 1).removesuffix(".weight")
 
     def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None:
         """Multiply the module's channels by a gate of shape `width` or B x 1 x width; None takes it away."""

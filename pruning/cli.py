@@ -18,30 +18,35 @@ from tqdm import tqdm
 
 from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
-from main import build_detector, get_args_parser, settle_arguments
+from main import build_detector, settle_arguments
 from models import build_model
 from models.widths import Widths
 from pruning import plots, report
-from pruning.cost import Cost, cost_of, cost_table, step_shares
-from pruning.journal import Decision, Journal
+from pruning.arguments import check_search_options, get_pruning_parser, method_of, schedule_of, units_of
+from pruning.budget import BudgetSearch, Trial
+from pruning.cost import Cost, cost_of, cost_table, macs_per_channel, params_per_channel, step_shares
+from pruning.journal import Decision, Journal, read_decisions
 from pruning.kept import Kept
-from pruning.options import READ_BY_SEARCH, hide_unread, refuse_unread
+from pruning.options import READ_BY_SEARCH, refuse_unread
 from pruning.schedule import Schedule
-from pruning.search import Search, Units
+from pruning.search import Search
 from pruning.transplant import widths_after
 from pruning.workbench import DetectorBench
 from util import distributed
 from util.checkpoint import plain_arguments, save_checkpoint
 from util.errors import UserError, run_cli
-from util.files import check_output_dir, move_aside
+from util.files import check_output_dir, file_digest, move_aside
 from util.logging import bar_off, get_logger, log_to_file, stop_logging_to_file
-from util.options import parse, real, whole
+from util.options import parse
 from util.training_state import seed_everything
 
 OUTPUT_NAME = "pruned.pth"
 JOURNAL_NAME = "search.jsonl"
 WIDTHS_PICTURE = "widths.png"
 AP_PICTURE = "ap_params.png"
+# What a search may be resumed with in another way: where things lie, and how fast they go.
+NOT_DECIDING = ("output_dir", "coco_path", "resume", "resume_search", "device", "num_workers", "images_at_once",
+                "cache_device", "eval", "start_fresh", "use_dn")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,43 +58,6 @@ class Result:
     kept: Mapping[str, Kept]
     widths: Widths
     path: Path
-
-
-def get_pruning_parser(schedule: Schedule, description: str) -> argparse.ArgumentParser:
-    """The options of `main.py` and those of a search, with the schedule's own values as defaults."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        parents=[get_args_parser()],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    group = parser.add_argument_group("search")
-    add = group.add_argument
-    add("--map_tol", type=real(0, 1), default=schedule.map_tol,
-        help="fraction by which the full mAP may miss what it is held against")  # fmt: skip
-    add("--skip_eval_converge", type=real(0, 1), default=schedule.skip,
-        help="fraction by which the subset's mAP may miss the target")  # fmt: skip
-    add("--decay_points", type=real(0), default=schedule.points_per_module,
-        help="AP points by which the target falls from module to module")  # fmt: skip
-    add("--decay_fraction", type=real(0, 1), default=schedule.fraction_per_module,
-        help="fraction by which the target falls from module to module; None means --skip_eval_converge")  # fmt: skip
-    add("--attention_unit", type=whole(1), default=1, help="channels a step adds to each head of an attention")
-    add("--ffn_unit", type=whole(1), default=None, help="channels a step adds to an FFN; None means 4 * nheads")
-    add("--num_candidates_attention", type=whole(1), default=100, help="most attention channels scored in a step")
-    add("--num_candidates_ffn", type=whole(1), default=200, help="most FFN channels scored in a step")
-    add("--subset_batches_attention", type=whole(1), default=40, help="batches of the subset for an attention")
-    add("--subset_batches_ffn", type=whole(1), default=20, help="batches of the subset for an FFN")
-    add("--search_split", choices=("val2017", "train2017"), default="val2017",
-        help="images the search looks at; a fair figure searches on train2017 and reports val2017")  # fmt: skip
-    add("--search_images", type=whole(1), default=None, help="first images of the split to look at; None means all")
-    add("--images_at_once", type=whole(1), default=32, help="most images in a forward that scores several candidates")
-    add(
-        "--cache_device",
-        choices=("cpu", "same"),
-        default="same",
-        help="where features are kept: RAM, or --device; in RAM anyway if they do not fit a GPU's free memory",
-    )
-    hide_unread(parser, READ_BY_SEARCH)
-    return parser
 
 
 def run(schedule: Schedule, description: str) -> None:
@@ -106,6 +74,7 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: set[str] = froze
     """
     torch.set_flush_denormal(True)
     refuse_unread(typed, READ_BY_SEARCH, "a search")
+    check_search_options(args, typed)
     if args.resume is None:
         raise UserError("--resume: found none, expected the checkpoint of the detector to prune")
     device = distributed.choose_device(args.device)
@@ -128,23 +97,6 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: set[str] = froze
     finally:
         stop_logging_to_file(handler)
         distributed.stop()
-
-
-def schedule_of(schedule: Schedule, args: argparse.Namespace) -> Schedule:
-    """`schedule` with the values of the options."""
-    return dataclasses.replace(
-        schedule,
-        map_tol=args.map_tol,
-        skip=args.skip_eval_converge,
-        points_per_module=args.decay_points,
-        fraction_per_module=args.decay_fraction,
-    )
-
-
-def units_of(args: argparse.Namespace) -> Units:
-    """The sizes of the steps, from the options."""
-    ffn_unit = 4 * args.nheads if args.ffn_unit is None else args.ffn_unit
-    return Units(args.attention_unit, ffn_unit, args.num_candidates_attention, args.num_candidates_ffn, args.seed)
 
 
 class _Run:
@@ -177,11 +129,14 @@ class _Run:
             loader,
             ground_truth,
             step_shares(self.model, self.image_size_hw),
+            method=method_of(args),
             device=self.device,
             batch_numbers=numbers,
             subset_batches_attention=args.subset_batches_attention,
             subset_batches_ffn=args.subset_batches_ffn,
+            calibration_batches=-(-args.calibration_images // args.batch_size),
             images_at_once=args.images_at_once,
+            seed=args.seed,
             cache_device=torch.device("cpu") if args.cache_device == "cpu" else None,
             amp=args.amp,
             progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
@@ -208,24 +163,58 @@ class _Run:
 
         The output file is there from the first module on, so that a search that is killed leaves what it had found.
         """
-        args, units = self.args, units_of(self.args)
-        journal = Journal(self.output_dir / JOURNAL_NAME)
+        self.journal = Journal(self.output_dir / JOURNAL_NAME)
         self.log.info(
             "%s on %s: %d images, mAP %.4f before; features take %.0f MB on %s",
-            self.schedule.name, args.search_split, self.num_images,
+            self.schedule.name if self.args.keep is None else "budget", self.args.search_split, self.num_images,
             base_ap, self.bench.cache.nbytes / 1e6, self.bench.cache.cache_device,
         )  # fmt: skip
-        order = self.schedule.order(self.bench.modules)
+        past = self._open_journal(self._facts(base_ap))
+        kept, ap = self._search_modules(base_ap, past) if self.args.keep is None else self._search_budget(base_ap, past)
+        result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
         if distributed.is_main():
-            for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE):
-                move_aside(self.output_dir / name)
-            journal.start(self._facts(base_ap, units))
-        with report.ProgressBar(list(self.bench.modules.values()), units, bar_off()) as bar:
+            self._write(result)
+            self.journal.end(self._outcome(result))
+        distributed.barrier()
+        return result
+
+    def _open_journal(self, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Begin the journal, or read what it holds of this search; the same lines in every process."""
+        past: list[dict[str, Any]] = []
+        problem = None
+        if distributed.is_main():
+            try:
+                past = self.journal.resume(facts) if self.args.resume_search else []
+            except UserError as error:
+                problem = str(error)
+            else:
+                if not past:
+                    for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE):
+                        move_aside(self.output_dir / name)
+                    if not self.journal.begun:
+                        self.journal.start(facts)
+        past, problem = distributed.gather_objects((past, problem))[0]
+        if problem is not None:
+            raise UserError(problem)
+        if past:
+            self.log.info("going on behind %d journal lines of %s", len(past), self.journal.path)
+        elif self.args.resume_search:
+            self.log.info("%s holds no decision yet: the search begins", self.journal.path)
+        return past
+
+    def _search_modules(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
+        """Visit one module after the other; returns the kept sets and mAP of the whole split."""
+        units, order = units_of(self.args), self.schedule.order(self.bench.modules)
+        replayed = read_decisions(past, self.journal.path)
+        self.decisions += replayed
+        with report.ProgressBar(list(self.bench.modules.values()), units, self.bench.method, bar_off()) as bar:
+            for decision in replayed:
+                bar.show(decision)
 
             def record(decision: Decision) -> None:
                 self.decisions.append(decision)
                 if distributed.is_main():
-                    journal.decision(decision)
+                    self.journal.decision(decision)
                 bar.show(decision)
                 if decision.accepted:
                     self.log.info("%s", report.module_line(decision))
@@ -233,29 +222,50 @@ class _Run:
                     if left and distributed.is_main():
                         self._save(search.kept, left)
 
-            search = Search(self.bench, self.schedule, units, base_ap, record)
+            search = Search(self.bench, self.schedule, units, base_ap, record, replayed)
             kept = search.run()
-        result = Result(
-            base_ap,
-            self.decisions[-1].full_ap,
-            kept,
-            widths_after(self.model.widths, kept),
-            self.output_dir / OUTPUT_NAME,
-        )
-        if distributed.is_main():
-            self._write(result)
-            journal.end(self._outcome(result))
-        distributed.barrier()
-        return result
+        return kept, self.decisions[-1].full_ap
 
-    def _facts(self, base_ap: float, units: Units) -> dict[str, Any]:
+    def _search_budget(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
+        """Divide the budget over all modules; returns the kept sets and mAP of the whole split."""
+        args, units = self.args, units_of(self.args)
+        cost = cost_of(self.model, self.image_size_hw)
+        total = {"params": cost.transformer_params, "macs": 1e9 * cost.gmacs}[args.cost]
+        per_channel = (
+            params_per_channel(self.model)
+            if args.cost == "params"
+            else macs_per_channel(self.model, self.image_size_hw)
+        )
+        with tqdm(desc="budget", unit="module", disable=bar_off(), leave=False) as bar:
+
+            def record(trial: Trial) -> None:
+                if distributed.is_main():
+                    self.journal.trial(dataclasses.asdict(trial))
+                self.log.info("%s", report.trial_line(trial))
+
+            def show(name: str) -> None:
+                bar.set_description(name, refresh=False)
+                bar.update()
+
+            step = {name: units.channels(module) for name, module in self.bench.modules.items()}
+            aps = [float(line["full_ap"]) for line in past if line["event"] == "trial"]
+            search = BudgetSearch(self.bench, per_channel, total, step, base_ap, record, aps, show)
+            kept, best = search.run(None if args.keep == "auto" else args.keep, args.map_tol)
+        self.trials, self.best_trial = search.trials, best
+        return kept, best.full_ap
+
+    def _facts(self, base_ap: float) -> dict[str, Any]:
+        """What the search depends on; one with other facts is another search."""
+        args = plain_arguments(self.args)
         return {
             "schedule": dataclasses.asdict(self.schedule),
-            "units": dataclasses.asdict(units),
+            "method": dataclasses.asdict(self.bench.method),
+            "units": dataclasses.asdict(units_of(self.args)),
             "base_ap": base_ap,
             "full_widths": self.model.widths.to_list(),
-            "search_split": self.args.search_split,
-            "args": plain_arguments(self.args),
+            "weights": file_digest(self.args.resume),
+            "annotations": file_digest(annotation_path(self.args.coco_path, self.args.search_split)),
+            "args": {name: value for name, value in args.items() if name not in NOT_DECIDING},
         }
 
     def _outcome(self, result: Result) -> dict[str, Any]:
@@ -291,11 +301,17 @@ class _Run:
         before, after = self._costs(result.widths)
         caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
         plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.model.widths, result.widths)
+        if self.args.keep is None:
+            points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
+            self.log.info("%s", report.module_table(self.decisions))
+        else:
+            caption = f"budget searching on {self.args.search_split}"
+            points = [(self._params_at(t.widths), t.full_ap, t is self.best_trial) for t in self.trials]
+            self.log.info("%s", report.width_table(self.model.widths, result.widths))
         plots.plot_ap_against_parameters(
-            self.output_dir / AP_PICTURE, self.decisions, result.base_ap, before.transformer_params, caption
+            self.output_dir / AP_PICTURE, points, result.base_ap, before.transformer_params, caption
         )
         passes = self.bench.counter
-        self.log.info("%s", report.module_table(self.decisions))
         self.log.info("%s", cost_table([("before", before), ("after", after)]))
         self.log.info(
             "mAP on %s: %.4f before, %.4f after; %d images through the backbone, %d through a part of the rest, "
@@ -305,6 +321,11 @@ class _Run:
         )  # fmt: skip
         self.log.info("--cfgs '%s'", result.widths)
         self.log.info("next: %s", report.next_command(self.args, result.path))
+
+    def _params_at(self, widths: Mapping[str, int]) -> int:
+        per_channel = params_per_channel(self.model)
+        gone = sum(per_channel[name] * (self.model.widths.of(name) - width) for name, width in widths.items())
+        return cost_of(self.model, self.image_size_hw).transformer_params - gone
 
     def _costs(self, widths: Widths) -> tuple[Cost, Cost]:
         with torch.device("meta"):

@@ -118,11 +118,15 @@ def decoder_products(widths: Widths, hidden_dim: int, tokens: int, queries: int,
 
 def products_of(model: nn.Module, image_size_hw: tuple[int, int]) -> list[Product]:
     """The products of a detector for one image of that size in pixels, in network order."""
+    return _products(model, model.widths, image_size_hw)
+
+
+def _products(model: nn.Module, widths: Widths, image_size_hw: tuple[int, int]) -> list[Product]:
     tokens = _feature_pixels(model, image_size_hw)
     queries = model.num_queries * max(1, model.num_patterns)
     return [
-        *encoder_products(model.widths, model.hidden_dim, tokens),
-        *decoder_products(model.widths, model.hidden_dim, tokens, queries, model.num_classes),
+        *encoder_products(widths, model.hidden_dim, tokens),
+        *decoder_products(widths, model.hidden_dim, tokens, queries, model.num_classes),
     ]
 
 
@@ -144,6 +148,26 @@ def step_shares(model: nn.Module, image_size_hw: tuple[int, int]) -> dict[str, f
     products = products_of(model, image_size_hw)
     total = sum(product.macs for product in products)
     return {name: sum(p.macs for p in products if p.step == name) / total for name in model.step_names}
+
+
+def params_per_channel(model: nn.Module) -> dict[str, int]:
+    """For each prunable module, the parameters that one of its channels takes."""
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    modules = model.prunable_modules()
+    return {n: sum(sizes[piece.key] for piece in m.parameter_slices()) // m.width for n, m in modules.items()}
+
+
+def macs_per_channel(model: nn.Module, image_size_hw: tuple[int, int]) -> dict[str, float]:
+    """For each prunable module, the multiply-accumulates, for one image of that size, that one of its channels takes.
+
+    Every product grows linearly with the widths, so this is a difference between two widths.
+    """
+    found = {}
+    for name, width in model.widths.items():
+        totals = [sum(p.macs for p in _products(model, widths, image_size_hw))
+                  for widths in (model.widths, model.widths.replace(name, width - 1))]  # fmt: skip
+        found[name] = totals[0] - totals[1]
+    return found
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -87,7 +87,7 @@ class StateCache:
         None keeps them on `device`, or on the CPU if that is a GPU whose memory they would fill.
         """
         self._model = model
-        self._counter = counter
+        self.counter = counter
         self._device = device
         self.cache_device = cache_device
         self._amp = amp
@@ -127,21 +127,25 @@ class StateCache:
 
     def predict(self, state: DetectorState) -> dict[str, Any]:
         """The detector's outputs from a state in front of the module under search."""
-        self._counter.add(self.position, None, len(state.queries))
+        self.counter.add(self.position, None, len(state.queries))
         with autocast(self._device, self._amp):
             return self._model.outputs(self._model.run_steps(state, self.position))
+
+    def forget(self) -> None:
+        """Go back to the features: what is behind them was made with other weights or gates."""
+        self._states, self.position = list(self._features), self._model.step_names[0]
 
     def move_to(self, name: str) -> None:
         """Put the states in front of module `name`."""
         order = self._model.step_names
         if order.index(name) < order.index(self.position):
-            self._states, self.position = list(self._features), order[0]
+            self.forget()
         if name == self.position:
             return
         with torch.no_grad(), autocast(self._device, self._amp):
             for index, state in enumerate(self._states):
                 on_device = state.to(self._device)
-                self._counter.add(self.position, name, len(state.queries))
+                self.counter.add(self.position, name, len(state.queries))
                 moved = self._model.run_steps(on_device, self.position, name)
                 self._states[index] = _keep_unchanged(state, on_device, moved, self.cache_device)
         self.position = name

@@ -25,22 +25,30 @@ def set_gate(module: Gated, kept: Kept, device: torch.device | str = "cpu") -> N
     if width_of(kept) == module.width:
         module.set_gate(None)
         return
-    module.set_gate(*(_gate(kept[part], module.width, device) for part in parts(module)))
+    module.set_gate(*(gate_vector(kept[part], module.width, device) for part in parts(module)))
 
 
 def set_candidate_gates(
-    module: Gated, kept: Kept, candidates: Sequence[Tensor], images: int, device: torch.device | str = "cpu"
+    module: Gated,
+    kept: Kept,
+    candidates: Sequence[Tensor],
+    images: int,
+    joined: Sequence[str],
+    device: torch.device | str = "cpu",
 ) -> None:
     """Gate a batch that holds `images` images once for each candidate, candidate-major.
 
     Args:
-        candidates: sets of channels; the copy of the batch for each lets `kept` and that set through.
+        candidates: sets of channels; the copy of the batch for each lets `kept` and that set through, or `kept`
+            without that set where it is kept already.
+        joined: the parts that the candidates join or leave.
     """
     gates = []
     for part in parts(module):
-        gate = _gate(kept[part], module.width, device).repeat(len(candidates), 1)
-        for row, channels in zip(gate, candidates, strict=True):
-            row[channels.to(device)] = 1
+        gate = gate_vector(kept[part], module.width, device).repeat(len(candidates), 1)
+        if part in joined:
+            for row, channels in zip(gate, candidates, strict=True):
+                row[channels.to(device)] = 1 - row[channels.to(device)]
         gates.append(gate.repeat_interleave(images, dim=0)[:, None])
     module.set_gate(*gates)
 
@@ -72,7 +80,8 @@ def gated(model: nn.Module, kept: Mapping[str, Kept]) -> Iterator[None]:
         clear_gates(model)
 
 
-def _gate(indices: Tensor, width: int, device: torch.device | str) -> Tensor:
+def gate_vector(indices: Tensor, width: int, device: torch.device | str) -> Tensor:
+    """A gate of that width: 1 for the channels `indices`, else 0."""
     gate = torch.zeros(width, device=device)
     gate[indices.to(device)] = 1
     return gate

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pruning.kept import Kept, to_lists
-from util.files import append_json_line, move_aside
+from pruning.kept import Kept, from_lists, to_lists
+from util.errors import UserError
+from util.files import append_json_line, move_aside, write_text
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,19 @@ class Decision:
         """The decision as JSON takes it."""
         return {**asdict(self), "kept": to_lists(self.kept)}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
+        """The decision that `to_dict` gave."""
+        return cls(**{**values, "kept": from_lists(values["kept"])})
+
 
 class Journal:
-    """Writes `search.jsonl`; lines have the key `event`: start, decision or end."""
+    """Writes `search.jsonl`; lines have the key `event`: start, decision, trial or end."""
 
     def __init__(self, path: str | Path) -> None:
         """Nothing is written yet; an older journal of that name is moved aside when the first line comes."""
         self.path = Path(path)
-        self._begun = False
+        self.begun = False
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """What the search depends on: schedule, arguments, base mAP, widths."""
@@ -68,12 +75,95 @@ class Journal:
         """One step's outcome."""
         self._write("decision", decision.to_dict())
 
+    def trial(self, facts: Mapping[str, Any]) -> None:
+        """One division of a budget, cut and measured."""
+        self._write("trial", facts)
+
     def end(self, facts: Mapping[str, Any]) -> None:
         """What came out."""
         self._write("end", facts)
 
+    def resume(self, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Go on with the file that is there, if there is one, and return its lines behind the first.
+
+        A last line that a crash cut short is dropped from it.
+
+        Raises:
+            UserError: the file is none of a search that depends on the same `facts`, or that search has ended.
+        """
+        if not self.path.exists():
+            return []
+        lines = self._read()
+        if not lines:
+            return []
+        start, *others = lines
+        wanted = json.loads(json.dumps({"event": "start", **facts}))
+        different = _differences(start, wanted)
+        if different:
+            name, found, expected = different[0]
+            raise UserError(
+                f"{self.path}: found a search with {name} {found}, expected {expected}: --resume_search goes on with "
+                "the arguments, data and weights that the search began with"
+            )
+        if others and others[-1].get("event") == "end":
+            raise UserError(f"{self.path}: found a search that has ended, expected one to go on with")
+        self.begun = True
+        return others
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The lines of the file; bytes behind the last line that is whole are cut off.
+
+        Raises:
+            UserError: the file is no journal.
+        """
+        try:
+            text = self.path.read_bytes().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path}: cannot be read as a journal ({error}), expected lines of JSON") from None
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_text(self.path, whole)
+        lines = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            if not isinstance(value, dict) or value.get("event") not in ("start", "decision", "trial", "end"):
+                raise UserError(f"{self.path}: line {number} is no event of a search, expected a journal")
+            lines.append(value)
+        if lines and lines[0]["event"] != "start":
+            raise UserError(f"{self.path}: line 1 is a {lines[0]['event']}, expected the start of a search")
+        return lines
+
     def _write(self, event: str, facts: Mapping[str, Any]) -> None:
-        if not self._begun:
+        if not self.begun:
             move_aside(self.path)
-            self._begun = True
+            self.begun = True
         append_json_line(self.path, {"event": event, **facts})
+
+
+def read_decisions(lines: Sequence[Mapping[str, Any]], source: str | Path) -> list[Decision]:
+    """The decisions among a journal's lines.
+
+    Raises:
+        UserError: naming `source`, for a line that is none.
+    """
+    found = []
+    for line in lines:
+        if line["event"] != "decision":
+            continue
+        try:
+            found.append(Decision.from_dict({key: value for key, value in line.items() if key != "event"}))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise UserError(f"{source}: found a damaged decision ({error}), expected those of a search") from None
+    return found
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted name and both values of whatever differs between two nested dicts."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [*wanted, *(key for key in found if key not in wanted)]
+        prefix = f"{name}." if name else ""
+        return [d for key in keys for d in _differences(found.get(key), wanted.get(key), f"{prefix}{key}")]
+    return [] if found == wanted else [(name, found, wanted)]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.widths import Widths
-from pruning.journal import Decision
 from pruning.schedule import role_of
 from util.files import write_atomic
 
@@ -42,26 +41,22 @@ def plot_widths(path: str | Path, before: Widths, after: Widths) -> None:
 
 
 def plot_ap_against_parameters(
-    path: str | Path, decisions: Sequence[Decision], base_ap: float, base_params: int, caption: str
+    path: str | Path, points: Sequence[tuple[int, float, bool]], base_ap: float, base_params: int, caption: str
 ) -> None:
     """Write a PNG: mAP of the whole split against transformer parameters, every width tried and those accepted.
 
     Args:
+        points: transformer parameters, mAP in [0, 1], and whether that was accepted.
         base_ap: mAP in [0, 1] before the search, with `base_params` transformer parameters.
         caption: title, such as the schedule and the split that was looked at.
     """
-    tried = [d for d in decisions if d.full_ap is not None and not d.accepted]
-    accepted = [d for d in decisions if d.accepted]
+    tried = [point for point in points if not point[2]]
+    accepted = [(base_params, base_ap), *(point[:2] for point in points if point[2])]
     figure = _figure(7, 4.5)
     axes = figure.subplots()
-    axes.plot(
-        [base_params / 1e6, *(d.transformer_params / 1e6 for d in accepted)],
-        [100 * base_ap, *(100 * d.full_ap for d in accepted)],
-        "o-",
-        label="accepted",
-    )
+    axes.plot([params / 1e6 for params, _ in accepted], [100 * ap for _, ap in accepted], "o-", label="accepted")
     if tried:
-        axes.plot([d.transformer_params / 1e6 for d in tried], [100 * d.full_ap for d in tried], "x", label="tried")
+        axes.plot([p / 1e6 for p, *_ in tried], [100 * ap for _, ap, _ in tried], "x", label="tried")
     axes.axhline(100 * base_ap, color=WHOLE, zorder=0)
     axes.set_xlabel("transformer parameters (millions)")
     axes.set_ylabel("AP (points)")

@@ -10,8 +10,11 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from models.widths import Widths
+from pruning.budget import Trial
 from pruning.journal import Decision
 from pruning.kept import Channels
+from pruning.method import Method
 from pruning.search import Units
 from util.logging import table
 
@@ -22,9 +25,11 @@ class ProgressBar:
     So the time left is an upper estimate at the pace so far, which falls with each module that ends early.
     """
 
-    def __init__(self, modules: Sequence[Channels], units: Units, disable: bool | None = None) -> None:
+    def __init__(self, modules: Sequence[Channels], units: Units, method: Method, disable: bool | None = None) -> None:
         """`disable` None shows the bar on terminals only."""
         self._steps = {module.name: -(-module.width // units.channels(module)) for module in modules}
+        if method.search == "bisect":
+            self._steps = {name: 1 + (steps - 1).bit_length() for name, steps in self._steps.items()}
         self._done = 0
         self._bar = tqdm(total=sum(self._steps.values()), unit="step", smoothing=0, disable=disable)
 
@@ -36,7 +41,7 @@ class ProgressBar:
 
     def show(self, decision: Decision) -> None:
         """Move on by one decision."""
-        ap = decision.subset_ap if decision.full_ap is None else decision.full_ap
+        ap = decision.subset_ap if decision.full_ap is None else decision.full_ap  # one of them is there
         self._bar.set_description(f"{decision.module} {decision.width}/{decision.full_width}", refresh=False)
         split = "subset" if decision.full_ap is None else "full"
         self._bar.set_postfix_str(
@@ -76,6 +81,19 @@ def module_table(decisions: Sequence[Decision]) -> str:
         )
         seconds, passes, images = decision.seconds, decision.whole_passes, decision.image_passes
     return table(("module", "before", "after", "mAP after", "seconds", "images", "whole passes"), rows)
+
+
+def trial_line(trial: Trial) -> str:
+    """One line of the log for a division of a budget."""
+    return (
+        f"{100 * trial.kept_fraction:.1f} % of the cost kept, power {trial.power:g} of the damages: "
+        f"mAP {trial.full_ap:.4f}"
+    )
+
+
+def width_table(before: Widths, after: Widths) -> str:
+    """The table of modules: width before and after."""
+    return table(("module", "before", "after"), [(name, width, after.of(name)) for name, width in before.items()])
 
 
 def next_command(args: Namespace, pruned: Path) -> str:

@@ -1,31 +1,78 @@
 """Rankings: how good is it to keep a channel. The lower a score, the better.
 
-A ranking is called with the module under search, its kept set and candidate channels, and gives one score each.
+A ranking is called with the module under search, the parts of its kept set that a channel would join or leave, that
+kept set and candidate channels, and gives one score each. Candidates that are kept are judged by what their loss would
+cost (backward elimination), others by what their addition would bring (forward selection).
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from models.prunable import PrunableModule
+from pruning.calibration import Calibration
 from pruning.features import StateCache, repeat_batch, split_outputs
-from pruning.gates import Gated, set_candidate_gates, set_gate
-from pruning.kept import Kept, missing
+from pruning.fit import elimination_scores, refit
+from pruning.gates import Gated, gate_vector, set_candidate_gates, set_gate
+from pruning.kept import Kept, parts
+from pruning.moments import square_root
+from pruning.reconstruction import Reconstruction
 from util import distributed
 
 
 class Ranking(Protocol):
     """What a search asks of a ranking."""
 
-    def __call__(self, module: Gated, kept: Kept, candidates: Tensor) -> Tensor:
-        """One float64 score on the CPU for each of the candidate channels, lower is better."""
+    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+        """One float64 score on the CPU for each of the candidate channels of the parts `joined`, lower is better."""
         ...
 
 
+class RandomOrder:
+    """Channels in a random order: what every other ranking has to beat."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+        """See `Ranking`; a channel's score depends on seed, module, parts and channel alone."""
+        words = f"{self._seed}/{module.name}/{'+'.join(joined)}"
+        generator = torch.Generator().manual_seed(zlib.crc32(words.encode()))
+        return torch.rand(module.width, generator=generator, dtype=torch.float64)[candidates]
+
+
+class Magnitude:
+    """Weight magnitude: the product of the norms of what makes a channel and of what reads it (data-free)."""
+
+    def __init__(self, reconstruction: Reconstruction) -> None:
+        """Weights are those of before any cut."""
+        self._original = reconstruction.original
+
+    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+        """See `Ranking`."""
+        squares: dict[tuple[str, int], Tensor] = {}
+        for piece in module.parameter_slices():
+            blocks = self._original(piece.key).double().cpu().chunk(len(piece.parts), piece.axis)
+            for block, part in zip(blocks, piece.parts, strict=True):
+                across = [axis for axis in range(block.dim()) if axis != piece.axis]
+                norms = block.square().sum(across) if across else block.square()
+                key = (part, piece.axis)
+                squares[key] = squares.get(key, 0) + norms
+        logits = [value for (part, _), value in squares.items() if part not in ("value", "hidden")]
+        others = [value for (part, _), value in squares.items() if part in ("value", "hidden")]
+        score = torch.ones(module.width, dtype=torch.float64)
+        for square in [*(logits if "query" in joined else []), *(others if set(joined) - {"query"} else [])]:
+            score = score * square
+        return -score[candidates]
+
+
 class ExactLoss:
-    """The paper's score: the loss of one batch with the candidate's channel added to those kept.
+    """The paper's score: the loss of one batch with the candidate's channel added to those kept, or taken away.
 
     The loss is the eval-mode weighted sum without denoising (Huang et al. 2025; greedy forward selection of Ye et al.,
     arXiv 2003.01794), computed from the cached state in front of the module. Several candidates share one forward.
@@ -42,50 +89,99 @@ class ExactLoss:
         self._at_once = max(1, images_at_once // len(self._targets))
 
     @torch.no_grad()
-    def __call__(self, module: Gated, kept: Kept, candidates: Tensor) -> Tensor:
+    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """See `Ranking`. With several processes each scores its share, and all get every score."""
         state = self._cache.state(0).to(self._device)
         images, world = len(self._targets), distributed.world_size()
         share = -(-len(candidates) // world)
         mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share).clamp(max=len(candidates) - 1)
+        # Taking away what is kept raises the loss as much as keeping it lowers it.
+        leaving = bool(torch.isin(candidates[0], kept[joined[0]]))
         losses = []
         for group in candidates[mine].split(self._at_once):
-            set_candidate_gates(module, kept, [channel[None] for channel in group], images, self._device)
+            set_candidate_gates(module, kept, [channel[None] for channel in group], images, joined, self._device)
             outputs = self._cache.predict(repeat_batch(state, len(group)))
             losses += [self._loss(part) for part in split_outputs(outputs, len(group))]
         set_gate(module, kept, self._device)
         scores = torch.stack(losses).double().cpu()
-        return torch.cat(distributed.gather_objects(scores))[: len(candidates)]
+        scores = torch.cat(distributed.gather_objects(scores))[: len(candidates)]
+        return -scores if leaving else scores
 
     def _loss(self, outputs: dict) -> Tensor:
         return self._criterion.weighted_sum(self._criterion(outputs, self._targets))
 
 
-def draw_candidates(module: Gated, kept: Kept, count: int, unit: int, generator: torch.Generator) -> Tensor:
-    """Random channels that are not kept yet, in ascending order.
+class GateGradient:
+    """Scores from the loss's gradient at the gates, one backward pass for all channels.
 
-    At most `count` in all, spread evenly over the heads of an attention, and enough of each head for one unit.
-
-    Args:
-        unit: channels that the step adds, in all heads together.
+    `order` 1: the gate's first-order effect |dL/dg| (Molchanov et al., arXiv 1611.06440). `order` 2: the empirical
+    Fisher information, the mean over images of the squared gradient (Kwon et al., arXiv 2204.09656).
     """
-    free = missing(module, kept)
-    head_width = module.width // module.nheads
-    drawn = []
-    for head in range(module.nheads):
-        of_head = free[free // head_width == head]
-        fair = count // module.nheads + (head < count % module.nheads)
-        chosen = torch.randperm(len(of_head), generator=generator)[: max(fair, unit // module.nheads)]
-        drawn.append(of_head[chosen])
-    return torch.cat(drawn).sort().values
+
+    def __init__(self, calibration: Calibration, order: int) -> None:
+        """`calibration` holds the images that the loss is of; its cache stands in front of the module."""
+        self._calibration = calibration
+        self._order = order
+
+    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+        """See `Ranking`."""
+        device, total = self._calibration.device, torch.zeros(module.width, dtype=torch.float64)
+        sizes = [len(self._calibration.cache.targets[batch]) for batch in self._calibration.batches]
+        gates: list[dict[str, Tensor]] = []
+
+        def open_gates(images: int) -> None:
+            vectors = {part: gate_vector(kept[part], module.width, device) for part in parts(module)}
+            gates.append({part: v.expand(images, 1, -1).clone().requires_grad_() for part, v in vectors.items()})
+            module.set_gate(*gates[-1].values())
+
+        open_gates(sizes[0])
+        for place, loss in self._calibration.losses(module.name):
+            loss.backward()
+            gradient = sum(gates[-1][part].grad[:, 0] for part in joined).double().cpu()
+            total += gradient.sum(0) if self._order == 1 else gradient.square().sum(0)
+            if place + 1 < len(sizes):
+                open_gates(sizes[place + 1])
+        self._calibration.model.zero_grad(set_to_none=True)
+        set_gate(module, kept, device)
+        total = sum(distributed.gather_objects(total))
+        return -total.abs()[candidates]
 
 
-def best_of_each_head(module: Gated, candidates: Tensor, scores: Tensor, unit: int) -> Tensor:
-    """The `unit` channels with the lowest scores, equally many from each head; all that are there if fewer."""
-    head_width = module.width // module.nheads
-    best = []
-    for head in range(module.nheads):
-        of_head = (candidates // head_width == head).nonzero().flatten()
-        order = scores[of_head].argsort(stable=True)[: unit // module.nheads]
-        best.append(candidates[of_head[order]])
-    return torch.cat(best).sort().values
+class Elimination:
+    """Optimal brain surgeon with the reconstruction in the loop (OBC, arXiv 2208.11580; ZipLM, 2302.04089).
+
+    A channel of the values or of an FFN costs what the output's error rises by when it goes and all others are
+    refitted. A query channel and its keys cost the energy of their products, which the logits lose.
+    """
+
+    def __init__(self, reconstruction: Reconstruction) -> None:
+        """`reconstruction` has begun with the module that is ranked."""
+        self._reconstruction = reconstruction
+
+    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+        """See `Ranking`. Candidates for addition are judged as if all of them were there."""
+        score = torch.zeros(module.width, dtype=torch.float64)
+        for part in joined:
+            one = self._logit_energy(module) if part == "query" else self._output_error(module, kept[part], candidates)
+            score += one / one[candidates].sum().clamp(min=torch.finfo(torch.float64).tiny)
+        return -score[candidates]
+
+    def _output_error(self, module: PrunableModule, kept: Tensor, candidates: Tensor) -> Tensor:
+        channels = torch.cat((kept, candidates)).unique()
+        moments = self._reconstruction.hidden_moments().of_channels(channels)
+        root, _ = square_root(self._reconstruction.metric())
+        start = self._reconstruction.original(f"{module.output_name}.weight").double().cpu()[:, channels]
+        fitted, _ = refit(start, moments)
+        score = torch.zeros(module.width, dtype=torch.float64)
+        score[channels] = elimination_scores(root @ fitted, moments)
+        return score
+
+    def _logit_energy(self, module: PrunableModule) -> Tensor:
+        queries, keys = self._reconstruction.logit_moments()
+        return sum(
+            (q.diagonal(dim1=1, dim2=2) * k.diagonal(dim1=1, dim2=2)).flatten()
+            for q, k in zip(queries, keys, strict=True)
+        )
+
+
+RANKINGS = ("elimination", "fisher", "first_order", "exact", "magnitude", "random")

@@ -1,14 +1,17 @@
-"""The search: module after module, channels are added to an empty module until the detector's mAP is good enough.
+"""The search: module after module, the least width with which the detector's mAP is good enough.
 
-The greedy step is the forward selection of Ye et al. (arXiv 2003.01794, 2010.15969) as Huang et al. (J. Donghua Univ.
-42(1), 2025) use it. `Search` decides; everything that runs a network is behind `Workbench`.
+A search that grows adds channels to an empty module step by step: the forward selection of Ye et al. (arXiv 2003.01794,
+2010.15969) as Huang et al. (J. Donghua Univ. 42(1), 2025) use it. A search that bisects takes a ranking's first
+channels, reconstructed, and halves the range of widths. `Search` decides; everything that runs a network is behind
+`Workbench`.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,23 +20,30 @@ import torch
 from pruning.features import PassCounter
 from pruning.gates import Gated
 from pruning.journal import Decision
-from pruning.kept import Kept, add, all_kept, missing, none_kept, unit_channels, width_of
+from pruning.kept import Kept, add, all_kept, missing, none_kept, parts, unit_channels, width_of
+from pruning.method import Method
 from pruning.schedule import Schedule
-from pruning.scores import Ranking, best_of_each_head, draw_candidates
+from pruning.scores import Ranking
+from pruning.selection import best_of_each_head, draw_candidates
+from util.errors import UserError
 
 
 class Workbench(Protocol):
     """The network under search, as far as the decisions need it."""
 
     modules: Mapping[str, Gated]
+    method: Method
     ranking: Ranking
     counter: PassCounter
 
     def begin(self, name: str) -> None:
         """Make ready to search module `name`; gates of others stay as they are."""
 
-    def set_kept(self, name: str, kept: Kept) -> None:
-        """Let only these channels of a module through."""
+    def choose(self, name: str, width: int) -> Kept:
+        """The best `width` channels of the module begun with."""
+
+    def set_kept(self, name: str, kept: Kept) -> float:
+        """Let only these channels of the module begun with through; returns the predicted damage."""
 
     def subset_ap(self, name: str) -> float:
         """mAP in [0, 1] of the subset for a module of that kind."""
@@ -79,14 +89,15 @@ class Units:
 
 @dataclass
 class Search:
-    """The greedy search of one schedule.
+    """One search; `run` gives the kept set of every module.
 
     Attributes:
-        schedule: order, targets and thresholds.
-        units: sizes of the steps.
-        base_ap: mAP of the detector before the search, in [0, 1].
-        kept: kept sets of all modules, whole until they are visited.
-        on_decision: called with each decision once it is made.
+        bench: the network, whole, with no gates.
+        schedule: order, targets and tolerances.
+        units: size of the steps.
+        base_ap: mAP in [0, 1] of the whole split before the search.
+        on_decision: called with each new decision once it is made.
+        replayed: decisions of the same search that were made before, in order; they are taken as they are.
     """
 
     bench: Workbench
@@ -94,57 +105,122 @@ class Search:
     units: Units
     base_ap: float
     on_decision: Callable[[Decision], None] = lambda decision: None
+    replayed: Iterable[Decision] = ()
     kept: dict[str, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.kept = {name: all_kept(module) for name, module in self.bench.modules.items()}
         self._ap_before = self.base_ap
         self._began = time.monotonic()
+        self._past = deque(self.replayed)
+        last = self._past[-1] if self._past else None
+        self._passes_before = (last.image_passes, last.whole_passes, last.seconds) if last else (0, 0.0, 0.0)
+        self._kept_in_bench: Kept | None = None
 
     def run(self) -> dict[str, Kept]:
         """Visit every module; returns the kept sets."""
+        visit_module = self._bisect if self.bench.method.search == "bisect" else self._grow
         for visit, name in enumerate(self.schedule.order(self.bench.modules)):
             self.bench.begin(name)
-            for decision in self._visit(visit, name):
-                self.on_decision(decision)
+            self._kept_in_bench = None
+            for decision, is_new in visit_module(visit, name):
+                if is_new:
+                    self.on_decision(decision)
+            self._show_bench(name, self.kept[name])
+            self._ap_before = decision.full_ap
         return self.kept
 
-    def _visit(self, visit: int, name: str) -> Iterator[Decision]:
-        """Grow one module from nothing, yielding each step's decision; the last one is accepted.
+    def _grow(self, visit: int, name: str) -> Iterator[tuple[Decision, bool]]:
+        """Grow one module from nothing, yielding each step's decision and whether it is new; the last is accepted.
 
         Once the subset's mAP has passed, the whole split's alone decides.
         """
         module = self.bench.modules[name]
-        kept = none_kept(module)
-        subset_passed, step, accepted = False, 0, False
+        kept, step, subset_passed, accepted = none_kept(module), 0, False, False
         while not accepted:
-            kept = add(kept, self._choose(module, kept, step))
+            decision, is_new = self._past_decision(visit, step, name), False
+            if decision is None:
+                grown = add(kept, self._candidates_to_add(module, kept, step))
+                decision, is_new = self._measure(visit, step, name, grown, subset_passed, accept=True), True
+            yield decision, is_new
+            kept, accepted, step = decision.kept, decision.accepted, step + 1
+            subset_passed = subset_passed or decision.full_ap is not None
             self.kept[name] = kept
-            self.bench.set_kept(name, kept)
-            subset_ap = full_ap = None
-            if width_of(kept) == module.width:
-                # A whole module leaves the detector as the visit found it.
-                accepted, full_ap = True, self._ap_before
-            else:
-                if not subset_passed:
-                    subset_ap = self.bench.subset_ap(name)
-                    # A subset without boxes (-1) can tell nothing: the whole split decides.
-                    subset_passed = subset_ap < 0 or subset_ap >= self.schedule.subset_threshold_ap(self.base_ap, visit)
-                if subset_passed:
-                    full_ap = self.bench.full_ap(name)
-                    accepted = full_ap >= self.schedule.full_threshold_ap(self.base_ap, visit)
-            yield self._decision(visit, step, name, kept, subset_ap, full_ap, accepted)
-            step += 1
-        self._ap_before = full_ap
 
-    def _choose(self, module: Gated, kept: Kept, step: int) -> torch.Tensor:
-        """The channels that a step adds."""
+    def _bisect(self, visit: int, name: str) -> Iterator[tuple[Decision, bool]]:
+        """Halve the range of one module's widths until the least that passes is found; the last decision accepts it.
+
+        The whole module passes unmeasured: it leaves the detector as the visit found it.
+        """
+        module, unit = self.bench.modules[name], self.units.channels(self.bench.modules[name])
+        fails, passes, step = 0, -(-module.width // unit), 0
+        kept, full_ap = all_kept(module), self._ap_before
+        while passes - fails > 1:
+            middle = (fails + passes) // 2
+            decision, is_new = self._past_decision(visit, step, name), False
+            if decision is None:
+                tried = self.bench.choose(name, min(middle * unit, module.width))
+                decision, is_new = self._measure(visit, step, name, tried, False, accept=False), True
+            yield decision, is_new
+            step += 1
+            if decision.full_ap is not None and decision.full_ap >= self._full_threshold_ap(visit):
+                passes, kept, full_ap = middle, decision.kept, decision.full_ap
+            else:
+                fails = middle
+        self.kept[name] = kept
+        decision, is_new = self._past_decision(visit, step, name), False
+        if decision is None:
+            decision, is_new = self._decision(visit, step, name, kept, None, full_ap, True), True
+        yield decision, is_new
+
+    def _past_decision(self, visit: int, step: int, name: str) -> Decision | None:
+        """The next decision of the search before, None where it had come no further.
+
+        Raises:
+            UserError: it belongs to another search.
+        """
+        if not self._past:
+            return None
+        decision = self._past.popleft()
+        if (decision.visit, decision.step, decision.module) != (visit, step, name):
+            raise UserError(f"journal: found step {decision.step} of {decision.module}, expected step {step} of {name}")
+        return decision
+
+    def _candidates_to_add(self, module: Gated, kept: Kept, step: int) -> torch.Tensor:
+        """The channels that a growing step adds."""
         free, unit = missing(module, kept), self.units.channels(module)
         if len(free) <= unit:
             return free
         generator = self.units.generator(module.name, step)
         candidates = draw_candidates(module, kept, self.units.candidates(module), unit, generator)
-        return best_of_each_head(module, candidates, self.bench.ranking(module, kept, candidates), unit)
+        scores = self.bench.ranking(module, parts(module), kept, candidates)
+        return best_of_each_head(module, candidates, scores, unit)
+
+    def _measure(self, visit: int, step: int, name: str, kept: Kept, subset_passed: bool, *, accept: bool) -> Decision:
+        """Try one kept set: the subset's mAP unless that has passed before, then the whole split's."""
+        self.kept[name] = kept
+        subset_ap = full_ap = None
+        if width_of(kept) == self.bench.modules[name].width:
+            # A whole module leaves the detector as the visit found it.
+            return self._decision(visit, step, name, kept, None, self._ap_before, accept)
+        self._show_bench(name, kept)
+        if not subset_passed:
+            subset_ap = self.bench.subset_ap(name)
+            # A subset without boxes (-1) can tell nothing: the whole split decides.
+            subset_passed = subset_ap < 0 or subset_ap >= self.schedule.subset_threshold_ap(self.base_ap, visit)
+        if subset_passed:
+            full_ap = self.bench.full_ap(name)
+        passed = full_ap is not None and full_ap >= self._full_threshold_ap(visit)
+        return self._decision(visit, step, name, kept, subset_ap, full_ap, accept and passed)
+
+    def _show_bench(self, name: str, kept: Kept) -> None:
+        """Let the bench's network have this kept set, if it has not."""
+        if kept is not self._kept_in_bench:
+            self.bench.set_kept(name, kept)
+            self._kept_in_bench = kept
+
+    def _full_threshold_ap(self, visit: int) -> float:
+        return self.schedule.full_threshold_ap(self.base_ap, visit)
 
     def _decision(
         self,
@@ -156,6 +232,7 @@ class Search:
         full_ap: float | None,
         accepted: bool,
     ) -> Decision:
+        images, whole, seconds = self._passes_before
         return Decision(
             visit=visit,
             module=name,
@@ -168,7 +245,7 @@ class Search:
             full_ap=full_ap,
             accepted=accepted,
             transformer_params=self.bench.transformer_params(self.kept),
-            image_passes=self.bench.counter.images,
-            whole_passes=round(self.bench.counter.whole_passes, 3),
-            seconds=round(time.monotonic() - self._began, 3),
+            image_passes=images + self.bench.counter.images,
+            whole_passes=round(whole + self.bench.counter.whole_passes, 3),
+            seconds=round(seconds + time.monotonic() - self._began, 3),
         )

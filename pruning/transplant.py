@@ -19,7 +19,10 @@ from pruning.kept import Kept, check_kept, width_of
 from util.errors import UserError
 
 # An index set of a kept set cuts these parts of a parameter: keys go with the queries they are multiplied with.
-SET_OF_PART = {"query": "query", "key": "query", "value": "value", "hidden": "hidden"}
+SET_OF_PART = {
+    **dict.fromkeys(("query", "key", "position_query", "position_key", "common_key"), "query"),
+    **{"value": "value", "hidden": "hidden"},
+}
 
 # The paper's masks in the order they stand in a layer: `select1` gates the first attention, the last one the FFN.
 MASK_KEY = re.compile(r"transformer\.(?P<stack>encoder|decoder)\.layers\.(?P<layer>\d+)\.select(?P<place>\d)\.prune_a")

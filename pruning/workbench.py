@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from datasets.coco_eval import GroundTruth
 from engine import evaluate
-from pruning.cost import count_parameters
+from pruning.calibration import Calibration
+from pruning.cost import count_parameters, params_per_channel
 from pruning.features import PassCounter, StateCache, Targets
 from pruning.gates import clear_gates, set_gate
-from pruning.kept import Kept, width_of
-from pruning.scores import ExactLoss
+from pruning.kept import Kept, all_kept, width_of
+from pruning.method import Method
+from pruning.reconstruction import Reconstruction
+from pruning.scores import Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder, Ranking
+from pruning.selection import Order, order_channels
 from util import distributed
 
 
@@ -34,11 +38,14 @@ class DetectorBench:
         ground_truth: GroundTruth,
         step_shares: Mapping[str, float],
         *,
+        method: Method,
         device: torch.device,
         batch_numbers: Sequence[int],
         subset_batches_attention: int,
         subset_batches_ffn: int,
+        calibration_batches: int,
         images_at_once: int,
+        seed: int = 0,
         cache_device: torch.device | None = None,
         amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
@@ -49,11 +56,14 @@ class DetectorBench:
             step_shares: share of the network's cost that each step has, see `pruning.cost.step_shares`.
             batch_numbers: for each batch that `loader` gives, its number in the whole split; the first is 0.
             subset_batches_attention, subset_batches_ffn: the subset's size, counted in batches of the whole split.
-            images_at_once: most images in one forward that scores several candidates.
+            calibration_batches: the first batches of the whole split, which moments and gradients are taken of.
+            images_at_once: most images in a forward that scores several candidates.
+            seed: of a random ranking.
             progress: wraps `loader`, to show a bar.
         """
         self.modules = model.prunable_modules()
         self.counter = PassCounter(step_shares)
+        self.method = method
         self._model = model.eval()
         clear_gates(model)
         self._postprocess = postprocess
@@ -66,19 +76,72 @@ class DetectorBench:
         world, rank = distributed.world_size(), distributed.rank()
         self._own = {n: index for index, n in enumerate(batch_numbers) if n % world == rank}
         self._num_batches = max(map(max, distributed.gather_objects(list(batch_numbers)))) + 1
-        self.ranking = ExactLoss(model, criterion.eval(), self.cache, device=device, images_at_once=images_at_once)
         self._transformer_params = count_parameters(model.transformer)
-        self._params_per_channel = _params_per_channel(model)
+        self._params_per_channel = params_per_channel(model)
         self._measured: dict[int, float] = {}
+        self._name: str | None = None
+        self._order: Order | None = None
+        self._calibration = self._reconstruction = None
+        criterion.eval()
+        if method.is_calibrated:
+            batches = [index for number, index in sorted(self._own.items()) if number < calibration_batches]
+            self._calibration = Calibration(model, criterion, self.cache, batches, device)
+            self._reconstruction = Reconstruction(self._calibration, method.reconstruction)
+        self.ranking = self._build_ranking(model, criterion, images_at_once, seed)
+
+    def _build_ranking(self, model: nn.Module, criterion: nn.Module, images_at_once: int, seed: int) -> Ranking:
+        name = self.method.ranking
+        if name == "exact":
+            return ExactLoss(model, criterion, self.cache, device=self._device, images_at_once=images_at_once)
+        if name == "random":
+            return RandomOrder(seed)
+        if name == "magnitude":
+            return Magnitude(self._reconstruction)
+        if name == "elimination":
+            return Elimination(self._reconstruction)
+        return GateGradient(self._calibration, {"first_order": 1, "fisher": 2}[name])
+
+    def reset(self) -> None:
+        """Make every module whole again, with the weights it had at first."""
+        for name, module in self.modules.items():
+            if self._reconstruction is None:
+                module.set_gate(None)
+            else:
+                self._reconstruction.restore(name)
+        self._measured.clear()
+        self.cache.forget()
 
     def begin(self, name: str) -> None:
         """Put the cached states in front of module `name`."""
         self.cache.move_to(name)
+        self._name, self._order = name, None
+        if self._reconstruction is not None:
+            self._reconstruction.begin(name)
 
-    def set_kept(self, name: str, kept: Kept) -> None:
-        """Let only these channels of a module through."""
-        set_gate(self.modules[name], kept, self._device)
+    def choose(self, name: str, width: int) -> Kept:
+        """The best `width` channels of the module begun with; its channels are ranked once."""
+        module = self.modules[name]
+        if self._order is None:
+            if module.is_attention and self.method.reconstruction == "full":
+                # Every kept channel is filled anew, so that its place does not matter.
+                self._order = Order.natural(module)
+            else:
+                self.set_kept(name, all_kept(module))
+                method = self.method
+                self._order = order_channels(module, self.ranking, method.direction, module.nheads, method.share_sets)
+        return self._order.kept(width)
+
+    def set_kept(self, name: str, kept: Kept) -> float:
+        """Let only these channels of the module begun with through, reconstructed as far as the method does.
+
+        Returns:
+            The predicted damage, 0 without calibration; see `Reconstruction.apply`.
+        """
         self._measured.clear()
+        if self._reconstruction is not None:
+            return self._reconstruction.apply(kept)
+        set_gate(self.modules[name], kept, self._device)
+        return 0.0
 
     def subset_ap(self, name: str) -> float:
         """mAP of the first batches, as many as a module of that kind is judged by."""
@@ -107,9 +170,3 @@ class DetectorBench:
             )
             self._measured[batches] = float(result.stats["AP"])
         return self._measured[batches]
-
-
-def _params_per_channel(model: nn.Module) -> dict[str, int]:
-    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    modules = model.prunable_modules()
-    return {n: sum(sizes[piece.key] for piece in m.parameter_slices()) // m.width for n, m in modules.items()}

@@ -1,5 +1,6 @@
 """Files that are either wholly there or not at all: write beside the target, flush to disk, rename over it."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -50,6 +51,15 @@ def append_json_line(path: str | Path, value: Any) -> None:
         stream.write(json.dumps(value) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def move_aside(path: str | Path) -> Path | None:

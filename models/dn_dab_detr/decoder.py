@@ -58,11 +58,13 @@ class DecoderLayer(GatedLayer):
     def self_attention(self, x: Tensor, query_pos: Tensor, mask: Tensor | None) -> Tensor:
         """x and query_pos are B x Q x hidden_dim, mask Q x Q bool or None."""
         query_gate, value_gate = self.gate("self_attention")
-        query = gated(self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos), query_gate)
+        query = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos)
         key = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
         value = gated(self.sa_v_proj(x), value_gate)
-        heads = (split_heads(t, self.nheads) for t in (query, key, value))
+        self.observe("self_attention", queries=(query,), keys=(key,), key_mask=None)
+        heads = (split_heads(t, self.nheads) for t in (gated(query, query_gate), key, value))
         attended = attend(*heads, mask, self.attention_dropout)
+        self.observe("self_attention", attended=attended)
         return self.norm1(x + self.dropout(self.self_attn(attended)))
 
     def cross_attention(self, x: Tensor, state: DetectorState) -> Tensor:
@@ -75,6 +77,7 @@ class DecoderLayer(GatedLayer):
             key = key + key_pos
         query_sine = self.ca_qpos_sine_proj(state.query_sine)
         value = gated(self.ca_v_proj(state.memory), value_gate)
+        self.observe("cross_attention", queries=(query, query_sine), keys=(key, key_pos), key_mask=state.memory_mask)
         attended = attend(
             self._concatenate(gated(query, query_gate), gated(query_sine, query_gate)),
             self._concatenate(key, key_pos),
@@ -82,6 +85,7 @@ class DecoderLayer(GatedLayer):
             state.memory_mask,
             self.attention_dropout,
         )
+        self.observe("cross_attention", attended=attended)
         return self.norm2(x + self.dropout(self.cross_attn(attended)))
 
     def _concatenate(self, content: Tensor, position: Tensor) -> Tensor:
@@ -156,11 +160,12 @@ def decoder_layer_slices(prefix: str, is_first: bool) -> dict[str, tuple[Paramet
         self_slices += rows_and_bias(f"{prefix}.{name}", "key")
     self_slices += [*rows_and_bias(f"{prefix}.sa_v_proj", "value"), columns(f"{prefix}.self_attn.out_proj", "value")]
 
-    queries = ("ca_qcontent_proj", "ca_qpos_sine_proj", *(("ca_qpos_proj",) if is_first else ()))
-    for name in queries:
+    content_queries = ("ca_qcontent_proj", *(("ca_qpos_proj",) if is_first else ()))
+    for name in content_queries:
         cross_slices += rows_and_bias(f"{prefix}.{name}", "query", fold=True)
-    for name in ("ca_kcontent_proj", "ca_kpos_proj"):
-        cross_slices += rows_and_bias(f"{prefix}.{name}", "key")
+    cross_slices += rows_and_bias(f"{prefix}.ca_qpos_sine_proj", "position_query", fold=True)
+    cross_slices += rows_and_bias(f"{prefix}.ca_kcontent_proj", "key")
+    cross_slices += rows_and_bias(f"{prefix}.ca_kpos_proj", "common_key" if is_first else "position_key")
     cross_slices += [*rows_and_bias(f"{prefix}.ca_v_proj", "value"), columns(f"{prefix}.cross_attn.out_proj", "value")]
     return {
         "self_attention": tuple(self_slices),

@@ -58,6 +58,7 @@ class EncoderLayer(GatedLayer):
         query_gate, value_gate = self.gate("attention")
         query, key = F.linear(x + pos, weight[: 2 * width], bias[: 2 * width]).chunk(2, dim=-1)
         value = F.linear(x, weight[2 * width :], bias[2 * width :])
+        self.observe("attention", queries=(query,), keys=(key,), key_mask=mask)
         attended = attend(
             split_heads(gated(query, query_gate), self.nheads),
             split_heads(key, self.nheads),
@@ -65,6 +66,7 @@ class EncoderLayer(GatedLayer):
             mask,
             self.dropout.p if self.training else 0.0,
         )
+        self.observe("attention", attended=attended)
         return self.norm1(x + self.dropout(self.projections.out_proj(attended)))
 
     def ffn(self, x: Tensor) -> Tensor:

@@ -1,0 +1,153 @@
+"""The options of a search, and what they say as values."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Collection
+
+from pruning.method import FAST, METHODS, Method
+from pruning.options import READ_BY_SEARCH, hide_unread
+from pruning.reconstruction import LEVELS
+from pruning.schedule import Schedule
+from pruning.scores import RANKINGS
+from pruning.search import Units
+from pruning.selection import DIRECTIONS
+from util.errors import UserError
+from util.options import get_args_parser, real, whole
+
+# Options of a schedule and of units that a search by budget does not read.
+UNREAD_BY_BUDGET = ("skip_eval_converge", "decay_points", "decay_fraction", "subset_batches_attention",
+                    "subset_batches_ffn", "num_candidates_attention", "num_candidates_ffn")  # fmt: skip
+READ_BY_GROWTH_ALONE = ("num_candidates_attention", "num_candidates_ffn")
+
+
+def get_pruning_parser(schedule: Schedule, description: str) -> argparse.ArgumentParser:
+    """The options of `main.py` and those of a search, with the schedule's own values as defaults."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        parents=[get_args_parser()],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_schedule_options(parser.add_argument_group("targets"), schedule)
+    _add_method_options(parser.add_argument_group("choice and reconstruction of channels"))
+    _add_search_options(parser.add_argument_group("search"))
+    hide_unread(parser, READ_BY_SEARCH)
+    return parser
+
+
+def _add_schedule_options(group: argparse._ArgumentGroup, schedule: Schedule) -> None:
+    add = group.add_argument
+    add("--map_tol", type=real(0, 1), default=schedule.map_tol,
+        help="fraction by which the full mAP may miss what it is held against")  # fmt: skip
+    add("--skip_eval_converge", type=real(0, 1), default=schedule.skip,
+        help="fraction by which the subset's mAP may miss the target")  # fmt: skip
+    add("--decay_points", type=real(0), default=schedule.points_per_module,
+        help="AP points by which the target falls from module to module")  # fmt: skip
+    add("--decay_fraction", type=real(0, 1), default=schedule.fraction_per_module,
+        help="fraction by which the target falls from module to module; None means --skip_eval_converge")  # fmt: skip
+    add("--keep", type=fraction_or_auto, default=None,
+        help="prune by budget in place of the visits: the fraction of the transformer's cost to keep, such as 0.5, or "
+        "auto for the least whose mAP is within --map_tol of the base")  # fmt: skip
+    add("--cost", choices=("params", "macs"), default="params",
+        help="what --keep counts: parameters, or multiply-accumulates for an image like the first")  # fmt: skip
+
+
+def _add_method_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--search", choices=tuple(METHODS), default="fast",
+        help="fast: rank once, reconstruct, halve the range of widths; paper: grow each module from nothing by the "
+        "exact loss of one batch, one index set, no reconstruction")  # fmt: skip
+    add("--ranking", choices=RANKINGS, default=None,
+        help=f"what channels are chosen by; None means that of --search ({FAST.ranking}, paper: exact)")  # fmt: skip
+    add("--selection", choices=DIRECTIONS, default=None,
+        help=f"how scores become an order of channels; None means that of --search ({FAST.direction}); the paper's "
+        "search grows in any case")  # fmt: skip
+    add("--reconstruct", choices=LEVELS, default=None,
+        help="fit what is left in closed form: the layer behind the cut (output), queries, keys and values as well "
+        f"(full), or not at all; None means that of --search ({FAST.reconstruction}, paper: none)")  # fmt: skip
+    add("--index_sets", choices=("own", "shared"), default=None,
+        help="channels chosen apart for queries with keys and for values, or together; None means that of --search "
+        "(own, paper: shared)")  # fmt: skip
+    add("--calibration_images", type=whole(1), default=512,
+        help="images of the search, the first, that moments and gradients are taken of")  # fmt: skip
+
+
+def _add_search_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--attention_unit", type=whole(1), default=1, help="channels of each head by which an attention's width steps")
+    add("--ffn_unit", type=whole(1), default=None, help="channels by which an FFN's steps; None means 4 * nheads")
+    add("--num_candidates_attention", type=whole(1), default=100, help="most attention channels scored in a step")
+    add("--num_candidates_ffn", type=whole(1), default=200, help="most FFN channels scored in a step")
+    add("--subset_batches_attention", type=whole(1), default=40, help="batches of the subset for an attention")
+    add("--subset_batches_ffn", type=whole(1), default=20, help="batches of the subset for an FFN")
+    add("--search_split", choices=("val2017", "train2017"), default="val2017",
+        help="images the search looks at; a fair figure searches on train2017 and reports val2017")  # fmt: skip
+    add("--search_images", type=whole(1), default=None, help="first images of the split to look at; None means all")
+    add("--images_at_once", type=whole(1), default=32, help="most images in a forward that scores several candidates")
+    add("--cache_device", choices=("cpu", "same"), default="same",
+        help="where features are kept: RAM, or --device; RAM if they do not fit a GPU's free memory")  # fmt: skip
+    add("--resume_search", action="store_true",
+        help="go on with the search whose journal is in --output_dir, as if nothing had stopped it")  # fmt: skip
+
+
+def fraction_or_auto(text: str) -> float | str:
+    """Type of --keep: `auto`, or a fraction above 0 and up to 1."""
+    if text == "auto":
+        return text
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a fraction above 0 and up to 1, or auto")
+    return value
+
+
+fraction_or_auto.__name__ = "fraction"
+
+
+def check_search_options(args: argparse.Namespace, typed: Collection[str]) -> None:
+    """Raise a `UserError` for options that the search asked for would not read."""
+    if args.keep is None and "cost" in typed:
+        raise UserError("--cost: only a search by budget reads it, expected --keep, too")
+    if args.keep is not None:
+        if args.search == "paper":
+            raise UserError("--keep: the paper's search knows no budget, expected --search fast")
+        for name in UNREAD_BY_BUDGET:
+            if name in typed:
+                raise UserError(f"--{name}: a search by budget (--keep) does not read it, expected it without --keep")
+        if "map_tol" in typed and args.keep != "auto":
+            raise UserError("--map_tol: --keep with a fraction does not read it, expected --keep auto")
+    if args.search == "fast":
+        for name in READ_BY_GROWTH_ALONE:
+            if name in typed:
+                raise UserError(f"--{name}: the fast search scores all channels, expected it with --search paper")
+    elif "selection" in typed:
+        raise UserError("--selection: the paper's search adds channels in its own way, expected --search fast")
+
+
+def schedule_of(schedule: Schedule, args: argparse.Namespace) -> Schedule:
+    """`schedule` with the values of the options."""
+    return dataclasses.replace(
+        schedule,
+        map_tol=args.map_tol,
+        skip=args.skip_eval_converge,
+        points_per_module=args.decay_points,
+        fraction_per_module=args.decay_fraction,
+    )
+
+
+def method_of(args: argparse.Namespace) -> Method:
+    """The method of `--search`, with what the options change in it."""
+    method = METHODS[args.search]
+    changes = {
+        "ranking": args.ranking,
+        "direction": args.selection,
+        "reconstruction": args.reconstruct,
+        "share_sets": None if args.index_sets is None else args.index_sets == "shared",
+    }
+    return dataclasses.replace(method, **{name: value for name, value in changes.items() if value is not None})
+
+
+def units_of(args: argparse.Namespace) -> Units:
+    """The sizes of the steps, from the options."""
+    ffn_unit = 4 * args.nheads if args.ffn_unit is None else args.ffn_unit
+    return Units(args.attention_unit, ffn_unit, args.num_candidates_attention, args.num_candidates_ffn, args.seed)

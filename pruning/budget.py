@@ -1,0 +1,194 @@
+"""A search by budget: so much of the transformer may stay; mAP is only measured to check.
+
+Every module's damage at every width is predicted from calibration moments and gradients with all others whole. Widths
+then minimise the sum of damages for the cost, and the detector is cut and reconstructed module by module in network
+order, each on what the cut modules before it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pruning.kept import Kept
+from pruning.search import Workbench
+from util.errors import UserError
+
+# Damages add up where they are small. Where much is cut they compound, and their roots predict better; which power
+# is best is found by measuring mAP.
+POWERS = (0.5, 1.0, 0.25)
+MOST_EVALUATIONS = 10
+WIDTHS_TRIED = 16  # of each module when its damage is predicted
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One division of the budget, cut and measured.
+
+    Attributes:
+        keep: fraction of the transformer's cost that was asked for.
+        power: exponent of the damages in the sum that was minimised.
+        widths: of each module.
+        full_ap: mAP in [0, 1] of the whole split.
+        kept_fraction: fraction of the transformer's cost that is left.
+    """
+
+    keep: float
+    power: float
+    widths: dict[str, int]
+    full_ap: float
+    kept_fraction: float
+
+
+@dataclass
+class BudgetSearch:
+    """One search by budget; `run` gives the kept set of every module.
+
+    Attributes:
+        bench: the network, whole, with no gates.
+        cost_per_channel: of each module, in parameters or multiply-accumulates.
+        total_cost: of the whole transformer.
+        units: channels by which each module's width changes.
+        base_ap: mAP in [0, 1] of the whole split before the search.
+        on_trial: called with each new trial.
+        replayed: mAP of trials that were measured before, in order.
+        progress: called with the name of each module that is done with, once for each sweep over them.
+        trials: those measured, replayed ones among them.
+    """
+
+    bench: Workbench
+    cost_per_channel: Mapping[str, float]
+    total_cost: float
+    units: Mapping[str, int]
+    base_ap: float
+    on_trial: Callable[[Trial], None] = lambda trial: None
+    replayed: list[float] = field(default_factory=list)
+    progress: Callable[[str], Any] = lambda name: None
+    trials: list[Trial] = field(default_factory=list)
+
+    def run(self, keep: float | None, map_tol: float) -> tuple[dict[str, Kept], Trial]:
+        """Cut to the fraction `keep` of the cost, or (None) as far as mAP stays within `map_tol` of the base.
+
+        Raises:
+            UserError: one unit of every module costs more than that.
+        """
+        self._past = list(self.replayed)
+        self._damages = self._predict_damages()
+        if keep is not None:
+            trials = [self._trial(keep, power) for power in POWERS]
+            best = max(trials, key=lambda trial: trial.full_ap)
+        else:
+            best = self._least_that_passes((1 - map_tol) * self.base_ap)
+        return self._cut(best.widths), best
+
+    def _least_that_passes(self, threshold_ap: float) -> Trial:
+        """Halve the range of kept fractions; whatever passes with less is the better one."""
+        fails, passes = self._cost_of(self._least_widths()) / self.total_cost, 1.0
+        whole = {name: module.width for name, module in self.bench.modules.items()}
+        best = Trial(1.0, POWERS[0], whole, self.base_ap, 1.0)
+        for _ in range(MOST_EVALUATIONS - 2):
+            keep = (fails + passes) / 2
+            trial = self._trial(keep, POWERS[0])
+            if trial.full_ap >= threshold_ap:
+                best, passes = trial, keep
+            else:
+                fails = keep
+        return best
+
+    def _trial(self, keep: float, power: float) -> Trial:
+        widths = self.allocate(keep, power)
+        past = self._past.pop(0) if self._past else None
+        if past is None:
+            self._cut(widths)
+            full_ap = self.bench.full_ap(next(reversed(self.bench.modules)))
+        else:
+            full_ap = past
+        trial = Trial(keep, power, widths, full_ap, self._cost_of(widths) / self.total_cost)
+        self.trials.append(trial)
+        if past is None:
+            self.on_trial(trial)
+        return trial
+
+    def _predict_damages(self) -> dict[str, dict[int, float]]:
+        """Damage of each module at up to `WIDTHS_TRIED` widths, all others whole."""
+        damages: dict[str, dict[int, float]] = {}
+        self.bench.reset()
+        for name, module in self.bench.modules.items():
+            self.bench.begin(name)
+            damages[name] = {module.width: 0.0}
+            for width in self._widths(name):
+                damages[name][width] = self.bench.set_kept(name, self.bench.choose(name, width))
+            self.bench.set_kept(name, self.bench.choose(name, module.width))
+            self.progress(name)
+        return damages
+
+    def _widths(self, name: str) -> list[int]:
+        """Widths below a module's own, in multiples of its unit, about evenly spread."""
+        width, unit = self.bench.modules[name].width, self.units[name]
+        multiples = -(-width // unit)
+        step = max(1, multiples // WIDTHS_TRIED)
+        return [multiple * unit for multiple in range(step, multiples, step)] or [unit]
+
+    def _least_widths(self) -> dict[str, int]:
+        return {name: min(damages) for name, damages in self._damages.items()}
+
+    def _cost_of(self, widths: Mapping[str, int]) -> float:
+        gone = (self.bench.modules[n].width - width for n, width in widths.items())
+        return self.total_cost - sum(self.cost_per_channel[n] * less for n, less in zip(widths, gone, strict=True))
+
+    def allocate(self, keep: float, power: float) -> dict[str, int]:
+        """Widths of the least sum of damage ** power whose cost is at most `keep` of the whole.
+
+        A Lagrange multiplier prices the cost; each module then takes the width that is best for itself (Everett 1963).
+        What the price leaves over goes to the modules that gain most by it.
+
+        Raises:
+            UserError: there are no such widths.
+        """
+        budget, least = keep * self.total_cost, self._least_widths()
+        if self._cost_of(least) > budget:
+            raise UserError(
+                f"--keep {keep:g}: found that one unit of every module keeps "
+                f"{self._cost_of(least) / self.total_cost:.3f} of the transformer's cost, expected at least that"
+            )
+        low, high = 1e-30, 1e30
+        for _ in range(200):
+            price = (low * high) ** 0.5
+            if self._cost_of(self._at_price(price, power)) > budget:
+                low = price
+            else:
+                high = price
+        return self._spend_rest(self._at_price(high, power), budget, power)
+
+    def _at_price(self, price: float, power: float) -> dict[str, int]:
+        return {
+            name: min(damages, key=lambda w, name=name: self._damages[name][w] ** power
+                      + price * self.cost_per_channel[name] * w)
+            for name, damages in self._damages.items()
+        }  # fmt: skip
+
+    def _spend_rest(self, widths: dict[str, int], budget: float, power: float) -> dict[str, int]:
+        while True:
+            rest, best = budget - self._cost_of(widths), None
+            for name, damages in self._damages.items():
+                wider = min((w for w in damages if w > widths[name]), default=None)
+                if wider is None or (wider - widths[name]) * self.cost_per_channel[name] > rest:
+                    continue
+                gain = damages[widths[name]] ** power - damages[wider] ** power
+                if best is None or gain > best[0]:
+                    best = (gain, name, wider)
+            if best is None:
+                return widths
+            widths = {**widths, best[1]: best[2]}
+
+    def _cut(self, widths: Mapping[str, int]) -> dict[str, Kept]:
+        """Cut and reconstruct all modules in network order."""
+        self.bench.reset()
+        kept = {}
+        for name in self.bench.modules:
+            self.bench.begin(name)
+            kept[name] = self.bench.choose(name, widths[name])
+            self.bench.set_kept(name, kept[name])
+            self.progress(name)
+        return kept

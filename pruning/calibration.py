@@ -1,0 +1,144 @@
+"""Calibration: what a few images of the search tell about each module, its activations and how much they matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.prunable import PrunableModule
+from pruning.features import StateCache
+from util import distributed
+
+# A token counts by the squared norm of the loss's gradient there, at most OUTLIER times the mean, mixed with an even
+# weight. Tried on the demo: after half of all channels are gone AP is 0.6 points better than with even weights, 5
+# points after 70 %; an even share of 0.02 to 0.5 makes no difference.
+EVEN_SHARE = 0.1
+OUTLIER = 50.0
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How the loss feels an error of one module's output.
+
+    Attributes:
+        token_weights: for each calibration batch B x L, with mean 1 over all.
+        metric: D x D second moment of the gradient's direction, with trace 1.
+        level: mean over tokens of the squared norm of the gradient, times the tokens of an image.
+    """
+
+    token_weights: list[Tensor]
+    metric: Tensor
+    level: float
+
+
+class Calibration:
+    """The calibration images of a search: a part of its cached batches, those that this process holds."""
+
+    def __init__(
+        self, model: nn.Module, criterion: nn.Module, cache: StateCache, batches: Sequence[int], device: torch.device
+    ) -> None:
+        """One pass forward and backward; `cache` stands in front of the first module.
+
+        Args:
+            batches: which of the cache's batches to look at.
+        """
+        self.model = model
+        self.cache = cache
+        self.batches = batches
+        self.device = device
+        self._criterion = criterion
+        self._modules = model.prunable_modules()
+        self.sensitivities = self._measure_sensitivities()
+
+    def activations(self, module: PrunableModule) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Run one module over the calibration images, the cache standing in front of it.
+
+        Gives the place of the batch among the calibration batches, and what the layer shows its observer.
+        """
+        names = self.model.step_names
+        following = names.index(module.name) + 1
+        stop = names[following] if following < len(names) else None
+        block = module.name.rsplit(".", 1)[1]
+        for place, batch in enumerate(self.batches):
+            state = self.cache.state(batch).to(self.device)
+            seen: dict[str, Any] = {}
+            module.layer.observer = lambda name, shown, seen=seen: seen.update(shown) if name == block else None
+            try:
+                with torch.no_grad():
+                    self.model.run_steps(state, module.name, stop)
+            finally:
+                module.layer.observer = None
+            self.cache.counter.add(module.name, stop, len(state.queries))
+            yield place, seen
+
+    def losses(self, start: str) -> Iterator[tuple[int, Tensor]]:
+        """Place and loss of each calibration batch, with a graph, run from in front of module `start`."""
+        for place, batch in enumerate(self.batches):
+            state = self.cache.state(batch).to(self.device)
+            targets = [{k: v.to(self.device) for k, v in t.items()} for t in self.cache.targets[batch]]
+            with torch.enable_grad():
+                outputs = self.model.outputs(self.model.run_steps(_with_graph(state), start))
+                loss = self._criterion.weighted_sum(self._criterion(outputs, targets))
+            # Going backward costs about two passes forward.
+            self.cache.counter.add(start, None, 3 * len(targets))
+            yield place, loss * len(targets)
+
+    def _measure_sensitivities(self) -> dict[str, Sensitivity]:
+        outputs: dict[str, Tensor] = {}
+        squares: dict[str, list[Tensor]] = {name: [] for name in self._modules}
+        metrics: dict[str, Tensor | float] = dict.fromkeys(self._modules, 0.0)
+
+        def keep_gradient(name: str, output: Tensor) -> None:
+            output.retain_grad()
+            outputs[name] = output
+
+        hooks = [
+            self.model.get_submodule(module.output_name).register_forward_hook(
+                lambda _, inputs, output, name=name: keep_gradient(name, output)
+            )
+            for name, module in self._modules.items()
+        ]
+        try:
+            for _, loss in self.losses(self.model.step_names[0]):
+                loss.backward()
+                for name, output in outputs.items():
+                    gradient = output.grad.double()
+                    squares[name].append(gradient.square().sum(-1).cpu())
+                    metrics[name] = metrics[name] + torch.einsum("bli,blj->ij", gradient, gradient).cpu()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.model.zero_grad(set_to_none=True)
+        gathered = distributed.gather_objects((squares, metrics, sum(map(len, squares[next(iter(squares))]))))
+        images = sum(count for *_, count in gathered)
+        return {name: self._sensitivity(name, squares[name], gathered, images) for name in self._modules}
+
+    def _sensitivity(self, name: str, squares: list[Tensor], gathered: list[tuple], images: int) -> Sensitivity:
+        """Weights of this process's tokens; means are those of all processes."""
+        total = float(sum(batch.sum() for part, *_ in gathered for batch in part[name]))
+        tokens = sum(batch.numel() for part, *_ in gathered for batch in part[name])
+        mean = max(total / tokens, torch.finfo(torch.float64).tiny)
+        weights = [EVEN_SHARE + (1 - EVEN_SHARE) * (batch / mean).clamp(max=OUTLIER) for batch in squares]
+        metric = sum(metrics[name] for _, metrics, _ in gathered)
+        width = len(metric)
+        trace = metric.diagonal().sum()
+        metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / width
+        if name.startswith("encoder."):
+            weights = [w * self._on_image(batch) for w, batch in zip(weights, self.batches, strict=True)]
+        return Sensitivity(weights, metric, total / images)
+
+    def _on_image(self, batch: int) -> Tensor | float:
+        """B x S, 1 on image pixels and 0 on padding; 1.0 where a batch has no padding."""
+        mask = self.cache.state(batch).memory_mask
+        return 1.0 if mask is None else mask[:, 0, 0].double().cpu()
+
+
+def _with_graph(state: Any) -> Any:
+    """A state from which gradients flow, whatever parameters are frozen."""
+    return state.replace(
+        memory=state.memory.detach().clone().requires_grad_(), queries=state.queries.detach().clone().requires_grad_()
+    )

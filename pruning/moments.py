@@ -1,0 +1,102 @@
+"""Weighted second moments of activations, accumulated in float64: all that a least-squares fit needs of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from util import distributed
+
+DAMPING = 1e-4  # of the mean diagonal: what keeps a fit from following the noise of few tokens
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted sums over tokens of inputs x (C channels) and targets y (D channels), float64 on the CPU.
+
+    Attributes:
+        weight: sum of the weights.
+        x, y: C and D.
+        xx, yx, yy: C x C, D x C, D x D.
+    """
+
+    weight: Tensor
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    yx: Tensor
+    yy: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, weights: Tensor) -> Moments:
+        """The sums of one batch.
+
+        Args:
+            x: ... x C.
+            y: ... x D.
+            weights: the leading axes of x, not negative.
+        """
+        x, y = (t.detach().flatten(0, -2).double() for t in (x, y))
+        weights = weights.flatten().to(x)
+        weighted_x, weighted_y = x * weights[:, None], y * weights[:, None]
+        sums = weights.sum(), weighted_x.sum(0), weighted_y.sum(0), weighted_x.T @ x, weighted_y.T @ x, weighted_y.T @ y
+        return cls(*(t.cpu() for t in sums))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(*(a + b for a, b in zip(self._sums(), other._sums(), strict=True)))
+
+    def over_processes(self) -> Moments:
+        """The sums of all processes, added in the order of their ranks, so that all of them get the same."""
+        first, *others = distributed.gather_objects(self)
+        return sum(others, first)
+
+    def of_linear(self, weight: Tensor, bias: Tensor) -> Moments:
+        """The moments with the targets y = weight x + bias (D x C and D)."""
+        weight, bias = weight.detach().double().cpu(), bias.detach().double().cpu()
+        yx = weight @ self.xx + torch.outer(bias, self.x)
+        y = weight @ self.x + bias * self.weight
+        yy = yx @ weight.T + torch.outer(y, bias)
+        return Moments(self.weight, self.x, y, self.xx, yx, yy)
+
+    def of_projected(self, projection: Tensor) -> Moments:
+        """The moments with the inputs projection @ x (K x C)."""
+        xx = projection @ self.xx @ projection.T
+        return Moments(self.weight, projection @ self.x, self.y, xx, self.yx @ projection.T, self.yy)
+
+    def of_channels(self, indices: Tensor) -> Moments:
+        """The moments with some of the inputs only."""
+        xx = self.xx[indices][:, indices]
+        return Moments(self.weight, self.x[indices], self.y, xx, self.yx[:, indices], self.yy)
+
+    @property
+    def covariance_xx(self) -> Tensor:
+        """C x C covariance of the inputs."""
+        return self.xx / self.weight - torch.outer(self.x, self.x) / self.weight**2
+
+    @property
+    def covariance_yx(self) -> Tensor:
+        """D x C covariance of targets and inputs."""
+        return self.yx / self.weight - torch.outer(self.y, self.x) / self.weight**2
+
+    @property
+    def covariance_yy(self) -> Tensor:
+        """D x D covariance of the targets."""
+        return self.yy / self.weight - torch.outer(self.y, self.y) / self.weight**2
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.weight, self.x, self.y, self.xx, self.yx, self.yy
+
+
+def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:
+    """A covariance with `damping` times its mean diagonal added to the diagonal, so that it can be inverted."""
+    level = damping * covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
+    return covariance + level * torch.eye(len(covariance), dtype=covariance.dtype)
+
+
+def square_root(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a damped positive definite matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh(covariance)
+    roots = values.clamp(min=torch.finfo(torch.float64).tiny ** 0.5).sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T

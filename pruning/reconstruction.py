@@ -1,0 +1,228 @@
+"""Reconstruction: the weights around pruned channels, fitted so that a module gives what it gave before.
+
+Levels:
+
+- `none`: the kept channels stay as they are.
+- `output`: the layer behind them (`out_proj`, `linear2`) is refitted on calibration images, its bias too.
+- `full`: besides, the queries, keys and values of an attention are projected onto the directions that matter most
+  before they are cut, so that a kept channel holds one of those directions in place of what stood there.
+
+The whole layers hold the result in the places of the kept channels, so that the gated and the cut detector still
+compute the same function and the file formats stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.prunable import PrunableModule
+from pruning.calibration import Calibration
+from pruning.fit import error_covariance, low_rank_products, refit, value_directions
+from pruning.gates import gate_vector, set_gate
+from pruning.kept import Kept, width_of
+from pruning.moments import Moments, square_root
+from util import distributed
+
+LEVELS = ("none", "output", "full")
+QUERY_PARTS = {"query": 0, "position_query": 1}
+KEY_PARTS = {"key": 0, "position_key": 1, "common_key": 0}
+
+
+class Reconstruction:
+    """Cuts modules to kept sets by gates and refits them; each module from its own weights as they were at first."""
+
+    def __init__(self, calibration: Calibration, level: str) -> None:
+        """`level` is one of `LEVELS`; `calibration` holds the images to fit on."""
+        self.level = level
+        self._calibration = calibration
+        self._parameters = dict(calibration.model.named_parameters(remove_duplicate=False))
+        self._modules: Mapping[str, PrunableModule] = calibration.model.prunable_modules()
+        keys = {key for module in self._modules.values() for key in _keys(module)}
+        self._original = {key: self._parameters[key].detach().clone() for key in keys}
+        self._name: str | None = None
+
+    def begin(self, name: str) -> None:
+        """Look at module `name` as it is, the calibration's cache standing in front of it."""
+        self._name = name
+        self._hidden: Moments | None = None
+        self._outputs: list[Tensor] | None = None
+        self._second_moments: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def restore(self, name: str) -> None:
+        """Give a module its first weights back, and no gate."""
+        with torch.no_grad():
+            for key in _keys(self._modules[name]):
+                self._parameters[key].copy_(self._original[key])
+        self._modules[name].set_gate(None)
+
+    @torch.no_grad()
+    def apply(self, kept: Kept) -> float:
+        """Let only `kept` through the module begun with, refitted; returns the predicted damage.
+
+        The damage is the weighted squared error of the module's output in the metric of the loss's gradients, a
+        second-order estimate of what the loss of an image rises by, up to a factor that all modules share.
+        """
+        module = self._modules[self._name]
+        self.restore(module.name)
+        if width_of(kept) == module.width:
+            return 0.0
+        if module.has_logits and self._outputs is None:
+            self._outputs = self._whole_outputs(module)
+        if self.level == "none":
+            set_gate(module, kept, self._calibration.device)
+            return self._damage_of_gates(module, kept)
+        if self.level == "full" and module.has_logits:
+            self._project_logits(module, kept["query"])
+        part = "value" if module.is_attention else "hidden"
+        moments = self._output_moments(module, kept)
+        weight, bias = (self._parameters[f"{module.output_name}.{leaf}"] for leaf in ("weight", "bias"))
+        if self.level == "full" and module.is_attention:
+            projection = self._project_values(module, kept[part], moments)
+            start, moments = weight.double().cpu() @ projection.T, moments.of_projected(projection)
+        else:
+            start, moments = weight[:, kept[part].to(weight.device)], moments.of_channels(kept[part])
+        fitted, fitted_bias = refit(start, moments)
+        weight[:, kept[part].to(weight.device)] = fitted.to(weight)
+        bias.copy_(fitted_bias)
+        set_gate(module, kept, self._calibration.device)
+        return self._damage(module, fitted, moments)
+
+    def hidden_moments(self) -> Moments:
+        """Moments of what the whole module gives its output layer, and of that layer's output (without level)."""
+        if self._hidden is None:
+            module = self._modules[self._name]
+            self._hidden = self._measure(module, None).of_linear(*self._output_layer(module))
+        return self._hidden
+
+    def logit_moments(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Second moments of queries and of keys, for each product heads x d x d; see `low_rank_products`."""
+        if self._second_moments is None:
+            self._second_moments = self._measure_logits(self._modules[self._name])
+        return self._second_moments
+
+    def metric(self) -> Tensor:
+        """D x D, in which errors of the module's output are judged."""
+        return self._calibration.sensitivities[self._name].metric
+
+    def original(self, key: str) -> Tensor:
+        """A parameter as it was before any cut."""
+        return self._original[key]
+
+    def _output_layer(self, module: PrunableModule) -> tuple[Tensor, Tensor]:
+        return tuple(self._original[f"{module.output_name}.{leaf}"] for leaf in ("weight", "bias"))
+
+    def _output_moments(self, module: PrunableModule, kept: Kept) -> Moments:
+        """Inputs of the output layer with the kept queries alone, targets what the whole module gives."""
+        if not module.is_attention or not module.has_logits:
+            return self.hidden_moments()
+        module.set_gate(gate_vector(kept["query"], module.width, self._calibration.device), None)
+        return self._measure(module, self._outputs)
+
+    def _whole_outputs(self, module: PrunableModule) -> list[Tensor]:
+        """What the module, whole as it is, adds to the residual, for each calibration batch."""
+        layer = self._output_layer(module)
+        return [F.linear(seen["attended"], *layer) for _, seen in self._calibration.activations(module)]
+
+    def _measure(self, module: PrunableModule, targets: list[Tensor] | None) -> Moments:
+        """Moments of the output layer's input and of `targets` (None: nothing) under the gates as they are."""
+        weights = self._calibration.sensitivities[module.name].token_weights
+        name = "attended" if module.is_attention else "hidden"
+        parts = []
+        for place, seen in self._calibration.activations(module):
+            x = seen[name]
+            parts.append(Moments.of(x, x[..., :0] if targets is None else targets[place], weights[place]))
+        return sum(parts[1:], parts[0]).over_processes()
+
+    def _measure_logits(self, module: PrunableModule) -> tuple[list[Tensor], list[Tensor]]:
+        weights = self._calibration.sensitivities[module.name].token_weights
+        sums: list[Tensor] = []
+        self.restore(module.name)
+        for place, seen in self._calibration.activations(module):
+            squares = [_per_head(q, module.nheads, weights[place]) for q in seen["queries"]]
+            images = len(seen["queries"][0])
+            keys = (key.expand(images, -1, -1) for key in seen["keys"])
+            squares += [_centred_per_head(key, module.nheads, seen["key_mask"]) for key in keys]
+            sums = [a + b for a, b in zip(sums, squares, strict=True)] if sums else squares
+        sums = [sum(parts) for parts in zip(*distributed.gather_objects(sums), strict=True)]
+        half = len(sums) // 2
+        return sums[:half], sums[half:]
+
+    def _project_logits(self, module: PrunableModule, kept_queries: Tensor) -> None:
+        """Put the best directions of queries and keys into the places of the kept channels."""
+        queries, keys = self.logit_moments()
+        rank = len(kept_queries) // module.nheads
+        heads = [
+            low_rank_products([q[h] for q in queries], [k[h] for k in keys], rank, module.has_common_key)
+            for h in range(module.nheads)
+        ]
+        projections = [
+            [torch.stack([head[side][product] for head in heads]) for product in range(len(queries))] for side in (0, 1)
+        ]
+        for piece in module.parameter_slices():
+            blocks = self._parameters[piece.key].chunk(len(piece.parts), piece.axis)
+            for block, part in zip(blocks, piece.parts, strict=True):
+                for side, places in enumerate((QUERY_PARTS, KEY_PARTS)):
+                    if part in places:
+                        _project_rows(block, kept_queries, projections[side][places[part]])
+
+    def _project_values(self, module: PrunableModule, kept_values: Tensor, moments: Moments) -> Tensor:
+        """Put the best directions of the values into the places of the kept channels.
+
+        Returns:
+            kept x width, the projection of all heads.
+        """
+        rank, head_width = len(kept_values) // module.nheads, module.width // module.nheads
+        root, _ = square_root(self.metric())
+        weight = root @ self._output_layer(module)[0].double().cpu()
+        heads = []
+        for head in range(module.nheads):
+            place = slice(head * head_width, (head + 1) * head_width)
+            covariance = moments.covariance_xx[place, place]
+            heads.append(value_directions(weight[:, place], covariance, rank))
+        for piece in module.parameter_slices():
+            blocks = self._parameters[piece.key].chunk(len(piece.parts), piece.axis)
+            for block, part in zip(blocks, piece.parts, strict=True):
+                if part == "value" and piece.axis == 0:
+                    _project_rows(block, kept_values, torch.stack(heads))
+        return torch.block_diag(*heads)
+
+    def _damage_of_gates(self, module: PrunableModule, kept: Kept) -> float:
+        moments = self._output_moments(module, kept)
+        part = "value" if module.is_attention else "hidden"
+        set_gate(module, kept, self._calibration.device)
+        weight = self._output_layer(module)[0].double().cpu()[:, kept[part]]
+        return self._damage(module, weight, moments.of_channels(kept[part]))
+
+    def _damage(self, module: PrunableModule, weight: Tensor, moments: Moments) -> float:
+        error = error_covariance(weight, moments)
+        level = self._calibration.sensitivities[module.name].level
+        return max(0.0, level * float((self.metric() * error).sum()))
+
+
+def _keys(module: PrunableModule) -> list[str]:
+    """The parameters that a reconstruction of the module may change."""
+    return [*(piece.key for piece in module.parameter_slices()), f"{module.output_name}.bias"]
+
+
+def _project_rows(block: Tensor, kept: Tensor, projections: Tensor) -> None:
+    """rows[kept of head h] = projections[h] @ rows[all of head h], for a weight (width x D) or a bias (width)."""
+    heads, _, head_width = projections.shape
+    rows = block.detach().double().cpu().reshape(heads, head_width, -1)
+    block[kept.to(block.device)] = (projections @ rows).flatten(0, 1).reshape(-1, *block.shape[1:]).to(block)
+
+
+def _per_head(x: Tensor, nheads: int, weights: Tensor) -> Tensor:
+    """heads x d x d: weighted sum over tokens of x x^T, for x of shape B x L x (heads * d)."""
+    x = x.double().unflatten(-1, (nheads, -1))
+    return torch.einsum("blhi,bl,blhj->hij", x, weights.to(x), x).cpu()
+
+
+def _centred_per_head(keys: Tensor, nheads: int, mask: Tensor | None) -> Tensor:
+    """heads x d x d: sum over the tokens of image pixels, each image's mean key taken away."""
+    on_image = keys.new_ones(keys.shape[:2]) if mask is None else mask[:, 0, 0].expand(keys.shape[:2]).to(keys)
+    mean = (keys * on_image[..., None]).sum(1, keepdim=True) / on_image.sum(1)[:, None, None]
+    return _per_head(keys - mean, nheads, on_image)

@@ -1,0 +1,116 @@
+"""From scores to kept sets: forward selection, backward elimination, or one look at all channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pruning.gates import Gated
+from pruning.kept import Kept, add, all_kept, missing, none_kept, parts
+from pruning.scores import Ranking
+
+DIRECTIONS = ("backward", "forward", "once")
+
+
+class Order:
+    """The channels of a module from the first to keep to the last, by part and head; every width is a prefix of it."""
+
+    def __init__(self, ranked: dict[str, Tensor]) -> None:
+        """`ranked`: for each part nheads x head width absolute channel indices, the best first."""
+        self._ranked = ranked
+
+    def kept(self, width: int) -> Kept:
+        """The kept set of that many channels, equally many from each head."""
+        return {
+            part: ranked[:, : width // len(ranked)].flatten().sort().values for part, ranked in self._ranked.items()
+        }
+
+    @classmethod
+    def natural(cls, module: Gated) -> Order:
+        """Channels as they stand: for places that a reconstruction fills anew."""
+        return cls({part: torch.arange(module.width).view(module.nheads, -1) for part in parts(module)})
+
+
+def order_channels(
+    module: Gated, ranking: Ranking, direction: str, unit: int, share_sets: bool, max_steps: int = 32
+) -> Order:
+    """Rank all channels of a module.
+
+    Args:
+        direction: `backward` takes the worst away step by step, `forward` adds the best to an empty module step by
+            step, both scoring anew in between; `once` scores the whole module.
+        unit: least channels of a step, in all heads together; a step is larger where `max_steps` would be passed.
+        share_sets: one order for all parts, or one for each.
+    """
+    groups = [parts(module)] if share_sets else [(part,) for part in parts(module)]
+    if direction == "once":
+        step = module.width
+    else:
+        step = max(unit, -(-module.width // (max_steps * module.nheads)) * module.nheads)
+    walk = _forward if direction == "forward" else _backward
+    ranked: dict[str, Tensor] = {}
+    for joined in groups:
+        order = walk(module, ranking, joined, step // module.nheads)
+        ranked.update(dict.fromkeys(joined, order))
+    return Order(ranked)
+
+
+def _backward(module: Gated, ranking: Ranking, joined: Sequence[str], per_head: int) -> Tensor:
+    kept, tail = all_kept(module), []
+    while len(kept[joined[0]]):
+        candidates = kept[joined[0]]
+        heads = _sorted_heads(module, candidates, ranking(module, joined, kept, candidates))
+        leaving = heads[:, -per_head:]
+        tail.insert(0, leaving)
+        stay = ~torch.isin(candidates, leaving.flatten())
+        kept = {part: channels[stay] if part in joined else channels for part, channels in kept.items()}
+    return torch.cat(tail, 1)
+
+
+def _forward(module: Gated, ranking: Ranking, joined: Sequence[str], per_head: int) -> Tensor:
+    whole, empty, front = all_kept(module), none_kept(module), []
+    kept = {part: empty[part] if part in joined else whole[part] for part in whole}
+    while len(kept[joined[0]]) < module.width:
+        candidates = missing(module, {part: kept[part] for part in joined})
+        heads = _sorted_heads(module, candidates, ranking(module, joined, kept, candidates))
+        front.append(heads[:, :per_head])
+        kept = {**kept, **add({part: kept[part] for part in joined}, front[-1].flatten())}
+    return torch.cat(front, 1)
+
+
+def _sorted_heads(module: Gated, candidates: Tensor, scores: Tensor) -> Tensor:
+    """nheads x (candidates of a head), the lowest score first; candidates ascend, equally many in each head."""
+    of_heads, scores = candidates.view(module.nheads, -1), scores.view(module.nheads, -1)
+    return of_heads.gather(1, scores.argsort(dim=1, stable=True))
+
+
+def draw_candidates(module: Gated, kept: Kept, count: int, unit: int, generator: torch.Generator) -> Tensor:
+    """Random channels that are not kept yet, in ascending order.
+
+    At most `count` in all, spread evenly over the heads of an attention, and enough of each head for one unit.
+
+    Args:
+        unit: channels that the step adds, in all heads together.
+    """
+    free = missing(module, kept)
+    head_width = module.width // module.nheads
+    drawn = []
+    for head in range(module.nheads):
+        of_head = free[free // head_width == head]
+        fair = count // module.nheads + (head < count % module.nheads)
+        chosen = torch.randperm(len(of_head), generator=generator)[: max(fair, unit // module.nheads)]
+        drawn.append(of_head[chosen])
+    return torch.cat(drawn).sort().values
+
+
+def best_of_each_head(module: Gated, candidates: Tensor, scores: Tensor, unit: int) -> Tensor:
+    """The `unit` channels with the lowest scores, equally many from each head; all that are there if fewer."""
+    head_width = module.width // module.nheads
+    best = []
+    for head in range(module.nheads):
+        of_head = (candidates // head_width == head).nonzero().flatten()
+        order = scores[of_head].argsort(stable=True)[: unit // module.nheads]
+        best.append(candidates[of_head[order]])
+    return torch.cat(best).sort().values
