@@ -10,11 +10,14 @@ them. It is no requirement of this package: `pip install torch-pruning`.
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.metadata
 import math
 import multiprocessing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -105,8 +108,8 @@ def prune_with_torch_pruning(
     fraction: float,
     *,
     importance: str = "magnitude",
-    ranking: str = "global",
-    attention_power: float | None = 2.0,
+    ranking: str = "uniform",
+    attention_power: float | None = 4.0,
     tolerance: float = 0.005,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A detector from which Torch-Pruning, helped, removed `fraction` of the transformer's parameters.
@@ -118,14 +121,14 @@ def prune_with_torch_pruning(
         fraction: in (0, 1).
         importance: `magnitude` (GroupMagnitudeImportance) or `taylor` (GroupTaylorImportance).
         ranking: how its pruner ranks: `uniform` (within each layer) or `global` (all FFNs together, and so on by kind).
-        attention_power: attentions lose the share ratio ** attention_power of their channels where FFNs lose `ratio`;
-            None prunes the FFNs alone.
+        attention_power: attentions lose the share r ** attention_power of their channels where FFNs lose the share r,
+            as they can spare less; None prunes the FFNs alone.
         tolerance: how far from `fraction` the result may be to count as having reached it.
 
     Returns:
         The smaller detector, and `fraction` (removed), `reached` (whether that is within the tolerance; if not, it is
-        the nearest that was found), `ratio` (of channels, as given to the pruner), `widths`, `transformer_params`,
-        `version` and `help`.
+        the nearest that was found), `ffn_ratio` (as given to the pruner), `widths`, `transformer_params`, `version` and
+        `help`.
 
     Raises:
         UserError: torch-pruning is not installed, or an unknown importance or ranking.
@@ -138,44 +141,67 @@ def prune_with_torch_pruning(
         raise UserError(f"importance: found {importance!r}, expected magnitude or taylor")
     if ranking not in ("uniform", "global"):
         raise UserError(f"ranking: found {ranking!r}, expected uniform or global")
-    whole = count_parameters(model.transformer)
-    best, best_error, best_ratio = model, math.inf, 0.0
-    low, high = 0.0, 1.0
-    for _ in range(BISECTIONS):
-        ratio = (low + high) / 2
-        pruned = _prune(tp, model, gradients, ratio, importance, ranking, attention_power)
-        removed = 1 - count_parameters(pruned.transformer) / whole
-        if abs(removed - fraction) < best_error:
-            best, best_error, best_ratio = pruned, abs(removed - fraction), ratio
-        low, high = (ratio, high) if removed < fraction else (low, ratio)
-    params = count_parameters(best.transformer)
-    return best, {
-        "fraction": 1 - params / whole,
-        "reached": best_error <= tolerance,
-        "ratio": best_ratio,
-        "widths": best.widths.to_list(),
+    prune = functools.partial(_prune, tp, model, gradients, importance, ranking)
+
+    def attention_ratio(ratio: float) -> float:
+        return 0.0 if attention_power is None else ratio**attention_power
+
+    best, low = _bisect(lambda ratio: prune(ratio, attention_ratio(ratio)), model, fraction, 0.0)
+    if best.error > tolerance and attention_power is not None:
+        # One channel of every head may be too large a step; FFNs make up for it.
+        finer, _ = _bisect(lambda ratio: prune(ratio, attention_ratio(low)), model, fraction, low)
+        best = min(best, finer, key=lambda found: found.error)
+    params = count_parameters(best.model.transformer)
+    return best.model, {
+        "fraction": 1 - params / count_parameters(model.transformer),
+        "reached": best.error <= tolerance,
+        "ffn_ratio": best.ratio,
+        "widths": best.model.widths.to_list(),
         "transformer_params": params,
-        "version": tp.__version__,
+        "version": importlib.metadata.version("torch-pruning"),
         "help": list(HELP),
     }
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A pruned detector, how far from the fraction asked for it is, and the FFNs' ratio it was pruned by."""
+
+    model: nn.Module
+    error: float
+    ratio: float
+
+
+def _bisect(prune: Callable[[float], nn.Module], whole: nn.Module, fraction: float, low: float) -> tuple[_Found, float]:
+    """The pruned detector nearest to `fraction`, and the largest ratio found, at least `low`, that removes less."""
+    params = count_parameters(whole.transformer)
+    best, high = _Found(whole, math.inf, 0.0), 1.0
+    for _ in range(BISECTIONS):
+        ratio = (low + high) / 2
+        model = prune(ratio)
+        removed = 1 - count_parameters(model.transformer) / params
+        if abs(removed - fraction) < best.error:
+            best = _Found(model, abs(removed - fraction), ratio)
+        low, high = (ratio, high) if removed < fraction else (low, ratio)
+    return best, low
 
 
 def _prune(
     tp: ModuleType,
     model: nn.Module,
     gradients: Mapping[str, Tensor],
-    ratio: float,
     importance: str,
     ranking: str,
-    attention_power: float | None,
+    ffn_ratio: float,
+    attention_ratio: float,
 ) -> nn.Module:
     """A copy of a detector after one run of Torch-Pruning's pruner over its blocks."""
     slim = copy.deepcopy(model).eval()
     for name, parameter in slim.named_parameters():
         parameter.grad = gradients.get(name)
     blocks = _Blocks(slim)
-    attentions = [] if attention_power is None else blocks.projections()
-    ratios = {tuple(kind): ratio**attention_power for kind in attentions} | {tuple(blocks.hidden_layers()): ratio}
+    attentions = blocks.projections() if attention_ratio else []
+    ratios = {tuple(kind): attention_ratio for kind in attentions} | {tuple(blocks.hidden_layers()): ffn_ratio}
     roots = {layer for kind in ratios for layer in kind}
     score = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}
     x = torch.randn(1, TOKENS, model.hidden_dim, generator=torch.Generator().manual_seed(0))
