@@ -66,6 +66,7 @@ class BudgetSearch:
     replayed: list[float] = field(default_factory=list)
     progress: Callable[[str], Any] = lambda name: None
     trials: list[Trial] = field(default_factory=list)
+    _damages: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def run(self, keep: float | None, map_tol: float) -> tuple[dict[str, Kept], Trial]:
         """Cut to the fraction `keep` of the cost, or (None) as far as mAP stays within `map_tol` of the base.
@@ -74,7 +75,7 @@ class BudgetSearch:
             UserError: one unit of every module costs more than that.
         """
         self._past = list(self.replayed)
-        self._damages = self._predict_damages()
+        self._damages = self._damages or self._predict_damages()
         if keep is not None:
             trials = [self._trial(keep, power) for power in POWERS]
             best = max(trials, key=lambda trial: trial.full_ap)

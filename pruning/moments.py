@@ -9,6 +9,7 @@ from torch import Tensor
 
 from util import distributed
 
+TINY = torch.finfo(torch.float64).tiny ** 0.5
 DAMPING = 1e-4  # of the mean diagonal: what keeps a fit from following the noise of few tokens
 
 

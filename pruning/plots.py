@@ -25,7 +25,7 @@ WHOLE = "#dddddd"
 
 def plot_widths(path: str | Path, before: Widths, after: Widths) -> None:
     """Write a PNG with the width of each module before (grey) and after, attentions above FFNs."""
-    figure = _figure(10, 6)
+    figure = new_figure(10, 6)
     panels = figure.subplots(2, 1)
     for axes, title, is_ffn in zip(panels, ("attention channels", "FFN channels"), (False, True), strict=True):
         names = [name for name in before.names() if name.endswith("ffn") == is_ffn]
@@ -37,7 +37,7 @@ def plot_widths(path: str | Path, before: Widths, after: Widths) -> None:
         axes.tick_params(axis="x", labelrotation=35, labelsize=7)
         for label in axes.get_xticklabels():
             label.set_horizontalalignment("right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_ap_against_parameters(
@@ -52,7 +52,7 @@ def plot_ap_against_parameters(
     """
     tried = [point for point in points if not point[2]]
     accepted = [(base_params, base_ap), *(point[:2] for point in points if point[2])]
-    figure = _figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     axes.plot([params / 1e6 for params, _ in accepted], [100 * ap for _, ap in accepted], "o-", label="accepted")
     if tried:
@@ -63,10 +63,10 @@ def plot_ap_against_parameters(
     axes.invert_xaxis()
     axes.set_title(caption, fontsize=10)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of that many inches, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -76,5 +76,5 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     write_atomic(path, lambda stream: figure.savefig(stream, format="png", dpi=120))

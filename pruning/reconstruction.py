@@ -13,7 +13,7 @@ compute the same function and the file formats stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -162,12 +162,20 @@ class Reconstruction:
         projections = [
             [torch.stack([head[side][product] for head in heads]) for product in range(len(queries))] for side in (0, 1)
         ]
+        blocks = list(self._logit_blocks(module))
+        if not module.has_common_key:
+            _balance(projections, blocks)
+        for side, product, block in blocks:
+            _project_rows(block, kept_queries, projections[side][product])
+
+    def _logit_blocks(self, module: PrunableModule) -> Iterator[tuple[int, int, Tensor]]:
+        """0 for queries and 1 for keys, the product they take part in, and the rows of a weight or bias."""
         for piece in module.parameter_slices():
             blocks = self._parameters[piece.key].chunk(len(piece.parts), piece.axis)
             for block, part in zip(blocks, piece.parts, strict=True):
-                for side, places in enumerate((QUERY_PARTS, KEY_PARTS)):
-                    if part in places:
-                        _project_rows(block, kept_queries, projections[side][places[part]])
+                for side, products in enumerate((QUERY_PARTS, KEY_PARTS)):
+                    if part in products:
+                        yield side, products[part], block
 
     def _project_values(self, module: PrunableModule, kept_values: Tensor, moments: Moments) -> Tensor:
         """Put the best directions of the values into the places of the kept channels.
@@ -213,6 +221,24 @@ def _project_rows(block: Tensor, kept: Tensor, projections: Tensor) -> None:
     heads, _, head_width = projections.shape
     rows = block.detach().double().cpu().reshape(heads, head_width, -1)
     block[kept.to(block.device)] = (projections @ rows).flatten(0, 1).reshape(-1, *block.shape[1:]).to(block)
+
+
+def _balance(projections: list[list[Tensor]], blocks: list[tuple[int, int, Tensor]]) -> None:
+    """Scale queries against keys, direction by direction, so that the rows of their weights are of one length.
+
+    The logits stay the same. Where one side's weights are a hundred times the other's, the first steps of a fine-tuning
+    destroy more than they mend.
+    """
+    for product, (on_queries, on_keys) in enumerate(zip(*projections, strict=True)):
+        squares = []
+        for side, projection in enumerate((on_queries, on_keys)):
+            heads, _, head_width = projection.shape
+            rows = [b.detach().double().cpu().reshape(heads, head_width, -1) for s, p, b in blocks
+                    if (s, p) == (side, product) and b.dim() == 2]  # fmt: skip
+            squares.append(sum((projection @ weight).square().sum(-1, keepdim=True) for weight in rows))
+        ratio = (squares[1].clamp(min=1e-30) / squares[0].clamp(min=1e-30)) ** 0.25
+        on_queries.mul_(ratio)
+        on_keys.div_(ratio)
 
 
 def _per_head(x: Tensor, nheads: int, weights: Tensor) -> Tensor:

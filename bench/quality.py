@@ -1,0 +1,390 @@
+"""AP before and after fine-tuning of a detector pruned in many ways to the same number of parameters.
+
+    python -m bench.quality demo --coco_path COCODIR --checkpoint checkpoints/demo.pth
+
+Searches, calibration and fine-tuning look at train2017 alone; AP is that of val2017. Writes quality_NAME.json after
+every row (a second call goes on behind the rows that are there), the table and quality_NAME.png to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+import engine
+from bench.paper_baseline import prune_as_paper, slim_copy
+from bench.torch_pruning_baseline import prune_with_torch_pruning
+from datasets.coco import annotation_path, build_dataset, build_loader
+from datasets.coco_eval import GroundTruth
+from main import build_detector, get_args_parser, settle_arguments
+from models.distillation import Distillation
+from models.widths import Widths
+from pruning.budget import BudgetSearch
+from pruning.cost import count_parameters, params_per_channel, step_shares
+from pruning.method import FAST, Method
+from pruning.schedule import GP, MGP
+from pruning.search import Search, Units
+from pruning.transplant import cut_state_dict, slices_of, widths_after
+from pruning.workbench import DetectorBench
+from util.errors import run_cli
+from util.files import write_json
+from util.logging import table
+from util.options import parse, whole
+from util.training_state import TrainingState, seed_everything
+
+FRACTIONS = (0.25, 0.47, 0.70)
+BATCH_SIZE = 16
+CPU = torch.device("cpu")
+TRAINING = (
+    "--batch_size 16 --amp --lr 1e-4 --lr_backbone 1e-5 --lr_schedule cosine --ema_decay 0.99 --augmentation flip "
+    "--cls_loss_coef 2"
+)
+DISTILL_WEIGHTS = {
+    "loss_distill_logits": 1.0,
+    "loss_distill_bbox": 5.0,
+    "loss_distill_giou": 2.0,
+    "loss_distill_memory": 1.0,
+}
+
+Built = tuple[nn.Module, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way to prune.
+
+    Attributes:
+        name: as the table shows it.
+        build: takes a fraction of the transformer's parameters to remove and a seed, gives the smaller detector.
+        seeds: how often it is built; 1 where no chance is involved.
+        tuned: whether it is fine-tuned too.
+        distilled: whether the dense detector teaches it then.
+    """
+
+    name: str
+    build: Callable[[float, int], Built]
+    seeds: int = 1
+    tuned: bool = False
+    distilled: bool = False
+
+
+class Subject:
+    """The dense detector, the images that it is pruned on and those that it is judged on."""
+
+    def __init__(self, coco_path: str, checkpoint: str, train_images: int, search_images: int) -> None:
+        words = ["--coco_path", coco_path, "--resume", checkpoint, "--num_workers", "0", *TRAINING.split()]
+        self.args, typed = parse(argparse.ArgumentParser(parents=[get_args_parser()]), words)
+        self.args.start_fresh = True
+        read, _ = settle_arguments(self.args, typed)
+        self.dense, self.criterion, postprocessors = build_detector(self.args, read)
+        self.dense.eval()
+        self.postprocess = postprocessors["bbox"]
+        self.training = Subset(
+            train := build_dataset("train2017", self.args, augment=True), range(min(train_images, len(train)))
+        )
+        self.training.set_epoch = train.set_epoch
+        seen = build_dataset("train2017", self.args, augment=False)
+        self.seen = build_loader(Subset(seen, range(min(search_images, len(seen)))), BATCH_SIZE, shuffle=False)
+        self.seen_truth = GroundTruth(annotation_path(coco_path, "train2017"))
+        self.image_size_hw = tuple(seen[0][0].shape[-2:])
+        self.val = build_loader(build_dataset("val2017", self.args, augment=False), BATCH_SIZE, shuffle=False)
+        self.val_truth = GroundTruth(annotation_path(coco_path, "val2017"))
+        with torch.no_grad():
+            self.val_states = [(self.dense.prepare(images), targets) for images, targets in self.val]
+        self.params = count_parameters(self.dense.transformer)
+
+    def ap_before_tuning(self, model: nn.Module) -> float:
+        """AP on val2017 of a detector whose backbone and queries are the dense one's: their features are shared."""
+        result = engine.evaluate(
+            lambda state: model.outputs(model.run_steps(state)),
+            self.postprocess, self.val_states, self.val_truth, device=CPU, progress=False,
+        )  # fmt: skip
+        return float(result.stats["AP"])
+
+    def ap_after_tuning(self, model: nn.Module, epochs: int, distilled: bool) -> float:
+        """AP on val2017 of a copy of `model` after `epochs` over the training images."""
+        args = argparse.Namespace(**{**vars(self.args), "epochs": epochs})
+        seed_everything(args.seed)
+        model = copy.deepcopy(model).requires_grad_(True)
+        for parameter, frozen in zip(model.parameters(), self.dense.parameters(), strict=True):
+            parameter.requires_grad_(frozen.requires_grad)
+        loader = build_loader(self.training, BATCH_SIZE, shuffle=True, seed=args.seed)
+        state = TrainingState(model, args, len(loader))
+        teacher = Distillation(copy.deepcopy(self.dense), DISTILL_WEIGHTS) if distilled else None
+        for epoch in range(epochs):
+            loader.set_epoch(epoch)
+            engine.train_one_epoch(
+                model, self.criterion, loader, state.optimizer, device=CPU, epoch=epoch, scheduler=state.scheduler,
+                clip_max_norm=args.clip_max_norm, amp=args.amp, weight_average=state.weight_average,
+                distillation=teacher, progress=False,
+            )  # fmt: skip
+        result = engine.evaluate(
+            state.best_model, self.postprocess, self.val, self.val_truth, device=CPU, progress=False
+        )
+        return float(result.stats["AP"])
+
+
+class Pruner:
+    """Prunes copies of the subject's detector by this package's own methods."""
+
+    def __init__(self, subject: Subject, method: Method, seed: int = 0) -> None:
+        self.model = copy.deepcopy(subject.dense)
+        count = len(subject.seen)
+        self.bench = DetectorBench(
+            self.model, subject.criterion, subject.postprocess, subject.seen, subject.seen_truth,
+            step_shares(self.model, subject.image_size_hw), method=method, device=CPU, batch_numbers=range(count),
+            subset_batches_attention=count, subset_batches_ffn=count, calibration_batches=count, images_at_once=64,
+            seed=seed,
+        )  # fmt: skip
+        self.whole = copy.deepcopy(self.model)
+
+    def at_widths(self, widths: Widths) -> Built:
+        """The detector cut to given widths, module by module in network order."""
+        self.bench.reset()
+        kept = {}
+        for name in self.bench.modules:
+            self.bench.begin(name)
+            kept[name] = self.bench.choose(name, widths.of(name))
+            self.bench.set_kept(name, kept[name])
+        return self.cut(kept)
+
+    def cut(self, kept: Mapping[str, Any]) -> Built:
+        """The detector as it stands, cut to `kept`."""
+        widths = widths_after(self.model.widths, kept)
+        slim = cut_state_dict(self.model.state_dict(), kept, slices_of(self.bench.modules))
+        return slim_copy(self.whole, slim, widths), {"widths": widths.to_list()}
+
+    @functools.cached_property
+    def budget(self) -> BudgetSearch:
+        """The search by budget over this detector; damages are predicted once."""
+        units = {name: m.nheads if m.is_attention else 4 * self.model.nheads for name, m in self.bench.modules.items()}
+        params = count_parameters(self.model.transformer)
+        return BudgetSearch(self.bench, params_per_channel(self.whole), params, units, self.bench.full_ap())
+
+    def searched(self, fraction: float) -> Built:
+        """The detector cut to widths that a search by budget finds."""
+        kept, trial = self.budget.run(1 - fraction, 0.0)
+        model, info = self.cut(kept)
+        return model, {**info, "power": trial.power, "search_ap": trial.full_ap}
+
+    def scheduled(self, schedule: Any, base_ap: float) -> Built:
+        """The detector cut to widths that a search by visits finds."""
+        self.bench.reset()
+        units = Units(1, 4 * self.model.nheads, 100, 200, 0)
+        return self.cut(Search(self.bench, schedule, units, base_ap).run())
+
+
+def uniform_widths(model: nn.Module, fraction: float) -> Widths:
+    """Widths that are the same share of every module and leave out `fraction` of the transformer's parameters."""
+    per_channel, total = params_per_channel(model), count_parameters(model.transformer)
+
+    def at(share: float) -> tuple[float, Widths]:
+        widths = model.widths
+        for name, width in model.widths.items():
+            unit = model.nheads if not name.endswith("ffn") else 8
+            widths = widths.replace(name, max(unit, round(share * width / unit) * unit))
+        gone = sum(per_channel[name] * (model.widths.of(name) - width) for name, width in widths.items())
+        return abs(gone / total - fraction), widths
+
+    return min((at(share / 500) for share in range(1, 500)), key=lambda pair: pair[0])[1]
+
+
+def rows_of(subject: Subject) -> list[Row]:
+    """Every way of the table."""
+    pruner = functools.lru_cache(maxsize=1)(lambda method, seed=0: Pruner(subject, method, seed))
+
+    def uniform(method: Method) -> Callable[[float, int], Built]:
+        return lambda fraction, seed: pruner(method, seed).at_widths(uniform_widths(subject.dense, fraction))
+
+    def torch_pruning(importance: str, ranking: str) -> Callable[[float, int], Built]:
+        return lambda fraction, seed: prune_with_torch_pruning(
+            subject.dense, list(subject.seen), subject.criterion, fraction, importance=importance, ranking=ranking
+        )
+
+    rows = [
+        Row("ours: budget, projected and refitted", lambda f, _: pruner(FAST).searched(f), tuned=True),
+        Row("ours, distilled", lambda f, _: pruner(FAST).searched(f), tuned=True, distilled=True),
+        Row("uniform widths, projected and refitted", uniform(FAST), tuned=True),
+    ]
+    for ranking in ("random", "magnitude", "first_order", "fisher", "exact", "elimination"):
+        for level, words in (("none", "as cut"), ("output", "refitted")):
+            # One pass over the candidates scores them all; the exact loss of each is too slow to be taken anew.
+            direction = "backward" if ranking == "elimination" else "once"
+            method = Method("bisect", ranking, direction, level, share_sets=False)
+            seeds = 3 if ranking == "random" else 1
+            rows.append(Row(f"uniform, {ranking.replace('_', ' ')}, {words}", uniform(method), seeds))
+    shared = Method("bisect", "fisher", "once", "output", share_sets=True)
+    rows.append(Row("uniform, fisher, refitted, one index set", uniform(shared)))
+    rows.append(
+        Row(
+            "the paper's way, uniform",
+            lambda f, seed: prune_as_paper(
+                subject.dense, subject.seen, subject.criterion, uniform_widths(subject.dense, f), seed=seed
+            ),
+            seeds=3,
+            tuned=True,
+        )
+    )
+    for importance in ("magnitude", "taylor"):
+        for ranking in ("uniform", "global"):
+            name = f"Torch-Pruning, {importance}, {ranking}"
+            rows.append(Row(name, torch_pruning(importance, ranking), tuned=ranking == "uniform"))
+    return rows
+
+
+def measure(subject: Subject, row: Row, fraction: float, epochs: int) -> dict[str, Any]:
+    """One row at one fraction: mean over its seeds before fine-tuning, the first seed after."""
+    start = time.perf_counter()
+    built = [row.build(fraction, seed) for seed in range(row.seeds)]
+    prune_seconds = (time.perf_counter() - start) / row.seeds
+    aps = [subject.ap_before_tuning(model) for model, _ in built]
+    model, info = built[0]
+    found = {
+        "name": row.name,
+        "asked": fraction,
+        "removed": 1 - count_parameters(model.transformer) / subject.params,
+        "ap_before": statistics.fmean(aps),
+        "ap_before_seeds": aps,
+        "prune_seconds": prune_seconds,
+        "widths": model.widths.to_list(),
+        "reached": info.get("reached", True),
+    }
+    if row.tuned and epochs:
+        found["ap_after"] = subject.ap_after_tuning(model, epochs, row.distilled)
+    return found
+
+
+def schedules(subject: Subject) -> list[dict[str, Any]]:
+    """GP and MGP, and the budget at the parameters that each of them leaves."""
+    found = []
+    for schedule in (GP, MGP):
+        eased = dataclasses.replace(schedule, map_tol=0.1, skip=0.01)
+        pruner = Pruner(subject, FAST)
+        start = time.perf_counter()
+        model, _ = pruner.scheduled(eased, pruner.bench.full_ap())
+        removed = 1 - count_parameters(model.transformer) / subject.params
+        seconds = time.perf_counter() - start
+        slim, _ = pruner.searched(removed)
+        for name, one, spent in (
+            (schedule.name.upper(), model, seconds),
+            (f"budget of {schedule.name.upper()}", slim, None),
+        ):
+            found.append(
+                {
+                    "name": name,
+                    "removed": 1 - count_parameters(one.transformer) / subject.params,
+                    "ap_before": subject.ap_before_tuning(one),
+                    "prune_seconds": spent,
+                    "widths": one.widths.to_list(),
+                }
+            )
+    return found
+
+
+def print_table(result: Mapping[str, Any]) -> None:
+    """AP in points, before and after fine-tuning, for every row and fraction."""
+    names = list(dict.fromkeys(row["name"] for row in result["rows"]))
+    cells = []
+    for name in names:
+        line: list[Any] = [name]
+        for fraction in FRACTIONS:
+            row = next((r for r in result["rows"] if r["name"] == name and r["asked"] == fraction), None)
+            line += ["", ""] if row is None else [_before(row), _points(row.get("ap_after"))]
+        cells.append(line)
+    titles = [""] + [f"{100 * f:.0f} %{after}" for f in FRACTIONS for after in (" before", " after")]
+    dense = f"dense: {_points(result['dense_ap'])}, fine-tuned alike {_points(result.get('dense_ap_after'))}"
+    print(f"{result['name']}, AP in points on val2017; {dense}\n{table(titles, cells)}")
+    lines = [(r["name"], f"{100 * r['removed']:.1f} %", _points(r["ap_before"])) for r in result.get("schedules", [])]
+    if lines:
+        print(table(["search", "removed", "AP before fine-tuning"], lines))
+
+
+def _points(ap: float | None) -> str:
+    return "" if ap is None else f"{100 * ap:.1f}"
+
+
+def _before(row: Mapping[str, Any]) -> str:
+    aps = row["ap_before_seeds"]
+    spread = f" ± {50 * (max(aps) - min(aps)):.1f}" if len(aps) > 1 else ""
+    reached = "" if row["reached"] else f" (at {100 * row['removed']:.0f} %)"
+    return f"{_points(row['ap_before'])}{spread}{reached}"
+
+
+def plot(path: Path, result: Mapping[str, Any]) -> None:
+    """AP against the parameters that are left, before and after fine-tuning."""
+    from pruning.plots import new_figure, save_figure
+
+    figure = new_figure(11, 5)
+    panels = figure.subplots(1, 2, sharey=True)
+    names = list(dict.fromkeys(row["name"] for row in result["rows"]))
+    for axes, key, title in zip(panels, ("ap_before", "ap_after"), ("before fine-tuning", "after"), strict=True):
+        for index, name in enumerate(names):
+            rows = [r for r in result["rows"] if r["name"] == name and key in r]
+            style = "o-" if name.startswith("ours") else "x--" if "Torch" in name or "paper" in name else ".:"
+            axes.plot([100 * r["removed"] for r in rows], [100 * r[key] for r in rows], style,
+                      color=f"C{index % 10}", label=name)  # fmt: skip
+        axes.axhline(100 * result["dense_ap"], color="grey", zorder=0)
+        axes.set_title(f"{result['name']}, {title}", fontsize=10)
+        axes.set_xlabel("transformer parameters removed (%)")
+    panels[0].set_ylabel("AP (points)")
+    panels[0].legend(fontsize=6)
+    save_figure(figure, path)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of the benchmark."""
+    parser = argparse.ArgumentParser("python -m bench.quality", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("name", help="of the data set, as files and table show it")
+    add("--coco_path", required=True, help="data set in COCO's layout")
+    add("--checkpoint", required=True, help="dense detector")
+    add("--output", type=Path, default=Path("bench/results"), help="folder for the JSON and the picture")
+    add("--search_images", type=whole(1), default=400, help="first training images to search and calibrate on")
+    add("--train_images", type=whole(1), default=1000, help="first training images to fine-tune on")
+    add("--epochs", type=whole(0), default=2, help="epochs of fine-tuning over them, 0 for none")
+    return parser
+
+
+def main() -> None:
+    """Measure what is not there yet; print and plot everything."""
+    torch.set_flush_denormal(True)
+    args = get_parser().parse_args()
+    path = args.output / f"quality_{args.name}.json"
+    subject = Subject(args.coco_path, args.checkpoint, args.train_images, args.search_images)
+    settings = {key: getattr(args, key) for key in ("name", "search_images", "train_images", "epochs")}
+    result: dict[str, Any] = {**settings, "torch": torch.__version__, "machine": platform.machine(), "rows": []}
+    if path.is_file():
+        older = json.loads(path.read_text())
+        result = older if all(older.get(key) == value for key, value in settings.items()) else result
+    result["dense_ap"] = subject.ap_before_tuning(subject.dense)
+    for row in rows_of(subject):
+        for fraction in FRACTIONS:
+            if not any(r["name"] == row.name and r["asked"] == fraction for r in result["rows"]):
+                result["rows"].append(measure(subject, row, fraction, args.epochs))
+                print(json.dumps({k: v for k, v in result["rows"][-1].items() if k != "widths"}), flush=True)
+                write_json(path, result)
+        if "dense_ap_after" not in result and args.epochs:
+            result["dense_ap_after"] = subject.ap_after_tuning(subject.dense, args.epochs, distilled=False)
+    if "schedules" not in result:
+        result["schedules"] = schedules(subject)
+    write_json(path, result)
+    plot(args.output / f"quality_{args.name}.png", result)
+    print_table(result)
+
+
+if __name__ == "__main__":
+    run_cli(main)
