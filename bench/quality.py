@@ -34,7 +34,7 @@ from models.distillation import Distillation
 from models.widths import Widths
 from pruning.budget import BudgetSearch
 from pruning.cost import count_parameters, params_per_channel, step_shares
-from pruning.method import FAST, Method
+from pruning.method import FAST, VISIT, Method
 from pruning.schedule import GP, MGP
 from pruning.search import Search, Units
 from pruning.transplant import cut_state_dict, slices_of, widths_after
@@ -70,7 +70,7 @@ class Row:
     Attributes:
         name: as the table shows it.
         build: takes a fraction of the transformer's parameters to remove and a seed, gives the smaller detector.
-        seeds: how often it is built; 1 where no chance is involved.
+        seeds: how often it is built at the middle fraction; 1 where no chance is involved.
         tuned: whether it is fine-tuned too.
         distilled: whether it is fine-tuned once more with the dense detector as its teacher.
         fractions: of the transformer's parameters to remove.
@@ -87,7 +87,9 @@ class Row:
 class Subject:
     """The dense detector, the images that it is pruned on and those that it is judged on."""
 
-    def __init__(self, coco_path: str, checkpoint: str, train_images: int, search_images: int) -> None:
+    def __init__(
+        self, coco_path: str, checkpoint: str, train_images: int, search_images: int, batch_size: int = BATCH_SIZE
+    ) -> None:
         words = ["--coco_path", coco_path, "--resume", checkpoint, "--num_workers", "0", *TRAINING.split()]
         self.args, typed = parse(argparse.ArgumentParser(parents=[get_args_parser()]), words)
         self.args.start_fresh = True
@@ -100,7 +102,7 @@ class Subject:
         )
         self.training.set_epoch = train.set_epoch
         seen = build_dataset("train2017", self.args, augment=False)
-        self.seen = build_loader(Subset(seen, range(min(search_images, len(seen)))), BATCH_SIZE, shuffle=False)
+        self.seen = build_loader(Subset(seen, range(min(search_images, len(seen)))), batch_size, shuffle=False)
         self.seen_truth = GroundTruth(annotation_path(coco_path, "train2017"))
         self.image_size_hw = tuple(seen[0][0].shape[-2:])
         self.val = build_loader(build_dataset("val2017", self.args, augment=False), BATCH_SIZE, shuffle=False)
@@ -179,7 +181,7 @@ class Pruner:
 
     def searched(self, fraction: float) -> Built:
         """The detector cut to widths that a search by budget finds."""
-        kept, trial = self.budget.run(1 - fraction, 0.0)
+        kept, trial = self.budget.run(1 - fraction)
         model, info = self.cut(kept)
         return model, {**info, "power": trial.power, "search_ap": trial.full_ap}
 
@@ -221,18 +223,6 @@ def rows_of(subject: Subject) -> list[Row]:
         Row("ours", lambda f, _: pruner(FAST).searched(f), tuned=True, distilled=True),
         Row("uniform widths, projected and refitted", uniform(FAST), tuned=True),
     ]
-    for ranking in ("random", "magnitude", "first_order", "fisher", "elimination", "exact"):
-        for level, words in (("none", "as cut"), ("output", "refitted")):
-            # One pass over the candidates scores them all; the exact loss of each is too slow to be taken anew.
-            direction = "backward" if ranking == "elimination" else "once"
-            method = Method("bisect", ranking, direction, level, share_sets=False)
-            seeds = 3 if ranking == "random" else 1
-            # The exact loss of every channel takes minutes: one fraction shows it.
-            fractions = FRACTIONS[1:2] if ranking == "exact" else FRACTIONS
-            name = f"uniform, {ranking.replace('_', ' ')}, {words}"
-            rows.append(Row(name, uniform(method), seeds, fractions=fractions))
-    shared = Method("bisect", "fisher", "once", "output", share_sets=True)
-    rows.append(Row("uniform, fisher, refitted, one index set", uniform(shared)))
     rows.append(
         Row(
             "the paper's way, uniform",
@@ -248,14 +238,27 @@ def rows_of(subject: Subject) -> list[Row]:
             name = f"Torch-Pruning, {importance}, {ranking}"
             tuned = (importance, ranking) == ("taylor", "uniform")
             rows.append(Row(name, torch_pruning(importance, ranking), tuned=tuned))
+    for ranking in ("random", "magnitude", "first_order", "fisher", "elimination", "exact"):
+        for level, words in (("none", "as cut"), ("output", "refitted")):
+            # One pass over the candidates scores them all; the exact loss of each is too slow to be taken anew.
+            direction = "backward" if ranking == "elimination" else "once"
+            method = Method("bisect", ranking, direction, level, share_sets=False)
+            seeds = 3 if ranking == "random" else 1
+            # The exact loss of every channel takes minutes: one fraction shows it.
+            fractions = FRACTIONS[1:2] if ranking == "exact" else FRACTIONS
+            name = f"uniform, {ranking.replace('_', ' ')}, {words}"
+            rows.append(Row(name, uniform(method), seeds, fractions=fractions))
+    shared = Method("bisect", "fisher", "once", "output", share_sets=True)
+    rows.append(Row("uniform, fisher, refitted, one index set", uniform(shared)))
     return rows
 
 
 def measure(subject: Subject, row: Row, fraction: float, epochs: int) -> dict[str, Any]:
     """One row at one fraction: mean over its seeds before fine-tuning, the first seed after."""
     start = time.perf_counter()
-    built = [row.build(fraction, seed) for seed in range(row.seeds)]
-    prune_seconds = (time.perf_counter() - start) / row.seeds
+    seeds = row.seeds if fraction == FRACTIONS[1] else 1
+    built = [row.build(fraction, seed) for seed in range(seeds)]
+    prune_seconds = (time.perf_counter() - start) / seeds
     aps = [subject.ap_before_tuning(model) for model, _ in built]
     model, info = built[0]
     found = {
@@ -280,7 +283,7 @@ def schedules(subject: Subject) -> list[dict[str, Any]]:
     found = []
     for schedule in (GP, MGP):
         eased = dataclasses.replace(schedule, map_tol=0.1, skip=0.01)
-        pruner = Pruner(subject, FAST)
+        pruner = Pruner(subject, VISIT)
         start = time.perf_counter()
         model, _ = pruner.scheduled(eased, pruner.bench.full_ap())
         removed = 1 - count_parameters(model.transformer) / subject.params

@@ -16,10 +16,14 @@ from pruning.selection import DIRECTIONS
 from util.errors import UserError
 from util.options import get_args_parser, real, whole
 
-# Options of a schedule and of units that a search by budget does not read.
-UNREAD_BY_BUDGET = ("skip_eval_converge", "decay_points", "decay_fraction", "subset_batches_attention",
-                    "subset_batches_ffn", "num_candidates_attention", "num_candidates_ffn")  # fmt: skip
-READ_BY_GROWTH_ALONE = ("num_candidates_attention", "num_candidates_ffn")
+# What each search reads besides the options that all of them read.
+READ_BY_VISITS = ("subset_batches_attention", "subset_batches_ffn")
+READ_BY = {
+    "fast": ("keep", "cost", "selection"),
+    "visit": (*READ_BY_VISITS, "selection"),
+    "paper": (*READ_BY_VISITS, "num_candidates_attention", "num_candidates_ffn"),
+}
+TARGETS = ("map_tol", "skip_eval_converge", "decay_points", "decay_fraction")
 
 
 def get_pruning_parser(schedule: Schedule, description: str) -> argparse.ArgumentParser:
@@ -46,18 +50,19 @@ def _add_schedule_options(group: argparse._ArgumentGroup, schedule: Schedule) ->
         help="AP points by which the target falls from module to module")  # fmt: skip
     add("--decay_fraction", type=real(0, 1), default=schedule.fraction_per_module,
         help="fraction by which the target falls from module to module; None means --skip_eval_converge")  # fmt: skip
-    add("--keep", type=fraction_or_auto, default=None,
-        help="prune by budget in place of the visits: the fraction of the transformer's cost to keep, such as 0.5, or "
-        "auto for the least whose mAP is within --map_tol of the base")  # fmt: skip
+    add("--keep", type=real(0.001, 1.0001), default=None,
+        help="fraction of the transformer's cost to keep, such as 0.5, whatever mAP that leaves; None keeps as little "
+        "as the targets let it")  # fmt: skip
     add("--cost", choices=("params", "macs"), default="params",
-        help="what --keep counts: parameters, or multiply-accumulates for an image like the first")  # fmt: skip
+        help="what the fast search saves: parameters, or multiply-accumulates for an image like the first")  # fmt: skip
 
 
 def _add_method_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--search", choices=tuple(METHODS), default="fast",
-        help="fast: rank once, reconstruct, halve the range of widths; paper: grow each module from nothing by the "
-        "exact loss of one batch, one index set, no reconstruction")  # fmt: skip
+        help="fast: predict every width's damage, price all modules at once, measure mAP at most ten times; visit: "
+        "module after module, each to the least width that meets its target; paper: the same, but each module grows "
+        "from nothing by the exact loss of one batch, with one index set and no reconstruction")  # fmt: skip
     add("--ranking", choices=RANKINGS, default=None,
         help=f"what channels are chosen by; None means that of --search ({FAST.ranking}, paper: exact)")  # fmt: skip
     add("--selection", choices=DIRECTIONS, default=None,
@@ -91,37 +96,16 @@ def _add_search_options(group: argparse._ArgumentGroup) -> None:
         help="go on with the search whose journal is in --output_dir, as if nothing had stopped it")  # fmt: skip
 
 
-def fraction_or_auto(text: str) -> float | str:
-    """Type of --keep: `auto`, or a fraction above 0 and up to 1."""
-    if text == "auto":
-        return text
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a fraction above 0 and up to 1, or auto")
-    return value
-
-
-fraction_or_auto.__name__ = "fraction"
-
-
 def check_search_options(args: argparse.Namespace, typed: Collection[str]) -> None:
-    """Raise a `UserError` for options that the search asked for would not read."""
-    if args.keep is None and "cost" in typed:
-        raise UserError("--cost: only a search by budget reads it, expected --keep, too")
+    """Raise a `UserError` for a typed option that the search asked for would not read."""
+    for name in sorted({name for names in READ_BY.values() for name in names} - set(READ_BY[args.search])):
+        if name in typed:
+            readers = " or ".join(search for search, names in READ_BY.items() if name in names)
+            raise UserError(f"--{name}: --search {args.search} does not read it, expected --search {readers}")
     if args.keep is not None:
-        if args.search == "paper":
-            raise UserError("--keep: the paper's search knows no budget, expected --search fast")
-        for name in UNREAD_BY_BUDGET:
+        for name in TARGETS:
             if name in typed:
-                raise UserError(f"--{name}: a search by budget (--keep) does not read it, expected it without --keep")
-        if "map_tol" in typed and args.keep != "auto":
-            raise UserError("--map_tol: --keep with a fraction does not read it, expected --keep auto")
-    if args.search == "fast":
-        for name in READ_BY_GROWTH_ALONE:
-            if name in typed:
-                raise UserError(f"--{name}: the fast search scores all channels, expected it with --search paper")
-    elif "selection" in typed:
-        raise UserError("--selection: the paper's search adds channels in its own way, expected --search fast")
+                raise UserError(f"--{name}: found --keep as well, which keeps that much whatever mAP it leaves")
 
 
 def schedule_of(schedule: Schedule, args: argparse.Namespace) -> Schedule:

@@ -18,7 +18,7 @@ from util.errors import UserError
 # Damages add up where they are small. Where much is cut they compound, and their roots predict better; which power
 # is best is found by measuring mAP.
 POWERS = (0.5, 1.0, 0.25)
-MOST_EVALUATIONS = 10
+EVALUATIONS = 7  # of mAP when the least budget is looked for: it is then known to a hundredth of the whole
 WIDTHS_TRIED = 16  # of each module when its damage is predicted
 
 
@@ -68,8 +68,8 @@ class BudgetSearch:
     trials: list[Trial] = field(default_factory=list)
     _damages: dict[str, dict[int, float]] = field(default_factory=dict)
 
-    def run(self, keep: float | None, map_tol: float) -> tuple[dict[str, Kept], Trial]:
-        """Cut to the fraction `keep` of the cost, or (None) as far as mAP stays within `map_tol` of the base.
+    def run(self, keep: float | None, threshold_ap: float = 0.0) -> tuple[dict[str, Kept], Trial]:
+        """Cut to the fraction `keep` of the cost, or (None) as far as mAP is not below `threshold_ap`.
 
         Raises:
             UserError: one unit of every module costs more than that.
@@ -80,7 +80,7 @@ class BudgetSearch:
             trials = [self._trial(keep, power) for power in POWERS]
             best = max(trials, key=lambda trial: trial.full_ap)
         else:
-            best = self._least_that_passes((1 - map_tol) * self.base_ap)
+            best = self._least_that_passes(threshold_ap)
         return self._cut(best.widths), best
 
     def _least_that_passes(self, threshold_ap: float) -> Trial:
@@ -88,7 +88,7 @@ class BudgetSearch:
         fails, passes = self._cost_of(self._least_widths()) / self.total_cost, 1.0
         whole = {name: module.width for name, module in self.bench.modules.items()}
         best = Trial(1.0, POWERS[0], whole, self.base_ap, 1.0)
-        for _ in range(MOST_EVALUATIONS - 2):
+        for _ in range(EVALUATIONS):
             keep = (fails + passes) / 2
             trial = self._trial(keep, POWERS[0])
             if trial.full_ap >= threshold_ap:

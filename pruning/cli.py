@@ -166,11 +166,12 @@ class _Run:
         self.journal = Journal(self.output_dir / JOURNAL_NAME)
         self.log.info(
             "%s on %s: %d images, mAP %.4f before; features take %.0f MB on %s",
-            self.schedule.name if self.args.keep is None else "budget", self.args.search_split, self.num_images,
+            self.schedule.name, self.args.search_split, self.num_images,
             base_ap, self.bench.cache.nbytes / 1e6, self.bench.cache.cache_device,
         )  # fmt: skip
         past = self._open_journal(self._facts(base_ap))
-        kept, ap = self._search_modules(base_ap, past) if self.args.keep is None else self._search_budget(base_ap, past)
+        is_global = self.bench.method.search == "global"
+        kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
         result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
         if distributed.is_main():
             self._write(result)
@@ -226,8 +227,11 @@ class _Run:
             kept = search.run()
         return kept, self.decisions[-1].full_ap
 
-    def _search_budget(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
-        """Divide the budget over all modules; returns the kept sets and mAP of the whole split."""
+    def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
+        """Price all modules at once; returns the kept sets and mAP of the whole split.
+
+        Without --keep the detector is held to what the schedule holds it to when its last module has been visited.
+        """
         args, units = self.args, units_of(self.args)
         cost = cost_of(self.model, self.image_size_hw)
         total = {"params": cost.transformer_params, "macs": 1e9 * cost.gmacs}[args.cost]
@@ -236,7 +240,7 @@ class _Run:
             if args.cost == "params"
             else macs_per_channel(self.model, self.image_size_hw)
         )
-        with tqdm(desc="budget", unit="module", disable=bar_off(), leave=False) as bar:
+        with tqdm(desc="modules", unit="module", disable=bar_off(), leave=False) as bar:
 
             def record(trial: Trial) -> None:
                 if distributed.is_main():
@@ -250,7 +254,9 @@ class _Run:
             step = {name: units.channels(module) for name, module in self.bench.modules.items()}
             aps = [float(line["full_ap"]) for line in past if line["event"] == "trial"]
             search = BudgetSearch(self.bench, per_channel, total, step, base_ap, record, aps, show)
-            kept, best = search.run(None if args.keep == "auto" else args.keep, args.map_tol)
+            threshold_ap = self.schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1)
+            self.log.info("mAP to keep: %s", "any" if args.keep else f"{threshold_ap:.4f}")
+            kept, best = search.run(args.keep, threshold_ap)
         self.trials, self.best_trial = search.trials, best
         return kept, best.full_ap
 
@@ -301,11 +307,10 @@ class _Run:
         before, after = self._costs(result.widths)
         caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
         plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.model.widths, result.widths)
-        if self.args.keep is None:
+        if self.decisions:
             points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
             self.log.info("%s", report.module_table(self.decisions))
         else:
-            caption = f"budget searching on {self.args.search_split}"
             points = [(self._params_at(t.widths), t.full_ap, t is self.best_trial) for t in self.trials]
             self.log.info("%s", report.width_table(self.model.widths, result.widths))
         plots.plot_ap_against_parameters(

@@ -10,8 +10,10 @@ class Method:
     """A way to prune a module to a width.
 
     Attributes:
-        search: `bisect` ranks a module's channels once and halves the range of its widths; `grow` adds the best of a
-            few drawn channels to an empty module step by step, scoring anew each time (Huang et al. 2025).
+        search: `global` predicts every module's damage and prices all widths at once, halving the range of what may
+            stay; `bisect` visits one module after the other, ranks its channels once and halves the range of its
+            widths; `grow` visits, too, and adds the best of a few drawn channels to an empty module step by step,
+            scoring anew each time (Huang et al. 2025).
         ranking: one of `pruning.scores.RANKINGS`.
         direction: one of `pruning.selection.DIRECTIONS`, how a ranking becomes an order; a search that grows has its
             own.
@@ -31,6 +33,7 @@ class Method:
         return self.reconstruction != "none" or self.ranking in ("elimination", "fisher", "first_order", "magnitude")
 
 
-FAST = Method("bisect", "elimination", "backward", "full", share_sets=False)
+FAST = Method("global", "elimination", "backward", "full", share_sets=False)
+VISIT = Method("bisect", "elimination", "backward", "full", share_sets=False)
 PAPER = Method("grow", "exact", "forward", "none", share_sets=True)
-METHODS = {"fast": FAST, "paper": PAPER}
+METHODS = {"fast": FAST, "visit": VISIT, "paper": PAPER}
