@@ -60,15 +60,10 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Title and command of each stage, as a user would type them."""
     data, output = str(args.output / "data"), args.output
     drawn = ["--images", str(args.images), "--val-images", str(args.val_images), "--seed", str(args.seed)]
-    search = ["--search_split", "train2017", "--search_images", "200", "--batch_size", "8"]
-    # A little from every module: the published tolerances are spent on the first few of so small a network.
-    search += ["--map_tol", "0.2", "--skip_eval_converge", "0.01"]
-    search += ["--subset_batches_attention", "12", "--subset_batches_ffn", "12"]
-    search += ["--attention_unit", "2", "--ffn_unit", "64"]
-    search += ["--num_candidates_attention", "32", "--num_candidates_ffn", "128"]
+    search = ["--search_split", "train2017", "--search_images", "400", "--batch_size", "16", "--map_tol", "0.02"]
     training = ["--epochs", str(args.epochs), "--batch_size", "16", "--amp", "--lr", "1e-4", "--lr_backbone", "1e-5"]
     training += ["--lr_schedule", "cosine", "--ema_decay", "0.99", "--augmentation", "flip"]
-    training += ["--cls_loss_coef", "2", "--num_workers", "1"]
+    training += ["--cls_loss_coef", "2", "--num_workers", "1", "--distill", str(args.checkpoint)]
     return [
         ("draw the demo set", ["-m", "datasets.demo", data, *drawn]),
         ("evaluate the dense detector", _main(output / "dense", data, args.checkpoint, "--eval")),
