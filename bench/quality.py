@@ -47,6 +47,7 @@ from util.training_state import TrainingState, seed_everything
 
 FRACTIONS = (0.25, 0.47, 0.70)
 BATCH_SIZE = 16
+PAPER_BATCH_SIZE = 8  # images of the one batch that its candidates are scored on
 AFTER = ("ap_after", "ap_distilled")
 CPU = torch.device("cpu")
 TRAINING = (
@@ -103,6 +104,8 @@ class Subject:
         self.training.set_epoch = train.set_epoch
         seen = build_dataset("train2017", self.args, augment=False)
         self.seen = build_loader(Subset(seen, range(min(search_images, len(seen)))), batch_size, shuffle=False)
+        images, targets = next(iter(self.seen))
+        self.paper_batches = [(images[:PAPER_BATCH_SIZE], targets[:PAPER_BATCH_SIZE])]
         self.seen_truth = GroundTruth(annotation_path(coco_path, "train2017"))
         self.image_size_hw = tuple(seen[0][0].shape[-2:])
         self.val = build_loader(build_dataset("val2017", self.args, augment=False), BATCH_SIZE, shuffle=False)
@@ -227,9 +230,8 @@ def rows_of(subject: Subject) -> list[Row]:
         Row(
             "the paper's way, uniform",
             lambda f, seed: prune_as_paper(
-                subject.dense, subject.seen, subject.criterion, uniform_widths(subject.dense, f), seed=seed
+                subject.dense, subject.paper_batches, subject.criterion, uniform_widths(subject.dense, f), seed=seed
             ),
-            seeds=3,
             tuned=True,
         )
     )
