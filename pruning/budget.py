@@ -177,7 +177,7 @@ class BudgetSearch:
                 if wider is None or (wider - widths[name]) * self.cost_per_channel[name] > rest:
                     continue
                 gain = damages[widths[name]] ** power - damages[wider] ** power
-                if best is None or gain > best[0]:
+                if gain >= 0 and (best is None or gain > best[0]):
                     best = (gain, name, wider)
             if best is None:
                 return widths
