@@ -30,7 +30,8 @@ class Method:
     @property
     def is_calibrated(self) -> bool:
         """Whether activations of calibration images are looked at."""
-        return self.reconstruction != "none" or self.ranking in ("elimination", "fisher", "first_order", "magnitude")
+        looked_at = self.search == "global" or self.reconstruction != "none"
+        return looked_at or self.ranking in ("elimination", "fisher", "first_order", "magnitude")
 
 
 FAST = Method("global", "elimination", "backward", "full", share_sets=False)
