@@ -264,14 +264,14 @@ class _Run:
         """What the search depends on; one with other facts is another search."""
         args = plain_arguments(self.args)
         return {
+            "args": {name: value for name, value in args.items() if name not in NOT_DECIDING},
+            "weights": file_digest(self.args.resume),
+            "annotations": file_digest(annotation_path(self.args.coco_path, self.args.search_split)),
             "schedule": dataclasses.asdict(self.schedule),
             "method": dataclasses.asdict(self.bench.method),
             "units": dataclasses.asdict(units_of(self.args)),
             "base_ap": base_ap,
             "full_widths": self.model.widths.to_list(),
-            "weights": file_digest(self.args.resume),
-            "annotations": file_digest(annotation_path(self.args.coco_path, self.args.search_split)),
-            "args": {name: value for name, value in args.items() if name not in NOT_DECIDING},
         }
 
     def _outcome(self, result: Result) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A search without a network: modules that only know their widths, and mAP as a function of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from pruning.features import PassCounter
 from pruning.kept import Kept, width_of
+from pruning.method import PAPER, Method
+from pruning.selection import Order
 
 
 @dataclass(frozen=True)
@@ -25,26 +27,39 @@ class FakeModule:
 
 @dataclass
 class FakeBench:
-    """A `Workbench` whose mAP is `ap(widths of all modules, whole split?)` and that notes what it is asked."""
+    """A `Workbench` whose mAP is `ap(widths of all modules, whole split?)` and that notes what it is asked.
+
+    `damage` is that of a module at a width; channels are chosen as they stand in each head.
+    """
 
     modules: Mapping[str, FakeModule]
     ap: Callable[[dict[str, int], bool], float]
     scores: Callable[[str, Tensor], Tensor] = lambda name, candidates: candidates.double()
+    damage: Callable[[str, int], float] = lambda name, width: 0.0
+    method: Method = PAPER
     asked: list[tuple] = field(default_factory=list)
     counter: PassCounter = field(default_factory=lambda: PassCounter({}))
 
     def __post_init__(self) -> None:
         self.widths = {name: module.width for name, module in self.modules.items()}
 
-    def ranking(self, module: FakeModule, kept: Kept, candidates: Tensor) -> Tensor:
+    def ranking(self, module: FakeModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         self.asked.append(("score", module.name, width_of(kept), len(candidates)))
         return self.scores(module.name, candidates)
 
     def begin(self, name: str) -> None:
         self.asked.append(("begin", name))
 
-    def set_kept(self, name: str, kept: Kept) -> None:
+    def reset(self) -> None:
+        self.asked.append(("reset",))
+        self.__post_init__()
+
+    def choose(self, name: str, width: int) -> Kept:
+        return Order.natural(self.modules[name]).kept(width)
+
+    def set_kept(self, name: str, kept: Kept) -> float:
         self.widths[name] = width_of(kept)
+        return self.damage(name, self.widths[name])
 
     def subset_ap(self, name: str) -> float:
         self.asked.append(("subset", name, self.widths[name]))

@@ -31,8 +31,8 @@ IMAGES = 7
 ROOT = Path(__file__).parents[2]
 SMALL = f"{NETWORK} --image_size 64 --batch_size 2 --num_workers 0 --device cpu"
 FEW = (
-    "--subset_batches_attention 2 --subset_batches_ffn 1 --num_candidates_attention 8 --num_candidates_ffn 4 "
-    "--attention_unit 2 --ffn_unit 8"
+    "--search paper --subset_batches_attention 2 --subset_batches_ffn 1 --num_candidates_attention 8 "
+    "--num_candidates_ffn 4 --attention_unit 2 --ffn_unit 8"
 )
 
 
@@ -164,10 +164,10 @@ def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
     move_to = StateCache.move_to
 
     def watched_move(self, name):
-        before = dict(self._counter.images_by_range)
+        before = dict(self.counter.images_by_range)
         came_from = self.position
         move_to(self, name)
-        after = self._counter.images_by_range
+        after = self.counter.images_by_range
         moves.append(
             (came_from, name, {key: n - before.get(key, 0) for key, n in after.items() if n != before.get(key)})
         )

@@ -1,4 +1,4 @@
-"""Cached states, counted passes, scores and gates on a tiny detector."""
+"""Cached states and counted passes on a tiny detector."""
 
 import pytest
 import torch
@@ -6,9 +6,7 @@ import torch
 from pruning import features
 from pruning.features import PassCounter, StateCache, _keep_unchanged, repeat_batch, split_outputs
 from pruning.gates import clear_gates, set_gate
-from pruning.kept import add, missing, none_kept
-from pruning.scores import ExactLoss, best_of_each_head, draw_candidates
-from tests.pruning.fakes import FakeModule, equal_heads
+from pruning.kept import add, none_kept
 from tests.pruning.tiny import pictures, tiny_detector
 
 CPU = torch.device("cpu")
@@ -53,7 +51,7 @@ def test_moving_uses_the_gates_as_they_are_and_going_back_starts_from_the_featur
 def test_passes_are_counted_by_range_and_weighed():
     model = tiny_detector()[0]
     cache = cache_of(model)
-    counter, names = cache._counter, model.step_names
+    counter, names = cache.counter, model.step_names
     assert counter.backbone_images == cache.images == 5
     assert counter.images == 0
     cache.move_to(names[2])
@@ -124,60 +122,3 @@ def test_a_repeated_batch_gives_the_outputs_of_each_copy():
         expected = model.outputs(model.run_steps(state))
         for part in split_outputs(model.outputs(model.run_steps(repeat_batch(state, 3))), 3):
             assert_same(part, expected)
-
-
-@pytest.mark.parametrize("name", ["encoder.0.attention", "decoder.1.cross_attention", "decoder.0.ffn"])
-@pytest.mark.parametrize("images_at_once", [1, 7])
-def test_the_exact_loss_is_that_of_the_gated_detector(name, images_at_once):
-    model, criterion, _ = tiny_detector()
-    model.eval()
-    images, targets = BATCHES[0]
-    module, cache = model.prunable_modules()[name], cache_of(model)
-    kept = add(none_kept(module), torch.tensor([2, 9]))
-    candidates = torch.tensor([0, 1, 8, 17, 31])
-    cache.move_to(name)
-    scores = ExactLoss(model, criterion, cache, device=CPU, images_at_once=images_at_once)(module, kept, candidates)
-    for channel, score in zip(candidates, scores, strict=True):
-        set_gate(module, add(kept, channel[None]))
-        with torch.no_grad():
-            loss = criterion.weighted_sum(criterion(model(images), targets))
-        assert float(score) == pytest.approx(float(loss), rel=1e-5)
-
-
-ATTENTION = FakeModule("encoder.0.attention", 32, 4, True)
-FFN = FakeModule("encoder.0.ffn", 30, 1, False)
-
-
-@pytest.mark.parametrize(
-    ("module", "count", "unit", "expected"),
-    [
-        (ATTENTION, 100, 4, [8, 8, 8, 8]),
-        (ATTENTION, 10, 4, [3, 3, 2, 2]),
-        (ATTENTION, 1, 8, [2, 2, 2, 2]),
-        (FFN, 200, 16, [30]),
-        (FFN, 7, 4, [7]),
-        (FFN, 7, 16, [16]),
-    ],
-)
-def test_candidates_are_spread_over_heads_and_suffice_for_a_unit(module, count, unit, expected):
-    drawn = draw_candidates(module, none_kept(module), count, unit, torch.Generator().manual_seed(0))
-    assert torch.bincount(drawn // (module.width // module.nheads)).tolist() == expected
-    assert torch.equal(drawn, drawn.unique(sorted=True))
-
-
-def test_kept_channels_are_no_candidates():
-    kept = add(none_kept(ATTENTION), torch.tensor([0, 8, 16, 24]))
-    drawn = draw_candidates(ATTENTION, kept, 100, 4, torch.Generator())
-    assert torch.equal(drawn, missing(ATTENTION, kept))
-    assert len(drawn) == 28
-
-
-def test_the_lowest_scores_win_in_each_head():
-    candidates = torch.arange(32)
-    scores = (candidates * 7 % 32).double()
-    best = best_of_each_head(ATTENTION, candidates, scores, 8)
-    for head in range(4):
-        of_head = scores[head * 8 : head * 8 + 8]
-        chosen = [c for c in best.tolist() if c // 8 == head]
-        assert sorted(scores[chosen].tolist()) == sorted(of_head.tolist())[:2]
-    assert equal_heads(add(none_kept(ATTENTION), best), 8)

@@ -1,7 +1,5 @@
 """The pictures show the figures that they are given."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from models.widths import Widths
@@ -12,7 +10,7 @@ from pruning import plots
 def drawn(monkeypatch):
     """The figures that would have been written."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     return figures
 
 
@@ -31,13 +29,8 @@ def test_bars_are_as_high_as_the_widths(drawn):
 
 
 def test_points_are_the_accepted_and_the_tried_widths(drawn):
-    decisions = [
-        SimpleNamespace(full_ap=None, accepted=False, transformer_params=1_000_000),
-        SimpleNamespace(full_ap=0.2, accepted=False, transformer_params=2_000_000),
-        SimpleNamespace(full_ap=0.4, accepted=True, transformer_params=3_000_000),
-        SimpleNamespace(full_ap=0.375, accepted=True, transformer_params=1_500_000),
-    ]
-    plots.plot_ap_against_parameters("a.png", decisions, 0.5, 4_000_000, "MGP searching on train2017")
+    points = [(2_000_000, 0.2, False), (3_000_000, 0.4, True), (1_500_000, 0.375, True)]
+    plots.plot_ap_against_parameters("a.png", points, 0.5, 4_000_000, "MGP searching on train2017")
     axes = drawn[0].axes[0]
     accepted, tried = axes.lines[:2]
     assert accepted.get_xdata() == pytest.approx([4, 3, 1.5]) and accepted.get_ydata() == pytest.approx([50, 40, 37.5])

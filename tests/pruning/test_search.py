@@ -5,18 +5,22 @@ import dataclasses
 import pytest
 import torch
 
+from pruning.journal import Decision
+from pruning.method import PAPER, VISIT
 from pruning.schedule import GP, MGP
 from pruning.search import Search, Units
-from tests.pruning.fakes import FakeBench, constant, equal_heads, fake_modules
+from tests.pruning.fakes import FakeBench, FakeModule, constant, equal_heads, fake_modules
+from util.errors import UserError
 
 UNITS = Units(attention_unit=1, ffn_unit=4, attention_candidates=100, ffn_candidates=200, seed=0)
 ATTENTION, FFN = "encoder.0.attention", "encoder.0.ffn"
 
 
-def run(ap, schedule=MGP, units=UNITS, base_ap=0.5, **bench_options):
-    bench = FakeBench(fake_modules(), ap, **bench_options)
+def run(ap, schedule=MGP, units=UNITS, base_ap=0.5, replayed=(), modules=None, **bench_options):
+    """The bench, the kept sets and the new decisions of a search over fake modules."""
+    bench = FakeBench(modules or fake_modules(), ap, **bench_options)
     decisions = []
-    kept = Search(bench, schedule, units, base_ap, decisions.append).run()
+    kept = Search(bench, schedule, units, base_ap, decisions.append, replayed).run()
     return bench, kept, decisions
 
 
@@ -145,3 +149,100 @@ def test_decisions_come_before_the_next_step():
     lengths = []
     Search(bench, MGP, UNITS, 0.5, lambda d: lengths.append(len(bench.asked))).run()
     assert lengths == sorted(set(lengths))
+
+
+def one_ffn(width):
+    return {FFN: FakeModule(FFN, width, 1, False)}
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 5, 17, 30])
+def test_bisection_finds_the_least_width_that_passes_in_a_logarithm_of_tries(width):
+    units = dataclasses.replace(UNITS, ffn_unit=4)
+    for needed in range(width + 1):
+        ap = lambda w, whole, needed=needed: 0.5 if w[FFN] >= needed else 0.0  # noqa: E731
+        bench, kept, decisions = run(ap, units=units, modules=one_ffn(width), method=VISIT)
+        multiples = [min(width, 4 * count) for count in range(1, -(-width // 4) + 1)]
+        assert widths(kept)[FFN] == next(w for w in multiples if w >= needed) == bench.widths[FFN]
+        assert len(asked(bench, "subset")) <= (len(multiples) - 1).bit_length()
+        assert len(asked(bench, "full")) <= len(asked(bench, "subset"))
+        assert [d.accepted for d in decisions] == [False] * (len(decisions) - 1) + [True]
+        assert decisions[-1].width == widths(kept)[FFN]
+        assert decisions[-1].full_ap == 0.5
+
+
+def test_a_bisection_asks_the_whole_split_only_where_the_subset_passes():
+    bench, _, decisions = run(lambda w, whole: 0.5 if w[ATTENTION] >= 6 else 0.1, method=VISIT)
+    assert asked(bench, "full")[0] == (ATTENTION, 6)
+    first = decisions[0]
+    assert (first.width, first.subset_ap, first.full_ap, first.accepted) == (4, 0.1, None, False)
+
+
+def test_a_bisection_measures_no_whole_module():
+    bench, kept, decisions = run(lambda w, whole: 0.5 if w == {ATTENTION: 8, FFN: 6} else 0.0, method=VISIT)
+    assert widths(kept) == {ATTENTION: 8, FFN: 6} == bench.widths
+    assert [d.full_ap for d in decisions if d.accepted] == [0.5, 0.5]
+    assert all(d.width < d.full_width for d in decisions if not d.accepted)
+
+
+def test_a_bisection_leaves_the_bench_with_what_it_accepted():
+    """The last width tried need not be the one that is taken."""
+    seen = []
+    ap = lambda w, whole: seen.append(dict(w)) or (0.5 if w[ATTENTION] >= 4 else 0.0)  # noqa: E731
+    bench, kept, _ = run(ap, method=VISIT)
+    assert [w for w in seen if w[FFN] == 6][-1][ATTENTION] == 2
+    assert {w[ATTENTION] for w in seen if w[FFN] < 6} == {4}
+    assert bench.widths == widths(kept)
+
+
+def plain(decisions):
+    """Decisions without what differs from run to run."""
+    return [{k: v for k, v in d.to_dict().items() if k != "seconds"} for d in decisions]
+
+
+HISTORIES = [
+    lambda w, whole: 0.5 if w[ATTENTION] >= 4 and w[FFN] >= 3 else 0.1,
+    lambda w, whole: 0.5 if not whole or w[ATTENTION] >= 6 else 0.3,
+    lambda w, whole: 0.5 if w == {ATTENTION: 8, FFN: 6} else 0.0,
+    constant(0.5),
+]
+
+
+@pytest.mark.parametrize("schedule", [GP, MGP], ids=["gp", "mgp"])
+@pytest.mark.parametrize("method", [PAPER, VISIT], ids=["grow", "bisect"])
+@pytest.mark.parametrize("ap", HISTORIES)
+def test_a_search_goes_on_from_any_decision_as_if_nothing_had_stopped_it(ap, method, schedule):
+    units = dataclasses.replace(UNITS, ffn_unit=1, attention_candidates=4, ffn_candidates=3)
+    scores = lambda name, candidates: (candidates * 5 % 7).double()  # noqa: E731
+    whole_bench, expected, history = run(ap, schedule, units, method=method, scores=scores)
+    for cut in range(len(history) + 1):
+        replayed = [Decision.from_dict(d.to_dict()) for d in history[:cut]]
+        bench, kept, new = run(ap, schedule, units, replayed=replayed, method=method, scores=scores)
+        assert [
+            (d["visit"], d["step"], d["kept"], d["subset_ap"], d["full_ap"], d["accepted"]) for d in plain(new)
+        ] == [
+            (d["visit"], d["step"], d["kept"], d["subset_ap"], d["full_ap"], d["accepted"])
+            for d in plain(history[cut:])
+        ]
+        assert bench.widths == whole_bench.widths
+        for name, sets in expected.items():
+            assert all(torch.equal(indices, kept[name][part]) for part, indices in sets.items())
+        for kind in ("subset", "full", "score"):
+            again = asked(bench, kind)
+            assert again == asked(whole_bench, kind)[len(asked(whole_bench, kind)) - len(again) :]
+        measured = sum(d.subset_ap is not None for d in new)
+        assert len(asked(bench, "subset")) == measured
+
+
+def test_counts_go_on_from_the_last_decision():
+    _, _, history = run(constant(0.5))
+    past = dataclasses.replace(history[0], image_passes=70, whole_passes=1.5, seconds=9.0)
+    _, _, new = run(constant(0.5), replayed=[past])
+    assert (new[0].image_passes, new[0].whole_passes) == (70, 1.5)
+    assert new[0].seconds >= 9
+
+
+@pytest.mark.parametrize("change", [{"step": 1}, {"visit": 1}, {"module": FFN}])
+def test_decisions_of_another_search_are_refused(change):
+    _, _, history = run(constant(0.5))
+    with pytest.raises(UserError, match="journal: found step"):
+        run(constant(0.5), replayed=[dataclasses.replace(history[0], **change)])

@@ -1,0 +1,99 @@
+"""The options of a search: what they mean, and which are refused together."""
+
+import pytest
+
+from pruning.arguments import check_search_options, get_pruning_parser, method_of, schedule_of, units_of
+from pruning.method import FAST, PAPER, VISIT
+from pruning.schedule import GP, MGP
+from util.errors import UserError
+from util.options import parse
+
+
+def read(words, schedule=MGP):
+    return parse(get_pruning_parser(schedule, "a test"), words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--search visit --cost macs", "--cost: --search visit does not read it, expected --search fast"),
+        ("--search paper --cost macs", "--cost: --search paper does not read it"),
+        ("--search paper --keep 0.5", "--keep: --search paper does not read it, expected --search fast"),
+        ("--search visit --keep 0.5", "--keep: --search visit does not read it"),
+        ("--keep 0.5 --map_tol 0.1", "--map_tol: found --keep as well"),
+        ("--keep 0.5 --skip_eval_converge 0.1", "--skip_eval_converge: found --keep as well"),
+        ("--keep 0.5 --decay_points 1", "--decay_points: found --keep as well"),
+        ("--keep 0.5 --decay_fraction 0.1", "--decay_fraction: found --keep as well"),
+        ("--subset_batches_attention 3", "--subset_batches_attention: .* expected --search visit or paper"),
+        ("--keep 0.5 --subset_batches_ffn 3", "--subset_batches_ffn: --search fast does not read it"),
+        ("--num_candidates_attention 3", "--num_candidates_attention: .* expected --search paper"),
+        ("--search visit --num_candidates_ffn 3", "--num_candidates_ffn: --search visit does not read it"),
+        ("--search paper --selection once", "--selection: .* expected --search fast or visit"),
+        ("--search paper --index_sets own", "--index_sets"),
+        ("--search paper --calibration_images 8", "--calibration_images"),
+        ("--search visit --ranking random --reconstruct none --calibration_images 8", "--calibration_images"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        check_search_options(*read(words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--keep 0.5 --cost macs",
+        "--map_tol 0.1 --decay_points 1 --cost macs",
+        "--search visit --map_tol 0.1 --subset_batches_ffn 3 --selection forward",
+        "--search paper --num_candidates_attention 3 --num_candidates_ffn 4",
+        "--search paper --reconstruct output --calibration_images 8",
+        "--search paper --ranking fisher --calibration_images 8",
+        "--search paper --index_sets shared",
+        "--selection once --index_sets shared --ranking magnitude --reconstruct none",
+    ],
+)
+def test_options_that_are_read_are_taken(words):
+    check_search_options(*read(words))
+
+
+@pytest.mark.parametrize("value", ["0", "1.01", "-0.5", "nan", "half", ""])
+def test_a_fraction_to_keep_is_above_0_and_up_to_1(value, capsys):
+    with pytest.raises((SystemExit, UserError)):
+        parse(get_pruning_parser(MGP, "a test"), ["--keep", value])
+
+
+@pytest.mark.parametrize("value", [0.25, 1.0])
+def test_a_fraction_to_keep_is_a_number(value):
+    assert read(f"--keep {value}")[0].keep == value
+
+
+@pytest.mark.parametrize("option", ["--ranking", "--selection", "--reconstruct", "--index_sets", "--search", "--cost"])
+def test_unheard_of_values_are_refused(option, capsys):
+    with pytest.raises((SystemExit, UserError)):
+        read(f"{option} unheard_of")
+
+
+def test_the_method_is_that_of_the_search_with_what_the_options_change():
+    assert method_of(read("")[0]) == FAST
+    assert method_of(read("--search visit")[0]) == VISIT
+    assert method_of(read("--search paper")[0]) == PAPER
+    changed = method_of(
+        read("--ranking fisher --selection once --reconstruct output --index_sets shared")[0],
+    )
+    assert (changed.search, changed.ranking, changed.direction) == ("global", "fisher", "once")
+    assert (changed.reconstruction, changed.share_sets) == ("output", True)
+    assert method_of(read("--search paper --reconstruct output")[0]).reconstruction == "output"
+
+
+@pytest.mark.parametrize("schedule", [GP, MGP], ids=["gp", "mgp"])
+def test_a_schedules_values_are_the_defaults_of_its_options(schedule):
+    assert schedule_of(schedule, read("", schedule)[0]) == schedule
+    changed = schedule_of(schedule, read("--map_tol 0.5 --skip_eval_converge 0.25 --decay_points 2", schedule)[0])
+    assert (changed.map_tol, changed.skip, changed.points_per_module) == (0.5, 0.25, 2)
+    assert changed.groups == schedule.groups
+
+
+def test_units_follow_the_number_of_heads():
+    assert units_of(read("--nheads 4 --hidden_dim 32")[0]).ffn_unit == 16
+    assert units_of(read("--ffn_unit 3 --attention_unit 2")[0]).ffn_unit == 3

@@ -1,0 +1,184 @@
+"""A search by budget on modules without a network: what it spends, what it measures, what it repeats."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
+from tests.pruning.fakes import FakeBench, FakeModule, constant, fake_modules
+from tests.pruning.samples import quick
+from util.errors import UserError
+
+
+class BeforeTheRest(BudgetSearch):
+    """A search that spends nothing of what the price leaves over."""
+
+    def _spend_rest(self, widths, budget, power):
+        return widths
+
+
+def search_of(tables, costs, kind=BudgetSearch, fixed_cost=0.0):
+    """A search that knows the damages: for each module a damage for each width from 1, 0 at the last."""
+    modules = {name: FakeModule(name, len(table), 1, False) for name, table in tables.items()}
+    bench = FakeBench(modules, constant(0.5))
+    total = fixed_cost + sum(costs[name] * len(table) for name, table in tables.items())
+    damages = {name: {width + 1: d for width, d in enumerate(table)} for name, table in tables.items()}
+    search = kind(bench, costs, total, dict.fromkeys(tables, 1), 0.5)
+    search._damages = damages
+    return search
+
+
+@st.composite
+def problems(draw, convex=False):
+    """Damages of up to three modules with up to five widths, costs, a fraction to keep and a power.
+
+    Costs and fraction are dyadic, so that their sums are exact.
+    """
+    tables, costs = {}, {}
+    for number in range(draw(st.integers(1, 3))):
+        falls = draw(st.lists(st.floats(0.01, 10), min_size=1, max_size=4))
+        falls = sorted(falls, reverse=True) if convex else falls
+        tables[f"encoder.{number}.ffn"] = [sum(falls[width:]) for width in range(len(falls) + 1)]
+        costs[f"encoder.{number}.ffn"] = 1.0 if convex else draw(st.integers(2, 20)) / 4
+    return tables, costs, draw(st.integers(1, 64)) / 64, draw(st.sampled_from(POWERS))
+
+
+def cost_of(widths, costs):
+    return sum(costs[name] * width for name, width in widths.items())
+
+
+def damage_of(widths, tables, power):
+    return sum(tables[name][width - 1] ** power for name, width in widths.items())
+
+
+def all_divisions(tables):
+    choices = itertools.product(*(range(1, len(table) + 1) for table in tables.values()))
+    return [dict(zip(tables, widths, strict=True)) for widths in choices]
+
+
+@quick
+@given(problem=problems())
+def test_a_division_never_costs_more_than_the_budget_and_leaves_no_room(problem):
+    tables, costs, keep, power = problem
+    budget = keep * cost_of({name: len(table) for name, table in tables.items()}, costs)
+    if cost_of(dict.fromkeys(tables, 1), costs) > budget:
+        with pytest.raises(UserError, match=r"--keep .*: found that one unit of every module keeps"):
+            search_of(tables, costs).allocate(keep, power)
+        return
+    widths = search_of(tables, costs).allocate(keep, power)
+    assert cost_of(widths, costs) <= budget
+    for name, table in tables.items():
+        if widths[name] < len(table):
+            assert cost_of(widths, costs) + costs[name] > budget
+
+
+@quick
+@given(problem=problems())
+def test_nothing_as_cheap_does_less_damage_than_what_a_price_buys(problem):
+    """Everett's theorem; what is left over is spent afterwards, and only lowers the damage."""
+    tables, costs, keep, power = problem
+    if cost_of(dict.fromkeys(tables, 1), costs) > keep * sum(costs[n] * len(t) for n, t in tables.items()):
+        return
+    bought = search_of(tables, costs, BeforeTheRest).allocate(keep, power)
+    limit = cost_of(bought, costs)
+    best = min(damage_of(w, tables, power) for w in all_divisions(tables) if cost_of(w, costs) <= limit)
+    assert damage_of(bought, tables, power) <= best + 1e-9
+    assert damage_of(search_of(tables, costs).allocate(keep, power), tables, power) <= best + 1e-9
+
+
+@quick
+@given(problem=problems(convex=True))
+def test_a_division_is_the_best_of_all_where_each_channel_brings_less_than_the_one_before(problem):
+    tables, costs, keep, _ = problem
+    total = sum(map(len, tables.values()))
+    keep = (max(len(tables), int(keep * total)) + 0.5) / total
+    widths = search_of(tables, costs).allocate(keep, 1.0)
+    affordable = [w for w in all_divisions(tables) if cost_of(w, costs) <= keep * total]
+    best = min(damage_of(w, tables, 1.0) for w in affordable)
+    assert damage_of(widths, tables, 1.0) == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+def test_a_wider_module_that_is_predicted_to_do_more_damage_is_not_bought():
+    tables = {"encoder.0.ffn": [3.0, 1.0, 1.5, 0.0], "encoder.1.ffn": [0.5, 0.0]}
+    widths = search_of(tables, dict.fromkeys(tables, 1.0)).allocate(5 / 6, 1.0)
+    assert damage_of(widths, tables, 1.0) == 1.0
+
+
+def test_what_cannot_be_cut_counts_in_the_whole():
+    tables = {"encoder.0.ffn": [3.0, 2.0, 1.0, 0.0]}
+    search = search_of(tables, {"encoder.0.ffn": 1.0}, fixed_cost=4.0)
+    assert search.allocate(0.75, 1.0) == {"encoder.0.ffn": 2}
+    with pytest.raises(UserError, match=r"--keep 0\.6: .* keeps 0\.625 of the transformer's cost"):
+        search.allocate(0.6, 1.0)
+
+
+def damage(name, width):
+    return float((10 - width) ** 2)
+
+
+def run(ap, keep, replayed=()):
+    bench = FakeBench(fake_modules(), ap, damage=damage)
+    trials, costs = [], dict.fromkeys(bench.modules, 1.0)
+    units = {"encoder.0.attention": 2, "encoder.0.ffn": 2}
+    search = BudgetSearch(bench, costs, 14.0, units, 0.5, trials.append, list(replayed))
+    kept, best = search.run(keep, 0.45)
+    return bench, search, trials, kept, best
+
+
+def widths_of(kept):
+    return {name: len(next(iter(sets.values()))) for name, sets in kept.items()}
+
+
+def test_a_fraction_is_divided_in_several_ways_and_the_best_by_map_is_taken():
+    bench, search, trials, kept, best = run(lambda widths, whole: widths["encoder.0.ffn"] / 10, 0.6)
+    assert [trial.power for trial in trials] == list(POWERS)
+    assert best.full_ap == max(trial.full_ap for trial in trials)
+    assert widths_of(kept) == best.widths == bench.widths
+    assert all(
+        trial.kept_fraction <= 0.6 and sum(trial.widths.values()) == 14 * trial.kept_fraction for trial in trials
+    )
+    assert search.trials == trials
+    assert [entry[0] for entry in bench.asked].count("full") == len(POWERS)
+    assert not any(entry[0] == "subset" for entry in bench.asked)
+
+
+def test_every_trial_begins_with_the_whole_network_and_cuts_in_network_order():
+    bench, *_ = run(constant(0.5), 0.6)
+    events = [entry[0] for entry in bench.asked]
+    starts = [index for index, event in enumerate(events) if event == "reset"]
+    assert len(starts) == 1 + len(POWERS) + 1
+    for index in starts:
+        assert [entry[1] for entry in bench.asked[index + 1 : index + 3]] == list(bench.modules)
+
+
+@pytest.mark.parametrize("needed", range(4, 15))
+def test_without_a_fraction_a_search_finds_about_the_least_that_passes(needed):
+    bench, _, trials, kept, best = run(lambda w, whole: 0.5 if sum(w.values()) >= needed else 0.1, None)
+    assert len(trials) == EVALUATIONS
+    assert best.full_ap >= 0.45
+    assert sum(widths_of(kept).values()) <= needed + 2
+    assert widths_of(kept) == best.widths == bench.widths
+    assert all(trial.full_ap < 0.45 for trial in trials if sum(trial.widths.values()) < needed)
+
+
+def test_without_a_fraction_a_search_keeps_everything_where_nothing_less_passes():
+    _, _, trials, kept, best = run(lambda w, whole: 0.5 if sum(w.values()) == 14 else 0.0, None)
+    assert widths_of(kept) == {"encoder.0.attention": 8, "encoder.0.ffn": 6}
+    assert (best.keep, best.full_ap, best.kept_fraction) == (1.0, 0.5, 1.0)
+    assert best not in trials
+
+
+@pytest.mark.parametrize("keep", [0.6, None])
+def test_replayed_trials_are_not_measured_again_and_the_outcome_is_the_same(keep):
+    ap = lambda widths, whole: 0.5 - 0.03 * (14 - sum(widths.values())) ** 0.5  # noqa: E731
+    _, _, trials, kept, best = run(ap, keep)
+    for done in range(len(trials) + 1):
+        replayed = [trial.full_ap for trial in trials[:done]]
+        bench, search, new, again, same = run(ap, keep, replayed=replayed)
+        assert new == trials[done:]
+        assert search.trials == trials
+        assert widths_of(again) == widths_of(kept) == bench.widths
+        assert same == best
+        assert [entry[0] for entry in bench.asked].count("full") == len(trials) - done

@@ -1,0 +1,188 @@
+"""A journal goes on only with the search that it belongs to."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from pruning.journal import Decision, Journal, read_decisions
+from util.errors import UserError
+
+FACTS = {
+    "schedule": {"name": "mgp", "skip": 0.02},
+    "base_ap": 0.5,
+    "weights": "ab12",
+    "annotations": "cd34",
+    "args": {"batch_size": 2, "keep": None},
+    "full_widths": [[[32, 64]], [[32, 32, 64]]],
+}
+DECISION = Decision(
+    visit=0,
+    module="encoder.0.attention",
+    full_width=8,
+    step=0,
+    width=2,
+    kept={"query": torch.tensor([0, 5]), "value": torch.tensor([1, 4])},
+    target_ap=0.5,
+    subset_ap=0.4,
+    full_ap=None,
+    accepted=False,
+    transformer_params=1000,
+    image_passes=7,
+    whole_passes=1.25,
+    seconds=3.0,
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """The journal of a search that was stopped after one decision and one trial."""
+    journal = Journal(tmp_path / "search.jsonl")
+    journal.start(FACTS)
+    journal.decision(DECISION)
+    journal.trial({"full_ap": 0.25})
+    return journal.path
+
+
+def test_a_decision_comes_back_as_it_was(path):
+    found = read_decisions(Journal(path).resume(FACTS), path)
+    assert [d.to_dict() for d in found] == [DECISION.to_dict()]
+    assert all(indices.dtype == torch.int64 for indices in found[0].kept.values())
+
+
+def test_lines_go_on_behind_those_that_are_there(path):
+    journal = Journal(path)
+    assert [line["event"] for line in journal.resume(FACTS)] == ["decision", "trial"]
+    journal.decision(DECISION)
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == [
+        "start",
+        "decision",
+        "trial",
+        "decision",
+    ]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (["args", "batch_size"], 4, r"args\.batch_size 2, expected 4"),
+        (["args", "keep"], 0.5, r"args\.keep None, expected 0\.5"),
+        (["args", "new_option"], 1, r"args\.new_option None, expected 1"),
+        (["weights"], "ef56", "weights ab12, expected ef56"),
+        (["annotations"], "ef56", "annotations cd34, expected ef56"),
+        (["schedule", "skip"], 0.1, r"schedule\.skip 0\.02, expected 0\.1"),
+        (["base_ap"], 0.6, r"base_ap 0\.5, expected 0\.6"),
+        (["full_widths"], [], "full_widths"),
+    ],
+)
+def test_a_search_that_depends_on_anything_else_is_refused(path, keys, value, said):
+    facts = copy.deepcopy(FACTS)
+    inner = facts
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=rf"search\.jsonl: found a search with {said}"):
+        Journal(path).resume(facts)
+    assert path.read_bytes() == before
+
+
+def test_an_option_that_is_gone_is_a_difference(path):
+    facts = {**FACTS, "args": {"batch_size": 2}}
+    journal = json.loads(path.read_text().splitlines()[0])
+    journal["args"]["old_option"] = 3
+    path.write_text(json.dumps(journal) + "\n")
+    with pytest.raises(UserError, match=r"args\.old_option 3, expected None"):
+        Journal(path).resume(facts)
+
+
+def test_a_last_line_that_is_cut_short_is_dropped(path):
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    ends = [len(b"".join(lines[:n])) for n in range(len(lines) + 1)]
+    for length in sorted({*ends, *(end - 1 for end in ends[1:]), *range(0, len(whole), 97)}):
+        path.write_bytes(whole[:length])
+        complete = sum(end <= length for end in ends[1:])
+        found = Journal(path).resume(FACTS)
+        assert [line["event"] for line in found] == ["decision", "trial"][: max(0, complete - 1)]
+        assert path.read_bytes() == b"".join(lines[:complete])
+
+
+def test_without_a_journal_a_search_begins(tmp_path):
+    journal = Journal(tmp_path / "search.jsonl")
+    assert journal.resume(FACTS) == []
+    assert not journal.begun and not list(tmp_path.iterdir())
+
+
+def test_a_journal_that_holds_no_decision_yet_is_not_begun_twice(path):
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    journal = Journal(path)
+    assert journal.resume(FACTS) == []
+    assert journal.begun
+    journal.decision(DECISION)
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["start", "decision"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("no JSON", "line 2 is no event"),
+        ("[1, 2]", "line 2 is no event"),
+        ('{"event": "lunch"}', "line 2 is no event"),
+        ("{}", "line 2 is no event"),
+    ],
+)
+def test_a_line_that_is_no_event_is_a_users_mistake(path, line, said):
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    with pytest.raises(UserError, match=said):
+        Journal(path).resume(FACTS)
+
+
+def test_a_file_that_does_not_begin_with_a_search_is_a_users_mistake(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match="line 1 is a decision, expected the start"):
+        Journal(path).resume(FACTS)
+
+
+def test_bytes_that_are_no_text_are_a_users_mistake(path):
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UserError, match="cannot be read as a journal"):
+        Journal(path).resume(FACTS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kept": None},
+        {"kept": {"query": ["a"]}},
+        {"kept": {"query": 3}},
+        {"unheard_of": 1},
+        "no module",
+    ],
+)
+def test_a_damaged_decision_is_a_users_mistake(change):
+    line = {"event": "decision", **DECISION.to_dict()}
+    if change == "no module":
+        del line["module"]
+    else:
+        line.update(change)
+    with pytest.raises(UserError, match=r"a\.jsonl: found a damaged decision"):
+        read_decisions([line], "a.jsonl")
+
+
+def test_a_search_that_has_ended_is_refused(path):
+    journal = Journal(path)
+    journal.resume(FACTS)
+    journal.end({"ap": 0.4})
+    with pytest.raises(UserError, match="found a search that has ended"):
+        Journal(path).resume(FACTS)
+
+
+def test_a_new_search_moves_the_older_journal_aside(path):
+    journal = Journal(path)
+    journal.start({**FACTS, "base_ap": 0.7})
+    assert json.loads(path.read_text())["base_ap"] == 0.7
+    assert len(path.with_name("search.1.jsonl").read_text().splitlines()) == 3

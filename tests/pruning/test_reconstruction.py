@@ -1,0 +1,273 @@
+"""Reconstruction on tiny detectors: what it promises, held against the modules' own outputs."""
+
+import pytest
+import torch
+
+from pruning.calibration import EVEN_SHARE, OUTLIER, Calibration
+from pruning.features import PassCounter, StateCache
+from pruning.gates import set_gate
+from pruning.kept import all_kept
+from pruning.reconstruction import LEVELS, Reconstruction
+from pruning.selection import Order
+from pruning.transplant import cut_state_dict, slices_of, widths_after
+from tests.pruning.tiny import pictures, tiny_detector
+from util.checkpoint import load_weights
+
+CPU = torch.device("cpu")
+BATCHES = [pictures(seed=1), pictures(((64, 64), (64, 64)), seed=2), pictures(((96, 64),), seed=3)]
+NAMES = tuple(tiny_detector()[0].step_names)
+
+
+class Setting:
+    """A tiny detector, its cache and its calibration."""
+
+    def __init__(self, more="", slim_names=False):
+        self.more = more
+        dense = tiny_detector(more)[0]
+        self.model, self.criterion, _ = tiny_detector(more, cfgs=dense.widths if slim_names else None)
+        self.model.eval()
+        self.criterion.eval()
+        self.cache = StateCache(self.model, BATCHES, PassCounter(dict.fromkeys(self.model.step_names, 1.0)), device=CPU)
+        self.calibration = Calibration(self.model, self.criterion, self.cache, range(3), CPU)
+        self.modules = self.model.prunable_modules()
+        self.at_first = {key: value.clone() for key, value in self.model.state_dict().items()}
+
+    def begin(self, name, level):
+        """The module and a reconstruction that looks at it, everything whole."""
+        self.cache.move_to(name)
+        reconstruction = Reconstruction(self.calibration, level)
+        reconstruction.begin(name)
+        return self.modules[name], reconstruction
+
+    def outputs_of(self, module):
+        """What the module adds to the residual for each batch, as it is gated now: tokens of all images in a row."""
+        outputs = []
+        hook = self.model.get_submodule(module.output_name).register_forward_hook(
+            lambda _, inputs, output: outputs.append(output.detach().flatten(0, 1).double())
+        )
+        following = [*self.model.step_names, None][self.model.step_names.index(module.name) + 1]
+        try:
+            with torch.no_grad():
+                for batch in range(len(BATCHES)):
+                    self.model.run_steps(self.cache.state(batch), module.name, following)
+        finally:
+            hook.remove()
+        return torch.cat(outputs)
+
+    def error(self, module, whole, metric=None):
+        """The weighted mean over tokens of the squared error of a module's output."""
+        weights = torch.cat([w.flatten() for w in self.calibration.sensitivities[module.name].token_weights])
+        wrong = self.outputs_of(module) - whole
+        metric = torch.eye(wrong.shape[1], dtype=torch.float64) if metric is None else metric
+        return float((weights * ((wrong @ metric) * wrong).sum(1)).sum() / weights.sum())
+
+
+SETTINGS = {
+    "dense": ("", False),
+    "slim names": ("", True),
+    "relu": ("--transformer_activation relu", False),
+    "patterns": ("--num_patterns 2", True),
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def setting(request):
+    return Setting(*SETTINGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return Setting()
+
+
+def random_kept(module, width, seed=0):
+    """That many channels, equally many of each head, query and value apart."""
+    generator = torch.Generator().manual_seed(seed)
+    head_width = module.width // module.nheads
+
+    def indices():
+        heads = [
+            torch.randperm(head_width, generator=generator)[: width // module.nheads] for _ in range(module.nheads)
+        ]
+        return torch.cat([chosen.sort().values + head * head_width for head, chosen in enumerate(heads)])
+
+    return {part: indices() for part in all_kept(module)}
+
+
+def assert_as_at_first(setting):
+    for key, value in setting.model.state_dict().items():
+        assert torch.equal(value, setting.at_first[key]), key
+    assert all(gate is None for m in setting.modules.values() for gate in m.layer.gate(m.name.rsplit(".", 1)[1]))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_module_is_restored_exactly_and_whole_it_is_left_alone(setting, level):
+    for name in NAMES:
+        module, reconstruction = setting.begin(name, level)
+        damage = reconstruction.apply(random_kept(module, 8))
+        assert damage >= 0
+        changed = [
+            key for key, value in setting.model.state_dict().items() if not torch.equal(value, setting.at_first[key])
+        ]
+        slices = {piece.key for piece in module.parameter_slices()}
+        assert set(changed) <= slices | {f"{module.output_name}.bias"}
+        assert bool(changed) == (level != "none")
+        assert reconstruction.apply(all_kept(module)) == 0
+        assert_as_at_first(setting)
+        reconstruction.apply(random_kept(module, 4))
+        reconstruction.restore(name)
+        assert_as_at_first(setting)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_refit_never_raises_the_error_of_a_modules_output(setting, name):
+    module, reconstruction = setting.begin(name, "none")
+    whole = setting.outputs_of(module)
+    for seed, width in enumerate((4, 12, 28)):
+        kept = random_kept(module, width, seed)
+        errors = {}
+        for level in LEVELS if module.kind == "ffn" else LEVELS[:2]:
+            module, reconstruction = setting.begin(name, level)
+            reconstruction.apply(kept)
+            errors[level] = setting.error(module, whole)
+            reconstruction.restore(name)
+        assert errors["output"] < errors["none"] * (1 + 1e-4)
+        if module.kind == "ffn":
+            assert errors["full"] == errors["output"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_damage_is_the_error_in_the_metric_of_the_gradients(dense, name):
+    """At the levels that fit the bias; `none` counts as if it were fitted, too."""
+    for level in ("output", "full"):
+        module, reconstruction = dense.begin(name, level)
+        reconstruction.restore(name)
+        whole = dense.outputs_of(module)
+        damage = reconstruction.apply(random_kept(module, 12, 5))
+        sensitivity = dense.calibration.sensitivities[name]
+        expected = sensitivity.level * dense.error(module, whole, sensitivity.metric)
+        assert damage == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        reconstruction.restore(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_damage_of_a_full_reconstruction_grows_as_channels_go(setting, name):
+    module, reconstruction = setting.begin(name, "full")
+    order = Order.natural(module)
+    damages = [reconstruction.apply(order.kept(width)) for width in range(4, module.width + 1, 4)]
+    reconstruction.restore(name)
+    slack = 0.05 * max(damages)
+    assert all(more <= less + slack for less, more in zip(damages, damages[1:], strict=False))
+    assert damages[0] > damages[len(damages) // 2] > damages[-1] == 0
+
+
+def test_full_beats_cutting_channels_as_they_stand(dense):
+    """Not a law for each module, as the softmax stands between, but what the level is for."""
+    totals = dict.fromkeys(LEVELS, 0.0)
+    for name in NAMES:
+        for level in LEVELS:
+            module, reconstruction = dense.begin(name, level)
+            reconstruction.restore(name)
+            whole = dense.outputs_of(module)
+            reconstruction.apply(Order.natural(module).kept(16))
+            error = dense.error(module, whole, dense.calibration.sensitivities[name].metric)
+            totals[level] += dense.calibration.sensitivities[name].level * error
+            reconstruction.restore(name)
+    assert totals["full"] < totals["output"] < totals["none"]
+
+
+@pytest.mark.parametrize("level", ["output", "full"])
+@torch.no_grad()
+def test_the_gated_detector_and_the_one_cut_after_reconstruction_agree(setting, level):
+    kept = {}
+    reconstruction = Reconstruction(setting.calibration, level)
+    for name in NAMES:
+        setting.cache.move_to(name)
+        reconstruction.begin(name)
+        kept[name] = random_kept(setting.modules[name], 12, 7)
+        reconstruction.apply(kept[name])
+    expected = [setting.model(images) for images, _ in BATCHES]
+    slim = tiny_detector(setting.more, cfgs=widths_after(setting.model.widths, kept), seed=1)[0].eval()
+    load_weights(slim, cut_state_dict(setting.model.state_dict(), kept, slices_of(setting.modules)))
+    for (images, _), wanted in zip(BATCHES, expected, strict=True):
+        found = slim(images)
+        for one, other in zip([*found["aux_outputs"], found], [*wanted["aux_outputs"], wanted], strict=True):
+            for key in ("pred_logits", "pred_boxes"):
+                torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=1e-5)
+    for name in NAMES:
+        reconstruction.restore(name)
+    setting.cache.forget()
+    assert_as_at_first(setting)
+
+
+def test_a_module_behind_cut_ones_is_fitted_on_what_they_give(dense):
+    """Its targets are what it gives, whole, on the inputs as they are now."""
+    first, second = "encoder.0.attention", "encoder.0.ffn"
+    reconstruction = Reconstruction(dense.calibration, "output")
+    dense.cache.move_to(first)
+    reconstruction.begin(first)
+    reconstruction.apply(random_kept(dense.modules[first], 4))
+    dense.cache.move_to(second)
+    reconstruction.begin(second)
+    module = dense.modules[second]
+    whole, kept = dense.outputs_of(module), random_kept(module, 8)
+    set_gate(module, kept)
+    gated = dense.error(module, whole)
+    reconstruction.apply(kept)
+    fitted = dense.error(module, whole)
+    for name in (first, second):
+        reconstruction.restore(name)
+    dense.cache.forget()
+    assert fitted < gated
+
+
+def test_padding_counts_for_nothing():
+    """The second image fills the batch, so the first one's padding can hold anything."""
+    setting = Setting()
+    name = "encoder.0.ffn"
+    module, _ = setting.begin(name, "output")
+    weights = setting.calibration.sensitivities[name].token_weights
+    mask = setting.cache.state(0).memory_mask[:, 0, 0]
+    assert not mask.all()
+    assert torch.equal(weights[0] > 0, mask)
+
+    def damage():
+        reconstruction = Reconstruction(setting.calibration, "output")
+        reconstruction.begin(name)
+        return reconstruction.apply(random_kept(module, 8))
+
+    before = damage()
+    state = setting.cache.state(0)
+    setting.cache._states[0] = state.replace(memory=torch.where(mask[..., None], state.memory, state.memory + 3))
+    setting.model.load_state_dict(setting.at_first)
+    assert damage() == pytest.approx(before, rel=1e-6)
+
+
+def test_sensitivities_are_those_of_the_losss_gradients(dense):
+    """The gradient at a module's output, by moving that output's bias for each token apart."""
+    name = "decoder.1.cross_attention"
+    module, _ = dense.begin(name, "none")
+    squares, outer, images = [], 0.0, 0
+    for pictures_, targets in BATCHES:
+        shifts = []
+
+        def shift(_, inputs, output, shifts=shifts):
+            shifts.append(torch.zeros_like(output, requires_grad=True))
+            return output + shifts[0]
+
+        hook = dense.model.get_submodule(module.output_name).register_forward_hook(shift)
+        loss = dense.criterion.weighted_sum(dense.criterion(dense.model(pictures_), targets)) * len(targets)
+        hook.remove()
+        gradient = torch.autograd.grad(loss, shifts)[0].double()
+        squares.append(gradient.square().sum(-1))
+        outer = outer + torch.einsum("bli,blj->ij", gradient, gradient)
+        images += len(targets)
+    found = dense.calibration.sensitivities[name]
+    total = sum(float(batch.sum()) for batch in squares)
+    assert found.level == pytest.approx(total / images, rel=1e-3)
+    torch.testing.assert_close(found.metric, outer / outer.trace(), rtol=1e-2, atol=1e-4)
+    mean = total / sum(batch.numel() for batch in squares)
+    for weights, batch in zip(found.token_weights, squares, strict=True):
+        expected = EVEN_SHARE + (1 - EVEN_SHARE) * (batch / mean).clamp(max=OUTLIER)
+        torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
+    assert all(parameter.grad is None for parameter in dense.model.parameters())
