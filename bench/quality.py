@@ -222,6 +222,15 @@ def rows_of(subject: Subject) -> list[Row]:
             subject.dense, list(subject.seen), subject.criterion, fraction, importance=importance, ranking=ranking
         )
 
+    def ranked(ranking: str, fractions: tuple[float, ...], seeds: int = 1) -> list[Row]:
+        direction = "backward" if ranking == "elimination" else "once"
+        levels = {
+            words: Method("bisect", ranking, direction, level, share_sets=False)
+            for level, words in (("none", "as cut"), ("output", "refitted"))
+        }
+        title = f"uniform, {ranking.replace('_', ' ')}"
+        return [Row(f"{title}, {words}", uniform(m), seeds, fractions=fractions) for words, m in levels.items()]
+
     rows = [
         Row("ours", lambda f, _: pruner(FAST).searched(f), tuned=True, distilled=True),
         Row("uniform widths, projected and refitted", uniform(FAST), tuned=True),
@@ -231,16 +240,8 @@ def rows_of(subject: Subject) -> list[Row]:
             name = f"Torch-Pruning, {importance}, {ranking}"
             tuned = (importance, ranking) == ("taylor", "uniform")
             rows.append(Row(name, torch_pruning(importance, ranking), tuned=tuned))
-    for ranking in ("random", "magnitude", "first_order", "fisher", "elimination"):
-        for level, words in (("none", "as cut"), ("output", "refitted")):
-            # One pass over the candidates scores them all; the exact loss of each is too slow to be taken anew.
-            direction = "backward" if ranking == "elimination" else "once"
-            method = Method("bisect", ranking, direction, level, share_sets=False)
-            seeds = 3 if ranking == "random" else 1
-            name = f"uniform, {ranking.replace('_', ' ')}, {words}"
-            rows.append(Row(name, uniform(method), seeds))
-    shared = Method("bisect", "fisher", "once", "output", share_sets=True)
-    rows.append(Row("uniform, fisher, refitted, one index set", uniform(shared)))
+    for ranking in ("random", "magnitude", "elimination"):
+        rows += ranked(ranking, FRACTIONS, seeds=3 if ranking == "random" else 1)
     rows.append(
         Row(
             "the paper's way, uniform",
@@ -251,10 +252,11 @@ def rows_of(subject: Subject) -> list[Row]:
             fractions=FRACTIONS[1:],  # growing three quarters of every module takes it a quarter of an hour
         )
     )
-    for level, words in (("none", "as cut"), ("output", "refitted")):
-        # The loss of a batch for every channel takes minutes: one fraction shows it.
-        method = Method("bisect", "exact", "once", level, share_sets=False)
-        rows.append(Row(f"uniform, exact, {words}", uniform(method), fractions=FRACTIONS[1:2]))
+    # One pass for each channel or each image and module takes minutes: one fraction shows it.
+    for ranking in ("first_order", "fisher", "exact"):
+        rows += ranked(ranking, FRACTIONS[1:2])
+    shared = Method("bisect", "magnitude", "once", "output", share_sets=True)
+    rows.append(Row("uniform, magnitude, refitted, one index set", uniform(shared)))
     return rows
 
 
