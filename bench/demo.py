@@ -61,6 +61,7 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     data, output = str(args.output / "data"), args.output
     drawn = ["--images", str(args.images), "--val-images", str(args.val_images), "--seed", str(args.seed)]
     search = ["--search_split", "train2017", "--search_images", "400", "--batch_size", "16", "--map_tol", "0.02"]
+    search += ["--attention_unit", "2"]
     training = ["--epochs", str(args.epochs), "--batch_size", "16", "--amp", "--lr", "1e-4", "--lr_backbone", "1e-5"]
     training += ["--lr_schedule", "cosine", "--ema_decay", "0.99", "--augmentation", "flip"]
     training += ["--cls_loss_coef", "2", "--num_workers", "1", "--distill", str(args.checkpoint)]

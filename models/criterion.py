@@ -40,6 +40,8 @@ class Criterion(nn.Module):
         self.matcher = matcher
         self.num_layers = num_layers
         self.focal_alpha = focal_alpha
+        # False counts this process's boxes alone: for losses that not every process computes equally often.
+        self.counts_all_processes = True
         self.weight_dict = {
             f"{prefix}{name}{suffix}": weights[name]
             for prefix in ("", "tgt_")
@@ -86,10 +88,9 @@ class Criterion(nn.Module):
         losses["class_error"] = self._class_error(logits, matches, classes)[-1]
         return losses
 
-    @staticmethod
-    def _mean_over_processes(count: int, device: torch.device) -> Tensor:
+    def _mean_over_processes(self, count: int, device: torch.device) -> Tensor:
         total = torch.tensor(float(count), device=device)
-        if dist.is_available() and dist.is_initialized():
+        if self.counts_all_processes and dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
             total /= dist.get_world_size()
         return total

@@ -85,7 +85,7 @@ class Distillation:
             "loss_distill_bbox": (weights * (boxes - lesson.boxes_cxcywh).abs().sum(-1)).sum((1, 2)),
             "loss_distill_giou": (weights * _giou_loss(boxes, lesson.boxes_cxcywh)).sum((1, 2)),
         }
-        total = torch.stack(list(totals.values())).clamp(min=1)
+        total = torch.stack([totals[str(layer)] for layer in range(len(totals))]).clamp(min=1)
         losses = {
             name + suffix: value
             for name, values in per_layer.items()

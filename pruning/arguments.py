@@ -106,6 +106,8 @@ def check_search_options(args: argparse.Namespace, typed: Collection[str]) -> No
         for name in TARGETS:
             if name in typed:
                 raise UserError(f"--{name}: found --keep as well, which keeps that much whatever mAP it leaves")
+    if args.search == "paper" and args.reconstruct not in (None, "none"):
+        raise UserError(f"--reconstruct {args.reconstruct}: --search paper scores channels as they are, expected none")
     if args.search == "paper" and args.index_sets == "own":
         raise UserError("--index_sets own: --search paper adds a channel to all of an attention, expected shared")
     if "calibration_images" in typed and not method_of(args).is_calibrated:

@@ -129,7 +129,11 @@ class BudgetSearch:
         width, unit = self.bench.modules[name].width, self.units[name]
         multiples = -(-width // unit)
         step = max(1, multiples // WIDTHS_TRIED)
-        return [multiple * unit for multiple in range(step, multiples, step)] or [unit]
+        return (
+            sorted({unit, *(multiple * unit for multiple in range(step, multiples, step))} - {width})
+            if unit < width
+            else []
+        )
 
     def _least_widths(self) -> dict[str, int]:
         return {name: min(damages) for name, damages in self._damages.items()}

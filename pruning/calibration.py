@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.prunable import PrunableModule
+from models.state import DetectorState
 from pruning.features import StateCache
 from util import distributed
 
@@ -64,7 +65,7 @@ class Calibration:
         stop = names[following] if following < len(names) else None
         block = module.name.rsplit(".", 1)[1]
         for place, batch in enumerate(self.batches):
-            state = self.cache.state(batch).to(self.device)
+            state = self._state(batch)
             seen: dict[str, Any] = {}
             module.layer.observer = lambda name, shown, seen=seen: seen.update(shown) if name == block else None
             try:
@@ -75,17 +76,29 @@ class Calibration:
             self.cache.counter.add(module.name, stop, len(state.queries))
             yield place, seen
 
-    def losses(self, start: str) -> Iterator[tuple[int, Tensor]]:
-        """Place and loss of each calibration batch, with a graph, run from in front of module `start`."""
+    def losses(self, start: str, before: Callable[[int], None] = lambda images: None) -> Iterator[tuple[int, Tensor]]:
+        """Place and loss of each calibration batch, with a graph, run from in front of module `start`.
+
+        `before` is called with the number of images of each batch before it is run.
+        """
         for place, batch in enumerate(self.batches):
-            state = self.cache.state(batch).to(self.device)
+            state = self._state(batch)
+            before(len(state.queries))
             targets = [{k: v.to(self.device) for k, v in t.items()} for t in self.cache.targets[batch]]
             with torch.enable_grad():
                 outputs = self.model.outputs(self.model.run_steps(_with_graph(state), start))
+                # Processes hold different numbers of batches, and a batch's loss is its own.
+                self._criterion.counts_all_processes = False
                 loss = self._criterion.weighted_sum(self._criterion(outputs, targets))
+                self._criterion.counts_all_processes = True
             # Going backward costs about two passes forward.
             self.cache.counter.add(start, None, 3 * len(targets))
             yield place, loss * len(targets)
+
+    def _state(self, batch: int) -> DetectorState:
+        """A cached state on the device; in float32, in which fits are made, whatever the search runs in."""
+        state = self.cache.state(batch).to(self.device)
+        return state.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
     def _measure_sensitivities(self) -> dict[str, Sensitivity]:
         outputs: dict[str, Tensor] = {}
@@ -123,7 +136,7 @@ class Calibration:
         tokens = sum(batch.numel() for part, *_ in gathered for batch in part[name])
         mean = max(total / tokens, torch.finfo(torch.float64).tiny)
         weights = [EVEN_SHARE + (1 - EVEN_SHARE) * (batch / mean).clamp(max=OUTLIER) for batch in squares]
-        metric = sum(metrics[name] for _, metrics, _ in gathered)
+        metric = sum(metrics[name] for _, metrics, count in gathered if count)
         width = len(metric)
         trace = metric.diagonal().sum()
         metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / width

@@ -169,6 +169,8 @@ class _Run:
             self.schedule.name, self.args.search_split, self.num_images,
             base_ap, self.bench.cache.nbytes / 1e6, self.bench.cache.cache_device,
         )  # fmt: skip
+        if self.bench.method.is_calibrated and self.args.search_split == "val2017":
+            self.log.warning("calibrating on val2017: a fair figure searches on train2017 (--search_split)")
         past = self._open_journal(self._facts(base_ap))
         is_global = self.bench.method.search == "global"
         kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)

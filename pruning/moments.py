@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from util import distributed
-
 TINY = torch.finfo(torch.float64).tiny ** 0.5
 DAMPING = 1e-4  # of the mean diagonal: what keeps a fit from following the noise of few tokens
 
@@ -47,11 +45,6 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(a + b for a, b in zip(self._sums(), other._sums(), strict=True)))
-
-    def over_processes(self) -> Moments:
-        """The sums of all processes, added in the order of their ranks, so that all of them get the same."""
-        first, *others = distributed.gather_objects(self)
-        return sum(others, first)
 
     def of_linear(self, weight: Tensor, bias: Tensor) -> Moments:
         """The moments with the targets y = weight x + bias (D x C and D)."""

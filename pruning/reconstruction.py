@@ -131,11 +131,14 @@ class Reconstruction:
         """Moments of the output layer's input and of `targets` (None: nothing) under the gates as they are."""
         weights = self._calibration.sensitivities[module.name].token_weights
         name = "attended" if module.is_attention else "hidden"
-        parts = []
+        total: Moments | None = None
         for place, seen in self._calibration.activations(module):
             x = seen[name]
-            parts.append(Moments.of(x, x[..., :0] if targets is None else targets[place], weights[place]))
-        return sum(parts[1:], parts[0]).over_processes()
+            part = Moments.of(x, x[..., :0] if targets is None else targets[place], weights[place])
+            total = part if total is None else total + part
+        # A process may hold no calibration batch.
+        first, *others = (part for part in distributed.gather_objects(total) if part is not None)
+        return sum(others, first)
 
     def _measure_logits(self, module: PrunableModule) -> tuple[list[Tensor], list[Tensor]]:
         weights = self._calibration.sensitivities[module.name].token_weights
@@ -147,7 +150,8 @@ class Reconstruction:
             keys = (key.expand(images, -1, -1) for key in seen["keys"])
             squares += [_centred_per_head(key, module.nheads, seen["key_mask"]) for key in keys]
             sums = [a + b for a, b in zip(sums, squares, strict=True)] if sums else squares
-        sums = [sum(parts) for parts in zip(*distributed.gather_objects(sums), strict=True)]
+        gathered = [part for part in distributed.gather_objects(sums) if part]
+        sums = [sum(parts) for parts in zip(*gathered, strict=True)]
         half = len(sums) // 2
         return sums[:half], sums[half:]
 
@@ -203,10 +207,14 @@ class Reconstruction:
         part = "value" if module.is_attention else "hidden"
         set_gate(module, kept, self._calibration.device)
         weight = self._output_layer(module)[0].double().cpu()[:, kept[part]]
-        return self._damage(module, weight, moments.of_channels(kept[part]))
+        moments, bias = moments.of_channels(kept[part]), self._output_layer(module)[1].double().cpu()
+        return self._damage(module, weight, moments, (moments.y - weight @ moments.x) / moments.weight - bias)
 
-    def _damage(self, module: PrunableModule, weight: Tensor, moments: Moments) -> float:
+    def _damage(self, module: PrunableModule, weight: Tensor, moments: Moments, shift: Tensor | None = None) -> float:
+        """`shift` is the mean error, where the bias does not take it away."""
         error = error_covariance(weight, moments)
+        if shift is not None:
+            error = error + torch.outer(shift, shift)
         level = self._calibration.sensitivities[module.name].level
         return max(0.0, level * float((self.metric() * error).sum()))
 

@@ -126,7 +126,6 @@ class GateGradient:
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """See `Ranking`."""
         device, total = self._calibration.device, torch.zeros(module.width, dtype=torch.float64)
-        sizes = [len(self._calibration.cache.targets[batch]) for batch in self._calibration.batches]
         gates: list[dict[str, Tensor]] = []
 
         def open_gates(images: int) -> None:
@@ -134,13 +133,10 @@ class GateGradient:
             gates.append({part: v.expand(images, 1, -1).clone().requires_grad_() for part, v in vectors.items()})
             module.set_gate(*gates[-1].values())
 
-        open_gates(sizes[0])
-        for place, loss in self._calibration.losses(module.name):
+        for _, loss in self._calibration.losses(module.name, open_gates):
             loss.backward()
             gradient = sum(gates[-1][part].grad[:, 0] for part in joined).double().cpu()
             total += gradient.sum(0) if self._order == 1 else gradient.square().sum(0)
-            if place + 1 < len(sizes):
-                open_gates(sizes[place + 1])
         self._calibration.model.zero_grad(set_to_none=True)
         set_gate(module, kept, device)
         total = sum(distributed.gather_objects(total))

@@ -124,9 +124,11 @@ class Search:
             self.bench.begin(name)
             self._kept_in_bench = None
             for decision, is_new in visit_module(visit, name):
+                if decision.accepted:
+                    # Whoever is told of an accepted decision finds it in the network.
+                    self._show_bench(name, decision.kept)
                 if is_new:
                     self.on_decision(decision)
-            self._show_bench(name, self.kept[name])
             self._ap_before = decision.full_ap
         return self.kept
 

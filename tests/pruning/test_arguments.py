@@ -47,7 +47,7 @@ def test_options_that_would_do_nothing_are_refused(words, said):
         "--map_tol 0.1 --decay_points 1 --cost macs",
         "--search visit --map_tol 0.1 --subset_batches_ffn 3 --selection forward",
         "--search paper --num_candidates_attention 3 --num_candidates_ffn 4",
-        "--search paper --reconstruct output --calibration_images 8",
+        "--search paper --ranking fisher --calibration_images 8",
         "--search paper --ranking fisher --calibration_images 8",
         "--search paper --index_sets shared",
         "--selection once --index_sets shared --ranking magnitude --reconstruct none",

@@ -1,6 +1,7 @@
 """Searches of every kind on a tiny detector: what they write, and that an interrupted one ends as it would have."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,14 @@ UNITS = "--attention_unit 2 --ffn_unit 8"
 KINDS = {
     "fast": "--map_tol 0.3",
     "keep": "--keep 0.7",
-    "keep macs": "--keep 0.7 --cost macs",
+    "keep macs": "--keep 0.7 --cost macs --reconstruct output --ranking first_order",
     "visit": "--search visit --map_tol 0.3 --skip_eval_converge 0.1",
     "visit output": "--search visit --map_tol 0.3 --reconstruct output --ranking fisher --selection once",
     "paper": "--search paper --map_tol 0.3 --num_candidates_attention 8 --num_candidates_ffn 9",
     "random": "--keep 0.7 --reconstruct none --ranking random --index_sets shared",
+    "magnitude": "--keep 0.7 --reconstruct none --ranking magnitude --index_sets own --selection forward",
+    "exact": "--search visit --map_tol 0.3 --reconstruct output --ranking exact --selection once",
+    "paper fisher": "--search paper --map_tol 0.3 --ranking fisher --attention_unit 4 --ffn_unit 16",
 }
 
 
@@ -92,16 +96,51 @@ def test_a_search_that_was_killed_goes_on(folder, tmp_path, kind):  # noqa: F811
     assert_same_file(tmp_path / "whole", out)
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [("--map_tol 0.2", "map_tol"), ("--ranking random", "ranking"), ("--search_split train2017", "annotations|split")],
-)
-def test_a_journal_of_another_search_is_refused(folder, tmp_path, more, said):  # noqa: F811
+def test_a_journal_of_another_search_is_refused(folder, tmp_path):  # noqa: F811
     run(folder, tmp_path, "fast")
-    lines = (tmp_path / "search.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "search.jsonl").write_text("".join(lines[:2]))
-    with pytest.raises(UserError, match=rf"search\.jsonl: found a search with .*({said})"):
-        run(folder, tmp_path, "fast", f"{more} --resume_search")
+    journal = tmp_path / "search.jsonl"
+    with pytest.raises(UserError, match=r"search\.jsonl: found a search that has ended"):
+        run(folder, tmp_path, "fast", "--resume_search")
+
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))
+    before = journal.read_bytes()
+    other = torch.load(folder / "dense.pth")
+    other["model"]["class_embed.bias"] += 1e-4
+    torch.save(other, tmp_path / "other.pth")
+    for more, said in (
+        ("--map_tol 0.2", r"args\.map_tol 0\.3, expected 0\.2"),
+        ("--ranking random", r"args\.ranking None, expected random"),
+        ("--search_split train2017", r"args\.search_split"),
+        ("--batch_size 3", r"args\.batch_size 2, expected 3"),
+        (f"--resume {tmp_path}/other.pth", "weights"),
+    ):
+        with pytest.raises(UserError, match=rf"search\.jsonl: found a search with {said}"):
+            run(folder, tmp_path, "fast", f"{more} --resume_search")
+    assert journal.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"), [("fast", {"event": "trial", "keep": 0.5}), ("visit", {"event": "decision"})]
+)
+def test_a_damaged_line_of_a_journal_is_a_users_mistake(folder, tmp_path, kind, line):  # noqa: F811
+    run(folder, tmp_path, kind, "--attention_unit 8 --ffn_unit 32")
+    journal = tmp_path / "search.jsonl"
+    start = journal.read_text().splitlines()[0]
+    journal.write_text(f"{start}\n{json.dumps(line)}\n")
+    with pytest.raises(UserError, match=r"search\.jsonl: found a damaged"):
+        run(folder, tmp_path, kind, "--attention_unit 8 --ffn_unit 32 --resume_search")
+
+
+@pytest.mark.parametrize("kind", ["fast", "visit"])
+def test_where_things_lie_and_how_fast_they_go_may_change(folder, tmp_path, kind):  # noqa: F811
+    run(folder, tmp_path / "whole", kind)
+    out = tmp_path / "moved"
+    out.mkdir()
+    lines = (tmp_path / "whole" / "search.jsonl").read_text().splitlines(keepends=True)
+    (out / "search.jsonl").write_text("".join(lines[:3]))
+    shutil.copytree(folder, tmp_path / "data")
+    run(tmp_path / "data", out, kind, "--images_at_once 2 --cache_device cpu --no-use_dn --resume_search")
+    assert_same_file(tmp_path / "whole", out)
 
 
 def test_two_processes_find_the_widths_of_one(folder, tmp_path):  # noqa: F811

@@ -1,5 +1,6 @@
 """Files are written wholly or not at all."""
 
+import hashlib
 import json
 import logging
 
@@ -7,7 +8,7 @@ import pytest
 
 from util.distributed import choose_device
 from util.errors import UserError
-from util.files import append_json_line, check_output_dir, move_aside, write_atomic, write_json
+from util.files import append_json_line, check_output_dir, file_digest, move_aside, write_atomic, write_json
 from util.logging import get_logger, log_to_file, stop_logging_to_file, table
 
 
@@ -29,6 +30,12 @@ def test_lines_are_appended(tmp_path):
     for number in range(2):
         append_json_line(tmp_path / "log.txt", {"epoch": number})
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+
+
+def test_a_digest_is_that_of_the_bytes_whatever_their_number(tmp_path):
+    for content in (b"", b"abc", bytes(range(256)) * 5000):
+        (tmp_path / "a").write_bytes(content)
+        assert file_digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
 def test_an_output_folder_is_checked_but_not_made(tmp_path):
