@@ -73,7 +73,6 @@ class Reconstruction:
         if module.has_logits and self._outputs is None:
             self._outputs = self._whole_outputs(module)
         if self.level == "none":
-            set_gate(module, kept, self._calibration.device)
             return self._damage_of_gates(module, kept)
         if self.level == "full" and module.has_logits:
             self._project_logits(module, kept["query"])
