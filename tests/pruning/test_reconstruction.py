@@ -1,18 +1,15 @@
 """Reconstruction on tiny detectors: what it promises, held against the modules' own outputs."""
 
-import threading
 from itertools import pairwise
 
 import pytest
 import torch
 
-import util.distributed
 from pruning.calibration import EVEN_SHARE, OUTLIER, Calibration
 from pruning.features import PassCounter, StateCache
 from pruning.gates import set_gate
-from pruning.kept import all_kept, parts
+from pruning.kept import all_kept
 from pruning.reconstruction import LEVELS, Reconstruction
-from pruning.scores import Elimination, GateGradient
 from pruning.selection import Order
 from pruning.transplant import cut_state_dict, slices_of, widths_after
 from tests.pruning.tiny import pictures, tiny_detector
@@ -280,73 +277,3 @@ def test_sensitivities_are_those_of_the_losss_gradients(dense):
         expected = EVEN_SHARE + (1 - EVEN_SHARE) * (batch / mean).clamp(max=OUTLIER)
         torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
     assert all(parameter.grad is None for parameter in dense.model.parameters())
-
-
-class Processes:
-    """As many threads as processes, which meet wherever processes gather objects."""
-
-    def __init__(self, monkeypatch, count):
-        self._own = threading.local()
-        self._barrier = threading.Barrier(count, timeout=600)
-        self._values = [None] * count
-        monkeypatch.setattr(util.distributed, "rank", lambda: self._own.rank)
-        monkeypatch.setattr(util.distributed, "world_size", lambda: count)
-        monkeypatch.setattr(util.distributed, "gather_objects", self._gather)
-
-    def _gather(self, value):
-        self._values[self._own.rank] = value
-        self._barrier.wait()
-        values = list(self._values)
-        self._barrier.wait()
-        return values
-
-    def run(self, work):
-        """`work(rank)` in every thread; their results by rank."""
-        results = [None] * len(self._values)
-
-        def start(rank):
-            self._own.rank = rank
-            try:
-                results[rank] = work(rank)
-            except BaseException:
-                self._barrier.abort()
-                raise
-
-        threads = [threading.Thread(target=start, args=(rank,)) for rank in range(len(results))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-
-@pytest.mark.parametrize("shares", [[[0, 2], [1]], [[0, 1, 2], []]], ids=["a share each", "one has none"])
-def test_processes_fit_as_one(dense, monkeypatch, shares):
-    names = ("encoder.0.ffn", "decoder.0.cross_attention")
-
-    def fit(setting, batches):
-        """Scores, damages and weights, as one process comes to them."""
-        calibration = Calibration(setting.model, setting.criterion, setting.cache, batches, CPU)
-        reconstruction = Reconstruction(calibration, "full")
-        found = []
-        for name in names:
-            module = setting.modules[name]
-            setting.cache.move_to(name)
-            reconstruction.begin(name)
-            whole = all_kept(module)
-            for ranking in (GateGradient(calibration, 2), Elimination(reconstruction)):
-                found.append(ranking(module, parts(module), whole, torch.arange(32)))
-            found.append(torch.tensor(reconstruction.apply(random_kept(module, 12))))
-            found += [setting.model.state_dict()[key].clone() for key in sorted({p.key for p in module.slices})]
-            reconstruction.restore(name)
-        setting.cache.forget()
-        return found
-
-    alone = fit(dense, [0, 1, 2])
-    settings = [Setting() for _ in shares]
-    together = Processes(monkeypatch, len(shares)).run(lambda rank: fit(settings[rank], shares[rank]))
-    for found in together:
-        assert found is not None
-        assert all(torch.equal(one, other) for one, other in zip(found, together[0], strict=True))
-        for one, expected in zip(found, alone, strict=True):
-            torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-5)
