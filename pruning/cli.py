@@ -25,7 +25,7 @@ from pruning import plots, report
 from pruning.arguments import check_search_options, get_pruning_parser, method_of, schedule_of, units_of
 from pruning.budget import BudgetSearch, Trial
 from pruning.cost import Cost, cost_of, cost_table, macs_per_channel, params_per_channel, step_shares
-from pruning.journal import Decision, Journal, read_decisions
+from pruning.journal import Decision, Journal, read_decisions, read_trials
 from pruning.kept import Kept
 from pruning.options import READ_BY_SEARCH, refuse_unread
 from pruning.schedule import Schedule
@@ -254,7 +254,7 @@ class _Run:
                 bar.update()
 
             step = {name: units.channels(module) for name, module in self.bench.modules.items()}
-            aps = [float(line["full_ap"]) for line in past if line["event"] == "trial"]
+            aps = read_trials(past, self.journal.path)
             search = BudgetSearch(self.bench, per_channel, total, step, base_ap, record, aps, show)
             threshold_ap = self.schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1)
             self.log.info("mAP to keep: %s", "any" if args.keep else f"{threshold_ap:.4f}")

@@ -160,6 +160,22 @@ def read_decisions(lines: Sequence[Mapping[str, Any]], source: str | Path) -> li
     return found
 
 
+def read_trials(lines: Sequence[Mapping[str, Any]], source: str | Path) -> list[float]:
+    """The mAP of each trial among a journal's lines.
+
+    Raises:
+        UserError: naming `source`, for a line that has none.
+    """
+    found = []
+    for line in lines:
+        if line["event"] == "trial":
+            try:
+                found.append(float(line["full_ap"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{source}: found a damaged trial ({error}), expected those of a search") from None
+    return found
+
+
 def _differences(found: Any, wanted: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """Dotted name and both values of whatever differs between two nested dicts."""
     if isinstance(found, dict) and isinstance(wanted, dict):
