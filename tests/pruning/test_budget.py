@@ -106,6 +106,12 @@ def test_a_wider_module_that_is_predicted_to_do_more_damage_is_not_bought():
     assert damage_of(widths, tables, 1.0) == 1.0
 
 
+def test_a_module_that_is_worth_nothing_before_it_is_whole_is_bought_whole():
+    tables = {"encoder.0.ffn": [10.0, 10.0, 10.0, 0.0], "encoder.1.ffn": [1.0, 0.6, 0.3, 0.0]}
+    widths = search_of(tables, dict.fromkeys(tables, 1.0)).allocate(5 / 8, 1.0)
+    assert widths == {"encoder.0.ffn": 4, "encoder.1.ffn": 1}
+
+
 def test_what_cannot_be_cut_counts_in_the_whole():
     tables = {"encoder.0.ffn": [3.0, 2.0, 1.0, 0.0]}
     search = search_of(tables, {"encoder.0.ffn": 1.0}, fixed_cost=4.0)
@@ -182,3 +188,23 @@ def test_replayed_trials_are_not_measured_again_and_the_outcome_is_the_same(keep
         assert widths_of(again) == widths_of(kept) == bench.widths
         assert same == best
         assert [entry[0] for entry in bench.asked].count("full") == len(trials) - done
+
+
+@pytest.mark.parametrize(
+    ("width", "unit", "expected"),
+    [
+        (8, 2, [2, 4, 6, 8]),
+        (7, 3, [3, 6, 7]),
+        (4, 4, [4]),
+        (4, 9, [4]),
+        (66, 2, [2, *range(4, 65, 4), 66]),
+    ],
+)
+def test_damage_is_predicted_at_the_least_width_and_evenly_up_to_the_whole(width, unit, expected):
+    module = FakeModule("encoder.0.ffn", width, 1, False)
+    bench = FakeBench({module.name: module}, constant(0.5), damage=lambda name, width: 1 / width)
+    search = BudgetSearch(bench, {module.name: 1.0}, float(width), {module.name: unit}, 0.5)
+    search.run(1.0)
+    damages = search._damages[module.name]
+    assert sorted(damages) == expected
+    assert all(value == (0 if w == width else 1 / w) for w, value in damages.items())

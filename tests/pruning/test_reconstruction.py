@@ -21,12 +21,13 @@ NAMES = tuple(tiny_detector()[0].step_names)
 
 
 class Setting:
-    """A tiny detector, its cache and its calibration."""
+    """A tiny detector, with the weights `state` if given, its cache and its calibration."""
 
-    def __init__(self, more="", slim_names=False):
+    def __init__(self, more="", slim_names=False, state=None):
         self.more = more
         dense = tiny_detector(more)[0]
         self.model, self.criterion, _ = tiny_detector(more, cfgs=dense.widths if slim_names else None)
+        self.model.load_state_dict(self.model.state_dict() if state is None else state)
         self.model.eval()
         self.criterion.eval()
         self.cache = StateCache(self.model, BATCHES, PassCounter(dict.fromkeys(self.model.step_names, 1.0)), device=CPU)
@@ -277,3 +278,28 @@ def test_sensitivities_are_those_of_the_losss_gradients(dense):
         expected = EVEN_SHARE + (1 - EVEN_SHARE) * (batch / mean).clamp(max=OUTLIER)
         torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
     assert all(parameter.grad is None for parameter in dense.model.parameters())
+
+
+def test_attentions_that_use_few_directions_lose_nothing_when_cut_to_as_many():
+    """The directions lie across the channels, so that no choice of channels would do."""
+    setting, generator = Setting(), torch.Generator().manual_seed(0)
+    state = setting.model.state_dict()
+    attentions = [module for module in setting.modules.values() if module.is_attention]
+    for module in attentions:
+        heads, head_width = module.nheads, module.width // module.nheads
+        bases = torch.linalg.qr(torch.randn(2, heads, head_width, 3, generator=generator))[0]
+        of_logits, of_values = bases @ bases.mT
+        for piece in module.parameter_slices():
+            for block, part in zip(state[piece.key].chunk(len(piece.parts), piece.axis), piece.parts, strict=True):
+                if piece.axis == 0:
+                    rows = block.reshape(heads, head_width, -1)
+                    block.copy_(((of_values if part == "value" else of_logits) @ rows).reshape(block.shape))
+    setting = Setting(state=state)
+    for module in attentions:
+        module, reconstruction = setting.begin(module.name, "full")
+        whole = setting.outputs_of(module)
+        reconstruction.apply(Order.natural(module).kept(3 * module.nheads))
+        spread = float((whole - whole.mean(0)).square().sum(1).mean())
+        # What is left is the damping's.
+        assert setting.error(module, whole) < 1e-3 * spread + 1e-12
+        reconstruction.restore(module.name)

@@ -184,6 +184,15 @@ def test_a_bisection_measures_no_whole_module():
     assert all(d.width < d.full_width for d in decisions if not d.accepted)
 
 
+def test_a_bisection_tells_the_map_of_the_width_that_it_accepts():
+    ap = lambda w, whole: 0.4 + 0.01 * sum(w.values()) if whole else 0.54  # noqa: E731
+    _, kept, decisions = run(ap, method=VISIT, base_ap=0.54)
+    accepted = [d for d in decisions if d.accepted]
+    # 0.9 of the base are 0.486: four channels may go.
+    assert widths(kept) == {ATTENTION: 4, FFN: 6}
+    assert [d.full_ap for d in accepted] == pytest.approx([0.5, 0.5])
+
+
 def test_a_bisection_leaves_the_bench_with_what_it_accepted():
     """The last width tried need not be the one that is taken."""
     seen = []
