@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,8 +43,7 @@ class Criterion(nn.Module):
         self.matcher = matcher
         self.num_layers = num_layers
         self.focal_alpha = focal_alpha
-        # False counts this process's boxes alone: for losses that not every process computes equally often.
-        self.counts_all_processes = True
+        self._counts_all_processes = True
         self.weight_dict = {
             f"{prefix}{name}{suffix}": weights[name]
             for prefix in ("", "tgt_")
@@ -52,6 +54,15 @@ class Criterion(nn.Module):
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """The scalar that training minimises, and by which the paper's search scores channels."""
         return sum(losses[name] * weight for name, weight in self.weight_dict.items())
+
+    @contextmanager
+    def of_this_process(self) -> Iterator[None]:
+        """Inside, this process's boxes alone are counted: for losses that not every process computes equally often."""
+        self._counts_all_processes = False
+        try:
+            yield
+        finally:
+            self._counts_all_processes = True
 
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """All losses by name, unweighted.
@@ -90,7 +101,7 @@ class Criterion(nn.Module):
 
     def _mean_over_processes(self, count: int, device: torch.device) -> Tensor:
         total = torch.tensor(float(count), device=device)
-        if self.counts_all_processes and dist.is_available() and dist.is_initialized():
+        if self._counts_all_processes and dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
             total /= dist.get_world_size()
         return total

@@ -62,9 +62,7 @@ class Distillation:
         """Run the teacher on the student's images, list of 3 x H x W or one B x 3 x H x W."""
         state = self.teacher.run_steps(self.teacher.prepare(images))
         logits, boxes = _stacked(self.teacher.outputs(state))
-        mask = state.memory_mask
-        pixels = torch.ones(state.memory.shape[:2], device=logits.device) if mask is None else mask[:, 0, 0].float()
-        return Lesson(logits.sigmoid(), boxes, state.memory.float(), pixels)
+        return Lesson(logits.sigmoid(), boxes, state.memory.float(), state.pixels.float())
 
     def __call__(self, outputs: dict, lesson: Lesson) -> dict[str, Tensor]:
         """All losses by name, unweighted: `loss_distill_memory` and, with the suffix `_i` for each layer but the last,

@@ -31,6 +31,10 @@ class ParameterSlice:
     parts: tuple[str, ...]
     fold: tuple[bool, ...] = (False,)
 
+    def blocks(self, parameter: Tensor) -> list[tuple[str, Tensor]]:
+        """Each part with its block of `parameter`, a view."""
+        return list(zip(self.parts, parameter.chunk(len(self.parts), self.axis), strict=True))
+
 
 @dataclass(frozen=True)
 class PrunableModule:

@@ -71,6 +71,13 @@ class DetectorState:
         """A copy on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
+    @property
+    def pixels(self) -> Tensor:
+        """B x S, 1 on image pixels and 0 on padding."""
+        if self.memory_mask is None:
+            return self.memory.new_ones(self.memory.shape[:2])
+        return self.memory_mask[:, 0, 0].to(self.memory)
+
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of the state."""
         for field in fields(self):

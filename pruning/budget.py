@@ -7,10 +7,12 @@ order, each on what the cut modules before it give.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pruning.journal import Trial
 from pruning.kept import Kept
 from pruning.search import Workbench
 from util.errors import UserError
@@ -20,25 +22,6 @@ from util.errors import UserError
 POWERS = (0.5, 1.0, 0.25)
 EVALUATIONS = 7  # of mAP when the least budget is looked for: it is then known to a hundredth of the whole
 WIDTHS_TRIED = 16  # of each module when its damage is predicted
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One division of the budget, cut and measured.
-
-    Attributes:
-        keep: fraction of the transformer's cost that was asked for.
-        power: exponent of the damages in the sum that was minimised.
-        widths: of each module.
-        full_ap: mAP in [0, 1] of the whole split.
-        kept_fraction: fraction of the transformer's cost that is left.
-    """
-
-    keep: float
-    power: float
-    widths: dict[str, int]
-    full_ap: float
-    kept_fraction: float
 
 
 @dataclass
@@ -52,7 +35,7 @@ class BudgetSearch:
         units: channels by which each module's width changes.
         base_ap: mAP in [0, 1] of the whole split before the search.
         on_trial: called with each new trial.
-        replayed: mAP of trials that were measured before, in order.
+        replayed: trials of the same search that were made before, in order; they are not measured again.
         progress: called with the name of each module that is done with, once for each sweep over them.
         trials: those measured, replayed ones among them.
     """
@@ -63,18 +46,21 @@ class BudgetSearch:
     units: Mapping[str, int]
     base_ap: float
     on_trial: Callable[[Trial], None] = lambda trial: None
-    replayed: list[float] = field(default_factory=list)
+    replayed: Sequence[Trial] = ()
     progress: Callable[[str], Any] = lambda name: None
     trials: list[Trial] = field(default_factory=list)
     _damages: dict[str, dict[int, float]] = field(default_factory=dict)
+    _measured: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def run(self, keep: float | None, threshold_ap: float = 0.0) -> tuple[dict[str, Kept], Trial]:
         """Cut to the fraction `keep` of the cost, or (None) as far as mAP is not below `threshold_ap`.
 
         Raises:
-            UserError: one unit of every module costs more than that.
+            UserError: one unit of every module costs more than that, or `replayed` are trials of another search.
         """
-        self._past = list(self.replayed)
+        if keep is not None:
+            self._check_affordable(keep, {name: min(self._widths(name)) for name in self.bench.modules})
+        self._past = deque(self.replayed)
         self._damages = self._damages or self._predict_damages()
         if keep is not None:
             trials = [self._trial(keep, power) for power in POWERS]
@@ -99,17 +85,23 @@ class BudgetSearch:
 
     def _trial(self, keep: float, power: float) -> Trial:
         widths = self.allocate(keep, power)
-        past = self._past.pop(0) if self._past else None
-        if past is None:
-            self._cut(widths)
-            full_ap = self.bench.full_ap(next(reversed(self.bench.modules)))
-        else:
-            full_ap = past
-        trial = Trial(keep, power, widths, full_ap, self._cost_of(widths) / self.total_cost)
-        self.trials.append(trial)
-        if past is None:
+        trial = self._past.popleft() if self._past else None
+        if trial is None:
+            trial = Trial(keep, power, widths, self._ap_at(widths), self._cost_of(widths) / self.total_cost)
             self.on_trial(trial)
+        elif (trial.keep, trial.power, trial.widths) != (keep, power, widths):
+            raise UserError(f"journal: found a trial with {trial.keep:g} of the cost kept, expected {keep:g}")
+        self._measured[tuple(widths.values())] = trial.full_ap
+        self.trials.append(trial)
         return trial
+
+    def _ap_at(self, widths: Mapping[str, int]) -> float:
+        """mAP of the whole split with these widths, measured once."""
+        known = self._measured.get(tuple(widths.values()))
+        if known is None:
+            self._cut(widths)
+            known = self.bench.full_ap()
+        return known
 
     def _predict_damages(self) -> dict[str, dict[int, float]]:
         """Damage of each module at up to `WIDTHS_TRIED` widths, all others whole."""
@@ -117,23 +109,17 @@ class BudgetSearch:
         self.bench.reset()
         for name, module in self.bench.modules.items():
             self.bench.begin(name)
-            damages[name] = {module.width: 0.0}
-            for width in self._widths(name):
-                damages[name][width] = self.bench.set_kept(name, self.bench.choose(name, width))
-            self.bench.set_kept(name, self.bench.choose(name, module.width))
+            # The whole module comes last, and is what the next one stands behind.
+            damages[name] = {w: self.bench.set_kept(name, self.bench.choose(name, w)) for w in self._widths(name)}
+            damages[name][module.width] = 0.0
             self.progress(name)
         return damages
 
     def _widths(self, name: str) -> list[int]:
-        """Widths below a module's own, in multiples of its unit, about evenly spread."""
+        """One unit, multiples of it about evenly spread, and the module's own width; ascending."""
         width, unit = self.bench.modules[name].width, self.units[name]
-        multiples = -(-width // unit)
-        step = max(1, multiples // WIDTHS_TRIED)
-        return (
-            sorted({unit, *(multiple * unit for multiple in range(step, multiples, step))} - {width})
-            if unit < width
-            else []
-        )
+        step = unit * max(1, width // unit // WIDTHS_TRIED)
+        return sorted({min(unit, width), *range(step, width, step), width})
 
     def _least_widths(self) -> dict[str, int]:
         return {name: min(damages) for name, damages in self._damages.items()}
@@ -146,17 +132,13 @@ class BudgetSearch:
         """Widths of the least sum of damage ** power whose cost is at most `keep` of the whole.
 
         A Lagrange multiplier prices the cost; each module then takes the width that is best for itself (Everett 1963).
-        What the price leaves over goes to the modules that gain most by it.
+        What the price leaves over goes to the modules that gain most for their cost.
 
         Raises:
             UserError: there are no such widths.
         """
-        budget, least = keep * self.total_cost, self._least_widths()
-        if self._cost_of(least) > budget:
-            raise UserError(
-                f"--keep {keep:g}: found that one unit of every module keeps "
-                f"{self._cost_of(least) / self.total_cost:.3f} of the transformer's cost, expected at least that"
-            )
+        budget = keep * self.total_cost
+        self._check_affordable(keep, self._least_widths())
         low, high = 1e-30, 1e30
         for _ in range(200):
             price = (low * high) ** 0.5
@@ -165,6 +147,13 @@ class BudgetSearch:
             else:
                 high = price
         return self._spend_rest(self._at_price(high, power), budget, power)
+
+    def _check_affordable(self, keep: float, least: Mapping[str, int]) -> None:
+        if self._cost_of(least) > keep * self.total_cost:
+            raise UserError(
+                f"--keep {keep:g}: found that one unit of every module keeps "
+                f"{self._cost_of(least) / self.total_cost:.3f} of the transformer's cost, expected at least that"
+            )
 
     def _at_price(self, price: float, power: float) -> dict[str, int]:
         return {
@@ -178,9 +167,9 @@ class BudgetSearch:
             rest, best = budget - self._cost_of(widths), None
             for name, damages in self._damages.items():
                 wider = min((w for w in damages if w > widths[name]), default=None)
-                if wider is None or (wider - widths[name]) * self.cost_per_channel[name] > rest:
+                if wider is None or (cost := (wider - widths[name]) * self.cost_per_channel[name]) > rest:
                     continue
-                gain = damages[widths[name]] ** power - damages[wider] ** power
+                gain = (damages[widths[name]] ** power - damages[wider] ** power) / cost
                 if gain >= 0 and (best is None or gain > best[0]):
                     best = (gain, name, wider)
             if best is None:

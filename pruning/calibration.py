@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine import move_to
 from models.prunable import PrunableModule
 from models.state import DetectorState
 from pruning.features import StateCache
+from pruning.moments import TINY
 from util import distributed
 
 # A token counts by the squared norm of the loss's gradient there, at most OUTLIER times the mean, mixed with an even
@@ -26,7 +28,7 @@ class Sensitivity:
     """How the loss feels an error of one module's output.
 
     Attributes:
-        token_weights: for each calibration batch B x L, with mean 1 over all.
+        token_weights: for each calibration batch B x L, 0 on padding, else about 1 on average.
         metric: D x D second moment of the gradient's direction, with trace 1.
         level: mean over tokens of the squared norm of the gradient, times the tokens of an image.
     """
@@ -84,16 +86,13 @@ class Calibration:
         for place, batch in enumerate(self.batches):
             state = self._state(batch)
             before(len(state.queries))
-            targets = [{k: v.to(self.device) for k, v in t.items()} for t in self.cache.targets[batch]]
-            with torch.enable_grad():
+            targets = move_to(self.cache.targets[batch], self.device)
+            with torch.enable_grad(), self._criterion.of_this_process():
                 outputs = self.model.outputs(self.model.run_steps(_with_graph(state), start))
-                # Processes hold different numbers of batches, and a batch's loss is its own.
-                self._criterion.counts_all_processes = False
-                loss = self._criterion.weighted_sum(self._criterion(outputs, targets))
-                self._criterion.counts_all_processes = True
+                loss = len(targets) * self._criterion.weighted_sum(self._criterion(outputs, targets))
             # Going backward costs about two passes forward.
             self.cache.counter.add(start, None, 3 * len(targets))
-            yield place, loss * len(targets)
+            yield place, loss
 
     def _state(self, batch: int) -> DetectorState:
         """A cached state on the device; in float32, in which fits are made, whatever the search runs in."""
@@ -105,27 +104,21 @@ class Calibration:
         squares: dict[str, list[Tensor]] = {name: [] for name in self._modules}
         metrics: dict[str, Tensor | float] = dict.fromkeys(self._modules, 0.0)
 
-        def keep_gradient(name: str, output: Tensor) -> None:
-            output.retain_grad()
-            outputs[name] = output
-
         hooks = [
             self.model.get_submodule(module.output_name).register_forward_hook(
-                lambda _, inputs, output, name=name: keep_gradient(name, output)
+                lambda _, inputs, output, name=name: outputs.update({name: output})
             )
             for name, module in self._modules.items()
         ]
         try:
             for _, loss in self.losses(self.model.step_names[0]):
-                loss.backward()
-                for name, output in outputs.items():
-                    gradient = output.grad.double()
+                for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+                    gradient = gradient.double()
                     squares[name].append(gradient.square().sum(-1).cpu())
                     metrics[name] = metrics[name] + torch.einsum("bli,blj->ij", gradient, gradient).cpu()
         finally:
             for hook in hooks:
                 hook.remove()
-            self.model.zero_grad(set_to_none=True)
         gathered = distributed.gather_objects((squares, metrics, sum(map(len, squares[next(iter(squares))]))))
         images = sum(count for *_, count in gathered)
         return {name: self._sensitivity(name, squares[name], gathered, images) for name in self._modules}
@@ -134,23 +127,18 @@ class Calibration:
         """Weights of this process's tokens; means are those of all processes."""
         total = float(sum(batch.sum() for part, *_ in gathered for batch in part[name]))
         tokens = sum(batch.numel() for part, *_ in gathered for batch in part[name])
-        mean = max(total / tokens, torch.finfo(torch.float64).tiny)
+        mean = max(total / tokens, TINY)
         weights = [EVEN_SHARE + (1 - EVEN_SHARE) * (batch / mean).clamp(max=OUTLIER) for batch in squares]
         metric = sum(metrics[name] for _, metrics, count in gathered if count)
         width = len(metric)
         trace = metric.diagonal().sum()
         metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / width
         if name.startswith("encoder."):
-            weights = [w * self._on_image(batch) for w, batch in zip(weights, self.batches, strict=True)]
+            weights = [w * self._state(batch).pixels.cpu() for w, batch in zip(weights, self.batches, strict=True)]
         return Sensitivity(weights, metric, total / images)
 
-    def _on_image(self, batch: int) -> Tensor | float:
-        """B x S, 1 on image pixels and 0 on padding; 1.0 where a batch has no padding."""
-        mask = self.cache.state(batch).memory_mask
-        return 1.0 if mask is None else mask[:, 0, 0].double().cpu()
 
-
-def _with_graph(state: Any) -> Any:
+def _with_graph(state: DetectorState) -> DetectorState:
     """A state from which gradients flow, whatever parameters are frozen."""
     return state.replace(
         memory=state.memory.detach().clone().requires_grad_(), queries=state.queries.detach().clone().requires_grad_()

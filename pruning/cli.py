@@ -23,9 +23,9 @@ from models import build_model
 from models.widths import Widths
 from pruning import plots, report
 from pruning.arguments import check_search_options, get_pruning_parser, method_of, schedule_of, units_of
-from pruning.budget import BudgetSearch, Trial
+from pruning.budget import BudgetSearch
 from pruning.cost import Cost, cost_of, cost_table, macs_per_channel, params_per_channel, step_shares
-from pruning.journal import Decision, Journal, read_decisions, read_trials
+from pruning.journal import Decision, Journal, Trial, read_events
 from pruning.kept import Kept
 from pruning.options import READ_BY_SEARCH, refuse_unread
 from pruning.schedule import Schedule
@@ -208,7 +208,7 @@ class _Run:
     def _search_modules(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
         """Visit one module after the other; returns the kept sets and mAP of the whole split."""
         units, order = units_of(self.args), self.schedule.order(self.bench.modules)
-        replayed = read_decisions(past, self.journal.path)
+        replayed = read_events(past, "decision", Decision, self.journal.path)
         self.decisions += replayed
         with report.ProgressBar(list(self.bench.modules.values()), units, self.bench.method, bar_off()) as bar:
             for decision in replayed:
@@ -246,7 +246,7 @@ class _Run:
 
             def record(trial: Trial) -> None:
                 if distributed.is_main():
-                    self.journal.trial(dataclasses.asdict(trial))
+                    self.journal.trial(trial)
                 self.log.info("%s", report.trial_line(trial))
 
             def show(name: str) -> None:
@@ -254,8 +254,8 @@ class _Run:
                 bar.update()
 
             step = {name: units.channels(module) for name, module in self.bench.modules.items()}
-            aps = read_trials(past, self.journal.path)
-            search = BudgetSearch(self.bench, per_channel, total, step, base_ap, record, aps, show)
+            replayed = read_events(past, "trial", Trial, self.journal.path)
+            search = BudgetSearch(self.bench, per_channel, total, step, base_ap, record, replayed, show)
             threshold_ap = self.schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1)
             self.log.info("mAP to keep: %s", "any" if args.keep else f"{threshold_ap:.4f}")
             kept, best = search.run(args.keep, threshold_ap)

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pruning.kept import Kept, from_lists, to_lists
 from util.errors import UserError
-from util.files import append_json_line, move_aside, write_text
+from util.files import append_json_line, move_aside, write_atomic
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,34 @@ class Decision:
         return cls(**{**values, "kept": from_lists(values["kept"])})
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One division of a budget, cut and measured.
+
+    Attributes:
+        keep: fraction of the transformer's cost that was asked for.
+        power: exponent of the damages in the sum that was minimised.
+        widths: of each module.
+        full_ap: mAP in [0, 1] of the whole split.
+        kept_fraction: fraction of the transformer's cost that is left.
+    """
+
+    keep: float
+    power: float
+    widths: dict[str, int]
+    full_ap: float
+    kept_fraction: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The trial as JSON takes it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Trial:
+        """The trial that `to_dict` gave."""
+        return cls(**{**values, "full_ap": float(values["full_ap"])})
+
+
 class Journal:
     """Writes `search.jsonl`; lines have the key `event`: start, decision, trial or end."""
 
@@ -75,9 +103,9 @@ class Journal:
         """One step's outcome."""
         self._write("decision", decision.to_dict())
 
-    def trial(self, facts: Mapping[str, Any]) -> None:
-        """One division of a budget, cut and measured."""
-        self._write("trial", facts)
+    def trial(self, trial: Trial) -> None:
+        """One division of a budget."""
+        self._write("trial", trial.to_dict())
 
     def end(self, facts: Mapping[str, Any]) -> None:
         """What came out."""
@@ -93,7 +121,7 @@ class Journal:
         """
         if not self.path.exists():
             return []
-        lines = self._read()
+        lines, whole_bytes = self._read()
         if not lines:
             return []
         start, *others = lines
@@ -107,24 +135,26 @@ class Journal:
             )
         if others and others[-1].get("event") == "end":
             raise UserError(f"{self.path}: found a search that has ended, expected one to go on with")
+        if whole_bytes < self.path.stat().st_size:
+            whole = self.path.read_bytes()[:whole_bytes]
+            write_atomic(self.path, lambda stream: stream.write(whole))
         self.begun = True
         return others
 
-    def _read(self) -> list[dict[str, Any]]:
-        """The lines of the file; bytes behind the last line that is whole are cut off.
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        """The whole lines of the file, and how many bytes they are.
 
         Raises:
             UserError: the file is no journal.
         """
         try:
-            text = self.path.read_bytes().decode()
+            content = self.path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            text = whole.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}: cannot be read as a journal ({error}), expected lines of JSON") from None
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(self.path, whole)
         lines = []
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(text.splitlines(), start=1):
             try:
                 value = json.loads(line)
             except ValueError:
@@ -134,7 +164,7 @@ class Journal:
             lines.append(value)
         if lines and lines[0]["event"] != "start":
             raise UserError(f"{self.path}: line 1 is a {lines[0]['event']}, expected the start of a search")
-        return lines
+        return lines, len(whole)
 
     def _write(self, event: str, facts: Mapping[str, Any]) -> None:
         if not self.begun:
@@ -143,36 +173,23 @@ class Journal:
         append_json_line(self.path, {"event": event, **facts})
 
 
-def read_decisions(lines: Sequence[Mapping[str, Any]], source: str | Path) -> list[Decision]:
-    """The decisions among a journal's lines.
+T = TypeVar("T", Decision, Trial)
+
+
+def read_events(lines: Sequence[Mapping[str, Any]], event: str, kind: type[T], source: str | Path) -> list[T]:
+    """The decisions or trials (`event`) among a journal's lines, as values of their `kind`.
 
     Raises:
         UserError: naming `source`, for a line that is none.
     """
     found = []
     for line in lines:
-        if line["event"] != "decision":
+        if line["event"] != event:
             continue
         try:
-            found.append(Decision.from_dict({key: value for key, value in line.items() if key != "event"}))
+            found.append(kind.from_dict({key: value for key, value in line.items() if key != "event"}))
         except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise UserError(f"{source}: found a damaged decision ({error}), expected those of a search") from None
-    return found
-
-
-def read_trials(lines: Sequence[Mapping[str, Any]], source: str | Path) -> list[float]:
-    """The mAP of each trial among a journal's lines.
-
-    Raises:
-        UserError: naming `source`, for a line that has none.
-    """
-    found = []
-    for line in lines:
-        if line["event"] == "trial":
-            try:
-                found.append(float(line["full_ap"]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{source}: found a damaged trial ({error}), expected those of a search") from None
+            raise UserError(f"{source}: found a damaged {event} ({error}), expected those of a search") from None
     return found
 
 

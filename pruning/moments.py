@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TINY = torch.finfo(torch.float64).tiny ** 0.5
+TINY = torch.finfo(torch.float64).tiny ** 0.5  # what a sum that may be 0 is divided by in its place
 DAMPING = 1e-4  # of the mean diagonal: what keeps a fit from following the noise of few tokens
 
 
@@ -85,12 +85,12 @@ class Moments:
 
 def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:
     """A covariance with `damping` times its mean diagonal added to the diagonal, so that it can be inverted."""
-    level = damping * covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
+    level = damping * covariance.diagonal().mean().clamp(min=TINY)
     return covariance + level * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
 def square_root(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric square root of a damped positive definite matrix, and its inverse."""
     values, vectors = torch.linalg.eigh(covariance)
-    roots = values.clamp(min=torch.finfo(torch.float64).tiny ** 0.5).sqrt()
+    roots = values.clamp(min=TINY).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T

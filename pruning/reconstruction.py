@@ -94,6 +94,7 @@ class Reconstruction:
         """Moments of what the whole module gives its output layer, and of that layer's output (without level)."""
         if self._hidden is None:
             module = self._modules[self._name]
+            self.restore(module.name)
             self._hidden = self._measure(module, None).of_linear(*self._output_layer(module))
         return self._hidden
 
@@ -174,8 +175,7 @@ class Reconstruction:
     def _logit_blocks(self, module: PrunableModule) -> Iterator[tuple[int, int, Tensor]]:
         """0 for queries and 1 for keys, the product they take part in, and the rows of a weight or bias."""
         for piece in module.parameter_slices():
-            blocks = self._parameters[piece.key].chunk(len(piece.parts), piece.axis)
-            for block, part in zip(blocks, piece.parts, strict=True):
+            for part, block in piece.blocks(self._parameters[piece.key]):
                 for side, products in enumerate((QUERY_PARTS, KEY_PARTS)):
                     if part in products:
                         yield side, products[part], block
@@ -195,8 +195,7 @@ class Reconstruction:
             covariance = moments.covariance_xx[place, place]
             heads.append(value_directions(weight[:, place], covariance, rank))
         for piece in module.parameter_slices():
-            blocks = self._parameters[piece.key].chunk(len(piece.parts), piece.axis)
-            for block, part in zip(blocks, piece.parts, strict=True):
+            for part, block in piece.blocks(self._parameters[piece.key]):
                 if part == "value" and piece.axis == 0:
                     _project_rows(block, kept_values, torch.stack(heads))
         return torch.block_diag(*heads)

@@ -11,8 +11,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from models.widths import Widths
-from pruning.budget import Trial
-from pruning.journal import Decision
+from pruning.journal import Decision, Trial
 from pruning.kept import Channels
 from pruning.method import Method
 from pruning.search import Units

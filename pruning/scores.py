@@ -14,13 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from engine import move_to
 from models.prunable import PrunableModule
 from pruning.calibration import Calibration
 from pruning.features import StateCache, repeat_batch, split_outputs
 from pruning.fit import elimination_scores, refit
 from pruning.gates import Gated, gate_vector, set_candidate_gates, set_gate
 from pruning.kept import Kept, parts
-from pruning.moments import square_root
+from pruning.moments import TINY, square_root
 from pruning.reconstruction import Reconstruction
 from util import distributed
 
@@ -57,8 +58,7 @@ class Magnitude:
         """See `Ranking`."""
         squares: dict[tuple[str, int], Tensor] = {}
         for piece in module.parameter_slices():
-            blocks = self._original(piece.key).double().cpu().chunk(len(piece.parts), piece.axis)
-            for block, part in zip(blocks, piece.parts, strict=True):
+            for part, block in piece.blocks(self._original(piece.key).double().cpu()):
                 across = [axis for axis in range(block.dim()) if axis != piece.axis]
                 norms = block.square().sum(across) if across else block.square()
                 key = (part, piece.axis)
@@ -85,7 +85,7 @@ class ExactLoss:
         self._criterion = criterion
         self._cache = cache
         self._device = device
-        self._targets = [{k: v.to(device) for k, v in target.items()} for target in cache.targets[0]]
+        self._targets = move_to(cache.targets[0], device)
         self._at_once = max(1, images_at_once // len(self._targets))
 
     @torch.no_grad()
@@ -126,18 +126,17 @@ class GateGradient:
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """See `Ranking`."""
         device, total = self._calibration.device, torch.zeros(module.width, dtype=torch.float64)
-        gates: list[dict[str, Tensor]] = []
+        gates: dict[str, Tensor] = {}
 
         def open_gates(images: int) -> None:
-            vectors = {part: gate_vector(kept[part], module.width, device) for part in parts(module)}
-            gates.append({part: v.expand(images, 1, -1).clone().requires_grad_() for part, v in vectors.items()})
-            module.set_gate(*gates[-1].values())
+            for part in parts(module):
+                vector = gate_vector(kept[part], module.width, device)
+                gates[part] = vector.expand(images, 1, -1).clone().requires_grad_()
+            module.set_gate(*gates.values())
 
         for _, loss in self._calibration.losses(module.name, open_gates):
-            loss.backward()
-            gradient = sum(gates[-1][part].grad[:, 0] for part in joined).double().cpu()
+            gradient = sum(torch.autograd.grad(loss, [gates[part] for part in joined]))[:, 0].double().cpu()
             total += gradient.sum(0) if self._order == 1 else gradient.square().sum(0)
-        self._calibration.model.zero_grad(set_to_none=True)
         set_gate(module, kept, device)
         total = sum(distributed.gather_objects(total))
         return -total.abs()[candidates]
@@ -159,7 +158,7 @@ class Elimination:
         score = torch.zeros(module.width, dtype=torch.float64)
         for part in joined:
             one = self._logit_energy(module) if part == "query" else self._output_error(module, kept[part], candidates)
-            score += one / one[candidates].sum().clamp(min=torch.finfo(torch.float64).tiny)
+            score += one / one[candidates].sum().clamp(min=TINY)
         return -score[candidates]
 
     def _output_error(self, module: PrunableModule, kept: Tensor, candidates: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from pruning.features import PassCounter
 from pruning.gates import Gated
 from pruning.journal import Decision
-from pruning.kept import Kept, add, all_kept, missing, none_kept, parts, unit_channels, width_of
+from pruning.kept import Kept, add, all_kept, check_kept, missing, none_kept, parts, unit_channels, width_of
 from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.scores import Ranking
@@ -48,7 +48,7 @@ class Workbench(Protocol):
     def subset_ap(self, name: str) -> float:
         """mAP in [0, 1] of the subset for a module of that kind."""
 
-    def full_ap(self, name: str) -> float:
+    def full_ap(self) -> float:
         """mAP in [0, 1] of the whole split."""
 
     def transformer_params(self, kept: Mapping[str, Kept]) -> int:
@@ -186,6 +186,7 @@ class Search:
         decision = self._past.popleft()
         if (decision.visit, decision.step, decision.module) != (visit, step, name):
             raise UserError(f"journal: found step {decision.step} of {decision.module}, expected step {step} of {name}")
+        check_kept(self.bench.modules[name], decision.kept, "journal")
         return decision
 
     def _candidates_to_add(self, module: Gated, kept: Kept, step: int) -> torch.Tensor:
@@ -211,7 +212,7 @@ class Search:
             # A subset without boxes (-1) can tell nothing: the whole split decides.
             subset_passed = subset_ap < 0 or subset_ap >= self.schedule.subset_threshold_ap(self.base_ap, visit)
         if subset_passed:
-            full_ap = self.bench.full_ap(name)
+            full_ap = self.bench.full_ap()
         passed = full_ap is not None and full_ap >= self._full_threshold_ap(visit)
         return self._decision(visit, step, name, kept, subset_ap, full_ap, accept and passed)
 

@@ -112,7 +112,7 @@ def paper_masks_to_kept(state_dict: Mapping[str, Tensor]) -> dict[str, Kept]:
 
 def _cut(parameter: Tensor, piece: ParameterSlice, kept: Kept) -> Tensor:
     blocks = []
-    for block, part, fold in zip(parameter.chunk(len(piece.parts), piece.axis), piece.parts, piece.fold, strict=True):
+    for (part, block), fold in zip(piece.blocks(parameter), piece.fold, strict=True):
         indices = kept[SET_OF_PART[part]].to(block.device)
         full = block.shape[piece.axis]
         if len(indices) and int(indices.max()) >= full:

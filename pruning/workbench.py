@@ -79,7 +79,6 @@ class DetectorBench:
         self._transformer_params = count_parameters(model.transformer)
         self._params_per_channel = params_per_channel(model)
         self._measured: dict[int, float] = {}
-        self._name: str | None = None
         self._order: Order | None = None
         self._calibration = self._reconstruction = None
         criterion.eval()
@@ -114,7 +113,7 @@ class DetectorBench:
     def begin(self, name: str) -> None:
         """Put the cached states in front of module `name`."""
         self.cache.move_to(name)
-        self._name, self._order = name, None
+        self._order = None
         if self._reconstruction is not None:
             self._reconstruction.begin(name)
 
@@ -147,7 +146,7 @@ class DetectorBench:
         """mAP of the first batches, as many as a module of that kind is judged by."""
         return self._ap(self._subset_batches[self.modules[name].is_attention])
 
-    def full_ap(self, name: str | None = None) -> float:
+    def full_ap(self) -> float:
         """mAP of all batches."""
         return self._ap()
 

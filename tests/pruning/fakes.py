@@ -48,6 +48,7 @@ class FakeBench:
         return self.scores(module.name, candidates)
 
     def begin(self, name: str) -> None:
+        self.begun = name
         self.asked.append(("begin", name))
 
     def reset(self) -> None:
@@ -65,8 +66,8 @@ class FakeBench:
         self.asked.append(("subset", name, self.widths[name]))
         return self.ap(self.widths, False)
 
-    def full_ap(self, name: str) -> float:
-        self.asked.append(("full", name, self.widths[name]))
+    def full_ap(self) -> float:
+        self.asked.append(("full", self.begun, self.widths[self.begun]))
         return self.ap(self.widths, True)
 
     def transformer_params(self, kept: Mapping[str, Kept]) -> int:

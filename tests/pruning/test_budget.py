@@ -1,5 +1,6 @@
 """A search by budget on modules without a network: what it spends, what it measures, what it repeats."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -124,6 +125,11 @@ def damage(name, width):
     return float((10 - width) ** 2)
 
 
+def divisions(trials):
+    """The different widths among trials."""
+    return {tuple(trial.widths.items()) for trial in trials}
+
+
 def run(ap, keep, replayed=()):
     bench = FakeBench(fake_modules(), ap, damage=damage)
     trials, costs = [], dict.fromkeys(bench.modules, 1.0)
@@ -146,15 +152,16 @@ def test_a_fraction_is_divided_in_several_ways_and_the_best_by_map_is_taken():
         trial.kept_fraction <= 0.6 and sum(trial.widths.values()) == 14 * trial.kept_fraction for trial in trials
     )
     assert search.trials == trials
-    assert [entry[0] for entry in bench.asked].count("full") == len(POWERS)
+    # Divisions that come out alike are measured once.
+    assert [entry[0] for entry in bench.asked].count("full") == len(divisions(trials))
     assert not any(entry[0] == "subset" for entry in bench.asked)
 
 
 def test_every_trial_begins_with_the_whole_network_and_cuts_in_network_order():
-    bench, *_ = run(constant(0.5), 0.6)
+    bench, _, trials, *_ = run(constant(0.5), 0.6)
     events = [entry[0] for entry in bench.asked]
     starts = [index for index, event in enumerate(events) if event == "reset"]
-    assert len(starts) == 1 + len(POWERS) + 1
+    assert len(starts) == 1 + len(divisions(trials)) + 1
     for index in starts:
         assert [entry[1] for entry in bench.asked[index + 1 : index + 3]] == list(bench.modules)
 
@@ -181,13 +188,19 @@ def test_replayed_trials_are_not_measured_again_and_the_outcome_is_the_same(keep
     ap = lambda widths, whole: 0.5 - 0.03 * (14 - sum(widths.values())) ** 0.5  # noqa: E731
     _, _, trials, kept, best = run(ap, keep)
     for done in range(len(trials) + 1):
-        replayed = [trial.full_ap for trial in trials[:done]]
-        bench, search, new, again, same = run(ap, keep, replayed=replayed)
+        bench, search, new, again, same = run(ap, keep, replayed=trials[:done])
         assert new == trials[done:]
         assert search.trials == trials
         assert widths_of(again) == widths_of(kept) == bench.widths
         assert same == best
-        assert [entry[0] for entry in bench.asked].count("full") == len(trials) - done
+        assert [entry[0] for entry in bench.asked].count("full") == len(divisions(trials) - divisions(trials[:done]))
+
+
+def test_trials_of_another_search_are_refused():
+    _, _, trials, _, _ = run(constant(0.5), 0.6)
+    other = dataclasses.replace(trials[0], widths={**trials[0].widths, "encoder.0.ffn": 2}, full_ap=0.99)
+    with pytest.raises(UserError, match="journal: found a trial"):
+        run(constant(0.5), 0.6, replayed=[other])
 
 
 @pytest.mark.parametrize(
