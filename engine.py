@@ -132,8 +132,7 @@ def train_one_epoch(
         group = min(accumulate, batches - number // accumulate * accumulate)
         stepping = (number + 1) % accumulate == 0 or number + 1 == batches
         with contextlib.nullcontext() if stepping or not hasattr(model, "no_sync") else model.no_sync():
-            precision = autocast(device, amp)
-            loss, losses = _losses(model, criterion, images, targets, precision, distillation)
+            loss, losses = _losses(model, criterion, images, targets, autocast(device, amp), distillation)
             (loss / group if scaler is None else scaler.scale(loss / group)).backward()
         means.add(losses)
         if stepping and _optimizer_step(model, optimizer, scaler, clip_max_norm):

@@ -9,7 +9,6 @@ every row (a second call goes on behind the rows that are there), the table and 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import functools
 import json
@@ -21,47 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import Subset
 
-import engine
-from bench.paper_baseline import prune_as_paper, slim_copy
+from bench.paper_baseline import prune_as_paper
+from bench.subject import Built, Pruner, Subject, get_subject_parser, uniform_widths
 from bench.torch_pruning_baseline import prune_with_torch_pruning
-from datasets.coco import annotation_path, build_dataset, build_loader
-from datasets.coco_eval import GroundTruth
-from main import build_detector, get_args_parser, settle_arguments
-from models.distillation import Distillation
-from models.widths import Widths
-from pruning.budget import BudgetSearch
-from pruning.cost import count_parameters, params_per_channel, step_shares
+from pruning.cost import count_parameters
 from pruning.method import FAST, VISIT, Method
 from pruning.schedule import GP, MGP
-from pruning.search import Search, Units
-from pruning.transplant import cut_state_dict, slices_of, widths_after
-from pruning.workbench import DetectorBench
 from util.errors import run_cli
-from util.files import write_json
+from util.files import file_digest, write_json
 from util.logging import table
-from util.options import parse, whole
-from util.training_state import TrainingState, seed_everything
+from util.options import whole
 
 FRACTIONS = (0.25, 0.47, 0.70)
-BATCH_SIZE = 16
-PAPER_BATCH_SIZE = 8  # images of the one batch that its candidates are scored on
 AFTER = ("ap_after", "ap_distilled")
-CPU = torch.device("cpu")
-TRAINING = (
-    "--batch_size 16 --amp --lr 1e-4 --lr_backbone 1e-5 --lr_schedule cosine --ema_decay 0.99 --augmentation flip "
-    "--cls_loss_coef 2"
-)
-DISTILL_WEIGHTS = {
-    "loss_distill_logits": 1.0,
-    "loss_distill_bbox": 5.0,
-    "loss_distill_giou": 2.0,
-    "loss_distill_memory": 1.0,
-}
-
-Built = tuple[nn.Module, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,131 +55,6 @@ class Row:
     tuned: bool = False
     distilled: bool = False
     fractions: tuple[float, ...] = FRACTIONS
-
-
-class Subject:
-    """The dense detector, the images that it is pruned on and those that it is judged on."""
-
-    def __init__(
-        self, coco_path: str, checkpoint: str, train_images: int, search_images: int, batch_size: int = BATCH_SIZE
-    ) -> None:
-        words = ["--coco_path", coco_path, "--resume", checkpoint, "--num_workers", "0", *TRAINING.split()]
-        self.args, typed = parse(argparse.ArgumentParser(parents=[get_args_parser()]), words)
-        self.args.start_fresh = True
-        read, _ = settle_arguments(self.args, typed)
-        self.dense, self.criterion, postprocessors = build_detector(self.args, read)
-        self.dense.eval()
-        self.postprocess = postprocessors["bbox"]
-        self.training = Subset(
-            train := build_dataset("train2017", self.args, augment=True), range(min(train_images, len(train)))
-        )
-        self.training.set_epoch = train.set_epoch
-        seen = build_dataset("train2017", self.args, augment=False)
-        self.seen = build_loader(Subset(seen, range(min(search_images, len(seen)))), batch_size, shuffle=False)
-        images, targets = next(iter(self.seen))
-        self.paper_batches = [(images[:PAPER_BATCH_SIZE], targets[:PAPER_BATCH_SIZE])]
-        self.seen_truth = GroundTruth(annotation_path(coco_path, "train2017"))
-        self.image_size_hw = tuple(seen[0][0].shape[-2:])
-        self.val = build_loader(build_dataset("val2017", self.args, augment=False), BATCH_SIZE, shuffle=False)
-        self.val_truth = GroundTruth(annotation_path(coco_path, "val2017"))
-        with torch.no_grad():
-            self.val_states = [(self.dense.prepare(images), targets) for images, targets in self.val]
-        self.params = count_parameters(self.dense.transformer)
-
-    def ap_before_tuning(self, model: nn.Module) -> float:
-        """AP on val2017 of a detector whose backbone and queries are the dense one's: their features are shared."""
-        result = engine.evaluate(
-            lambda state: model.outputs(model.run_steps(state)),
-            self.postprocess, self.val_states, self.val_truth, device=CPU, progress=False,
-        )  # fmt: skip
-        return float(result.stats["AP"])
-
-    def ap_after_tuning(self, model: nn.Module, epochs: int, distilled: bool) -> float:
-        """AP on val2017 of a copy of `model` after `epochs` over the training images."""
-        args = argparse.Namespace(**{**vars(self.args), "epochs": epochs})
-        seed_everything(args.seed)
-        model = copy.deepcopy(model).requires_grad_(True)
-        for parameter, frozen in zip(model.parameters(), self.dense.parameters(), strict=True):
-            parameter.requires_grad_(frozen.requires_grad)
-        loader = build_loader(self.training, BATCH_SIZE, shuffle=True, seed=args.seed)
-        state = TrainingState(model, args, len(loader))
-        teacher = Distillation(copy.deepcopy(self.dense), DISTILL_WEIGHTS) if distilled else None
-        for epoch in range(epochs):
-            loader.set_epoch(epoch)
-            engine.train_one_epoch(
-                model, self.criterion, loader, state.optimizer, device=CPU, epoch=epoch, scheduler=state.scheduler,
-                clip_max_norm=args.clip_max_norm, amp=args.amp, weight_average=state.weight_average,
-                distillation=teacher, progress=False,
-            )  # fmt: skip
-        result = engine.evaluate(
-            state.best_model, self.postprocess, self.val, self.val_truth, device=CPU, progress=False
-        )
-        return float(result.stats["AP"])
-
-
-class Pruner:
-    """Prunes copies of the subject's detector by this package's own methods."""
-
-    def __init__(self, subject: Subject, method: Method, seed: int = 0) -> None:
-        self.model = copy.deepcopy(subject.dense)
-        count = len(subject.seen)
-        self.bench = DetectorBench(
-            self.model, subject.criterion, subject.postprocess, subject.seen, subject.seen_truth,
-            step_shares(self.model, subject.image_size_hw), method=method, device=CPU, batch_numbers=range(count),
-            subset_batches_attention=count, subset_batches_ffn=count, calibration_batches=count, images_at_once=64,
-            seed=seed,
-        )  # fmt: skip
-        self.whole = copy.deepcopy(self.model)
-
-    def at_widths(self, widths: Widths) -> Built:
-        """The detector cut to given widths, module by module in network order."""
-        self.bench.reset()
-        kept = {}
-        for name in self.bench.modules:
-            self.bench.begin(name)
-            kept[name] = self.bench.choose(name, widths.of(name))
-            self.bench.set_kept(name, kept[name])
-        return self.cut(kept)
-
-    def cut(self, kept: Mapping[str, Any]) -> Built:
-        """The detector as it stands, cut to `kept`."""
-        widths = widths_after(self.model.widths, kept)
-        slim = cut_state_dict(self.model.state_dict(), kept, slices_of(self.bench.modules))
-        return slim_copy(self.whole, slim, widths), {"widths": widths.to_list()}
-
-    @functools.cached_property
-    def budget(self) -> BudgetSearch:
-        """The search by budget over this detector; damages are predicted once."""
-        units = {name: m.nheads if m.is_attention else 4 * self.model.nheads for name, m in self.bench.modules.items()}
-        params = count_parameters(self.model.transformer)
-        return BudgetSearch(self.bench, params_per_channel(self.whole), params, units, self.bench.full_ap())
-
-    def searched(self, fraction: float) -> Built:
-        """The detector cut to widths that a search by budget finds."""
-        kept, trial = self.budget.run(1 - fraction)
-        model, info = self.cut(kept)
-        return model, {**info, "power": trial.power, "search_ap": trial.full_ap}
-
-    def scheduled(self, schedule: Any, base_ap: float) -> Built:
-        """The detector cut to widths that a search by visits finds."""
-        self.bench.reset()
-        units = Units(1, 4 * self.model.nheads, 100, 200, 0)
-        return self.cut(Search(self.bench, schedule, units, base_ap).run())
-
-
-def uniform_widths(model: nn.Module, fraction: float) -> Widths:
-    """Widths that are the same share of every module and leave out `fraction` of the transformer's parameters."""
-    per_channel, total = params_per_channel(model), count_parameters(model.transformer)
-
-    def at(share: float) -> tuple[float, Widths]:
-        widths = model.widths
-        for name, width in model.widths.items():
-            unit = model.nheads if not name.endswith("ffn") else 8
-            widths = widths.replace(name, max(unit, round(share * width / unit) * unit))
-        gone = sum(per_channel[name] * (model.widths.of(name) - width) for name, width in widths.items())
-        return abs(gone / total - fraction), widths
-
-    return min((at(share / 500) for share in range(1, 500)), key=lambda pair: pair[0])[1]
 
 
 def rows_of(subject: Subject) -> list[Row]:
@@ -292,7 +139,7 @@ def schedules(subject: Subject) -> list[dict[str, Any]]:
         eased = dataclasses.replace(schedule, map_tol=0.1, skip=0.01)
         pruner = Pruner(subject, VISIT)
         start = time.perf_counter()
-        model, _ = pruner.scheduled(eased, pruner.bench.full_ap())
+        model, _ = pruner.scheduled(eased)
         removed = 1 - count_parameters(model.transformer) / subject.params
         seconds = time.perf_counter() - start
         slim, _ = pruner.searched(removed)
@@ -364,14 +211,8 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """The options of the benchmark."""
-    parser = argparse.ArgumentParser("python -m bench.quality", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = get_subject_parser("bench.quality", __doc__.splitlines()[0], search_images=400)
     add = parser.add_argument
-    add("name", help="of the data set, as files and table show it")
-    add("--coco_path", required=True, help="data set in COCO's layout")
-    add("--checkpoint", required=True, help="dense detector")
-    add("--output", type=Path, default=Path("bench/results"), help="folder for the JSON and the picture")
-    add("--search_images", type=whole(1), default=400, help="first training images to search and calibrate on")
     add("--train_images", type=whole(1), default=1000, help="first training images to fine-tune on")
     add("--epochs", type=whole(0), default=1, help="epochs of fine-tuning over them, 0 for none")
     return parser
@@ -384,7 +225,14 @@ def main() -> None:
     path = args.output / f"quality_{args.name}.json"
     subject = Subject(args.coco_path, args.checkpoint, args.train_images, args.search_images)
     settings = {key: getattr(args, key) for key in ("name", "search_images", "train_images", "epochs")}
-    result: dict[str, Any] = {**settings, "torch": torch.__version__, "machine": platform.machine(), "rows": []}
+    settings["checkpoint"] = file_digest(args.checkpoint)
+    result: dict[str, Any] = {
+        **settings,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "rows": [],
+    }
     if path.is_file():
         older = json.loads(path.read_text())
         result = older if all(older.get(key) == value for key, value in settings.items()) else result

@@ -10,33 +10,26 @@ All searches look at the same training images and are held to the same schedule 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.paper_baseline import slim_copy
-from bench.quality import CPU, Subject
-from pruning.budget import BudgetSearch
-from pruning.cost import count_parameters, params_per_channel, products_of, step_shares
-from pruning.kept import Kept
+from bench.subject import Pruner, Subject, get_subject_parser
+from pruning.cost import count_parameters, products_of
 from pruning.method import METHODS
 from pruning.schedule import MGP, Schedule
-from pruning.search import Search, Units
-from pruning.transplant import cut_state_dict, slices_of, widths_after
-from pruning.workbench import DetectorBench
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table
 from util.options import parse, real, whole
 
+SUBSET_BATCHES = (40, 20)  # for an attention and for an FFN, as the paper's search looks at
 BATCH_SIZE = 8
 GIGA = 1e9
 
@@ -44,41 +37,18 @@ GIGA = 1e9
 def run_search(subject: Subject, search: str, schedule: Schedule, seed: int) -> dict[str, Any]:
     """One search from the images to the cut detector: seconds, passes, what is left and its AP on val2017."""
     start = time.perf_counter()
-    model = copy.deepcopy(subject.dense)
-    whole_model = copy.deepcopy(model)
-    bench = DetectorBench(
-        model, subject.criterion, subject.postprocess, subject.seen, subject.seen_truth,
-        step_shares(model, subject.image_size_hw), method=METHODS[search], device=CPU,
-        batch_numbers=range(len(subject.seen)), subset_batches_attention=40, subset_batches_ffn=20,
-        calibration_batches=len(subject.seen), images_at_once=64, seed=seed,
-    )  # fmt: skip
-    base_ap = bench.full_ap()
-    units = Units(1, 4 * model.nheads, 100, 200, seed)
-    if search == "fast":
-        steps = {name: units.channels(module) for name, module in bench.modules.items()}
-        budget = BudgetSearch(
-            bench, params_per_channel(whole_model), count_parameters(model.transformer), steps, base_ap
-        )
-        kept, _ = budget.run(None, schedule.full_threshold_ap(base_ap, len(bench.modules) - 1))
-    else:
-        kept = Search(bench, schedule, units, base_ap).run()
+    pruner = Pruner(subject, METHODS[search], seed, SUBSET_BATCHES)
+    slim, _ = pruner.scheduled(schedule)
     seconds = time.perf_counter() - start
-    slim = _cut(whole_model, model, bench, kept)
     return {
         "search": search,
         "seed": seed,
         "seconds": seconds,
-        "passes": bench.counter.to_dict(),
+        "passes": pruner.bench.counter.to_dict(),
         "removed": 1 - count_parameters(slim.transformer) / subject.params,
         "ap": subject.ap_before_tuning(slim),
-        "search_ap": bench.full_ap(),
         "widths": slim.widths.to_list(),
     }
-
-
-def _cut(whole_model: nn.Module, model: nn.Module, bench: DetectorBench, kept: Mapping[str, Kept]) -> nn.Module:
-    slim = cut_state_dict(model.state_dict(), kept, slices_of(bench.modules))
-    return slim_copy(whole_model, slim, widths_after(model.widths, kept))
 
 
 def macs_of(model: nn.Module, image_size_hw: tuple[int, int]) -> tuple[float, float]:
@@ -117,14 +87,8 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[tuple]:
 
 def get_parser() -> argparse.ArgumentParser:
     """The options of the benchmark."""
-    parser = argparse.ArgumentParser("python -m bench.search_cost", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = get_subject_parser("bench.search_cost", __doc__.splitlines()[0], search_images=320)
     add = parser.add_argument
-    add("name", help="of the data set, as the file shows it")
-    add("--coco_path", required=True, help="data set in COCO's layout")
-    add("--checkpoint", required=True, help="dense detector")
-    add("--output", type=Path, default=Path("bench/results"), help="folder for the JSON")
-    add("--search_images", type=whole(1), default=320, help="first training images to search on")
     add("--map_tol", type=real(0, 1), default=MGP.map_tol, help="of the schedule")
     add("--skip", type=real(0, 1), default=MGP.skip, help="of the schedule")
     add("--searches", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="searches to run")

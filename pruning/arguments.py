@@ -50,7 +50,7 @@ def _add_schedule_options(group: argparse._ArgumentGroup, schedule: Schedule) ->
         help="AP points by which the target falls from module to module")  # fmt: skip
     add("--decay_fraction", type=real(0, 1), default=schedule.fraction_per_module,
         help="fraction by which the target falls from module to module; None means --skip_eval_converge")  # fmt: skip
-    add("--keep", type=real(0.001, 1.0001), default=None,
+    add("--keep", type=real(0.001, at_most=1), default=None,
         help="fraction of the transformer's cost to keep, such as 0.5, whatever mAP that leaves; None keeps as little "
         "as the targets let it")  # fmt: skip
     add("--cost", choices=("params", "macs"), default="params",
@@ -60,11 +60,13 @@ def _add_schedule_options(group: argparse._ArgumentGroup, schedule: Schedule) ->
 def _add_method_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--search", choices=tuple(METHODS), default="fast",
-        help="fast: predict every width's damage, price all modules at once, measure mAP at most ten times; visit: "
+        help="fast: predict every width's damage, price all modules at once, measure mAP seven times (with --keep "
+        "three); visit: "
         "module after module, each to the least width that meets its target; paper: the same, but each module grows "
         "from nothing by the exact loss of one batch, with one index set and no reconstruction")  # fmt: skip
     add("--ranking", choices=RANKINGS, default=None,
-        help=f"what channels are chosen by; None means that of --search ({FAST.ranking}, paper: exact)")  # fmt: skip
+        help="what channels are chosen by, of FFNs alone where --reconstruct full fills those of attentions anew; "
+        f"None means that of --search ({FAST.ranking}, paper: exact)")  # fmt: skip
     add("--selection", choices=DIRECTIONS, default=None,
         help=f"how scores become an order of channels; None means that of --search ({FAST.direction}); the paper's "
         "search grows in any case")  # fmt: skip
@@ -110,7 +112,12 @@ def check_search_options(args: argparse.Namespace, typed: Collection[str]) -> No
         raise UserError(f"--reconstruct {args.reconstruct}: --search paper scores channels as they are, expected none")
     if args.search == "paper" and args.index_sets == "own":
         raise UserError("--index_sets own: --search paper adds a channel to all of an attention, expected shared")
-    if "calibration_images" in typed and not method_of(args).is_calibrated:
+    method = method_of(args)
+    if "index_sets" in typed and method.reconstruction == "full":
+        raise UserError("--index_sets: --reconstruct full fills an attention's channels anew, expected output or none")
+    if "images_at_once" in typed and method.ranking != "exact":
+        raise UserError(f"--images_at_once: --ranking {method.ranking} does not read it, expected exact")
+    if "calibration_images" in typed and not method.is_calibrated:
         raise UserError("--calibration_images: found neither ranking nor reconstruction that looks at them")
 
 

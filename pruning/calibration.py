@@ -17,8 +17,8 @@ from pruning.moments import TINY
 from util import distributed
 
 # A token counts by the squared norm of the loss's gradient there, at most OUTLIER times the mean, mixed with an even
-# weight. Tried on the demo: after half of all channels are gone AP is 0.6 points better than with even weights, 5
-# points after 70 %; an even share of 0.02 to 0.5 makes no difference.
+# weight. Tried on the demo, next to even weights: AP 1.0 points better with 47 % of the parameters gone, 4.5 with 70 %;
+# an even share of 0.02 does as well, one of 0.5 gains a third less.
 EVEN_SHARE = 0.1
 OUTLIER = 50.0
 

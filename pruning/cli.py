@@ -109,6 +109,7 @@ class _Run:
         self.output_dir = output_dir
         self.log = get_logger()
         self.decisions: list[Decision] = []
+        self.trials: list[Trial] = []
 
     def prepare(self, criterion: nn.Module, postprocess: Any) -> None:
         """Read the images once and keep what the backbone makes of them."""
@@ -161,7 +162,8 @@ class _Run:
     def search(self, base_ap: float) -> Result:
         """Search, and write what it found; `base_ap` is the mAP before.
 
-        The output file is there from the first module on, so that a search that is killed leaves what it had found.
+        A search by visits has its output file from the first module on, so that one that is killed leaves what it had
+        found. Every search has its journal, from which --resume_search goes on.
         """
         self.journal = Journal(self.output_dir / JOURNAL_NAME)
         self.log.info(
@@ -289,7 +291,8 @@ class _Run:
 
         While some are left, the trace ends with an entry that says so.
         """
-        trace = [{key: value for key, value in d.to_dict().items() if key != "kept"} for d in self.decisions]
+        steps = [*self.decisions, *self.trials]
+        trace = [{key: value for key, value in step.to_dict().items() if key != "kept"} for step in steps]
         if left:
             trace.append({"unfinished": True, "modules_left": list(left)})
         save_checkpoint(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pruning.moments import DAMPING, TINY, Moments, damped, square_root
 
-ALTERNATIONS = 10  # of the fit of common keys; tried: the error changes by less than a thousandth after ten
+ALTERNATIONS = 30  # of the fit of common keys: on the demo the error is then within 1 % of that after 100
 
 
 def refit(weight: Tensor, moments: Moments, damping: float = DAMPING) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,9 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--scalar", type=whole(1), default=5, help="denoising groups, copies of every target")
-    group.add_argument("--label_noise_scale", type=real(0, 1.0001), default=0.2, help="probability that a label flips")
+    group.add_argument(
+        "--label_noise_scale", type=real(0, at_most=1), default=0.2, help="probability that a label flips"
+    )
     group.add_argument("--box_noise_scale", type=real(0), default=0.4, help="box noise, in half widths and heights")
     group.add_argument("--set_cost_class", type=real(0), default=2, help="weight of the class in the matching")
     group.add_argument("--set_cost_bbox", type=real(0), default=5, help="weight of the L1 distance in the matching")
@@ -99,7 +101,7 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--cls_loss_coef", type=real(0), default=1, help="weight of the focal loss")
     group.add_argument("--bbox_loss_coef", type=real(0), default=5, help="weight of the L1 loss")
     group.add_argument("--giou_loss_coef", type=real(0), default=2, help="weight of the GIoU loss")
-    group.add_argument("--focal_alpha", type=real(0, 1.0001), default=0.25, help="focal weight of the positives")
+    group.add_argument("--focal_alpha", type=real(0, at_most=1), default=0.25, help="focal weight of the positives")
 
 
 def _add_training_options(group: argparse._ArgumentGroup) -> None:
@@ -177,13 +179,14 @@ def whole(minimum: int) -> Callable[[str], int]:
     return read
 
 
-def real(minimum: float, below: float = float("inf")) -> Callable[[str], float]:
-    """Type of an option: a number in [minimum, below)."""
+def real(minimum: float, below: float = float("inf"), *, at_most: float = float("inf")) -> Callable[[str], float]:
+    """Type of an option: a number in [minimum, below) and not above `at_most`."""
 
     def read(text: str) -> float:
         value = float(text)
-        if not minimum <= value < below:
-            raise argparse.ArgumentTypeError(f"{text}: expected a number in [{minimum:g}, {below:g})")
+        if not minimum <= value < below or value > at_most:
+            limits = f"[{minimum:g}, {at_most:g}]" if at_most < below else f"[{minimum:g}, {below:g})"
+            raise argparse.ArgumentTypeError(f"{text}: expected a number in {limits}")
         return value
 
     read.__name__ = "number"

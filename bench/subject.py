@@ -1,0 +1,193 @@
+"""What the benchmarks of pruning share: a dense detector with its images, and this package's ways to prune it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+import engine
+from bench.paper_baseline import slim_copy
+from datasets.coco import annotation_path, build_dataset, build_loader
+from datasets.coco_eval import GroundTruth
+from main import build_detector, build_distillation, get_args_parser, settle_arguments
+from models.widths import Widths
+from pruning.budget import BudgetSearch
+from pruning.cost import count_parameters, params_per_channel, step_shares
+from pruning.kept import Kept
+from pruning.method import Method
+from pruning.schedule import Schedule
+from pruning.search import Search, Units
+from pruning.transplant import cut_state_dict, slices_of, widths_after
+from pruning.workbench import DetectorBench
+from util.options import parse, whole
+from util.training_state import TrainingState, seed_everything
+
+BATCH_SIZE = 16
+PAPER_BATCH_SIZE = 8  # images of the one batch that the paper's candidates are scored on
+CPU = torch.device("cpu")
+TRAINING = (
+    "--batch_size 16 --amp --lr 1e-4 --lr_backbone 1e-5 --lr_schedule cosine --ema_decay 0.99 --augmentation flip "
+    "--cls_loss_coef 2"
+)
+
+Built = tuple[nn.Module, dict[str, Any]]
+
+
+def get_subject_parser(name: str, description: str, search_images: int) -> argparse.ArgumentParser:
+    """The options that say what to prune and where the figures go."""
+    parser = argparse.ArgumentParser(
+        f"python -m {name}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("name", help="of the data set, as files and table show it")
+    add("--coco_path", required=True, help="data set in COCO's layout")
+    add("--checkpoint", required=True, help="dense detector")
+    add("--output", type=Path, default=Path("bench/results"), help="folder for the results")
+    add(
+        "--search_images",
+        type=whole(1),
+        default=search_images,
+        help="first training images to search and calibrate on",
+    )
+    return parser
+
+
+class Subject:
+    """The dense detector, the images that it is pruned on and those that it is judged on."""
+
+    def __init__(
+        self, coco_path: str, checkpoint: str, train_images: int, search_images: int, batch_size: int = BATCH_SIZE
+    ) -> None:
+        words = ["--coco_path", coco_path, "--resume", checkpoint, "--num_workers", "0", *TRAINING.split()]
+        self.args, typed = parse(argparse.ArgumentParser(parents=[get_args_parser()]), words)
+        self.args.start_fresh = True
+        read, _ = settle_arguments(self.args, typed)
+        self.dense, self.criterion, postprocessors = build_detector(self.args, read)
+        self.dense.eval()
+        self.postprocess = postprocessors["bbox"]
+        self.training = Subset(
+            train := build_dataset("train2017", self.args, augment=True), range(min(train_images, len(train)))
+        )
+        self.training.set_epoch = train.set_epoch
+        seen = build_dataset("train2017", self.args, augment=False)
+        self.seen = build_loader(Subset(seen, range(min(search_images, len(seen)))), batch_size, shuffle=False)
+        images, targets = next(iter(self.seen))
+        self.paper_batches = [(images[:PAPER_BATCH_SIZE], targets[:PAPER_BATCH_SIZE])]
+        self.seen_truth = GroundTruth(annotation_path(coco_path, "train2017"))
+        self.image_size_hw = tuple(seen[0][0].shape[-2:])
+        self.val = build_loader(build_dataset("val2017", self.args, augment=False), BATCH_SIZE, shuffle=False)
+        self.val_truth = GroundTruth(annotation_path(coco_path, "val2017"))
+        with torch.no_grad():
+            self.val_states = [(self.dense.prepare(images), targets) for images, targets in self.val]
+        self.params = count_parameters(self.dense.transformer)
+
+    def ap_before_tuning(self, model: nn.Module) -> float:
+        """AP on val2017 of a detector whose backbone and queries are the dense one's: their features are shared."""
+        result = engine.evaluate(
+            lambda state: model.outputs(model.run_steps(state)),
+            self.postprocess, self.val_states, self.val_truth, device=CPU, progress=False,
+        )  # fmt: skip
+        return float(result.stats["AP"])
+
+    def ap_after_tuning(self, model: nn.Module, epochs: int, distilled: bool) -> float:
+        """AP on val2017 of a copy of `model` after `epochs` over the training images."""
+        args = argparse.Namespace(**{**vars(self.args), "epochs": epochs})
+        args.distill = args.resume if distilled else None
+        seed_everything(args.seed)
+        model = copy.deepcopy(model).requires_grad_(True)
+        for parameter, frozen in zip(model.parameters(), self.dense.parameters(), strict=True):
+            parameter.requires_grad_(frozen.requires_grad)
+        loader = build_loader(self.training, BATCH_SIZE, shuffle=True, seed=args.seed)
+        state = TrainingState(model, args, len(loader))
+        teacher = build_distillation(args, model)
+        for epoch in range(epochs):
+            loader.set_epoch(epoch)
+            engine.train_one_epoch(
+                model, self.criterion, loader, state.optimizer, device=CPU, epoch=epoch, scheduler=state.scheduler,
+                clip_max_norm=args.clip_max_norm, amp=args.amp, weight_average=state.weight_average,
+                distillation=teacher, progress=False,
+            )  # fmt: skip
+        result = engine.evaluate(
+            state.best_model, self.postprocess, self.val, self.val_truth, device=CPU, progress=False
+        )
+        return float(result.stats["AP"])
+
+
+class Pruner:
+    """Prunes a copy of the subject's detector by this package's own methods."""
+
+    def __init__(
+        self, subject: Subject, method: Method, seed: int = 0, subset_batches: tuple[int, int] | None = None
+    ) -> None:
+        """`subset_batches` judge an attention and an FFN while they are searched; None takes all."""
+        self.model = copy.deepcopy(subject.dense)
+        count = len(subject.seen)
+        attention, ffn = subset_batches or (count, count)
+        self.units = Units(1, 4 * self.model.nheads, 100, 200, seed)
+        self.bench = DetectorBench(
+            self.model, subject.criterion, subject.postprocess, subject.seen, subject.seen_truth,
+            step_shares(self.model, subject.image_size_hw), method=method, device=CPU, batch_numbers=range(count),
+            subset_batches_attention=attention, subset_batches_ffn=ffn, calibration_batches=count, images_at_once=64,
+            seed=seed,
+        )  # fmt: skip
+        self.whole = copy.deepcopy(self.model)
+
+    def at_widths(self, widths: Widths) -> Built:
+        """The detector cut to given widths, module by module in network order."""
+        self.bench.reset()
+        kept = {}
+        for name in self.bench.modules:
+            self.bench.begin(name)
+            kept[name] = self.bench.choose(name, widths.of(name))
+            self.bench.set_kept(name, kept[name])
+        return self.cut(kept)
+
+    def cut(self, kept: Mapping[str, Kept]) -> Built:
+        """The detector as it stands, cut to `kept`."""
+        widths = widths_after(self.model.widths, kept)
+        slim = cut_state_dict(self.model.state_dict(), kept, slices_of(self.bench.modules))
+        return slim_copy(self.whole, slim, widths), {"widths": widths.to_list()}
+
+    @functools.cached_property
+    def budget(self) -> BudgetSearch:
+        """The search by budget over this detector; damages are predicted once."""
+        units = {name: self.units.channels(module) for name, module in self.bench.modules.items()}
+        params = count_parameters(self.model.transformer)
+        return BudgetSearch(self.bench, params_per_channel(self.whole), params, units, self.bench.full_ap())
+
+    def searched(self, fraction: float) -> Built:
+        """The detector cut to widths that a search by budget finds."""
+        kept, trial = self.budget.run(1 - fraction)
+        model, info = self.cut(kept)
+        return model, {**info, "power": trial.power, "search_ap": trial.full_ap}
+
+    def scheduled(self, schedule: Schedule) -> Built:
+        """The detector cut to widths that this method's search finds for a schedule."""
+        self.bench.reset()
+        base_ap = self.bench.full_ap()
+        if self.bench.method.search == "global":
+            return self.cut(self.budget.run(None, schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1))[0])
+        return self.cut(Search(self.bench, schedule, self.units, base_ap).run())
+
+
+def uniform_widths(model: nn.Module, fraction: float) -> Widths:
+    """Widths that are the same share of every module and leave out `fraction` of the transformer's parameters."""
+    per_channel, total = params_per_channel(model), count_parameters(model.transformer)
+
+    def at(share: float) -> tuple[float, Widths]:
+        widths = model.widths
+        for name, width in model.widths.items():
+            unit = model.nheads if not name.endswith("ffn") else 8
+            widths = widths.replace(name, max(unit, round(share * width / unit) * unit))
+        gone = sum(per_channel[name] * (model.widths.of(name) - width) for name, width in widths.items())
+        return abs(gone / total - fraction), widths
+
+    return min((at(share / 500) for share in range(1, 500)), key=lambda pair: pair[0])[1]
