@@ -9,7 +9,6 @@ module ends at a given width in place of at an mAP.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from pruning.cost import count_parameters
 from pruning.features import repeat_batch, split_outputs
 from pruning.gates import clear_gates
 from pruning.schedule import MGP
-from pruning.transplant import MASKED_BLOCK, cut_state_dict, paper_masks_to_kept, slices_of
+from pruning.transplant import MASKED_BLOCK, cut_state_dict, paper_masks_to_kept, slices_of, slim_copy
 from util.errors import UserError
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -86,20 +85,6 @@ def prune_as_paper(
         "transformer_params": count_parameters(slim.transformer),
     }
     return slim, info
-
-
-def slim_copy(model: nn.Module, state_dict: Mapping[str, Tensor], widths: Widths) -> nn.Module:
-    """A copy of a detector that holds the smaller weights `state_dict`, of the names it has, and says `widths`."""
-    slim = copy.deepcopy(model)
-    for key, old in list(slim.named_parameters()):
-        holder, leaf = slim.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
-        if state_dict[key].shape != old.shape:
-            setattr(holder, leaf, nn.Parameter(state_dict[key].clone(), old.requires_grad))
-        if isinstance(holder, nn.Linear) and leaf == "weight":
-            holder.out_features, holder.in_features = holder.weight.shape
-    slim.load_state_dict(state_dict)
-    slim.widths = widths
-    return slim.eval()
 
 
 class _Search:

@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.data import Subset
 
 import engine
-from bench.paper_baseline import slim_copy
 from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
 from main import build_detector, build_distillation, get_args_parser, settle_arguments
@@ -25,7 +24,7 @@ from pruning.kept import Kept
 from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.search import Search, Units
-from pruning.transplant import cut_state_dict, slices_of, widths_after
+from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
 from pruning.workbench import DetectorBench
 from util.options import parse, whole
 from util.training_state import TrainingState, seed_everything

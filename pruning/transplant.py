@@ -6,12 +6,13 @@ sqrt(kept / full head width): the cut model then computes what the gated one doe
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.prunable import ParameterSlice, PrunableModule
 from models.widths import Widths
@@ -59,6 +60,20 @@ def cut_state_dict(
                 raise UserError(f"state dict: no {piece.key}, expected it for the kept channels of {name}")
             cut[piece.key] = _cut(cut[piece.key], piece, kept_of_module)
     return cut
+
+
+def slim_copy(model: nn.Module, state_dict: Mapping[str, Tensor], widths: Widths) -> nn.Module:
+    """A copy of a detector that holds the smaller weights `state_dict`, of the names it has, and says `widths`."""
+    slim = copy.deepcopy(model)
+    for key, old in list(slim.named_parameters()):
+        holder, leaf = slim.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
+        if state_dict[key].shape != old.shape:
+            setattr(holder, leaf, nn.Parameter(state_dict[key].clone(), old.requires_grad))
+        if isinstance(holder, nn.Linear) and leaf == "weight":
+            holder.out_features, holder.in_features = holder.weight.shape
+    slim.load_state_dict(state_dict)
+    slim.widths = widths
+    return slim.eval()
 
 
 def slices_of(modules: Mapping[str, PrunableModule]) -> dict[str, tuple[ParameterSlice, ...]]:

@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from bench.paper_baseline import gated_step, prune_as_paper, slim_copy
+from bench.paper_baseline import gated_step, prune_as_paper
 from models.widths import Widths
 from pruning.cost import count_parameters
 from pruning.gates import clear_gates
-from pruning.kept import all_kept
-from pruning.transplant import cut_state_dict, slices_of
 from tests.pruning.tiny import pictures, tiny_detector
 from util.errors import UserError
 
@@ -100,16 +98,6 @@ def test_whole_widths_leave_the_detector_as_it_is():
     assert info["masks"] == {} and info["forwards"] == 0
     with torch.no_grad():
         assert torch.equal(slim(images)["pred_boxes"], MODEL(images)["pred_boxes"])
-
-
-def test_a_slim_copy_says_its_shapes():
-    kept = {name: all_kept(module) for name, module in MODEL.prunable_modules().items()}
-    kept["encoder.0.ffn"] = {"hidden": torch.tensor([1, 5, 7])}
-    widths = MODEL.widths.replace("encoder.0.ffn", 3)
-    slim = slim_copy(MODEL, cut_state_dict(MODEL.state_dict(), kept, slices_of(MODEL.prunable_modules())), widths)
-    layer = slim.transformer.encoder.layers[0]
-    assert (layer.linear1.out_features, layer.linear2.in_features) == (3, 3)
-    assert slim.bbox_embed is slim.transformer.decoder.bbox_embed
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pruning.gates import gated
 from pruning.kept import all_kept, check_kept
-from pruning.transplant import cut_state_dict, paper_masks_to_kept, slices_of, widths_after
+from pruning.transplant import cut_state_dict, paper_masks_to_kept, slices_of, slim_copy, widths_after
 from tests.pruning.tiny import pictures, tiny_detector
 from util.checkpoint import load_weights
 from util.errors import UserError
@@ -169,3 +169,13 @@ def test_the_papers_masks_are_read_and_cut_without_equal_heads():
 def test_masks_that_make_no_sense_are_a_users_mistake(key, mask, message):
     with pytest.raises(UserError, match=message):
         paper_masks_to_kept({key: mask})
+
+
+def test_a_slim_copy_says_its_shapes():
+    kept = {name: all_kept(module) for name, module in WHOLE.prunable_modules().items()}
+    kept["encoder.0.ffn"] = {"hidden": torch.tensor([1, 5, 7])}
+    widths = WHOLE.widths.replace("encoder.0.ffn", 3)
+    slim = slim_copy(WHOLE, cut_state_dict(WHOLE.state_dict(), kept, slices_of(WHOLE.prunable_modules())), widths)
+    layer = slim.transformer.encoder.layers[0]
+    assert (layer.linear1.out_features, layer.linear2.in_features) == (3, 3)
+    assert slim.bbox_embed is slim.transformer.decoder.bbox_embed
