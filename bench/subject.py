@@ -18,6 +18,7 @@ from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
 from main import build_detector, build_distillation, get_args_parser, settle_arguments
 from models.widths import Widths
+from pruning.arguments import CALIBRATION_IMAGES
 from pruning.budget import BudgetSearch
 from pruning.cost import count_parameters, params_per_channel, step_shares
 from pruning.kept import Kept
@@ -124,18 +125,24 @@ class Pruner:
     """Prunes a copy of the subject's detector by this package's own methods."""
 
     def __init__(
-        self, subject: Subject, method: Method, seed: int = 0, subset_batches: tuple[int, int] | None = None
+        self,
+        subject: Subject,
+        method: Method,
+        seed: int = 0,
+        subset_batches: tuple[int, int] | None = None,
+        images_at_once: int = 64,
+        bench: type[DetectorBench] = DetectorBench,
     ) -> None:
         """`subset_batches` judge an attention and an FFN while they are searched; None takes all."""
         self.model = copy.deepcopy(subject.dense)
-        count = len(subject.seen)
+        count, size = len(subject.seen), subject.seen.batch_size
         attention, ffn = subset_batches or (count, count)
         self.units = Units(1, 4 * self.model.nheads, 100, 200, seed)
-        self.bench = DetectorBench(
+        self.bench = bench(
             self.model, subject.criterion, subject.postprocess, subject.seen, subject.seen_truth,
             step_shares(self.model, subject.image_size_hw), method=method, device=CPU, batch_numbers=range(count),
-            subset_batches_attention=attention, subset_batches_ffn=ffn, calibration_batches=count, images_at_once=64,
-            seed=seed,
+            subset_batches_attention=attention, subset_batches_ffn=ffn,
+            calibration_batches=-(-CALIBRATION_IMAGES // size), images_at_once=images_at_once, seed=seed,
         )  # fmt: skip
         self.whole = copy.deepcopy(self.model)
 
@@ -145,7 +152,7 @@ class Pruner:
         kept = {}
         for name in self.bench.modules:
             self.bench.begin(name)
-            kept[name] = self.bench.choose(name, widths.of(name))
+            kept[name] = self.bench.rank(name).kept(widths.of(name))
             self.bench.set_kept(name, kept[name])
         return self.cut(kept)
 

@@ -275,7 +275,15 @@ def _unpack(packed: tuple[Tensor, list[torch.Size], list[dict[str, np.ndarray]]]
 
 
 class CocoLoader(DataLoader):
-    """A DataLoader of (images, targets) whose workers report a user's mistake as the one sentence that it is."""
+    """A DataLoader of (images, targets) whose workers report a user's mistake as the one sentence that it is.
+
+    Without shuffling, `loader[i]` is the i-th batch of a pass, read in this process.
+    """
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """One batch by its number."""
+        first = index * self.batch_size
+        return collate([self.dataset[i] for i in range(first, min(first + self.batch_size, len(self.dataset)))])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the random transforms of the next pass."""

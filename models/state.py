@@ -10,6 +10,30 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Features:
+    """What the front of a detector makes of a batch of images; all else of the first state follows from it.
+
+    Attributes:
+        memory: B x S x D, projected features.
+        paddings: for each feature level B x h x w (1 x h x w where all images are alike) bool, True on padding.
+        is_padded: False where the batch has no padding at all.
+    """
+
+    memory: Tensor
+    paddings: tuple[Tensor, ...]
+    is_padded: bool
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Features:
+        """A copy elsewhere, the memory in another precision if one is given."""
+        return replace(self, memory=self.memory.to(device, dtype), paddings=tuple(p.to(device) for p in self.paddings))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in (self.memory, *self.paddings))
+
+
+@dataclass(frozen=True)
 class DenoisingQueries:
     """Where the noised copies of the targets stand among the queries.
 

@@ -17,6 +17,7 @@ from util.errors import UserError
 from util.options import get_args_parser, real, whole
 
 # What each search reads besides the options that all of them read.
+CALIBRATION_IMAGES = 128  # tried on the demo: 320 keep no more mAP, 64 about half a point less
 READ_BY_VISITS = ("subset_batches_attention", "subset_batches_ffn")
 READ_BY = {
     "fast": ("keep", "cost", "selection"),
@@ -60,10 +61,9 @@ def _add_schedule_options(group: argparse._ArgumentGroup, schedule: Schedule) ->
 def _add_method_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--search", choices=tuple(METHODS), default="fast",
-        help="fast: predict every width's damage, price all modules at once, measure mAP seven times (with --keep "
-        "three); visit: "
-        "module after module, each to the least width that meets its target; paper: the same, but each module grows "
-        "from nothing by the exact loss of one batch, with one index set and no reconstruction")  # fmt: skip
+        help="fast: predict every width's damage, price all modules at once, measure mAP at most five times; "
+        "visit: module after module, each to the least width that meets its target; paper: the same, but each module "
+        "grows from nothing by the exact loss of one batch, with one index set and no reconstruction")  # fmt: skip
     add("--ranking", choices=RANKINGS, default=None,
         help="what channels are chosen by, of FFNs alone where --reconstruct full fills those of attentions anew; "
         f"None means that of --search ({FAST.ranking}, paper: exact)")  # fmt: skip
@@ -76,7 +76,7 @@ def _add_method_options(group: argparse._ArgumentGroup) -> None:
     add("--index_sets", choices=("own", "shared"), default=None,
         help="channels chosen apart for queries with keys and for values, or together; None means that of --search "
         "(own, paper: shared)")  # fmt: skip
-    add("--calibration_images", type=whole(1), default=512,
+    add("--calibration_images", type=whole(1), default=CALIBRATION_IMAGES,
         help="images of the search, the first, that moments and gradients are taken of")  # fmt: skip
 
 
@@ -94,6 +94,11 @@ def _add_search_options(group: argparse._ArgumentGroup) -> None:
     add("--images_at_once", type=whole(1), default=32, help="most images in a forward that scores several candidates")
     add("--cache_device", choices=("cpu", "same"), default="same",
         help="where features are kept: RAM, or --device; RAM if they do not fit a GPU's free memory")  # fmt: skip
+    add("--cache_gb", type=real(0), default=None,
+        help="most gigabytes that features and states may take; what does not fit is computed anew each time. None "
+        "keeps all")  # fmt: skip
+    add("--cache_dtype", choices=("same", "bfloat16"), default="same",
+        help="precision in which features are kept: that in which they are computed, or half of it")  # fmt: skip
     add("--resume_search", action="store_true",
         help="go on with the search whose journal is in --output_dir, as if nothing had stopped it")  # fmt: skip
 

@@ -7,21 +7,32 @@ order, each on what the cut modules before it give.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pruning.journal import Trial
+import numpy as np
+
+from pruning.journal import Effort, Trial
 from pruning.kept import Kept
+from pruning.moments import TINY
 from pruning.search import Workbench
+from pruning.selection import Order
 from util.errors import UserError
 
 # Damages add up where they are small. Where much is cut they compound, and their roots predict better; which power
 # is best is found by measuring mAP.
 POWERS = (0.5, 1.0, 0.25)
-EVALUATIONS = 7  # of mAP when the least budget is looked for: it is then known to a hundredth of the whole
+EVALUATIONS = 5  # of mAP at most when the least budget is looked for
+PRECISION = 0.01  # of the whole cost, to which that budget is then known
 WIDTHS_TRIED = 16  # of each module when its damage is predicted
+# An attention's damage takes a forward through it for each width, so that few are measured and those between follow.
+ATTENTION_WIDTHS_MEASURED = 4
+MIN_LOSS = 1e-4  # of mAP: less is taken for this much, since it tells nothing of a slope
+AIM = 0.97  # of the mAP that may be lost, so that a prediction a little off still passes
+NEAR = 0.06  # of the same: who comes as near to losing it all has found the budget
 
 
 @dataclass
@@ -36,7 +47,8 @@ class BudgetSearch:
         base_ap: mAP in [0, 1] of the whole split before the search.
         on_trial: called with each new trial.
         replayed: trials of the same search that were made before, in order; they are not measured again.
-        progress: called with the name of each module that is done with, once for each sweep over them.
+        progress: called with the name of each module that is done with, and the width it was cut to; None where its
+            damage was predicted.
         trials: those measured, replayed ones among them.
     """
 
@@ -47,10 +59,12 @@ class BudgetSearch:
     base_ap: float
     on_trial: Callable[[Trial], None] = lambda trial: None
     replayed: Sequence[Trial] = ()
-    progress: Callable[[str], Any] = lambda name: None
+    progress: Callable[[str, int | None], Any] = lambda name, width: None
     trials: list[Trial] = field(default_factory=list)
     _damages: dict[str, dict[int, float]] = field(default_factory=dict)
+    _orders: dict[str, Order] = field(default_factory=dict)
     _measured: dict[tuple[int, ...], float] = field(default_factory=dict)
+    _last_cut: tuple[tuple[int, ...], Any] | None = None
 
     def run(self, keep: float | None, threshold_ap: float = 0.0) -> tuple[dict[str, Kept], Trial]:
         """Cut to the fraction `keep` of the cost, or (None) as far as mAP is not below `threshold_ap`.
@@ -60,34 +74,80 @@ class BudgetSearch:
         """
         if keep is not None:
             self._check_affordable(keep, {name: min(self._widths(name)) for name in self.bench.modules})
-        self._past = deque(self.replayed)
-        self._damages = self._damages or self._predict_damages()
-        if keep is not None:
-            trials = [self._trial(keep, power) for power in POWERS]
-            best = max(trials, key=lambda trial: trial.full_ap)
-        else:
-            best = self._least_that_passes(threshold_ap)
-        return self._cut(best.widths), best
+        self._past, self._effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
+        if not self._damages:
+            self._predict_damages()
+        self._best_cut: tuple[tuple[int, ...], Any] | None = None
+        best = self._least_that_passes(threshold_ap) if keep is None else self._best_power(keep)
+        return self._restore(best), best
+
+    def _best_power(self, keep: float) -> Trial:
+        best = None
+        for power in POWERS:
+            trial = self._trial(keep, power)
+            if best is None or trial.full_ap > best.full_ap:
+                best = trial
+                self._best_cut = self._last_cut
+        return best
 
     def _least_that_passes(self, threshold_ap: float) -> Trial:
-        """Halve the range of kept fractions; whatever passes with less is the better one."""
+        """Narrow the range of kept fractions; whatever passes with less is the better one.
+
+        What mAP a fraction will give is predicted from the trials before it, see `_guess`.
+        """
         fails, passes = self._cost_of(self._least_widths()) / self.total_cost, 1.0
         whole = {name: module.width for name, module in self.bench.modules.items()}
         best = Trial(1.0, POWERS[0], whole, self.base_ap, 1.0)
+        keep, losses = (fails + passes) / 2, {}
         for _ in range(EVALUATIONS):
-            keep = (fails + passes) / 2
             trial = self._trial(keep, POWERS[0])
+            losses[self._total_damage(trial.widths)] = self.base_ap - trial.full_ap
             if trial.full_ap >= threshold_ap:
-                best, passes = trial, keep
+                best, passes, self._best_cut = trial, keep, self._last_cut
             else:
                 fails = keep
+            allowed = self.base_ap - threshold_ap
+            if passes - fails <= PRECISION or 0 <= trial.full_ap - threshold_ap <= NEAR * allowed:
+                break
+            keep = self._guess(losses, allowed, fails, passes)
         return best
+
+    def _guess(self, losses: Mapping[float, float], allowed: float, fails: float, passes: float) -> float:
+        """The kept fraction between two others with which mAP should fall by what it may.
+
+        Damage is an estimate of the loss, so that mAP is taken to fall in proportion to it, or by the power of it that
+        the two trials nearest to what is allowed tell.
+        """
+        known = sorted(
+            (abs(math.log(max(loss, MIN_LOSS) / allowed)), damage, max(loss, MIN_LOSS))
+            for damage, loss in losses.items()
+            if damage > 0 < allowed
+        )
+        if not known:
+            return (fails + passes) / 2
+        (_, damage, loss), exponent = known[0], 1.0
+        if len(known) > 1 and (known[1][2] - loss) * (known[1][1] - damage) > 0:
+            exponent = math.log(known[1][2] / loss) / math.log(known[1][1] / damage)
+        target = damage * (AIM * allowed / loss) ** (1 / exponent)
+        margin = (passes - fails) / 8
+        low, high = fails + margin, passes - margin
+        while high - low > PRECISION / 8:
+            keep = (low + high) / 2
+            if self._total_damage(self.allocate(keep, POWERS[0])) > target:
+                low = keep
+            else:
+                high = keep
+        return high
+
+    def _total_damage(self, widths: Mapping[str, int]) -> float:
+        return sum(self._damages[name][width] for name, width in widths.items())
 
     def _trial(self, keep: float, power: float) -> Trial:
         widths = self.allocate(keep, power)
         trial = self._past.popleft() if self._past else None
         if trial is None:
-            trial = Trial(keep, power, widths, self._ap_at(widths), self._cost_of(widths) / self.total_cost)
+            ap, kept_fraction = self._ap_at(widths), self._cost_of(widths) / self.total_cost
+            trial = Trial(keep, power, widths, ap, kept_fraction, **self._effort.so_far())
             self.on_trial(trial)
         elif (trial.keep, trial.power, trial.widths) != (keep, power, widths):
             raise UserError(f"journal: found a trial with {trial.keep:g} of the cost kept, expected {keep:g}")
@@ -99,21 +159,31 @@ class BudgetSearch:
         """mAP of the whole split with these widths, measured once."""
         known = self._measured.get(tuple(widths.values()))
         if known is None:
-            self._cut(widths)
+            kept = self._cut(widths)
             known = self.bench.full_ap()
+            self._last_cut = tuple(widths.values()), (kept, self.bench.save())
         return known
 
-    def _predict_damages(self) -> dict[str, dict[int, float]]:
-        """Damage of each module at up to `WIDTHS_TRIED` widths, all others whole."""
-        damages: dict[str, dict[int, float]] = {}
+    def _predict_damages(self) -> None:
+        """Order of each module's channels, and its damage at up to `WIDTHS_TRIED` widths, all others whole."""
         self.bench.reset()
         for name, module in self.bench.modules.items():
             self.bench.begin(name)
-            # The whole module comes last, and is what the next one stands behind.
-            damages[name] = {w: self.bench.set_kept(name, self.bench.choose(name, w)) for w in self._widths(name)}
-            damages[name][module.width] = 0.0
-            self.progress(name)
-        return damages
+            order = self._orders[name] = self.bench.rank(name)
+            widths = self._widths(name)
+            measured = {w: self.bench.set_kept(name, order.kept(w)) for w in self._widths_to_measure(name)}
+            self._damages[name] = between(measured, widths)
+            # The next module stands behind this one whole.
+            self.bench.set_kept(name, order.kept(module.width))
+            self.progress(name, None)
+
+    def _widths_to_measure(self, name: str) -> list[int]:
+        """The widths whose damage is measured: all of an FFN, whose moments are enough, and a few of an attention."""
+        *widths, _ = self._widths(name)
+        if not self.bench.modules[name].is_attention:
+            return widths
+        places = range(ATTENTION_WIDTHS_MEASURED)
+        return sorted({widths[place * len(widths) // ATTENTION_WIDTHS_MEASURED] for place in places} if widths else ())
 
     def _widths(self, name: str) -> list[int]:
         """One unit, multiples of it about evenly spread, and the module's own width; ascending."""
@@ -176,13 +246,42 @@ class BudgetSearch:
                 return widths
             widths = {**widths, best[1]: best[2]}
 
+    def _restore(self, trial: Trial) -> dict[str, Kept]:
+        """Bring the network to the cut of a trial: the saved one, or (it was replayed, or nothing passed) a new one."""
+        if self._best_cut is None or self._best_cut[0] != tuple(trial.widths.values()):
+            return self._cut(trial.widths)
+        _, (kept, saved) = self._best_cut
+        self.bench.load(saved)
+        return kept
+
     def _cut(self, widths: Mapping[str, int]) -> dict[str, Kept]:
         """Cut and reconstruct all modules in network order."""
         self.bench.reset()
         kept = {}
         for name in self.bench.modules:
             self.bench.begin(name)
-            kept[name] = self.bench.choose(name, widths[name])
+            kept[name] = self._orders[name].kept(widths[name])
             self.bench.set_kept(name, kept[name])
-            self.progress(name)
+            self.progress(name, widths[name])
         return kept
+
+
+def between(measured: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:
+    """Damage at `widths`, the last of which is whole and does none, from the damage at some of them.
+
+    Its logarithm is taken to be linear in between, and behind the last measured width the damage itself.
+    """
+    known = sorted(measured)
+    damages = {widths[-1]: 0.0, **measured}
+    if not known:
+        return damages
+    logs = [math.log(max(measured[width], TINY)) for width in known]
+    last, whole = known[-1], widths[-1]
+    for width in widths[:-1]:
+        if width in measured:
+            continue
+        if width > last:
+            damages[width] = measured[last] * (whole - width) / (whole - last)
+        else:
+            damages[width] = math.exp(np.interp(width, known, logs))
+    return {width: damages[width] for width in widths}

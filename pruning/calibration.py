@@ -96,7 +96,7 @@ class Calibration:
 
     def _state(self, batch: int) -> DetectorState:
         """A cached state on the device; in float32, in which fits are made, whatever the search runs in."""
-        state = self.cache.state(batch).to(self.device)
+        state = self.cache.state(batch)
         return state.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
     def _measure_sensitivities(self) -> dict[str, Sensitivity]:
@@ -115,15 +115,19 @@ class Calibration:
                 for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
                     gradient = gradient.double()
                     squares[name].append(gradient.square().sum(-1).cpu())
+                    self.cache.counter.moment_macs += gradient.numel() * gradient.shape[-1]
                     metrics[name] = metrics[name] + torch.einsum("bli,blj->ij", gradient, gradient).cpu()
         finally:
             for hook in hooks:
                 hook.remove()
+        pixels = [self._state(batch).pixels.cpu() for batch in self.batches]
         gathered = distributed.gather_objects((squares, metrics, sum(map(len, squares[next(iter(squares))]))))
         images = sum(count for *_, count in gathered)
-        return {name: self._sensitivity(name, squares[name], gathered, images) for name in self._modules}
+        return {name: self._sensitivity(name, squares[name], pixels, gathered, images) for name in self._modules}
 
-    def _sensitivity(self, name: str, squares: list[Tensor], gathered: list[tuple], images: int) -> Sensitivity:
+    def _sensitivity(
+        self, name: str, squares: list[Tensor], pixels: list[Tensor], gathered: list[tuple], images: int
+    ) -> Sensitivity:
         """Weights of this process's tokens; means are those of all processes."""
         total = float(sum(batch.sum() for part, *_ in gathered for batch in part[name]))
         tokens = sum(batch.numel() for part, *_ in gathered for batch in part[name])
@@ -134,7 +138,7 @@ class Calibration:
         trace = metric.diagonal().sum()
         metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / width
         if name.startswith("encoder."):
-            weights = [w * self._state(batch).pixels.cpu() for w, batch in zip(weights, self.batches, strict=True)]
+            weights = [w * on_image for w, on_image in zip(weights, pixels, strict=True)]
         return Sensitivity(weights, metric, total / images)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from models import build_model
 from models.widths import Widths
 from pruning import plots, report
 from pruning.arguments import check_search_options, get_pruning_parser, method_of, schedule_of, units_of
-from pruning.budget import BudgetSearch
+from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
 from pruning.cost import Cost, cost_of, cost_table, macs_per_channel, params_per_channel, step_shares
 from pruning.journal import Decision, Journal, Trial, read_events
 from pruning.kept import Kept
@@ -46,7 +47,7 @@ WIDTHS_PICTURE = "widths.png"
 AP_PICTURE = "ap_params.png"
 # What a search may be resumed with in another way: where things lie, and how fast they go.
 NOT_DECIDING = ("output_dir", "coco_path", "resume", "resume_search", "device", "num_workers", "images_at_once",
-                "cache_device", "eval", "start_fresh", "use_dn")  # fmt: skip
+                "cache_device", "cache_gb", "eval", "start_fresh", "use_dn")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class _Run:
             images_at_once=args.images_at_once,
             seed=args.seed,
             cache_device=torch.device("cpu") if args.cache_device == "cpu" else None,
+            cache_dtype=torch.bfloat16 if args.cache_dtype == "bfloat16" else None,
+            cache_bytes=math.inf if args.cache_gb is None else 1e9 * args.cache_gb,
             amp=args.amp,
             progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
         )
@@ -171,6 +174,10 @@ class _Run:
             self.schedule.name, self.args.search_split, self.num_images,
             base_ap, self.bench.cache.nbytes / 1e6, self.bench.cache.cache_device,
         )  # fmt: skip
+        if left_out := self.bench.cache.images_without_features:
+            self.log.info(
+                "--cache_gb %g: %d images are run through the backbone each time", self.args.cache_gb, left_out
+            )
         if self.bench.method.is_calibrated and self.args.search_split == "val2017":
             self.log.warning("calibrating on val2017: a fair figure searches on train2017 (--search_split)")
         past = self._open_journal(self._facts(base_ap))
@@ -244,21 +251,23 @@ class _Run:
             if args.cost == "params"
             else macs_per_channel(self.model, self.image_size_hw)
         )
-        with tqdm(desc="modules", unit="module", disable=bar_off(), leave=False) as bar:
+        sweeps = 1 + (EVALUATIONS if args.keep is None else len(POWERS))
+        threshold_ap = self.schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1)
+        with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
 
             def record(trial: Trial) -> None:
                 if distributed.is_main():
                     self.journal.trial(trial)
                 self.log.info("%s", report.trial_line(trial))
+                bar.set_postfix_str(report.trial_summary(trial, None if args.keep else threshold_ap))
 
-            def show(name: str) -> None:
-                bar.set_description(name, refresh=False)
+            def show(name: str, width: int | None) -> None:
+                bar.set_description(f"{name} {'every width' if width is None else width}", refresh=False)
                 bar.update()
 
             step = {name: units.channels(module) for name, module in self.bench.modules.items()}
             replayed = read_events(past, "trial", Trial, self.journal.path)
             search = BudgetSearch(self.bench, per_channel, total, step, base_ap, record, replayed, show)
-            threshold_ap = self.schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1)
             self.log.info("mAP to keep: %s", "any" if args.keep else f"{threshold_ap:.4f}")
             kept, best = search.run(args.keep, threshold_ap)
         self.trials, self.best_trial = search.trials, best
@@ -317,6 +326,7 @@ class _Run:
             self.log.info("%s", report.module_table(self.decisions))
         else:
             points = [(self._params_at(t.widths), t.full_ap, t is self.best_trial) for t in self.trials]
+            self.log.info("%s", report.trial_table(self.trials, self.best_trial))
             self.log.info("%s", report.width_table(self.model.widths, result.widths))
         plots.plot_ap_against_parameters(
             self.output_dir / AP_PICTURE, points, result.base_ap, before.transformer_params, caption

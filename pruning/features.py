@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from engine import autocast
-from models.state import DetectorState
+from models.state import DetectorState, Features
 from util.logging import get_logger
 
 Targets = list[dict[str, Tensor]]
@@ -25,11 +26,13 @@ class PassCounter:
     Attributes:
         step_shares: share of a whole pass behind the backbone that each step costs; sums to 1.
         backbone_images: images through the backbone and everything in front of the first step.
+        moment_macs: multiply-accumulates of the sums that fits are made from.
         images_by_range: images through the steps from one name (included) to another (excluded, None: the end).
     """
 
     step_shares: Mapping[str, float]
     backbone_images: int = 0
+    moment_macs: int = 0
     images_by_range: dict[tuple[str, str | None], int] = field(default_factory=dict)
 
     def add(self, start: str, stop: str | None, images: int) -> None:
@@ -52,6 +55,7 @@ class PassCounter:
         ranges = {f"{start}:{stop or 'end'}": images for (start, stop), images in self.images_by_range.items()}
         return {
             "backbone_images": self.backbone_images,
+            "moment_macs": self.moment_macs,
             "images": self.images,
             "whole_passes": round(self.whole_passes, 3),
             "images_by_range": ranges,
@@ -63,49 +67,80 @@ class PassCounter:
         return sum(self.step_shares[name] for name in names[names.index(start) : last])
 
 
-class StateCache:
-    """The states of a set of images in front of one module, moved along the network as a search moves.
+class Batches(Protocol):
+    """Batches of (images, targets) in a fixed order; a list of them, or a loader that does not shuffle."""
 
-    Everything in front of the first step runs once for each image, when the cache is made. `move_to` runs the steps
-    between the module before and the next one, under the gates as they are; it starts again from the features only to
-    go back.
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], Targets]]: ...
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], Targets]: ...
+
+
+@dataclass(frozen=True)
+class LazyState:
+    """One batch of a cache as the input of an evaluation: its state is made when it is moved to the device."""
+
+    cache: StateCache
+    batch: int
+    is_kept: bool
+
+    def to(self, device: torch.device) -> DetectorState:
+        """The state in front of the module under search; `device` is the cache's own."""
+        return self.cache.state(self.batch, self.is_kept)
+
+
+class StateCache:
+    """A set of images as seen from in front of one module; the module changes as a search moves along the network.
+
+    Everything in front of the first step runs once for each image, when the cache is made. A batch's state is brought
+    to the module under search when it is asked for, from wherever it was last kept, under the gates and weights as they
+    are: those of modules between the two must be what they were when the search left them. What does not fit
+    `max_bytes` is not kept: states are made from the features each time, and features from the images.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loader: Collection[tuple[list[Tensor], Targets]],
+        batches: Batches,
         counter: PassCounter,
         *,
         device: torch.device,
         cache_device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        max_bytes: float = math.inf,
         amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
-        """Run the front of `model` (its `prepare`) over `loader` and keep the states on `cache_device`.
+        """Run the front of `model` (its `features`) over `batches`.
 
-        None keeps them on `device`, or on the CPU if that is a GPU whose memory they would fill.
+        Args:
+            cache_device: where features and states are kept; None is `device`, or the CPU if that is a GPU whose
+                memory they would fill.
+            dtype: of the features in the cache; None keeps them as they are made.
+            max_bytes: most that features and states may take.
+            progress: wraps `batches`, to show a bar.
         """
         self._model = model
+        self._batches = batches
         self.counter = counter
         self._device = device
         self.cache_device = cache_device
+        self._dtype = dtype
+        self._max_bytes = max_bytes
         self._amp = amp
-        self._features: list[DetectorState] = []
+        self._features: list[Features | None] = []
+        self._moved: dict[int, tuple[str, DetectorState]] = {}
+        self._moved_bytes: dict[int, int] = {}
+        self.nbytes = 0
         self.targets: list[Targets] = []
-        with torch.no_grad(), autocast(device, amp):
-            for images, targets in progress(loader):
-                state = model.prepare([image.to(device) for image in images])
-                counter.backbone_images += len(images)
-                if self.cache_device is None:
-                    self.cache_device = fitting_device(bytes_needed(state, model.step_names) * len(loader), device)
-                self._features.append(state.to(self.cache_device))
-                self.targets.append([_without_images(target) for target in targets])
-        self._states = list(self._features)
         self.position: str = model.step_names[0]
+        for images, targets in progress(batches):
+            self._keep_features(self._run_front(images))
+            self.targets.append([_without_images(target) for target in targets])
 
     def __len__(self) -> int:
-        return len(self._features)
+        return len(self.targets)
 
     @property
     def images(self) -> int:
@@ -113,17 +148,32 @@ class StateCache:
         return sum(map(len, self.targets))
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that the cached states hold, shared ones counted once."""
-        return _storage_bytes([*self._features, *self._states])
+    def images_without_features(self) -> int:
+        """Images whose features do not fit, so that the backbone runs anew each time."""
+        return sum(len(t) for t, kept in zip(self.targets, self._features, strict=True) if kept is None)
 
-    def state(self, batch: int) -> DetectorState:
-        """The state of one batch in front of the module under search, on the cache's device."""
-        return self._states[batch]
+    @torch.no_grad()
+    def state(self, batch: int, is_kept: bool = True) -> DetectorState:
+        """The state of one batch in front of the module under search, on the device.
 
-    def batches(self, indices: Sequence[int] | None = None) -> list[tuple[DetectorState, Targets]]:
+        `is_kept` False leaves the cache as it is: for states that nobody will ask for again.
+        """
+        with autocast(self._device, self._amp):
+            start, cached = self._moved.get(batch, (self._model.step_names[0], None))
+            before = self._model.first_state(self._features_of(batch)) if cached is None else cached.to(self._device)
+            if start == self.position:
+                return before
+            self.counter.add(start, self.position, len(before.queries))
+            after = self._model.run_steps(before, start, self.position)
+        if is_kept:
+            to = self.cache_device
+            self._keep_state(batch, after.to(to) if cached is None else _keep_unchanged(cached, before, after, to))
+        return after
+
+    def batches(self, indices: Sequence[int] | None = None, is_kept: bool = True) -> list[tuple[LazyState, Targets]]:
         """Pairs of state and targets, of all batches or those named; what `engine.evaluate` takes as its loader."""
-        return [(self._states[i], self.targets[i]) for i in (range(len(self)) if indices is None else indices)]
+        chosen = range(len(self)) if indices is None else indices
+        return [(LazyState(self, batch, is_kept), self.targets[batch]) for batch in chosen]
 
     def predict(self, state: DetectorState) -> dict[str, Any]:
         """The detector's outputs from a state in front of the module under search."""
@@ -133,22 +183,48 @@ class StateCache:
 
     def forget(self) -> None:
         """Go back to the features: what is behind them was made with other weights or gates."""
-        self._states, self.position = list(self._features), self._model.step_names[0]
+        self._moved.clear()
+        self.nbytes -= sum(self._moved_bytes.values())
+        self._moved_bytes.clear()
+        self.position = self._model.step_names[0]
 
     def move_to(self, name: str) -> None:
-        """Put the states in front of module `name`."""
+        """Look at the images from in front of module `name`; runs nothing yet."""
         order = self._model.step_names
         if order.index(name) < order.index(self.position):
             self.forget()
-        if name == self.position:
-            return
-        with torch.no_grad(), autocast(self._device, self._amp):
-            for index, state in enumerate(self._states):
-                on_device = state.to(self._device)
-                self.counter.add(self.position, name, len(state.queries))
-                moved = self._model.run_steps(on_device, self.position, name)
-                self._states[index] = _keep_unchanged(state, on_device, moved, self.cache_device)
         self.position = name
+
+    @torch.no_grad()
+    def _run_front(self, images: list[Tensor]) -> Features:
+        self.counter.backbone_images += len(images)
+        with autocast(self._device, self._amp):
+            return self._model.features([image.to(self._device) for image in images])
+
+    def _keep_features(self, features: Features) -> None:
+        if self.cache_device is None:
+            with torch.no_grad(), autocast(self._device, self._amp):
+                needed = bytes_needed(self._model.first_state(features), self._model.step_names)
+            self.cache_device = fitting_device(min(needed * len(self._batches), self._max_bytes), self._device)
+        self._made_dtype = features.memory.dtype
+        kept = features.to(self.cache_device, self._dtype)
+        fits = self.nbytes + kept.nbytes <= self._max_bytes
+        self._features.append(kept if fits else None)
+        self.nbytes += kept.nbytes if fits else 0
+
+    def _features_of(self, batch: int) -> Features:
+        features = self._features[batch]
+        if features is None:
+            # Rounded like those that are kept, so that the cap changes no result.
+            features = self._run_front(self._batches[batch][0]).to(self._device, self._dtype)
+        return features.to(self._device, self._made_dtype)
+
+    def _keep_state(self, batch: int, state: DetectorState) -> None:
+        more = _storage_bytes([state]) - self._moved_bytes.get(batch, 0)
+        if self.nbytes + more <= self._max_bytes:
+            self._moved[batch] = (self.position, state)
+            self._moved_bytes[batch] = self._moved_bytes.get(batch, 0) + more
+            self.nbytes += more
 
 
 def bytes_needed(state: DetectorState, step_names: Sequence[str]) -> int:

@@ -108,14 +108,30 @@ def value_directions(weight: Tensor, covariance: Tensor, rank: int, damping: flo
     return torch.linalg.qr((right @ inverse).T)[0].T
 
 
-def elimination_scores(weight: Tensor, moments: Moments, damping: float = DAMPING) -> Tensor:
-    """What taking away each channel costs when the others are refitted (optimal brain surgeon).
+class Surgeon:
+    """Takes input channels of a linear layer away, the others refitted each time (optimal brain surgeon).
 
-    Args:
-        weight: D x C, in the metric in which errors of the output are judged.
+    Hassibi and Stork (1993), for several channels at once as in ZipLM (arXiv 2302.04089). Inverse and weights are
+    brought up to date block by block, which is far cheaper than a new inverse for each step.
 
-    Returns:
-        C: ||w'_j||^2 / [xx^-1]_jj, with w' refitted on these channels.
+    Attributes:
+        channels: those that are left, ascending.
     """
-    inverse = torch.linalg.inv(damped(moments.covariance_xx, damping))
-    return weight.square().sum(0) / inverse.diagonal()
+
+    def __init__(self, weight: Tensor, covariance: Tensor, damping: float = DAMPING) -> None:
+        """`weight` (D x C) in the metric in which errors are judged; `covariance` (C x C) of the inputs."""
+        self.channels = torch.arange(len(covariance))
+        self._weight = weight.detach().double().cpu()
+        self._inverse = torch.linalg.inv(damped(covariance, damping))
+
+    def scores(self) -> Tensor:
+        """For each channel that is left, the squared error (without damping) that its loss would add."""
+        return self._weight.square().sum(0) / self._inverse.diagonal()
+
+    def remove(self, channels: Tensor) -> None:
+        """Take these channels away and refit the others."""
+        gone = torch.isin(self.channels, channels)
+        across = torch.linalg.solve(self._inverse[gone][:, gone], self._inverse[gone][:, ~gone])
+        self._weight = self._weight[:, ~gone] - self._weight[:, gone] @ across
+        self._inverse = self._inverse[~gone][:, ~gone] - self._inverse[~gone][:, gone] @ across
+        self.channels = self.channels[~gone]

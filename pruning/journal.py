@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pruning.features import PassCounter
 from pruning.kept import Kept, from_lists, to_lists
 from util.errors import UserError
 from util.files import append_json_line, move_aside, write_atomic
@@ -69,6 +71,7 @@ class Trial:
         widths: of each module.
         full_ap: mAP in [0, 1] of the whole split.
         kept_fraction: fraction of the transformer's cost that is left.
+        image_passes, whole_passes, seconds: since the search began, as in `Decision`.
     """
 
     keep: float
@@ -76,6 +79,9 @@ class Trial:
     widths: dict[str, int]
     full_ap: float
     kept_fraction: float
+    image_passes: int = field(default=0, compare=False)
+    whole_passes: float = field(default=0.0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The trial as JSON takes it."""
@@ -85,6 +91,27 @@ class Trial:
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:
         """The trial that `to_dict` gave."""
         return cls(**{**values, "full_ap": float(values["full_ap"])})
+
+
+class Effort:
+    """What a search has cost so far, before it was interrupted and since."""
+
+    def __init__(self, counter: PassCounter, replayed: Sequence[Decision | Trial]) -> None:
+        """`replayed`: the steps made before."""
+        self._counter = counter
+        self._before = (
+            (replayed[-1].image_passes, replayed[-1].whole_passes, replayed[-1].seconds) if replayed else (0, 0, 0)
+        )
+        self._began = time.monotonic()
+
+    def so_far(self) -> dict[str, Any]:
+        """`image_passes`, `whole_passes` and `seconds`."""
+        images, whole, seconds = self._before
+        return {
+            "image_passes": images + self._counter.images,
+            "whole_passes": round(whole + self._counter.whole_passes, 3),
+            "seconds": round(seconds + time.monotonic() - self._began, 3),
+        }
 
 
 class Journal:

@@ -65,6 +65,11 @@ class Moments:
         return Moments(self.weight, self.x[indices], self.y, xx, self.yx[:, indices], self.yy)
 
     @property
+    def macs_per_row(self) -> int:
+        """Multiply-accumulates that one token's share of the sums takes."""
+        return self.xx.numel() + self.yx.numel() + self.yy.numel()
+
+    @property
     def covariance_xx(self) -> Tensor:
         """C x C covariance of the inputs."""
         return self.xx / self.weight - torch.outer(self.x, self.x) / self.weight**2

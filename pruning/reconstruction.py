@@ -70,8 +70,8 @@ class Reconstruction:
         self.restore(module.name)
         if width_of(kept) == module.width:
             return 0.0
-        if module.has_logits and self._outputs is None:
-            self._outputs = self._whole_outputs(module)
+        if module.has_logits:
+            self._observe_whole(module)
         if self.level == "none":
             return self._damage_of_gates(module, kept)
         if self.level == "full" and module.has_logits:
@@ -90,6 +90,16 @@ class Reconstruction:
         set_gate(module, kept, self._calibration.device)
         return self._damage(module, fitted, moments)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of all parameters that a reconstruction changes."""
+        return {key: self._parameters[key].detach().clone() for key in self._original}
+
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the parameters the values that `weights` gave."""
+        for key, value in weights.items():
+            self._parameters[key].copy_(value)
+
     def hidden_moments(self) -> Moments:
         """Moments of what the whole module gives its output layer, and of that layer's output (without level)."""
         if self._hidden is None:
@@ -100,8 +110,7 @@ class Reconstruction:
 
     def logit_moments(self) -> tuple[list[Tensor], list[Tensor]]:
         """Second moments of queries and of keys, for each product heads x d x d; see `low_rank_products`."""
-        if self._second_moments is None:
-            self._second_moments = self._measure_logits(self._modules[self._name])
+        self._observe_whole(self._modules[self._name])
         return self._second_moments
 
     def metric(self) -> Tensor:
@@ -122,10 +131,26 @@ class Reconstruction:
         module.set_gate(gate_vector(kept["query"], module.width, self._calibration.device), None)
         return self._measure(module, self._outputs)
 
-    def _whole_outputs(self, module: PrunableModule) -> list[Tensor]:
-        """What the module, whole as it is, adds to the residual, for each calibration batch."""
-        layer = self._output_layer(module)
-        return [F.linear(seen["attended"], *layer) for _, seen in self._calibration.activations(module)]
+    def _observe_whole(self, module: PrunableModule) -> None:
+        """One look at an attention that is whole: what it adds to the residual, and moments of queries and keys."""
+        if self._outputs is not None:
+            return
+        self.restore(module.name)
+        layer, weights = self._output_layer(module), self._calibration.sensitivities[module.name].token_weights
+        self._outputs, sums = [], []
+        for place, seen in self._calibration.activations(module):
+            self._outputs.append(F.linear(seen["attended"], *layer))
+            squares = [_per_head(q, module.nheads, weights[place]) for q in seen["queries"]]
+            images = len(seen["queries"][0])
+            rows = sum(x.shape[1] for x in (*seen["queries"], *seen["keys"]))
+            self._calibration.cache.counter.moment_macs += images * rows * module.width**2 // module.nheads
+            keys = (key.expand(images, -1, -1) for key in seen["keys"])
+            squares += [_centred_per_head(key, module.nheads, seen["key_mask"]) for key in keys]
+            sums = [a + b for a, b in zip(sums, squares, strict=True)] if sums else squares
+        gathered = [part for part in distributed.gather_objects(sums) if part]
+        sums = [sum(parts) for parts in zip(*gathered, strict=True)]
+        half = len(sums) // 2
+        self._second_moments = sums[:half], sums[half:]
 
     def _measure(self, module: PrunableModule, targets: list[Tensor] | None) -> Moments:
         """Moments of the output layer's input and of `targets` (None: nothing) under the gates as they are."""
@@ -134,26 +159,13 @@ class Reconstruction:
         total: Moments | None = None
         for place, seen in self._calibration.activations(module):
             x = seen[name]
-            part = Moments.of(x, x[..., :0] if targets is None else targets[place], weights[place])
+            y = x[..., :0] if targets is None else targets[place]
+            part = Moments.of(x, y, weights[place])
+            self._calibration.cache.counter.moment_macs += weights[place].numel() * part.macs_per_row
             total = part if total is None else total + part
         # A process may hold no calibration batch.
         first, *others = (part for part in distributed.gather_objects(total) if part is not None)
         return sum(others, first)
-
-    def _measure_logits(self, module: PrunableModule) -> tuple[list[Tensor], list[Tensor]]:
-        weights = self._calibration.sensitivities[module.name].token_weights
-        sums: list[Tensor] = []
-        self.restore(module.name)
-        for place, seen in self._calibration.activations(module):
-            squares = [_per_head(q, module.nheads, weights[place]) for q in seen["queries"]]
-            images = len(seen["queries"][0])
-            keys = (key.expand(images, -1, -1) for key in seen["keys"])
-            squares += [_centred_per_head(key, module.nheads, seen["key_mask"]) for key in keys]
-            sums = [a + b for a, b in zip(sums, squares, strict=True)] if sums else squares
-        gathered = [part for part in distributed.gather_objects(sums) if part]
-        sums = [sum(parts) for parts in zip(*gathered, strict=True)]
-        half = len(sums) // 2
-        return sums[:half], sums[half:]
 
     def _project_logits(self, module: PrunableModule, kept_queries: Tensor) -> None:
         """Put the best directions of queries and keys into the places of the kept channels."""

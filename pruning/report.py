@@ -90,6 +90,29 @@ def trial_line(trial: Trial) -> str:
     )
 
 
+def trial_summary(trial: Trial, threshold_ap: float | None) -> str:
+    """What a progress bar says of the last division of a budget; `threshold_ap` None where mAP decides nothing."""
+    target = "" if threshold_ap is None else f" target {threshold_ap:.4f}"
+    return f"{100 * trial.kept_fraction:.1f} % kept: mAP {trial.full_ap:.4f}{target}, {trial.whole_passes:.0f} passes"
+
+
+def trial_table(trials: Sequence[Trial], best: Trial) -> str:
+    """The table of the divisions measured, the one that was taken marked."""
+    rows = [
+        (
+            "*" if trial is best else "",
+            f"{100 * trial.kept_fraction:.1f} %",
+            trial.power,
+            trial.full_ap,
+            f"{trial.seconds:.1f}",
+            trial.image_passes,
+            f"{trial.whole_passes:.1f}",
+        )
+        for trial in trials
+    ]
+    return table(("taken", "cost kept", "power", "mAP", "seconds", "images", "whole passes"), rows)
+
+
 def width_table(before: Widths, after: Widths) -> str:
     """The table of modules: width before and after."""
     return table(("module", "before", "after"), [(name, width, after.of(name)) for name, width in before.items()])

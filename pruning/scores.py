@@ -18,10 +18,10 @@ from engine import move_to
 from models.prunable import PrunableModule
 from pruning.calibration import Calibration
 from pruning.features import StateCache, repeat_batch, split_outputs
-from pruning.fit import elimination_scores, refit
+from pruning.fit import Surgeon
 from pruning.gates import Gated, gate_vector, set_candidate_gates, set_gate
 from pruning.kept import Kept, parts
-from pruning.moments import TINY, square_root
+from pruning.moments import TINY, Moments, square_root
 from pruning.reconstruction import Reconstruction
 from util import distributed
 
@@ -91,7 +91,7 @@ class ExactLoss:
     @torch.no_grad()
     def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """See `Ranking`. With several processes each scores its share, and all get every score."""
-        state = self._cache.state(0).to(self._device)
+        state = self._cache.state(0)
         images, world = len(self._targets), distributed.world_size()
         share = -(-len(candidates) // world)
         mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share).clamp(max=len(candidates) - 1)
@@ -152,6 +152,8 @@ class Elimination:
     def __init__(self, reconstruction: Reconstruction) -> None:
         """`reconstruction` has begun with the module that is ranked."""
         self._reconstruction = reconstruction
+        self._moments: Moments | None = None
+        self._surgeon: Surgeon | None = None
 
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """See `Ranking`. Candidates for addition are judged as if all of them were there."""
@@ -163,13 +165,20 @@ class Elimination:
 
     def _output_error(self, module: PrunableModule, kept: Tensor, candidates: Tensor) -> Tensor:
         channels = torch.cat((kept, candidates)).unique()
-        moments = self._reconstruction.hidden_moments().of_channels(channels)
-        root, _ = square_root(self._reconstruction.metric())
-        start = self._reconstruction.original(f"{module.output_name}.weight").double().cpu()[:, channels]
-        fitted, _ = refit(start, moments)
+        surgeon = self._surgeon_of(module, channels)
+        surgeon.remove(surgeon.channels[~torch.isin(surgeon.channels, channels)])
         score = torch.zeros(module.width, dtype=torch.float64)
-        score[channels] = elimination_scores(root @ fitted, moments)
+        score[channels] = surgeon.scores()
         return score
+
+    def _surgeon_of(self, module: PrunableModule, channels: Tensor) -> Surgeon:
+        """The one of the call before, if it still has all these channels of these moments."""
+        moments = self._reconstruction.hidden_moments()
+        if moments is not self._moments or not torch.isin(channels, self._surgeon.channels).all():
+            root, _ = square_root(self._reconstruction.metric())
+            weight = root @ self._reconstruction.original(f"{module.output_name}.weight").double().cpu()
+            self._moments, self._surgeon = moments, Surgeon(weight, moments.covariance_xx)
+        return self._surgeon
 
     def _logit_energy(self, module: PrunableModule) -> Tensor:
         queries, keys = self._reconstruction.logit_moments()

@@ -8,23 +8,22 @@ channels, reconstructed, and halves the range of widths. `Search` decides; every
 
 from __future__ import annotations
 
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from pruning.features import PassCounter
 from pruning.gates import Gated
-from pruning.journal import Decision
+from pruning.journal import Decision, Effort
 from pruning.kept import Kept, add, all_kept, check_kept, missing, none_kept, parts, unit_channels, width_of
 from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.scores import Ranking
-from pruning.selection import best_of_each_head, draw_candidates
+from pruning.selection import Order, best_of_each_head, draw_candidates
 from util.errors import UserError
 
 
@@ -39,11 +38,17 @@ class Workbench(Protocol):
     def begin(self, name: str) -> None:
         """Make ready to search module `name`; gates of others stay as they are."""
 
-    def choose(self, name: str, width: int) -> Kept:
-        """The best `width` channels of the module begun with."""
+    def rank(self, name: str) -> Order:
+        """The order in which channels of the module begun with are kept."""
 
     def set_kept(self, name: str, kept: Kept) -> float:
         """Let only these channels of the module begun with through; returns the predicted damage."""
+
+    def save(self) -> Any:
+        """The network as it is, for `load`."""
+
+    def load(self, saved: Any) -> None:
+        """Bring the network back to how it was saved."""
 
     def subset_ap(self, name: str) -> float:
         """mAP in [0, 1] of the subset for a module of that kind."""
@@ -111,10 +116,8 @@ class Search:
     def __post_init__(self) -> None:
         self.kept = {name: all_kept(module) for name, module in self.bench.modules.items()}
         self._ap_before = self.base_ap
-        self._began = time.monotonic()
         self._past = deque(self.replayed)
-        last = self._past[-1] if self._past else None
-        self._passes_before = (last.image_passes, last.whole_passes, last.seconds) if last else (0, 0.0, 0.0)
+        self._effort = Effort(self.bench.counter, self._past)
         self._kept_in_bench: Kept | None = None
 
     def run(self) -> dict[str, Kept]:
@@ -156,12 +159,13 @@ class Search:
         """
         module, unit = self.bench.modules[name], self.units.channels(self.bench.modules[name])
         fails, passes, step = 0, -(-module.width // unit), 0
-        kept, full_ap = all_kept(module), self._ap_before
+        kept, full_ap, order = all_kept(module), self._ap_before, None
         while passes - fails > 1:
             middle = (fails + passes) // 2
             decision, is_new = self._past_decision(visit, step, name), False
             if decision is None:
-                tried = self.bench.choose(name, min(middle * unit, module.width))
+                order = order or self.bench.rank(name)
+                tried = order.kept(min(middle * unit, module.width))
                 decision, is_new = self._measure(visit, step, name, tried, False, accept=False), True
             yield decision, is_new
             step += 1
@@ -235,7 +239,6 @@ class Search:
         full_ap: float | None,
         accepted: bool,
     ) -> Decision:
-        images, whole, seconds = self._passes_before
         return Decision(
             visit=visit,
             module=name,
@@ -248,7 +251,5 @@ class Search:
             full_ap=full_ap,
             accepted=accepted,
             transformer_params=self.bench.transformer_params(self.kept),
-            image_passes=images + self.bench.counter.images,
-            whole_passes=round(whole + self.bench.counter.whole_passes, 3),
-            seconds=round(seconds + time.monotonic() - self._began, 3),
+            **self._effort.so_far(),
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from datasets.coco_eval import GroundTruth
 from engine import evaluate
 from pruning.calibration import Calibration
 from pruning.cost import count_parameters, params_per_channel
-from pruning.features import PassCounter, StateCache, Targets
+from pruning.features import Batches, PassCounter, StateCache
 from pruning.gates import clear_gates, set_gate
 from pruning.kept import Kept, all_kept, width_of
 from pruning.method import Method
@@ -34,7 +35,7 @@ class DetectorBench:
         model: nn.Module,
         criterion: nn.Module,
         postprocess: Callable[[dict[str, Any], Tensor], Sequence[dict[str, Tensor]]],
-        loader: Collection[tuple[list[Tensor], Targets]],
+        batches: Batches,
         ground_truth: GroundTruth,
         step_shares: Mapping[str, float],
         *,
@@ -47,19 +48,21 @@ class DetectorBench:
         images_at_once: int,
         seed: int = 0,
         cache_device: torch.device | None = None,
+        cache_dtype: torch.dtype | None = None,
+        cache_bytes: float = math.inf,
         amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
-        """Run the backbone over `loader` and keep what it gives.
+        """Run the backbone over `batches` and keep what it gives.
 
         Args:
             step_shares: share of the network's cost that each step has, see `pruning.cost.step_shares`.
-            batch_numbers: for each batch that `loader` gives, its number in the whole split; the first is 0.
+            batch_numbers: for each of `batches`, its number in the whole split; the first is 0.
             subset_batches_attention, subset_batches_ffn: the subset's size, counted in batches of the whole split.
             calibration_batches: the first batches of the whole split, which moments and gradients are taken of.
             images_at_once: most images in a forward that scores several candidates.
             seed: of a random ranking.
-            progress: wraps `loader`, to show a bar.
+            cache_device, cache_dtype, cache_bytes, progress: see `StateCache`.
         """
         self.modules = model.prunable_modules()
         self.counter = PassCounter(step_shares)
@@ -71,15 +74,15 @@ class DetectorBench:
         self._device = device
         self._subset_batches = {True: subset_batches_attention, False: subset_batches_ffn}
         self.cache = StateCache(
-            model, loader, self.counter, device=device, cache_device=cache_device, amp=amp, progress=progress
-        )
+            model, batches, self.counter, device=device, cache_device=cache_device, dtype=cache_dtype,
+            max_bytes=cache_bytes, amp=amp, progress=progress,
+        )  # fmt: skip
         world, rank = distributed.world_size(), distributed.rank()
         self._own = {n: index for index, n in enumerate(batch_numbers) if n % world == rank}
         self._num_batches = max(map(max, distributed.gather_objects(list(batch_numbers)))) + 1
         self._transformer_params = count_parameters(model.transformer)
         self._params_per_channel = params_per_channel(model)
         self._measured: dict[int, float] = {}
-        self._order: Order | None = None
         self._calibration = self._reconstruction = None
         criterion.eval()
         if method.is_calibrated:
@@ -113,22 +116,17 @@ class DetectorBench:
     def begin(self, name: str) -> None:
         """Put the cached states in front of module `name`."""
         self.cache.move_to(name)
-        self._order = None
         if self._reconstruction is not None:
             self._reconstruction.begin(name)
 
-    def choose(self, name: str, width: int) -> Kept:
-        """The best `width` channels of the module begun with; its channels are ranked once."""
-        module = self.modules[name]
-        if self._order is None:
-            if module.is_attention and self.method.reconstruction == "full":
-                # Every kept channel is filled anew, so that its place does not matter.
-                self._order = Order.natural(module)
-            else:
-                self.set_kept(name, all_kept(module))
-                method = self.method
-                self._order = order_channels(module, self.ranking, method.direction, module.nheads, method.share_sets)
-        return self._order.kept(width)
+    def rank(self, name: str) -> Order:
+        """The order in which channels of the module begun with are kept."""
+        module, method = self.modules[name], self.method
+        if module.is_attention and method.reconstruction == "full":
+            # Every kept channel is filled anew, so that its place does not matter.
+            return Order.natural(module)
+        self.set_kept(name, all_kept(module))
+        return order_channels(module, self.ranking, method.direction, module.nheads, method.share_sets)
 
     def set_kept(self, name: str, kept: Kept) -> float:
         """Let only these channels of the module begun with through, reconstructed as far as the method does.
@@ -141,6 +139,20 @@ class DetectorBench:
             return self._reconstruction.apply(kept)
         set_gate(self.modules[name], kept, self._device)
         return 0.0
+
+    def save(self) -> Any:
+        """What `load` puts back: gates and weights of all modules as they are."""
+        gates = {name: dict(module.layer.gates) for name, module in self.modules.items()}
+        return gates, None if self._reconstruction is None else self._reconstruction.weights()
+
+    def load(self, saved: Any) -> None:
+        """Bring the network back to how it was saved."""
+        self.reset()
+        gates, weights = saved
+        for name, module in self.modules.items():
+            module.layer.gates.update(gates[name])
+        if weights is not None:
+            self._reconstruction.set_weights(weights)
 
     def subset_ap(self, name: str) -> float:
         """mAP of the first batches, as many as a module of that kind is judged by."""
@@ -162,7 +174,11 @@ class DetectorBench:
             result = evaluate(
                 self.cache.predict,
                 self._postprocess,
-                self.cache.batches([index for number, index in self._own.items() if number < batches]),
+                # A search of all modules at once measures mAP once for each cut, and visits many times.
+                self.cache.batches(
+                    [index for number, index in self._own.items() if number < batches],
+                    is_kept=self.method.search != "global",
+                ),
                 self._ground_truth,
                 device=self._device,
                 progress=False,

@@ -14,7 +14,7 @@ from models.layers import MLP
 from models.padding import pad_images
 from models.position_encoding import pixel_encoding
 from models.prunable import PrunableModule
-from models.state import DetectorState
+from models.state import DetectorState, Features
 from models.widths import Widths
 
 KINDS = {
@@ -111,19 +111,20 @@ class DnDabDetr(nn.Module):
 
     def prepare(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
         """The state in front of the first step: features, positions and queries."""
+        return self.first_state(self.features(images), targets)
+
+    def features(self, images: list[Tensor] | Tensor) -> Features:
+        """What the backbone and the projection behind it make of images; see `forward`."""
         batch, padding, is_padded = pad_images(images)
         features, padding = self.backbone[0](batch, padding)
         memory = self.input_proj(features).flatten(2).transpose(1, 2)
-        if not is_padded:
-            padding = padding[:1]
-        memory_pos = pixel_encoding(padding, self.hidden_dim, *self.temperatures)
-        memory_mask = ~padding.flatten(1)[:, None, None, :] if is_padded else None
-        return self._add_queries(memory, memory_pos, memory_mask, targets)
+        return Features(memory, (padding if is_padded else padding[:1],), is_padded)
 
-    def _add_queries(
-        self, memory: Tensor, memory_pos: Tensor, memory_mask: Tensor | None, targets: list[dict] | None
-    ) -> DetectorState:
-        batch_size = len(memory)
+    def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
+        """The state in front of the first step, with positions and queries added to the features."""
+        (padding,), batch_size = features.paddings, len(features.memory)
+        memory_pos = pixel_encoding(padding, self.hidden_dim, *self.temperatures)
+        memory_mask = ~padding.flatten(1)[:, None, None, :] if features.is_padded else None
         # The last row of label_enc is "no object yet"; the matching queries' indicator channel is 0.
         content = torch.cat((self.label_enc.weight[self.num_classes], self.label_enc.weight.new_zeros(1)))
         content = content.expand(self.num_queries, -1)
@@ -143,7 +144,9 @@ class DnDabDetr(nn.Module):
             content = torch.cat((noised.content, content), dim=1)
             anchor_logits = torch.cat((noised.anchor_logits, anchor_logits), dim=1)
         anchors = anchor_logits.sigmoid()
-        return DetectorState(memory, memory_pos, memory_mask, content, mask, anchors, anchors, denoising=layout)
+        return DetectorState(
+            features.memory, memory_pos, memory_mask, content, mask, anchors, anchors, denoising=layout
+        )
 
     def run_steps(self, state: DetectorState, start: str | None = None, stop: str | None = None) -> DetectorState:
         """Run the steps from `start` (included; None is the first) to `stop` (excluded; None runs to the end)."""

@@ -55,8 +55,15 @@ class FakeBench:
         self.asked.append(("reset",))
         self.__post_init__()
 
-    def choose(self, name: str, width: int) -> Kept:
-        return Order.natural(self.modules[name]).kept(width)
+    def rank(self, name: str) -> Order:
+        return Order.natural(self.modules[name])
+
+    def save(self) -> dict[str, int]:
+        return dict(self.widths)
+
+    def load(self, saved: dict[str, int]) -> None:
+        self.asked.append(("load",))
+        self.widths = dict(saved)
 
     def set_kept(self, name: str, kept: Kept) -> float:
         self.widths[name] = width_of(kept)

@@ -161,7 +161,8 @@ def test_every_trial_begins_with_the_whole_network_and_cuts_in_network_order():
     bench, _, trials, *_ = run(constant(0.5), 0.6)
     events = [entry[0] for entry in bench.asked]
     starts = [index for index, event in enumerate(events) if event == "reset"]
-    assert len(starts) == 1 + len(divisions(trials)) + 1
+    assert len(starts) == 1 + len(divisions(trials))
+    assert events[-1] == "load"  # the best one is put back, not made again
     for index in starts:
         assert [entry[1] for entry in bench.asked[index + 1 : index + 3]] == list(bench.modules)
 
@@ -169,7 +170,7 @@ def test_every_trial_begins_with_the_whole_network_and_cuts_in_network_order():
 @pytest.mark.parametrize("needed", range(4, 15))
 def test_without_a_fraction_a_search_finds_about_the_least_that_passes(needed):
     bench, _, trials, kept, best = run(lambda w, whole: 0.5 if sum(w.values()) >= needed else 0.1, None)
-    assert len(trials) == EVALUATIONS
+    assert 0 < len(trials) <= EVALUATIONS
     assert best.full_ap >= 0.45
     assert sum(widths_of(kept).values()) <= needed + 2
     assert widths_of(kept) == best.widths == bench.widths

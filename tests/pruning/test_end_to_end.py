@@ -17,7 +17,7 @@ from datasets.coco_eval import GroundTruth
 from engine import evaluate
 from main import build_detector, settle_arguments
 from pruning.cli import get_pruning_parser, search
-from pruning.features import StateCache
+from pruning.features import PassCounter, StateCache
 from pruning.gates import gated
 from pruning.kept import from_lists
 from pruning.schedule import GP, MGP, Schedule
@@ -160,28 +160,31 @@ def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
         built.append(model)
         return model, criterion, postprocessors
 
-    moves = []
-    move_to = StateCache.move_to
+    moves, runs = [], {}
+    move_to, add = StateCache.move_to, PassCounter.add
 
     def watched_move(self, name):
-        before = dict(self.counter.images_by_range)
-        came_from = self.position
+        moves.append((self.position, name))
         move_to(self, name)
-        after = self.counter.images_by_range
-        moves.append(
-            (came_from, name, {key: n - before.get(key, 0) for key, n in after.items() if n != before.get(key)})
-        )
+
+    def watched_add(self, start, stop, images):
+        runs.setdefault((len(moves), start, stop), []).append(images)
+        add(self, start, stop, images)
 
     monkeypatch.setattr(pruning.cli, "build_detector", watched)
     monkeypatch.setattr(StateCache, "move_to", watched_move)
+    monkeypatch.setattr(PassCounter, "add", watched_add)
     run(MGP, folder, tmp_path)
     assert seen["backbone"] == IMAGES
     order = built[0].step_names
-    assert [name for _, name, _ in moves] == list(MGP.order(order))
-    for came_from, name, passes in moves:
-        back = order.index(name) < order.index(came_from)
-        start = order[0] if back else came_from
-        assert passes == ({} if start == name else {(start, name): IMAGES})
+    assert [name for _, name in moves] == list(MGP.order(order))
+    passed = [order[0]]
+    for number, (came_from, name) in enumerate(moves, start=1):
+        passed = [order[0]] if order.index(name) < order.index(came_from) else [*passed, came_from]
+        to_the_module = {key[1:]: sum(images) for key, images in runs.items() if key[0] == number and key[2]}
+        assert sum(to_the_module.values()) <= IMAGES
+        assert all(start in passed and stop == name for start, stop in to_the_module)
+    assert sum(len(images) for key, images in runs.items() if key[2]) > len(moves) / 2
 
 
 def test_a_search_goes_on_from_its_own_output(folder, tmp_path):

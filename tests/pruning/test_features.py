@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.state import Features
 from pruning import features
 from pruning.features import PassCounter, StateCache, _keep_unchanged, repeat_batch, split_outputs
 from pruning.gates import clear_gates, set_gate
@@ -31,7 +32,7 @@ def test_outputs_from_any_position_are_those_of_the_whole_network():
     for name in model.step_names:
         cache.move_to(name)
         for (state, _), (images, _) in zip(cache.batches(), BATCHES, strict=True):
-            assert_same(cache.predict(state), model(images))
+            assert_same(cache.predict(state.to(CPU)), model(images))
 
 
 @torch.no_grad()
@@ -55,29 +56,71 @@ def test_passes_are_counted_by_range_and_weighed():
     assert counter.backbone_images == cache.images == 5
     assert counter.images == 0
     cache.move_to(names[2])
+    cache.state(0)
+    assert counter.images_by_range == {(names[0], names[2]): 2}  # the others have not been asked for
     cache.move_to(names[4])
+    for batch in range(3):
+        cache.state(batch)
     cache.predict(cache.state(0))
+    cache.state(0)
     cache.move_to(names[1])
+    cache.state(2, is_kept=False)
+    cache.state(2, is_kept=False)
     assert counter.images_by_range == {
-        (names[0], names[2]): 5,
-        (names[2], names[4]): 5,
+        (names[0], names[2]): 2,
+        (names[2], names[4]): 2,
+        (names[0], names[4]): 3,
         (names[4], None): 2,
-        (names[0], names[1]): 5,
+        (names[0], names[1]): 2,
     }
-    assert counter.images == 17
-    assert counter.whole_passes == pytest.approx((5 * 2 + 5 * 2 + 2 * (len(names) - 4) + 5) / len(names))
+    assert counter.images == 11
+    shares = 2 * 2 + 2 * 2 + 3 * 4 + 2 * (len(names) - 4) + 2
+    assert counter.whole_passes == pytest.approx(shares / len(names))
     assert counter.to_dict()["images_by_range"][f"{names[4]}:end"] == 2
 
 
 def test_what_the_steps_leave_alone_is_held_once():
     model = tiny_detector()[0]
     cache = cache_of(model)
-    features = [state for state, _ in cache.batches()]
     cache.move_to("encoder.0.ffn")
-    for before, (after, _) in zip(features, cache.batches(), strict=True):
-        assert after.memory_pos is before.memory_pos
-        assert after.anchors is before.anchors
-        assert after.memory is not before.memory
+    before = [cache.state(batch) for batch in range(3)]
+    cache.move_to("decoder.0.self_attention")
+    for batch, old in enumerate(before):
+        after = cache.state(batch)
+        assert after.memory_pos is old.memory_pos
+        assert after.anchors is old.anchors
+        assert after.memory is not old.memory
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_cap_on_the_cache_changes_no_output_and_is_kept(share, dtype):
+    model = tiny_detector()[0].eval()
+    shares = dict.fromkeys(model.step_names, 1.0)
+    whole = StateCache(model, BATCHES, PassCounter(shares), device=CPU, dtype=dtype)
+    for name in ("encoder.0.ffn", "decoder.1.ffn"):
+        whole.move_to(name)
+        outputs = [whole.predict(whole.state(batch)) for batch in range(3)]
+    cap = share * whole.nbytes
+    capped = StateCache(model, BATCHES, PassCounter(shares), device=CPU, dtype=dtype, max_bytes=cap)
+    for name in ("encoder.0.ffn", "decoder.1.ffn"):
+        capped.move_to(name)
+        for batch in (2, 0, 1):
+            found = capped.predict(capped.state(batch))
+            if name == "decoder.1.ffn":
+                assert_same(found, outputs[batch])
+            assert capped.nbytes <= cap
+    assert whole.images_without_features == 0
+    assert (capped.images_without_features == 5) == (share == 0)
+    assert capped.counter.backbone_images == 5 + 2 * capped.images_without_features
+
+
+def test_five_thousand_images_fit_eight_gigabytes():
+    """Features of 800 x 1333 pixels at stride 32, on average padded to a square, in bfloat16."""
+    pixels = 42 * 42
+    features = Features(torch.empty(1, pixels, 256, device="meta"), (torch.empty(1, 42, 42, dtype=torch.bool),), True)
+    assert 5000 * features.to("meta", torch.bfloat16).nbytes < 8e9
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning import fit
-from pruning.fit import elimination_scores, error_covariance, low_rank_products, refit, value_directions
+from pruning.fit import Surgeon, error_covariance, low_rank_products, refit, value_directions
 from pruning.moments import Moments, damped
 from tests.pruning.samples import least_error, quick, samples, weighted_error
 
@@ -85,11 +85,32 @@ def test_the_trace_of_the_error_covariance_is_the_error_with_the_best_bias(kept_
 @quick
 @given(sample=samples(min_channels=2))
 def test_elimination_costs_what_a_refit_without_that_channel_costs(sample):
-    scores = elimination_scores(sample.weight, moments_of(sample), HARDLY)
+    scores = Surgeon(sample.weight, moments_of(sample).covariance_xx, HARDLY).scores()
     channels = range(sample.x.shape[1])
     for channel, score in zip(channels, scores, strict=True):
         others = [other for other in channels if other != channel]
         assert float(score) == pytest.approx(least_error(sample, sample.x[:, others]), rel=1e-4, abs=1e-7)
+
+
+@quick
+@given(kept_sample=kept_samples(), data=st.data())
+def test_taking_channels_away_in_turn_leaves_what_one_refit_without_all_of_them_gives(kept_sample, data):
+    sample, kept = kept_sample
+    moments, damping = moments_of(sample), 1e-3
+    covariance = moments.covariance_xx
+    surgeon = Surgeon(sample.weight, covariance, damping)
+    gone = [c for c in range(sample.x.shape[1]) if c not in kept]
+    while gone:
+        first = gone[: data.draw(st.integers(1, len(gone)))]
+        surgeon.remove(torch.tensor(first))
+        gone = [channel for channel in gone if channel not in first]
+    assert surgeon.channels.equal(kept)
+    regular = damped(covariance, damping)
+    others = torch.tensor([c for c in range(sample.x.shape[1]) if c not in kept], dtype=torch.int64)
+    inner = regular[kept][:, kept]
+    fitted = sample.weight[:, kept] + sample.weight[:, others] @ torch.linalg.solve(inner, regular[kept][:, others]).T
+    expected = fitted.square().sum(0) / torch.linalg.inv(inner).diagonal()
+    torch.testing.assert_close(surgeon.scores(), expected, rtol=1e-6, atol=1e-9)
 
 
 @st.composite
