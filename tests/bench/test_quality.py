@@ -11,9 +11,10 @@ from bench import quality, search_cost
 from bench.quality import Row, measure, print_table
 from bench.subject import CPU, Pruner, Subject, uniform_widths
 from pruning.cost import count_parameters
-from pruning.method import FAST
+from pruning.method import FAST, METHODS
 from pruning.schedule import MGP
 from tests.tiny_run import write_self_annotated
+from util.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +94,24 @@ def test_the_table_marks_what_was_not_reached_and_shows_the_range_of_seeds(capsy
 def test_searches_are_accounted_for_by_what_they_ran(subject):
     macs = search_cost.macs_of(subject.dense, subject.image_size_hw)
     eased = dataclasses.replace(MGP, map_tol=0.5, skip=0.3)
-    results = [
-        search_cost.account(search_cost.run_search(subject, name, eased, 0), *macs) for name in ("fast", "paper")
-    ]
+    results = [search_cost.run_search(subject, name, eased, 0, [], macs) for name in ("fast", "paper")]
     fast, paper = results
-    passes = paper["passes"]
-    assert paper["gmacs_whole_passes"] == pytest.approx(2 * macs[0] + passes["images"] * macs[1])
-    assert paper["gmacs"] < paper["gmacs_whole_passes"] < paper["gmacs_original"]
-    assert fast["passes"]["whole_passes"] < passes["images"]
+    assert paper["gmacs"] == pytest.approx(2 * macs[0] + paper["whole_passes"] * macs[1])
+    assert paper["gmacs"] < paper["gmacs_original"]
+    assert fast["whole_passes"] < paper["whole_passes"]
     cells = search_cost.rows(results)
     assert [row[0] for row in cells] == ["fast", "paper"]
-    assert float(cells[1][2]) == float(cells[1][4]) == 1.0
+    assert float(cells[1][3]) == float(cells[1][6]) == 1.0
+
+
+def test_the_papers_search_is_the_same_without_its_caches_and_extrapolated_from_all_modules(subject):
+    macs = search_cost.macs_of(subject.dense, subject.image_size_hw)
+    eased = dataclasses.replace(MGP, map_tol=0.5, skip=0.3)
+    cached, _ = Pruner(subject, METHODS["paper"], 0, search_cost.SUBSET_BATCHES).scheduled(eased)
+    whole = search_cost.run_search(subject, "paper", eased, 0, [], macs)
+    assert whole["widths"] == cached.widths.to_list()
+    sampled = search_cost.run_search(subject, "paper", eased, 0, subject.dense.step_names, macs)
+    assert sampled["whole_passes"] == whole["whole_passes"]
+    assert (sampled["removed"], sampled["ap"]) == (None, None)
+    with pytest.raises(UserError, match=r"--sample: found encoder\.attention, expected a module of each"):
+        search_cost.run_search(subject, "paper", eased, 0, ["encoder.0.attention"], macs)
