@@ -89,6 +89,11 @@ def rows_of(subject: Subject) -> list[Row]:
             rows.append(Row(name, torch_pruning(importance, ranking), tuned=tuned))
     for ranking in ("random", "magnitude", "elimination"):
         rows += ranked(ranking, FRACTIONS, seeds=3 if ranking == "random" else 1)
+    # One pass for each channel or each image and module takes minutes: one fraction shows it.
+    for ranking in ("first_order", "fisher", "exact"):
+        rows += ranked(ranking, FRACTIONS[1:2])
+    shared = Method("bisect", "magnitude", "once", "output", share_sets=True)
+    rows.append(Row("uniform, magnitude, refitted, one index set", uniform(shared)))
     rows.append(
         Row(
             "the paper's way, uniform",
@@ -99,11 +104,6 @@ def rows_of(subject: Subject) -> list[Row]:
             fractions=FRACTIONS[1:],  # growing three quarters of every module takes it a quarter of an hour
         )
     )
-    # One pass for each channel or each image and module takes minutes: one fraction shows it.
-    for ranking in ("first_order", "fisher", "exact"):
-        rows += ranked(ranking, FRACTIONS[1:2])
-    shared = Method("bisect", "magnitude", "once", "output", share_sets=True)
-    rows.append(Row("uniform, magnitude, refitted, one index set", uniform(shared)))
     return rows
 
 
