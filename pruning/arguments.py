@@ -61,7 +61,7 @@ def _add_schedule_options(group: argparse._ArgumentGroup, schedule: Schedule) ->
 def _add_method_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--search", choices=tuple(METHODS), default="fast",
-        help="fast: predict every width's damage, price all modules at once, measure mAP at most five times; "
+        help="fast: predict every width's damage, price all modules at once, measure mAP at most four times; "
         "visit: module after module, each to the least width that meets its target; paper: the same, but each module "
         "grows from nothing by the exact loss of one batch, with one index set and no reconstruction")  # fmt: skip
     add("--ranking", choices=RANKINGS, default=None,

@@ -25,14 +25,14 @@ from util.errors import UserError
 # Damages add up where they are small. Where much is cut they compound, and their roots predict better; which power
 # is best is found by measuring mAP.
 POWERS = (0.5, 1.0, 0.25)
-EVALUATIONS = 5  # of mAP at most when the least budget is looked for
+EVALUATIONS = 4  # of mAP at most when the least budget is looked for
 PRECISION = 0.01  # of the whole cost, to which that budget is then known
 WIDTHS_TRIED = 16  # of each module when its damage is predicted
 # An attention's damage takes a forward through it for each width, so that few are measured and those between follow.
 ATTENTION_WIDTHS_MEASURED = 4
 MIN_LOSS = 1e-4  # of mAP: less is taken for this much, since it tells nothing of a slope
 AIM = 0.97  # of the mAP that may be lost, so that a prediction a little off still passes
-NEAR = 0.06  # of the same: who comes as near to losing it all has found the budget
+NEAR = 0.1  # of the same: who comes as near to losing it all has found the budget
 
 
 @dataclass
@@ -74,7 +74,7 @@ class BudgetSearch:
         """
         if keep is not None:
             self._check_affordable(keep, {name: min(self._widths(name)) for name in self.bench.modules})
-        self._past, self._effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
+        self._past, self.effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
         if not self._damages:
             self._predict_damages()
         self._best_cut: tuple[tuple[int, ...], Any] | None = None
@@ -147,7 +147,7 @@ class BudgetSearch:
         trial = self._past.popleft() if self._past else None
         if trial is None:
             ap, kept_fraction = self._ap_at(widths), self._cost_of(widths) / self.total_cost
-            trial = Trial(keep, power, widths, ap, kept_fraction, **self._effort.so_far())
+            trial = Trial(keep, power, widths, ap, kept_fraction, **self.effort.so_far())
             self.on_trial(trial)
         elif (trial.keep, trial.power, trial.widths) != (keep, power, widths):
             raise UserError(f"journal: found a trial with {trial.keep:g} of the cost kept, expected {keep:g}")

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from util import distributed
 from util.checkpoint import plain_arguments, save_checkpoint
 from util.errors import UserError, run_cli
 from util.files import check_output_dir, file_digest, move_aside
+from util.interrupt import stop_after_step
 from util.logging import bar_off, get_logger, log_to_file, stop_logging_to_file
 from util.options import parse
 from util.training_state import seed_everything
@@ -123,7 +123,6 @@ class _Run:
         own_images = Subset(dataset, [index for batch in batches for index in batch])
         loader = build_loader(own_images, args.batch_size, shuffle=False, num_workers=args.num_workers, seed=args.seed)
         self.image_size_hw = tuple(dataset[0][0].shape[-2:])
-        self.began = time.monotonic()
         self.bench = DetectorBench(
             self.model,
             criterion,
@@ -180,9 +179,11 @@ class _Run:
             )
         if self.bench.method.is_calibrated and self.args.search_split == "val2017":
             self.log.warning("calibrating on val2017: a fair figure searches on train2017 (--search_split)")
-        past = self._open_journal(self._facts(base_ap))
+        base_ap, past = self._open_journal(self._facts(base_ap))
         is_global = self.bench.method.search == "global"
-        kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
+        hint = f"stopped; go on with the same command and --resume_search, from {self.journal.path}"
+        with stop_after_step(hint) as self.stop_if_asked:
+            kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
         result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
         if distributed.is_main():
             self._write(result)
@@ -190,29 +191,33 @@ class _Run:
         distributed.barrier()
         return result
 
-    def _open_journal(self, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Begin the journal, or read what it holds of this search; the same lines in every process."""
-        past: list[dict[str, Any]] = []
-        problem = None
+    def _open_journal(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+        """Begin the journal, or read what it holds of this search; the same in every process.
+
+        Returns:
+            mAP before the search, as it was measured when the search began, and the lines behind the first.
+        """
+        base_ap, past = facts["base_ap"], []
+        problem: Exception | None = None
         if distributed.is_main():
             try:
-                past = self.journal.resume(facts) if self.args.resume_search else []
-            except UserError as error:
-                problem = str(error)
-            else:
+                if self.args.resume_search:
+                    base_ap, past = self.journal.resume(facts)
                 if not past:
                     for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE):
                         move_aside(self.output_dir / name)
                     if not self.journal.begun:
                         self.journal.start(facts)
-        past, problem = distributed.gather_objects((past, problem))[0]
+            except (UserError, OSError) as error:
+                problem = error  # the other processes wait for this one
+        base_ap, past, problem = distributed.gather_objects((base_ap, past, problem))[0]
         if problem is not None:
-            raise UserError(problem)
+            raise problem
         if past:
             self.log.info("going on behind %d journal lines of %s", len(past), self.journal.path)
         elif self.args.resume_search:
             self.log.info("%s holds no decision yet: the search begins", self.journal.path)
-        return past
+        return base_ap, past
 
     def _search_modules(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
         """Visit one module after the other; returns the kept sets and mAP of the whole split."""
@@ -233,9 +238,11 @@ class _Run:
                     left = order[decision.visit + 1 :]
                     if left and distributed.is_main():
                         self._save(search.kept, left)
+                self.stop_if_asked()
 
             search = Search(self.bench, self.schedule, units, base_ap, record, replayed)
             kept = search.run()
+        self.effort = search.effort
         return kept, self.decisions[-1].full_ap
 
     def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
@@ -260,6 +267,7 @@ class _Run:
                     self.journal.trial(trial)
                 self.log.info("%s", report.trial_line(trial))
                 bar.set_postfix_str(report.trial_summary(trial, None if args.keep else threshold_ap))
+                self.stop_if_asked()
 
             def show(name: str, width: int | None) -> None:
                 bar.set_description(f"{name} {'every width' if width is None else width}", refresh=False)
@@ -270,7 +278,7 @@ class _Run:
             search = BudgetSearch(self.bench, per_channel, total, step, base_ap, record, replayed, show)
             self.log.info("mAP to keep: %s", "any" if args.keep else f"{threshold_ap:.4f}")
             kept, best = search.run(args.keep, threshold_ap)
-        self.trials, self.best_trial = search.trials, best
+        self.trials, self.best_trial, self.effort = search.trials, best, search.effort
         return kept, best.full_ap
 
     def _facts(self, base_ap: float) -> dict[str, Any]:
@@ -291,8 +299,8 @@ class _Run:
         return {
             "ap": result.ap,
             "widths": result.widths.to_list(),
-            "seconds": round(time.monotonic() - self.began, 3),
-            "passes": self.bench.counter.to_dict(),
+            **self.effort.so_far(),
+            "passes_since_resume": self.bench.counter.to_dict(),
         }
 
     def _save(self, kept: Mapping[str, Kept], left: Sequence[str] = ()) -> None:
@@ -331,13 +339,13 @@ class _Run:
         plots.plot_ap_against_parameters(
             self.output_dir / AP_PICTURE, points, result.base_ap, before.transformer_params, caption
         )
-        passes = self.bench.counter
+        effort = self.effort.so_far()
         self.log.info("%s", cost_table([("before", before), ("after", after)]))
         self.log.info(
             "mAP on %s: %.4f before, %.4f after; %d images through the backbone, %d through a part of the rest, "
             "worth %.0f whole passes; %.0f s",
-            self.args.search_split, result.base_ap, result.ap, passes.backbone_images, passes.images,
-            passes.whole_passes, time.monotonic() - self.began,
+            self.args.search_split, result.base_ap, result.ap, self.bench.counter.backbone_images,
+            effort["image_passes"], effort["whole_passes"], effort["seconds"],
         )  # fmt: skip
         self.log.info("--cfgs '%s'", result.widths)
         self.log.info("next: %s", report.next_command(self.args, result.path))

@@ -14,6 +14,8 @@ from pruning.kept import Kept, from_lists, to_lists
 from util.errors import UserError
 from util.files import append_json_line, move_aside, write_atomic
 
+BASE_AP_TOLERANCE = 1e-3  # of mAP in [0, 1]: more than rounding on another device moves it
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -138,21 +140,25 @@ class Journal:
         """What came out."""
         self._write("end", facts)
 
-    def resume(self, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Go on with the file that is there, if there is one, and return its lines behind the first.
+    def resume(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+        """Go on with the file that is there, if there is one; returns its base mAP and its lines behind the first.
 
-        A last line that a crash cut short is dropped from it.
+        A last line that a crash cut short is dropped from it. The base mAP of another machine may differ by rounding;
+        that of the journal holds.
 
         Raises:
             UserError: the file is none of a search that depends on the same `facts`, or that search has ended.
         """
         if not self.path.exists():
-            return []
+            return facts["base_ap"], []
         lines, whole_bytes = self._read()
         if not lines:
-            return []
+            return facts["base_ap"], []
         start, *others = lines
         wanted = json.loads(json.dumps({"event": "start", **facts}))
+        base_ap = start.get("base_ap")
+        if isinstance(base_ap, float) and abs(base_ap - wanted["base_ap"]) <= BASE_AP_TOLERANCE:
+            wanted["base_ap"] = base_ap
         different = _differences(start, wanted)
         if different:
             name, found, expected = different[0]
@@ -166,7 +172,7 @@ class Journal:
             whole = self.path.read_bytes()[:whole_bytes]
             write_atomic(self.path, lambda stream: stream.write(whole))
         self.begun = True
-        return others
+        return base_ap, others
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
         """The whole lines of the file, and how many bytes they are.

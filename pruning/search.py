@@ -117,7 +117,7 @@ class Search:
         self.kept = {name: all_kept(module) for name, module in self.bench.modules.items()}
         self._ap_before = self.base_ap
         self._past = deque(self.replayed)
-        self._effort = Effort(self.bench.counter, self._past)
+        self.effort = Effort(self.bench.counter, self._past)
         self._kept_in_bench: Kept | None = None
 
     def run(self) -> dict[str, Kept]:
@@ -251,5 +251,5 @@ class Search:
             full_ap=full_ap,
             accepted=accepted,
             transformer_params=self.bench.transformer_params(self.kept),
-            **self._effort.so_far(),
+            **self.effort.so_far(),
         )

@@ -1,7 +1,11 @@
 """Errors that are the user's to mend, and how an entry script reports them."""
 
+import errno
 import sys
 from collections.abc import Callable
+
+# What a disk or its owner refuses; any other error of the system is a defect, and its traceback helps.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
@@ -9,12 +13,18 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry script; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run an entry script; a `UserError`, or a disk that takes no more, becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}, expected a file that can be read and written", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)

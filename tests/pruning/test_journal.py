@@ -46,7 +46,7 @@ def path(tmp_path):
 
 
 def test_a_decision_comes_back_as_it_was(path):
-    lines = Journal(path).resume(FACTS)
+    _, lines = Journal(path).resume(FACTS)
     found = read_events(lines, "decision", Decision, path)
     assert [d.to_dict() for d in found] == [DECISION.to_dict()]
     assert all(indices.dtype == torch.int64 for indices in found[0].kept.values())
@@ -54,7 +54,7 @@ def test_a_decision_comes_back_as_it_was(path):
 
 def test_lines_go_on_behind_those_that_are_there(path):
     journal = Journal(path)
-    assert [line["event"] for line in journal.resume(FACTS)] == ["decision", "trial"]
+    assert [line["event"] for line in journal.resume(FACTS)[1]] == ["decision", "trial"]
     journal.decision(DECISION)
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == [
         "start",
@@ -90,6 +90,13 @@ def test_a_search_that_depends_on_anything_else_is_refused(path, keys, value, sa
     assert path.read_bytes() == before
 
 
+def test_a_base_map_that_another_device_rounds_otherwise_is_that_of_the_journal(path):
+    near = {**FACTS, "base_ap": FACTS["base_ap"] + 0.0009}
+    assert Journal(path).resume(near)[0] == FACTS["base_ap"]
+    with pytest.raises(UserError, match="base_ap"):
+        Journal(path).resume({**FACTS, "base_ap": FACTS["base_ap"] - 0.0011})
+
+
 def test_an_option_that_is_gone_is_a_difference(path):
     facts = {**FACTS, "args": {"batch_size": 2}}
     journal = json.loads(path.read_text().splitlines()[0])
@@ -106,7 +113,7 @@ def test_a_last_line_that_is_cut_short_is_dropped(path):
     for length in sorted({*ends, *(end - 1 for end in ends[1:]), *range(0, len(whole), 97)}):
         path.write_bytes(whole[:length])
         complete = sum(end <= length for end in ends[1:])
-        found = Journal(path).resume(FACTS)
+        _, found = Journal(path).resume(FACTS)
         assert [line["event"] for line in found] == ["decision", "trial"][: max(0, complete - 1)]
         # A file without one whole line is nothing to go on with: it is left as it is.
         assert path.read_bytes() == (b"".join(lines[:complete]) if complete else whole[:length])
@@ -114,14 +121,14 @@ def test_a_last_line_that_is_cut_short_is_dropped(path):
 
 def test_without_a_journal_a_search_begins(tmp_path):
     journal = Journal(tmp_path / "search.jsonl")
-    assert journal.resume(FACTS) == []
+    assert journal.resume(FACTS) == (FACTS["base_ap"], [])
     assert not journal.begun and not list(tmp_path.iterdir())
 
 
 def test_a_journal_that_holds_no_decision_yet_is_not_begun_twice(path):
     path.write_text(path.read_text().splitlines(keepends=True)[0])
     journal = Journal(path)
-    assert journal.resume(FACTS) == []
+    assert journal.resume(FACTS) == (FACTS["base_ap"], [])
     assert journal.begun
     journal.decision(DECISION)
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["start", "decision"]

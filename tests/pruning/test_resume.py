@@ -2,11 +2,14 @@
 
 import functools
 import json
+import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -121,18 +124,73 @@ def test_a_search_that_goes_on_ends_as_it_would_have(folder, searched, tmp_path,
         assert [line["event"] for line in again] == [json.loads(line)["event"] for line in lines]
 
 
-def test_a_search_that_was_killed_goes_on(folder, searched, tmp_path):  # noqa: F811
-    out, journal = tmp_path, tmp_path / "search.jsonl"
-    line = [sys.executable, "prune_greedy_ad.py", *words(folder, out, "visit", "--resume_search").split()]
-    for wanted in (2, 9):
-        process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > wanted):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+def start_search(folder, out, kind, *launcher, more="--resume_search"):  # noqa: F811
+    line = [sys.executable, *launcher, "prune_greedy_ad.py", *words(folder, out, kind, more).split()]
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lines(process, journal, count):
+    """Wait until a journal has that many lines, or the search has ended."""
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= count):
+        time.sleep(0.01)
+
+
+def test_a_search_that_was_killed_five_times_goes_on(folder, searched, tmp_path):  # noqa: F811
+    journal, last = tmp_path / "search.jsonl", len(lines_of(searched("visit")))
+    draw = random.Random(5)
+    for lines in sorted(draw.sample(range(1, last - 1), 5)):
+        process = start_search(folder, tmp_path, "visit")
+        wait_for_lines(process, journal, lines)
+        time.sleep(draw.random() / 10)
+        process.kill()
+        process.communicate()
+        assert journal.read_bytes().count(b"\n") >= lines
     if b'"end"' not in journal.read_bytes():
-        run(folder, out, "visit", "--resume_search")
-    assert_same_file(searched("visit").path.parent, out)
+        run(folder, tmp_path, "visit", "--resume_search")
+    assert_same_file(searched("visit").path.parent, tmp_path)
+
+
+def test_ctrl_c_stops_behind_the_step_in_flight_and_says_how_to_go_on(folder, searched, tmp_path):  # noqa: F811
+    journal = tmp_path / "search.jsonl"
+    process = start_search(folder, tmp_path, "visit")
+    wait_for_lines(process, journal, 3)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert f"stopped; go on with the same command and --resume_search, from {journal}" in said
+    assert "Traceback" not in said
+    assert journal.read_bytes().endswith(b"\n") and b'"end"' not in journal.read_bytes()
+    run(folder, tmp_path, "visit", "--resume_search")
+    assert_same_file(searched("visit").path.parent, tmp_path)
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_journal_goes_on(folder, searched, tmp_path, monkeypatch):  # noqa: F811
+    """A limit on the size of files stands for the full disk."""
+    journal = tmp_path / "search.jsonl"
+    first = len(b"".join(lines_of(searched("fast"))[:2]))
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({first + 10}, resource.RLIM_INFINITY)); "
+    line = words(folder, tmp_path, "fast", "--resume_search").split()
+    script = f"{limit}import sys; sys.argv = {['prune_greedy_ad.py', *line]}; import runpy; "
+    script += "runpy.run_path('prune_greedy_ad.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert f"error: {journal}: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    run(folder, tmp_path, "fast", "--resume_search")
+    assert_same_file(searched("fast").path.parent, tmp_path)
+
+
+def test_one_process_dying_ends_the_others_and_another_number_goes_on(folder, searched, tmp_path):  # noqa: F811
+    journal = tmp_path / "search.jsonl"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    process = start_search(folder, tmp_path, "visit", *launcher)
+    wait_for_lines(process, journal, 3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    run(folder, tmp_path, "visit", "--resume_search")
+    assert read_checkpoint(tmp_path / "pruned.pth").widths == read_checkpoint(searched("visit").path).widths
 
 
 def test_a_journal_of_another_search_is_refused(folder, searched, tmp_path):  # noqa: F811
