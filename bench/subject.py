@@ -132,8 +132,11 @@ class Pruner:
         subset_batches: tuple[int, int] | None = None,
         images_at_once: int = 64,
         bench: type[DetectorBench] = DetectorBench,
+        calibration_images: int = CALIBRATION_IMAGES,
+        search: type[BudgetSearch] = BudgetSearch,
     ) -> None:
         """`subset_batches` judge an attention and an FFN while they are searched; None takes all."""
+        self._search = search
         self.model = copy.deepcopy(subject.dense)
         count, size = len(subject.seen), subject.seen.batch_size
         attention, ffn = subset_batches or (count, count)
@@ -142,7 +145,7 @@ class Pruner:
             self.model, subject.criterion, subject.postprocess, subject.seen, subject.seen_truth,
             step_shares(self.model, subject.image_size_hw), method=method, device=CPU, batch_numbers=range(count),
             subset_batches_attention=attention, subset_batches_ffn=ffn,
-            calibration_batches=-(-CALIBRATION_IMAGES // size), images_at_once=images_at_once, seed=seed,
+            calibration_batches=-(-calibration_images // size), images_at_once=images_at_once, seed=seed,
         )  # fmt: skip
         self.whole = copy.deepcopy(self.model)
 
@@ -167,7 +170,7 @@ class Pruner:
         """The search by budget over this detector; damages are predicted once."""
         units = {name: self.units.channels(module) for name, module in self.bench.modules.items()}
         params = count_parameters(self.model.transformer)
-        return BudgetSearch(self.bench, params_per_channel(self.whole), params, units, self.bench.full_ap())
+        return self._search(self.bench, params_per_channel(self.whole), params, units, self.bench.full_ap())
 
     def searched(self, fraction: float) -> Built:
         """The detector cut to widths that a search by budget finds."""

@@ -1,0 +1,136 @@
+"""What each part of the fast search saves: the search as it is, and with one part after another the plain way.
+
+    python -m bench.search_parts demo --coco_path COCODIR --checkpoint checkpoints/demo.pth
+
+The rank correlation of first-order scores and the exact loss that they stand for is printed as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+from scipy.stats import spearmanr
+
+from bench.subject import PAPER_BATCH_SIZE, Pruner, Subject, get_subject_parser
+from pruning import budget
+from pruning.budget import BudgetSearch
+from pruning.cost import count_parameters
+from pruning.kept import all_kept
+from pruning.method import FAST, Method
+from pruning.schedule import MGP
+from pruning.workbench import DetectorBench
+from util.errors import run_cli
+from util.files import write_json
+from util.logging import table
+from util.options import parse, real
+
+EVERY = 1_000_000  # more than there are widths, images or trials
+
+
+class RankingAnew(BudgetSearch):
+    """Ranks the channels of every module again for each cut, on what the cut modules before it give."""
+
+    def _cut(self, widths: Mapping[str, int]) -> dict[str, Any]:
+        self.bench.reset()
+        kept = {}
+        for name in self.bench.modules:
+            self.bench.begin(name)
+            kept[name] = self.bench.rank(name).kept(widths[name])
+            self.bench.set_kept(name, kept[name])
+        return kept
+
+
+class Bisection(BudgetSearch):
+    """Halves the range of budgets seven times, whatever the trials tell."""
+
+    def _guess(self, losses: Mapping[float, float], allowed: float, fails: float, passes: float) -> float:
+        return (fails + passes) / 2
+
+
+def variants(search_images: int) -> dict[str, dict[str, Any]]:
+    """For each row, what is other than in the search as it is."""
+    return {
+        "as it is": {},
+        "calibrated on all images": {"calibration_images": search_images},
+        "every width of an attention measured": {"constants": {"ATTENTION_WIDTHS_MEASURED": EVERY}},
+        "channels ranked anew for each cut": {"search": RankingAnew},
+        "budgets halved, seven mAP": {"search": Bisection, "constants": {"EVALUATIONS": 7, "NEAR": 0, "PRECISION": 0}},
+        "first-order ranking": {"ranking": "first_order"},
+        "random ranking": {"ranking": "random"},
+    }
+
+
+def run_variant(subject: Subject, variant: Mapping[str, Any], map_tol: float) -> dict[str, Any]:
+    """One search from the images to the cut detector."""
+    method = dataclasses.replace(FAST, ranking=variant.get("ranking", FAST.ranking))
+    start = time.perf_counter()
+    with ExitStack() as constants:
+        for name, value in variant.get("constants", {}).items():
+            constants.enter_context(mock.patch.object(budget, name, value))
+        more = {key: variant[key] for key in ("calibration_images", "search") if key in variant}
+        pruner = Pruner(subject, method, **more)
+        slim, _ = pruner.scheduled(dataclasses.replace(MGP, map_tol=map_tol))
+    return {
+        "seconds": time.perf_counter() - start,
+        "whole_passes": pruner.bench.counter.whole_passes,
+        "removed": 1 - count_parameters(slim.transformer) / subject.params,
+        "ap": subject.ap_before_tuning(slim),
+    }
+
+
+def rank_correlations(subject: Subject) -> dict[str, float]:
+    """For each FFN, Spearman's correlation of first-order scores and exact losses of taking a channel away."""
+    scores = {}
+    for ranking in ("first_order", "exact"):
+        bench: DetectorBench = Pruner(subject, Method("bisect", ranking, "once", "none", share_sets=False)).bench
+        for name, module in bench.modules.items():
+            if not module.is_attention:
+                bench.begin(name)
+                kept = all_kept(module)
+                scores[ranking, name] = bench.ranking(module, ("hidden",), kept, kept["hidden"])
+    names = [name for ranking, name in scores if ranking == "exact"]
+    return {name: float(spearmanr(scores["first_order", name], scores["exact", name])[0]) for name in names}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of the benchmark."""
+    parser = get_subject_parser("bench.search_parts", __doc__.splitlines()[0], search_images=320)
+    parser.add_argument("--map_tol", type=real(0, 1), default=MGP.map_tol, help="of the schedule (MGP)")
+    return parser
+
+
+def main() -> None:
+    """Run the searches, print the table, write the JSON."""
+    torch.set_flush_denormal(True)
+    args, _ = parse(get_parser())
+    subject = Subject(args.coco_path, args.checkpoint, 1, args.search_images, batch_size=PAPER_BATCH_SIZE)
+    results = []
+    for name, variant in variants(args.search_images).items():
+        results.append({"name": name, **run_variant(subject, variant, args.map_tol)})
+        print(results[-1], flush=True)
+    correlations = rank_correlations(subject)
+    first = results[0]
+    rows = [
+        (r["name"], f"{r['seconds']:.0f}", f"{r['seconds'] / first['seconds']:.1f}", f"{r['whole_passes']:.0f}",
+         f"{r['whole_passes'] / first['whole_passes']:.1f}", f"{100 * r['removed']:.1f}", f"{100 * r['ap']:.1f}")
+        for r in results
+    ]  # fmt: skip
+    print(table(("", "seconds", "times", "whole passes", "times", "removed %", "AP"), rows))
+    print("rank correlation of first-order scores and exact losses:", {k: round(v, 2) for k, v in correlations.items()})
+    write_json(args.output / f"search_parts_{args.name}.json", {
+        "name": args.name, "search_images": args.search_images, "map_tol": args.map_tol, "torch": torch.__version__,
+        "machine": platform.machine(), "threads": torch.get_num_threads(), "results": results,
+        "rank_correlations": correlations,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_cli(main)
