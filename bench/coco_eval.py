@@ -9,7 +9,6 @@ second one of a run, as a search makes it (the ground truth prepared). An evalua
 import argparse
 import importlib.util
 import json
-import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.environment import environment
 from datasets.coco_eval import GroundTruth, coco_stats
 from util.errors import UserError, run_cli
 
@@ -86,9 +86,7 @@ def measure(images: int, detections: int, backends: list[str], seed: int = 0) ->
         results[backend] = {"seconds": time.perf_counter() - start, "stats": stats}
         results[backend]["version"] = version(PACKAGES[backend])
         print(f"{backend}: {results[backend]['seconds']:.2f} s", flush=True)
-    return {"images": images, "detections": detections, "machine": platform.processor() or platform.machine()} | {
-        "backends": results
-    }
+    return {"images": images, "detections": detections, "environment": environment(), "backends": results}
 
 
 def print_table(measured: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from bench.environment import environment
 from bench.timing import milliseconds_per_image
 from datasets.coco import CocoDataset, annotation_path, build_dataset, category_names
 from main import build_detector, get_args_parser, settle_arguments
@@ -116,7 +117,7 @@ def load_detector(checkpoint: Path, coco_path: Path) -> tuple[nn.Module, object,
 
 
 def summarise(output: Path, checkpoint: Path) -> list[dict]:
-    """Rows of the table from the evaluations' files, timed side by side; writes summary.json and the pictures."""
+    """Rows of the table from the evaluations' files, timed side by side; writes the pictures."""
     paths = {
         "dense": checkpoint,
         "pruned": output / "search" / "pruned.pth",
@@ -145,7 +146,6 @@ def summarise(output: Path, checkpoint: Path) -> list[dict]:
     for picture in ("widths.png", "ap_params.png"):
         shutil.copyfile(output / "search" / picture, output / picture)
     _write_detections(output, dataset, {name: detectors[name] for name in ("dense", "fine-tuned")})
-    write_json(output / "summary.json", {"rows": rows})
     return rows
 
 
@@ -188,13 +188,15 @@ def main() -> None:
     start = time.perf_counter()
     run_stages(args)
     rows = summarise(args.output, args.checkpoint)
+    seconds = round(time.perf_counter() - start)
+    write_json(args.output / "summary.json", {"environment": environment(), "seconds": seconds, "rows": rows})
     keys = ("name", "ap", "ap50", "transformer_params", "params", "gmacs", "ms_per_image")
     titles = ("", "AP", "AP50", "transformer parameters", "all parameters", "GMACs", "ms an image")
     cells = [[f"{row[k]:,}" if isinstance(row[k], int) else row[k] for k in keys] for row in rows]
     print(f"\n{table(titles, cells)}\n\nwidths: --cfgs '{json.dumps(rows[-1]['widths'])}'")
     for name in ("summary.json", "widths.png", "ap_params.png", "detections.png"):
         print(args.output / name)
-    print(f"{time.perf_counter() - start:.0f} s in all")
+    print(f"{seconds} s in all")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bench.environment import environment
 from bench.paper_baseline import prune_as_paper
 from bench.subject import Built, Pruner, Subject, get_subject_parser, uniform_widths
 from bench.torch_pruning_baseline import prune_with_torch_pruning
@@ -228,14 +228,12 @@ def main() -> None:
     settings["checkpoint"] = file_digest(args.checkpoint)
     result: dict[str, Any] = {
         **settings,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
         "rows": [],
     }
     if path.is_file():
         older = json.loads(path.read_text())
         result = older if all(older.get(key) == value for key, value in settings.items()) else result
+    result["environment"] = environment()
     result["dense_ap"] = subject.ap_before_tuning(subject.dense)
     for row in rows_of(subject):
         for fraction in row.fractions:

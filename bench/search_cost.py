@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.environment import environment
 from bench.subject import PAPER_BATCH_SIZE, Pruner, Subject, get_subject_parser
 from pruning.cost import count_parameters, products_of
 from pruning.journal import Decision
@@ -171,8 +171,8 @@ def main() -> None:
     write_json(args.output / f"search_cost_{args.name}.json", {
         "name": args.name, "search_images": args.search_images, "map_tol": args.map_tol, "skip": args.skip,
         "image_size_hw": list(subject.image_size_hw), "gmacs_backbone": macs[0], "gmacs_behind": macs[1],
-        "dense_ap": subject.ap_before_tuning(subject.dense), "torch": torch.__version__,
-        "machine": platform.machine(), "threads": torch.get_num_threads(), "results": results,
+        "dense_ap": subject.ap_before_tuning(subject.dense),
+        "environment": environment(), "results": results,
     })  # fmt: skip
 
 

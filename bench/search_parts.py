@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import platform
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from unittest import mock
 import torch
 from scipy.stats import spearmanr
 
+from bench.environment import environment
 from bench.subject import PAPER_BATCH_SIZE, Pruner, Subject, get_subject_parser
 from pruning import budget
 from pruning.budget import BudgetSearch
@@ -126,8 +126,8 @@ def main() -> None:
     print(table(("", "seconds", "times", "whole passes", "times", "removed %", "AP"), rows))
     print("rank correlation of first-order scores and exact losses:", {k: round(v, 2) for k, v in correlations.items()})
     write_json(args.output / f"search_parts_{args.name}.json", {
-        "name": args.name, "search_images": args.search_images, "map_tol": args.map_tol, "torch": torch.__version__,
-        "machine": platform.machine(), "threads": torch.get_num_threads(), "results": results,
+        "name": args.name, "search_images": args.search_images, "map_tol": args.map_tol,
+        "environment": environment(), "results": results,
         "rank_correlations": correlations,
     })  # fmt: skip
 

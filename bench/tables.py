@@ -1,0 +1,164 @@
+"""The README's tables, made of the figures that benchmarks left in bench/results.
+
+`python -m bench.tables` (`make tables`) writes each table anew between its two markers, `<!-- table NAME -->` and
+`<!-- end -->`. What is not in the JSON files is not in a table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.quality import FRACTIONS
+from util.errors import UserError, run_cli
+from util.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+QUALITY_SETS = ("demo", "bccd")
+Cells = Sequence[Sequence[Any]]
+
+
+def markdown(titles: Sequence[str], rows: Cells) -> str:
+    """A table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(
+        f"| {' | '.join(map(str, line))} |\n" if line is not lines[1] else f"|{'|'.join(line)}|\n" for line in lines
+    )
+
+
+def points(ap: float) -> str:
+    """AP in [0, 1] as points."""
+    return f"{100 * ap:.1f}"
+
+
+def demo(results: Path) -> str:
+    """The three rows of `make demo`."""
+    rows = _read(results, "demo_summary.json")["rows"]
+    dense = rows[0]
+
+    def change(row: dict[str, Any], key: str) -> str:
+        return "" if row is dense else f" ({100 * (row[key] / dense[key] - 1):+.1f}%)"
+
+    titles = ("", "AP", "AP50", "transformer parameters", "all parameters", "GMACs", "ms an image")
+    return markdown(titles, [
+        (
+            row["name"], f"{row['ap']:.4f}", f"{row['ap50']:.4f}",
+            f"{row['transformer_params']:,}{change(row, 'transformer_params')}", f"{row['params']:,}",
+            f"{row['gmacs']:.4f}{change(row, 'gmacs')}", f"{row['ms_per_image']:.1f}",
+        )
+        for row in rows
+    ])  # fmt: skip
+
+
+def quality(results: Path) -> str:
+    """AP by way of pruning, data set and fraction: before fine-tuning, after it, after it with the dense teacher."""
+    sets = {name: _read(results, f"quality_{name}.json")["rows"] for name in QUALITY_SETS}
+    names = list(dict.fromkeys(row["name"] for rows in sets.values() for row in rows))
+    names.sort(key=lambda name: (not name.startswith("ours"), "Torch" in name or "paper" in name))
+
+    def cell(rows: Cells, name: str, fraction: float) -> str:
+        row = next((r for r in rows if r["name"] == name and r["asked"] == fraction), None)
+        if row is None:
+            return ""
+        seeds = row["ap_before_seeds"]
+        spread = f" ± {50 * (max(seeds) - min(seeds)):.1f}" if len(seeds) > 1 else ""
+        after = [points(row[key]) for key in ("ap_after", "ap_distilled") if key in row]
+        return " / ".join([points(row["ap_before"]) + spread, *after])
+
+    titles = ["", *(f"{name}, {100 * fraction:.0f} %" for name in sets for fraction in FRACTIONS)]
+    return markdown(
+        titles, [[name, *(cell(rows, name, f) for rows in sets.values() for f in FRACTIONS)] for name in names]
+    )
+
+
+def schedules(results: Path) -> str:
+    """GP and MGP by visits beside the search by budget at the same number of parameters."""
+    rows = [
+        (name, row["name"], f"{100 * row['removed']:.1f} %", points(row["ap_before"]), f"{row['prune_seconds']:.0f}")
+        for name in QUALITY_SETS
+        for row in _read(results, f"quality_{name}.json").get("schedules", [])
+    ]
+    return markdown(("set", "search", "removed", "AP before fine-tuning", "seconds"), rows)
+
+
+def search_cost(results: Path) -> str:
+    """The searches of this package beside the paper's."""
+    found = _read(results, "search_cost_demo.json")["results"]
+    rows = []
+    for row in found:
+        paper = next(r for r in found if r["search"] == "paper" and r["seed"] == row["seed"])
+        rows.append(
+            (
+                f"`--search {row['search']}`", f"{row['seconds']:.0f}", f"{paper['seconds'] / row['seconds']:.1f}",
+                f"{row['whole_passes']:,.0f}", f"{row['gmacs']:,.0f}", f"{paper['gmacs'] / row['gmacs']:.1f}",
+                f"{paper['gmacs_original'] / row['gmacs']:.0f}", f"{100 * row['removed']:.1f} %", points(row["ap"]),
+            )
+        )  # fmt: skip
+    titles = ("", "seconds", "times as fast", "whole passes", "GMACs", "times fewer", "by the original's count",
+              "removed", "AP")  # fmt: skip
+    return markdown(titles, rows)
+
+
+def search_parts(results: Path) -> str:
+    """The fast search with one part after another the plain way."""
+    found = _read(results, "search_parts_demo.json")["results"]
+    return markdown(("", "seconds", "whole passes", "removed", "AP"), [
+        (row["name"], f"{row['seconds']:.0f}", f"{row['whole_passes']:,.0f}", f"{100 * row['removed']:.1f} %",
+         points(row["ap"]))
+        for row in found
+    ])  # fmt: skip
+
+
+def coco_eval(results: Path) -> str:
+    """mAP by evaluator."""
+    backends = _read(results, "coco_eval.json")["backends"]
+    judge = backends["pycocotools"]
+    names = {"hotcoco": "hotcoco", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}
+    rows = []
+    for key, found in backends.items():
+        gap = max(abs(value - judge["stats"][name]) for name, value in found["stats"].items())
+        ratio = judge["seconds"] / found["seconds"]
+        rows.append((f"{names[key]} {found['version']}", f"{found['seconds']:.2f}", f"{ratio:.1f}", f"{gap:.0e}"))
+    return markdown(("evaluator", "seconds", "times as quick as pycocotools", "greatest difference"), rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    function.__name__: function for function in (demo, quality, schedules, search_cost, search_parts, coco_eval)
+}
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """`text` with every marked table made anew.
+
+    Raises:
+        UserError: a marker names no table, or a table's figures are not there.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise UserError(f"README.md: found a marker of table {match[2]}, expected one of {', '.join(TABLES)}")
+        return match[1] + TABLES[match[2]](results) + match[3]
+
+    return MARKED.sub(table, text)
+
+
+def _read(results: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((results / name).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{results / name}: found no such file, expected the figures of a benchmark") from None
+
+
+def main() -> None:
+    """Fill the README's tables."""
+    path = ROOT / "README.md"
+    write_text(path, fill(path.read_text()))
+
+
+if __name__ == "__main__":
+    run_cli(main)
