@@ -7,6 +7,7 @@ order, each on what the cut modules before it give.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -226,11 +227,16 @@ class BudgetSearch:
             )
 
     def _at_price(self, price: float, power: float) -> dict[str, int]:
-        return {
-            name: min(damages, key=lambda w, name=name: self._damages[name][w] ** power
-                      + price * self.cost_per_channel[name] * w)
-            for name, damages in self._damages.items()
-        }  # fmt: skip
+        widths = {}
+        for name, (choices, damages) in self._tables.items():
+            cheapest = np.argmin(damages**power + price * self.cost_per_channel[name] * choices)
+            widths[name] = int(choices[cheapest])
+        return widths
+
+    @functools.cached_property
+    def _tables(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Widths of each module and their damages."""
+        return {name: (np.array([*damages]), np.array([*damages.values()])) for name, damages in self._damages.items()}
 
     def _spend_rest(self, widths: dict[str, int], budget: float, power: float) -> dict[str, int]:
         while True:
