@@ -21,7 +21,11 @@ class FakeModule:
     nheads: int
     is_attention: bool
 
-    def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None:
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("query", "value") if self.is_attention else ("hidden",)
+
+    def set_gate(self, first: Tensor | None, second: Tensor | None = None) -> None:
         """Nothing to multiply."""
 
 

@@ -8,7 +8,7 @@ import torch
 from pruning.calibration import Calibration
 from pruning.features import PassCounter, StateCache
 from pruning.gates import clear_gates, gate_vector
-from pruning.kept import add, all_kept, none_kept, parts
+from pruning.kept import add, all_kept, none_kept
 from pruning.moments import Moments
 from pruning.reconstruction import Reconstruction
 from pruning.scores import RANKINGS, Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder
@@ -62,7 +62,7 @@ def setting():
 
 def groups(module):
     """The parts that a channel may join or leave."""
-    return [parts(module), *((part,) for part in parts(module) if module.is_attention)]
+    return [module.parts, *((part,) for part in module.parts if module.is_attention)]
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -135,17 +135,17 @@ def test_gate_gradients_are_those_of_the_loss_image_by_image(setting, name, join
     """One image after the other through the whole detector, with a gate of its own, as the batch saw it."""
     module = setting.begin(name)
     kept = add(none_kept(module), torch.tensor([1, 9, 10, 17, 30]))
-    joined = parts(module)[-1:] if joined_alone else parts(module)
+    joined = module.parts[-1:] if joined_alone else module.parts
     first, second = torch.zeros(module.width).double(), torch.zeros(module.width).double()
     for images, targets in BATCHES:
         gates = [
             gate_vector(kept[part], module.width, CPU).repeat(len(images), 1, 1).requires_grad_()
-            for part in parts(module)
+            for part in module.parts
         ]
         module.set_gate(*gates)
         loss = len(images) * setting.loss(images, targets)
         gradients = torch.autograd.grad(loss, gates)
-        of_joined = sum(g for part, g in zip(parts(module), gradients, strict=True) if part in joined)[:, 0].double()
+        of_joined = sum(g for part, g in zip(module.parts, gradients, strict=True) if part in joined)[:, 0].double()
         first += of_joined.sum(0)
         second += of_joined.square().sum(0)
     module.set_gate(None)
