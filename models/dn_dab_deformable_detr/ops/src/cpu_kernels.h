@@ -72,6 +72,13 @@ struct Corners {
   int32_t inside[kTile];
 };
 
+// The largest whole number that is not above x; unlike std::floor the compiler has it in vectors everywhere.
+template <typename T>
+DEFORMABLE_INLINE int32_t floor_of(T x) {
+  const int32_t truncated = static_cast<int32_t>(x);
+  return truncated - (static_cast<T>(truncated) > x);
+}
+
 // Places of `count` points of one query and head, weighted by their attention.
 template <typename T>
 DEFORMABLE_INLINE void place(
@@ -83,7 +90,7 @@ DEFORMABLE_INLINE void place(
     const bool inside = (x > T(-1)) & (x < width) & (y > T(-1)) & (y < height);  // false for NaN
     x = inside ? x : T(0);
     y = inside ? y : T(0);
-    const int32_t left = static_cast<int32_t>(x + T(1)) - 1, top = static_cast<int32_t>(y + T(1)) - 1;
+    const int32_t left = floor_of(x), top = floor_of(y);
     const T fx = x - static_cast<T>(left), fy = y - static_cast<T>(top);
     const T a = inside ? attention[k] : T(0);
     const T west = left >= 0 ? (1 - fx) : T(0), east = left + 1 < widths[k] ? fx : T(0);
@@ -179,15 +186,16 @@ DEFORMABLE_INLINE void backward_block(const Arguments<T>& a, int64_t task, int64
     const int64_t row = (image * s.queries + query) * s.heads + head;
     vector<T, Lanes> gradient[Vectors];
     for (int i = 0; i < Vectors; ++i) gradient[i] = at<T, Lanes>(a.gradient + row * s.channels + channel + layout.first[i]);
-    // What two vectors share counts once.
-    T* last = reinterpret_cast<T*>(&gradient[Vectors - 1]);
-    for (int64_t lane = 0; lane < layout.overlap; ++lane) last[lane] = T(0);
+    if constexpr (Lanes > 1) {
+      // What two vectors share counts once.
+      for (int64_t lane = 0; lane < layout.overlap; ++lane) gradient[Vectors - 1][lane] = T(0);
+    }
     for (int64_t point = 0; point < s.points; ++point) {
       const int64_t sample = (row * num_levels + index) * s.points + point;
       const T attention = a.weights[sample];
       const T x = a.locations[2 * sample] * width - T(0.5), y = a.locations[2 * sample + 1] * height - T(0.5);
       if (!((x > T(-1)) & (x < width) & (y > T(-1)) & (y < height))) continue;
-      const int32_t left = static_cast<int32_t>(x + T(1)) - 1, top = static_cast<int32_t>(y + T(1)) - 1;
+      const int32_t left = floor_of(x), top = floor_of(y);
       const T fx = x - static_cast<T>(left), fy = y - static_cast<T>(top);
       const T west = left >= 0, east = left + 1 < level.width, north = top >= 0, south = top + 1 < level.height;
       const int64_t right = (left >= 0) & (left + 1 < level.width) ? stride : 0;
@@ -218,31 +226,44 @@ DEFORMABLE_INLINE void backward_block(const Arguments<T>& a, int64_t task, int64
   }
 }
 
-// Calls `run` with the lanes and vectors that hold `count` channels, count <= kVectors * the widest lanes.
-template <typename T, typename Run>
-DEFORMABLE_INLINE void with_layout(int64_t count, const Run& run) {
+struct Forward {
+  template <int Lanes, int Vectors, typename T>
+  static DEFORMABLE_INLINE void run(const Arguments<T>& a, int64_t begin, int64_t end, int64_t channel, int64_t count) {
+    forward_block<T, Lanes, Vectors>(a, begin, end, channel, count);
+  }
+};
+
+struct Backward {
+  template <int Lanes, int Vectors, typename T>
+  static DEFORMABLE_INLINE void run(const Arguments<T>& a, int64_t begin, int64_t end, int64_t channel, int64_t count) {
+    for (int64_t task = begin; task < end; ++task) backward_block<T, Lanes, Vectors>(a, task, channel, count);
+  }
+};
+
+template <typename Kernel, int Lanes, typename T>
+DEFORMABLE_INLINE void run_lanes(const Arguments<T>& a, int64_t begin, int64_t end, int64_t channel, int64_t count) {
+  switch ((count + Lanes - 1) / Lanes) {
+    case 1: return Kernel::template run<Lanes, 1>(a, begin, end, channel, count);
+    case 2: return Kernel::template run<Lanes, 2>(a, begin, end, channel, count);
+    case 3: return Kernel::template run<Lanes, 3>(a, begin, end, channel, count);
+    default: return Kernel::template run<Lanes, kVectors>(a, begin, end, channel, count);
+  }
+}
+
+// All channels, in blocks of nearly equal size that fit `kVectors` vectors of 64 bytes.
+template <typename Kernel, typename T>
+DEFORMABLE_INLINE void run_blocks(const Arguments<T>& a, int64_t begin, int64_t end) {
   constexpr int kWide = 64 / sizeof(T);
-  if (count > 3 * kWide) {
-    run(std::integral_constant<int, kWide>(), std::integral_constant<int, 4>());
-  } else if (count > 2 * kWide) {
-    run(std::integral_constant<int, kWide>(), std::integral_constant<int, 3>());
-  } else if (count > kWide) {
-    run(std::integral_constant<int, kWide>(), std::integral_constant<int, 2>());
-  } else if (count == kWide) {
-    run(std::integral_constant<int, kWide>(), std::integral_constant<int, 1>());
-  } else if (count >= 4) {
-    // 4 to 15 channels: up to four vectors of 4.
-    switch ((count + 3) / 4) {
-      case 1: return run(std::integral_constant<int, 4>(), std::integral_constant<int, 1>());
-      case 2: return run(std::integral_constant<int, 4>(), std::integral_constant<int, 2>());
-      case 3: return run(std::integral_constant<int, 4>(), std::integral_constant<int, 3>());
-      default: return run(std::integral_constant<int, 4>(), std::integral_constant<int, 4>());
-    }
-  } else {
-    switch (count) {
-      case 1: return run(std::integral_constant<int, 1>(), std::integral_constant<int, 1>());
-      case 2: return run(std::integral_constant<int, 1>(), std::integral_constant<int, 2>());
-      default: return run(std::integral_constant<int, 1>(), std::integral_constant<int, 3>());
+  const int64_t channels = a.sizes.channels;
+  const int64_t blocks = (channels + kVectors * kWide - 1) / (kVectors * kWide);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t channel = channels * block / blocks, count = channels * (block + 1) / blocks - channel;
+    if (count >= kWide) {
+      run_lanes<Kernel, kWide>(a, begin, end, channel, count);
+    } else if (count >= 4) {
+      run_lanes<Kernel, 4>(a, begin, end, channel, count);
+    } else {
+      run_lanes<Kernel, 1>(a, begin, end, channel, count);
     }
   }
 }
