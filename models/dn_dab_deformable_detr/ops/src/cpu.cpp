@@ -63,7 +63,10 @@ void backward(
   arguments.grad_value = grad_value.mutable_data_ptr<T>();
   arguments.grad_locations = grad_locations.mutable_data_ptr<T>();
   arguments.grad_weights = grad_weights.mutable_data_ptr<T>();
-  run_parallel<Backward>(arguments, sizes.batch * sizes.heads * static_cast<int64_t>(sizes.levels.size()), 1);
+  // As many tasks as keep the threads busy, and no more: heads that share a task share its cache lines.
+  const int64_t tasks = sizes.batch * static_cast<int64_t>(sizes.levels.size());
+  arguments.head_groups = std::clamp<int64_t>((4 * at::get_num_threads() + tasks - 1) / tasks, 1, sizes.heads);
+  run_parallel<Backward>(arguments, tasks * arguments.head_groups, 1);
 }
 
 at::Tensor sample(

@@ -26,7 +26,8 @@ struct Arguments {
   T* grad_value;
   T* grad_locations;
   T* grad_weights;
-  T* out;  // forward only
+  T* out;               // forward only
+  int64_t head_groups;  // backward only: parts of the heads that are worked on in parallel
 };
 
 // `Lanes` numbers that are added and multiplied together, at any address.
@@ -107,7 +108,7 @@ DEFORMABLE_INLINE void place(
   }
 }
 
-// Output rows [begin, end) of all (image, head, query), for `count` channels from `channel` on.
+// Output rows [begin, end) of all (image, query, head), for `count` channels from `channel` on.
 template <typename T, int Lanes, int Vectors>
 DEFORMABLE_INLINE void forward_block(
     const Arguments<T>& a, int64_t begin, int64_t end, int64_t channel, int64_t count) {
@@ -124,13 +125,12 @@ DEFORMABLE_INLINE void forward_block(
       heights[k] = level.height, widths[k] = level.width, starts[k] = level.start;
     }
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t query = row % s.queries, head = row / s.queries % s.heads, image = row / s.queries / s.heads;
-      const int64_t place_of_row = (image * s.queries + query) * s.heads + head;
+      const int64_t head = row % s.heads, image = row / s.heads / s.queries;
       place(
-          a.locations + (place_of_row * samples + tile) * 2, a.weights + place_of_row * samples + tile, heights, widths,
+          a.locations + (row * samples + tile) * 2, a.weights + row * samples + tile, heights, widths,
           points, corners);
       const T* base = a.value + image * s.pixels * stride + head * s.channels + channel;
-      T* out = a.out + place_of_row * s.channels + channel;
+      T* out = a.out + row * s.channels + channel;
       vector<T, Lanes> sums[Vectors];
       for (int i = 0; i < Vectors; ++i) sums[i] = vector<T, Lanes>{};
       for (int k = 0; k < points; ++k) {
@@ -170,20 +170,25 @@ DEFORMABLE_INLINE T sum_of_lanes(const vector<T, Lanes>& lanes) {
   }
 }
 
-// Gradients of the points of one (image, head, level), for `count` channels from `channel` on. No other (image, head,
-// level) writes to the same place, so that nothing needs to be atomic.
+// Gradients of the points of one (image, level, group of heads), for `count` channels from `channel` on. No other task
+// writes to the same place, so that nothing needs to be atomic. Heads are the inner loop: the pixels of one head alone lie
+// so far apart that they would share few of a cache's sets.
 template <typename T, int Lanes, int Vectors>
 DEFORMABLE_INLINE void backward_block(const Arguments<T>& a, int64_t task, int64_t channel, int64_t count) {
   const Sizes& s = a.sizes;
   const int64_t num_levels = static_cast<int64_t>(s.levels.size());
-  const int64_t index = task % num_levels, head = task / num_levels % s.heads, image = task / num_levels / s.heads;
+  const int64_t group = task % a.head_groups, index = task / a.head_groups % num_levels;
+  const int64_t image = task / a.head_groups / num_levels;
+  const int64_t first_head = s.heads * group / a.head_groups, end_head = s.heads * (group + 1) / a.head_groups;
   const Level level = s.levels[index];
   const int64_t stride = s.heads * s.channels;
-  const int64_t offset = (image * s.pixels + level.start) * stride + head * s.channels + channel;
   const Layout<Lanes, Vectors> layout(count);
   const T width = static_cast<T>(level.width), height = static_cast<T>(level.height);
-  for (int64_t query = 0; query < s.queries; ++query) {
+  const int64_t heads = end_head - first_head;
+  for (int64_t step = 0; step < s.queries * heads; ++step) {
+    const int64_t query = step / heads, head = first_head + step % heads;
     const int64_t row = (image * s.queries + query) * s.heads + head;
+    const int64_t offset = (image * s.pixels + level.start) * stride + head * s.channels + channel;
     vector<T, Lanes> gradient[Vectors];
     for (int i = 0; i < Vectors; ++i) gradient[i] = at<T, Lanes>(a.gradient + row * s.channels + channel + layout.first[i]);
     if constexpr (Lanes > 1) {
