@@ -68,7 +68,7 @@ def take_from_checkpoint(
             if name in options:
                 _check_stored(options[name], stored[name], checkpoint.path)
             setattr(args, name, stored[name])
-        elif name in binding and getattr(args, name) != stored[name]:
+        elif name in (*binding, "modelname") and getattr(args, name) != stored[name]:
             raise UserError(f"--{name} {getattr(args, name)}: {checkpoint.path} was made with {stored[name]}")
     full = full_widths(args)
     if args.cfgs is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 
@@ -115,6 +116,7 @@ def load_operator() -> frozenset[str]:
     return found
 
 
+@functools.cache
 def _register() -> None:
     """What the compiled library leaves to Python: shapes for compilers and exporters, and the gradient's formula."""
 
