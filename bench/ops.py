@@ -2,9 +2,9 @@
 
     python -m bench.ops [--device cpu] [--rounds 5] [--output FILE.json]
 
-Shapes are those of DN-Deformable-DETR at 800 x 1333 pixels in batches of 2: the encoder, whose queries are the pixels of
-all levels, and the decoder with its 300 queries alone and with 5 denoising groups of 20 targets. The forms take turns,
-so that a busy moment of the machine hits all of them alike; figures are medians.
+Shapes are those of DN-Deformable-DETR at 800 x 1333 pixels in batches of 2: the encoder, whose queries are the pixels
+of all levels, and the decoder with its 300 queries alone and with 5 denoising groups of 20 targets. The forms take
+turns, so that a busy moment of the machine hits all of them alike; figures are medians.
 """
 
 import argparse
@@ -30,6 +30,7 @@ BATCH, HEADS, CHANNELS, POINTS = 2, 8, 32, 4
 SHAPES = {"encoder": None, "decoder": 300, "decoder with denoising": 400}
 SPREAD_PIXELS = 3.0  # standard deviation of the points around their reference
 COPY_BYTES = 1 << 28
+FORMS = ("operator", "PyTorch", "original")
 
 Arguments = tuple[Tensor, list[int], Tensor, Tensor]
 Form = tuple[Callable[[Arguments], Tensor], Callable[[Tensor, Arguments, Tensor], Any]]
@@ -166,17 +167,13 @@ def run(device: torch.device, rounds: int) -> dict[str, Any]:
 
 def result_table(found: dict[str, Any]) -> str:
     """The figures as text."""
-    rows = [
-        (
-            case["shape"],
-            case["dtype"],
-            case["part"],
-            *(f"{case['milliseconds'].get(form, float('nan')):.2f}" for form in ("operator", "PyTorch", "original")),
-            *(f"{case['times_as_quick_as'].get(form, float('nan')):.1f}" for form in ("PyTorch", "original")),
-            f"{100 * case['share_of_copy_bandwidth']:.0f}%",
-        )
-        for case in found["cases"]
-    ]
+    rows = []
+    for case in found["cases"]:
+        milliseconds, ratios = case["milliseconds"], case["times_as_quick_as"]
+        cells = [f"{milliseconds[form]:.2f}" if form in milliseconds else "-" for form in FORMS]
+        cells += [f"{ratios[form]:.1f}" if form in ratios else "-" for form in FORMS[1:]]
+        share = f"{100 * case['share_of_copy_bandwidth']:.0f}%"
+        rows.append((case["shape"], case["dtype"], case["part"], *cells, share))
     header = ("shape", "type", "part", "operator ms", "PyTorch ms", "original ms", "x PyTorch", "x original", "of copy")
     return table(header, rows)
 

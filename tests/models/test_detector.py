@@ -10,6 +10,7 @@ from models import build_model
 from models.denoising import DenoisingSettings, add_noise, noised_queries, query_mask, slot_indices
 from models.state import DenoisingQueries, DetectorState
 from models.widths import Widths
+from util.errors import UserError
 
 TINY = (
     "--no-pretrained_backbone --backbone resnet18 --return_layer layer3 --enc_layers 2 --dec_layers 2 "
@@ -204,3 +205,28 @@ def test_a_state_maps_its_tensors():
     doubled = state.map(lambda tensor: tensor * 2)
     assert float(doubled.hidden[0].mean()) == 4
     assert doubled.memory_mask is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--hidden_dim 48", "--hidden_dim: found 48, expected a multiple of 32"),
+        ("--num_patterns 2", "--num_patterns: found 2"),
+        ("--num_feature_levels 1", "--num_feature_levels: found 1, expected at least 2"),
+    ],
+)
+def test_what_the_deformable_variant_has_not_is_a_users_mistake(options, message):
+    with pytest.raises(UserError, match=message):
+        build(f"{DEFORMABLE} {options}")
+
+
+def test_the_decoder_starts_on_a_ring_of_points_with_equal_weights():
+    args = get_args_parser().parse_args(f"{TINY} {DEFORMABLE}".split())
+    model, _, _ = build_model(Namespace(**{**vars(args), "num_classes": 5}))
+    attention = model.transformer.decoder.layers[0].cross_attn
+    offsets = attention.sampling_offsets.bias.view(4, 4, 2, 2)
+    assert offsets.detach()[:, 0, 1].round().tolist() == [[2, 0], [0, 2], [-2, 0], [0, -2]]
+    assert not attention.sampling_offsets.weight.any()
+    assert not attention.attention_weights.weight.any()
+    assert float(model.bbox_embed[0].layers[-1].bias[2]) == -2
+    assert float(model.bbox_embed[1].layers[-1].bias[2]) == 0
