@@ -1,5 +1,5 @@
-// A baseline for bench/ops.py alone: the algorithm of Deformable DETR's own kernel. One thread computes one output channel
-// and loads four neighbours for each point; backward, every thread adds its share of every gradient atomically.
+// A baseline for bench/ops.py alone: the algorithm of Deformable DETR's own kernel. One thread computes one output
+// channel and loads four neighbours for each point; backward, every thread adds its share of every gradient atomically.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>

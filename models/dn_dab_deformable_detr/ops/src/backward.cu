@@ -1,5 +1,5 @@
-// The operator on CUDA, backward: gradients of locations and weights are summed within a group of lanes and written once;
-// only the values' need atomic additions, and those go out in vectors where the GPU has them.
+// The operator on CUDA, backward: gradients of locations and weights are summed within a group of lanes and written
+// once; only the values' need atomic additions, and those go out in vectors where the GPU has them.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -35,8 +35,8 @@ __device__ __forceinline__ void add_atomically(A* address, const A (&numbers)[Ve
   }
 }
 
-// Sums of four numbers over the lanes of a group; lane i gets that of number i % 4. Lanes trade two numbers with the lane
-// two away and one with the next, so that three exchanges do the first two steps of all four sums.
+// Sums of four numbers over the lanes of a group; lane i gets that of number i % 4. Lanes trade two numbers with the
+// lane two away and one with the next, so that three exchanges do the first two steps of all four sums.
 template <int Group, typename A>
 __device__ __forceinline__ A sum_of_four(const A (&numbers)[4], int lane, unsigned mask) {
   static_assert(Group >= 4);

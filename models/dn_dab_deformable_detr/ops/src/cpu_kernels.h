@@ -12,10 +12,10 @@
 
 namespace deformable {
 
-constexpr int kTile = 32;   // points whose places are computed together
+constexpr int kTile = 32;    // points whose places are computed together
 constexpr int kVectors = 4;  // most vectors of one block of channels
 
-// One head's share of the work: pointers to its first channel, and the distance from pixel to pixel.
+// Sizes and tensors of one call.
 template <typename T>
 struct Arguments {
   Sizes sizes;
@@ -43,13 +43,13 @@ struct Vector<T, 1> {
 template <typename T, int Lanes>
 using vector = typename Vector<T, Lanes>::type;
 
-template <typename T, int Lanes>
-DEFORMABLE_INLINE const vector<T, Lanes>& at(const T* address) {
+template <int Lanes, typename T>
+DEFORMABLE_INLINE const vector<T, Lanes>& lanes_at(const T* address) {
   return *reinterpret_cast<const vector<T, Lanes>*>(address);
 }
 
-template <typename T, int Lanes>
-DEFORMABLE_INLINE vector<T, Lanes>& at(T* address) {
+template <int Lanes, typename T>
+DEFORMABLE_INLINE vector<T, Lanes>& lanes_at(T* address) {
   return *reinterpret_cast<vector<T, Lanes>*>(address);
 }
 
@@ -140,16 +140,17 @@ DEFORMABLE_INLINE void forward_block(
         const int64_t right = corners.right[k] ? stride : 0, down = corners.down[k] ? widths[k] * stride : 0;
         for (int i = 0; i < Vectors; ++i) {
           const T* at_lane = p + layout.first[i];
-          sums[i] += corners.weight[0][k] * at<T, Lanes>(at_lane) + corners.weight[1][k] * at<T, Lanes>(at_lane + right) +
-              corners.weight[2][k] * at<T, Lanes>(at_lane + down) +
-              corners.weight[3][k] * at<T, Lanes>(at_lane + right + down);
+          sums[i] += corners.weight[0][k] * lanes_at<Lanes>(at_lane) +
+              corners.weight[1][k] * lanes_at<Lanes>(at_lane + right) +
+              corners.weight[2][k] * lanes_at<Lanes>(at_lane + down) +
+              corners.weight[3][k] * lanes_at<Lanes>(at_lane + right + down);
         }
       }
       // Later tiles add to what the first has written; overlapping lanes must be read before any of them is written.
       if (tile > 0) {
-        for (int i = 0; i < Vectors; ++i) sums[i] += at<T, Lanes>(out + layout.first[i]);
+        for (int i = 0; i < Vectors; ++i) sums[i] += lanes_at<Lanes>(out + layout.first[i]);
       }
-      for (int i = 0; i < Vectors; ++i) at<T, Lanes>(out + layout.first[i]) = sums[i];
+      for (int i = 0; i < Vectors; ++i) lanes_at<Lanes>(out + layout.first[i]) = sums[i];
     }
   }
 }
@@ -164,15 +165,15 @@ DEFORMABLE_INLINE T sum_of_lanes(const vector<T, Lanes>& lanes) {
     if constexpr (kHalf == 1) {
       return numbers[0] + numbers[1];
     } else {
-      const vector<T, kHalf> folded = at<T, kHalf>(numbers) + at<T, kHalf>(numbers + kHalf);
+      const vector<T, kHalf> folded = lanes_at<kHalf>(numbers) + lanes_at<kHalf>(numbers + kHalf);
       return sum_of_lanes<T, kHalf>(folded);
     }
   }
 }
 
 // Gradients of the points of one (image, level, group of heads), for `count` channels from `channel` on. No other task
-// writes to the same place, so that nothing needs to be atomic. Heads are the inner loop: the pixels of one head alone lie
-// so far apart that they would share few of a cache's sets.
+// writes to the same place, so that nothing needs to be atomic. Heads are the inner loop: the pixels of one head alone
+// lie so far apart that they would share few of a cache's sets.
 template <typename T, int Lanes, int Vectors>
 DEFORMABLE_INLINE void backward_block(const Arguments<T>& a, int64_t task, int64_t channel, int64_t count) {
   const Sizes& s = a.sizes;
@@ -190,7 +191,8 @@ DEFORMABLE_INLINE void backward_block(const Arguments<T>& a, int64_t task, int64
     const int64_t row = (image * s.queries + query) * s.heads + head;
     const int64_t offset = (image * s.pixels + level.start) * stride + head * s.channels + channel;
     vector<T, Lanes> gradient[Vectors];
-    for (int i = 0; i < Vectors; ++i) gradient[i] = at<T, Lanes>(a.gradient + row * s.channels + channel + layout.first[i]);
+    const T* upstream = a.gradient + row * s.channels + channel;
+    for (int i = 0; i < Vectors; ++i) gradient[i] = lanes_at<Lanes>(upstream + layout.first[i]);
     if constexpr (Lanes > 1) {
       // What two vectors share counts once.
       for (int64_t lane = 0; lane < layout.overlap; ++lane) gradient[Vectors - 1][lane] = T(0);
@@ -218,8 +220,8 @@ DEFORMABLE_INLINE void backward_block(const Arguments<T>& a, int64_t task, int64
         const T scale = attention * share[j];
         for (int i = 0; i < Vectors; ++i) {
           const int64_t place_of_lane = corner[j] + layout.first[i];
-          products += gradient[i] * at<T, Lanes>(value + place_of_lane);
-          at<T, Lanes>(grad_value + place_of_lane) += scale * gradient[i];
+          products += gradient[i] * lanes_at<Lanes>(value + place_of_lane);
+          lanes_at<Lanes>(grad_value + place_of_lane) += scale * gradient[i];
         }
         dot[j] = sum_of_lanes<T, Lanes>(products) * valid[j];
       }

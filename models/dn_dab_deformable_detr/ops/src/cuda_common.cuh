@@ -1,8 +1,8 @@
 // What the forward and the backward kernel share.
 //
 // A group of 4 to 32 lanes of one warp works on one row, the output of one image, query and head. Its lanes first place
-// the row's points, a different one each, and leave corners and weights in shared memory; then all go through the points
-// together, each lane with its own `Vec` neighbouring channels.
+// the row's points, a different one each, and leave corners and weights in shared memory; then all go through the
+// points together, each lane with its own `Vec` neighbouring channels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
