@@ -20,10 +20,13 @@ class FakeModule:
     width: int
     nheads: int
     is_attention: bool
+    is_deformable: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("query", "value") if self.is_attention else ("hidden",)
+        if not self.is_attention:
+            return ("hidden",)
+        return ("value",) if self.is_deformable else ("query", "value")
 
     def set_gate(self, first: Tensor | None, second: Tensor | None = None) -> None:
         """Nothing to multiply."""

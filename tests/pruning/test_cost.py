@@ -7,7 +7,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
 from models.widths import Widths
-from pruning.cost import cost_of, get_parser, main, products_of, step_shares
+from pruning.cost import (
+    cost_of,
+    count_parameters,
+    get_parser,
+    macs_per_channel,
+    main,
+    params_per_channel,
+    products_of,
+    step_shares,
+)
 from tests.pruning.tiny import VARIANTS, tiny_detector
 from util.errors import UserError
 
@@ -78,6 +87,22 @@ def test_sampling_costs_five_products_for_each_point_and_channel():
     # 8 x 8, 4 x 4 and 2 x 2 pixels; 3 levels, 2 points in the encoder and 4 in the decoder; 32 channels; 5 queries.
     assert found["encoder.0.attention"] == 5 * 84 * 3 * 2 * 32
     assert found["decoder.1.cross_attention"] == 5 * 5 * 3 * 4 * 32
+
+
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_a_channel_costs_what_a_head_of_channels_less_saves(network):
+    whole = tiny_detector(network)[0]
+    macs, params = macs_per_channel(whole, (64, 96)), params_per_channel(whole)
+
+    def totals(model):
+        return sum(p.macs for p in products_of(model, (64, 96))), count_parameters(model)
+
+    macs_before, params_before = totals(whole)
+    for name, module in whole.prunable_modules().items():
+        slim = tiny_detector(network, whole.widths.replace(name, module.width - module.nheads))[0]
+        macs_after, params_after = totals(slim)
+        assert macs_before - macs_after == module.nheads * macs[name]
+        assert params_before - params_after == module.nheads * params[name]
 
 
 @pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)

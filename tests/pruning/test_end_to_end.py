@@ -40,17 +40,18 @@ FEW = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint, and images annotated with the detections of that very detector."""
-    return _write_folder(tmp_path_factory.mktemp("search"), VARIANTS["dense"])
+    return write_folder(tmp_path_factory.mktemp("search"), VARIANTS["dense"])
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
     """The same for each variant: the folder, and the options of the network."""
     words = VARIANTS[request.param]
-    return _write_folder(tmp_path_factory.mktemp("variant"), words), words
+    return write_folder(tmp_path_factory.mktemp("variant"), words), words
 
 
-def _write_folder(root, network):
+def write_folder(root, network):
+    """Fill `root` as `folder` says, for a tiny detector with the options `network`; returns it."""
     model, _, postprocessors = tiny_detector(network)
     args = tiny_args(f"{SMALL} {network} --coco_path {root}")
     save_checkpoint(

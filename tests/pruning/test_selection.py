@@ -66,10 +66,10 @@ def fixed_scores(seed, seen=None):
 
 @st.composite
 def fake_modules(draw):
-    """An attention or an FFN of any width."""
+    """An attention, deformable or not, or an FFN, of any width."""
     if draw(st.booleans()):
-        nheads = draw(st.integers(1, 4))
-        return FakeModule("encoder.0.attention", nheads * draw(st.integers(1, 9)), nheads, True)
+        nheads, is_deformable = draw(st.integers(1, 4)), draw(st.booleans())
+        return FakeModule("encoder.0.attention", nheads * draw(st.integers(1, 9)), nheads, True, is_deformable)
     return FakeModule("encoder.0.ffn", draw(st.integers(1, 40)), 1, False)
 
 
