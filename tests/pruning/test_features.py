@@ -96,8 +96,9 @@ def test_what_the_steps_leave_alone_is_held_once():
 @torch.no_grad()
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_cap_on_the_cache_changes_no_output_and_is_kept(share, dtype):
-    model = tiny_detector()[0].eval()
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_a_cap_on_the_cache_changes_no_output_and_is_kept(network, share, dtype):
+    model = tiny_detector(network)[0].eval()
     shares = dict.fromkeys(model.step_names, 1.0)
     whole = StateCache(model, BATCHES, PassCounter(shares), device=CPU, dtype=dtype)
     for name in ("encoder.0.ffn", "decoder.1.ffn"):
