@@ -8,8 +8,6 @@ turns, so that a busy moment of the machine hits all of them alike; figures are 
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.environment import environment
 from models.dn_dab_deformable_detr.ops import sample_in_pytorch
 from models.dn_dab_deformable_detr.ops.sampling import load_operator
 from util.errors import UserError, run_cli
@@ -145,11 +144,8 @@ def _now(device: torch.device) -> float:
 def run(device: torch.device, rounds: int) -> dict[str, Any]:
     """All shapes in all types: seconds, how many times as quick as the other forms, share of a copy's bandwidth."""
     bandwidth = copy_bandwidth(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    found = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": rounds}
-    found |= {"cuda": torch.version.cuda if device.type == "cuda" else None, "copy_GB_per_s": bandwidth / 1e9}
+    found = {"environment": environment(device), "rounds": rounds, "copy_GB_per_s": bandwidth / 1e9, "cases": []}
     dtypes = [torch.float32, torch.bfloat16] if device.type == "cuda" else [torch.float32]
-    found["cases"] = []
     for shape, queries in SHAPES.items():
         for dtype in dtypes:
             given = arguments(queries, dtype, device)
@@ -183,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], prog="python -m bench.ops")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each form (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="JSON file; figures of other devices in it stay")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}, expected at least 1")
@@ -194,12 +190,11 @@ def main() -> None:
             "models/dn_dab_deformable_detr/ops/setup.py has built and installed"
         )
     found = run(device, args.rounds)
-    print(f"{found['device']}, torch {found['torch']}, {found['threads']} threads")
+    print("{device}, torch {torch}, {threads} threads".format(**found["environment"]))
     print(result_table(found))
     if args.output:
-        older = json.loads(args.output.read_text()) if args.output.exists() else {}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, {**older, device.type: found})
+        write_json(args.output, found)
 
 
 if __name__ == "__main__":
