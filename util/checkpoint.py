@@ -14,7 +14,7 @@
 import argparse
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -43,17 +43,6 @@ LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
 BOX_HEADS = ("bbox_embed.", "transformer.decoder.bbox_embed.")
 DEFORMABLE_KEY = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
 CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # of the dense variant, of the deformable one
-# By shape, a module's width is the number of columns of its output projection.
-OUTPUT_PROJECTIONS = {
-    "dn_dab_detr": {
-        "encoder": ("self_attn.out_proj", "linear2"),
-        "decoder": ("self_attn.out_proj", "cross_attn.out_proj", "linear2"),
-    },
-    "dn_dab_deformable_detr": {
-        "encoder": ("self_attn.output_proj", "linear2"),
-        "decoder": ("self_attn.out_proj", "cross_attn.output_proj", "linear2"),
-    },
-}
 LOCAL_ARGUMENTS = ("output_dir", "coco_path", "resume", "device", "distill")
 
 
@@ -335,7 +324,7 @@ def _read_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict[str
     if any(key.endswith(".prune_a") for key in state_dict):
         kind, kept = "paper_search", _masks_to_kept(path, state_dict)
         state_dict = {key: value for key, value in state_dict.items() if ".select" not in key}
-    widths = full_widths = _widths_of(path, state_dict, OUTPUT_PROJECTIONS[arguments["modelname"]])
+    widths = full_widths = _widths_of(path, state_dict)
     for name, parts in (kept or {}).items():
         if name not in widths.names():
             raise UserError(f"{path}: found a mask for {name}, expected masks of the layers that it has weights for")
@@ -355,9 +344,14 @@ def _class_bias(state_dict: Mapping[str, Any]) -> Any:
     return next((state_dict[key] for key in CLASS_BIASES if key in state_dict), None)
 
 
-def _widths_of(path: Path, state_dict: Mapping[str, Tensor], projections: Mapping[str, Sequence[str]]) -> Widths:
+def _widths_of(path: Path, state_dict: Mapping[str, Tensor]) -> Widths:
     """Widths as the shapes of the output projections tell them."""
     state_dict = rename_encoder_attention(state_dict, slim=False)
+    of_image = "output_proj" if DEFORMABLE_KEY in state_dict else "out_proj"  # behind an attention to the image
+    projections = {
+        "encoder": (f"self_attn.{of_image}", "linear2"),
+        "decoder": ("self_attn.out_proj", f"cross_attn.{of_image}", "linear2"),
+    }
     stacks = {}
     for stack, names in projections.items():
         layers = range(_count_layers(state_dict, stack))

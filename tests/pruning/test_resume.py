@@ -1,5 +1,6 @@
 """Searches of every kind on a tiny detector: what they write, and that an interrupted one ends as it would have."""
 
+import argparse
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 from datasets.coco import build_dataset
-from main import build_detector, settle_arguments
+from main import build_detector, get_args_parser, main, settle_arguments
 from pruning import plots
 from pruning.arguments import get_pruning_parser
 from pruning.cli import search
@@ -112,6 +113,18 @@ def test_a_fraction_of_the_cost_is_kept_but_no_more(folders, searched, variant, 
     best = max(trials, key=lambda trial: trial["full_ap"])
     assert getattr(after, name) / getattr(before, name) == pytest.approx(best["kept_fraction"], abs=1e-9)
     assert 0.6 < best["kept_fraction"] <= 0.7
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_search_found_learns_from_the_detector_it_was_cut_from(folders, searched, tmp_path, variant):
+    result, teacher = searched("fast", variant), folders[variant] / "dense.pth"
+    text = f"--coco_path {folders[variant]} --output_dir {tmp_path} --resume {result.path} --distill {teacher} "
+    text += "--distill_memory_coef 3 --epochs 1 --batch_size 2 --num_workers 0 --device cpu"
+    main(*parse(argparse.ArgumentParser(parents=[get_args_parser()]), text.split()))
+    line = json.loads((tmp_path / "log.txt").read_text())
+    for name in ("memory", "logits", "logits_0", "bbox", "giou_0"):
+        assert line[f"train_loss_distill_{name}"] > 0
+    assert read_checkpoint(tmp_path / "checkpoint.pth").widths == result.widths
 
 
 def test_a_global_search_draws_what_it_tried(folder, tmp_path):  # noqa: F811
