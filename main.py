@@ -38,7 +38,8 @@ __all__ = ["build_detector", "get_args_parser", "main", "settle_arguments"]
 
 # Without these in common a teacher's classes, queries, pixels or layers are not the student's.
 SHARED_WITH_TEACHER = (
-    "num_classes", "hidden_dim", "enc_layers", "dec_layers", "num_queries", "num_patterns", "return_layer", "dilation"
+    "modelname", "num_classes", "hidden_dim", "enc_layers", "dec_layers", "num_queries", "num_patterns",
+    "num_feature_levels", "return_layer", "dilation"
 )  # fmt: skip
 # Mean distance of the anchors' coordinates: 0.0002 after two epochs of fine-tuning the demo's detector, 0.24 to the
 # same anchors in another order.

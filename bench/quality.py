@@ -27,7 +27,7 @@ from bench.torch_pruning_baseline import prune_with_torch_pruning
 from pruning.cost import count_parameters
 from pruning.method import FAST, VISIT, Method
 from pruning.schedule import GP, MGP
-from util.errors import run_cli
+from util.errors import UserError, run_cli
 from util.files import file_digest, write_json
 from util.logging import table
 from util.options import whole
@@ -224,6 +224,11 @@ def main() -> None:
     args = get_parser().parse_args()
     path = args.output / f"quality_{args.name}.json"
     subject = Subject(args.coco_path, args.checkpoint, args.train_images, args.search_images)
+    if not all(module.has_logits for module in subject.dense.prunable_modules().values() if module.is_attention):
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: found a {subject.args.modelname}, expected a dn_dab_detr, the variant "
+            "that the other ways to prune are driven on"
+        )
     settings = {key: getattr(args, key) for key in ("name", "search_images", "train_images", "epochs")}
     settings["checkpoint"] = file_digest(args.checkpoint)
     result: dict[str, Any] = {

@@ -38,7 +38,15 @@ def points(ap: float) -> str:
 
 def demo(results: Path) -> str:
     """The three rows of `make demo`."""
-    rows = _read(results, "demo_summary.json")["rows"]
+    return _detectors(_read(results, "demo_summary.json")["rows"])
+
+
+def demo_deformable(results: Path) -> str:
+    """The same with a detector of the deformable variant."""
+    return _detectors(_read(results, "demo_deformable_summary.json")["rows"])
+
+
+def _detectors(rows: Sequence[dict[str, Any]]) -> str:
     dense = rows[0]
 
     def change(row: dict[str, Any], key: str) -> str:
@@ -127,8 +135,20 @@ def coco_eval(results: Path) -> str:
     return markdown(("evaluator", "seconds", "times as quick as pycocotools", "greatest difference"), rows)
 
 
+def ops(results: Path) -> str:
+    """The sampling operator beside PyTorch's own operations, in milliseconds."""
+    rows: dict[str, list[str]] = {}
+    for case in _read(results, "ops_cpu.json")["cases"]:
+        milliseconds, ratio = case["milliseconds"], case["times_as_quick_as"]["PyTorch"]
+        cells = rows.setdefault(case["shape"], [case["shape"]])
+        cells += [f"{milliseconds['operator']:.1f}", f"{milliseconds['PyTorch']:.1f}", f"{ratio:.1f}"]
+    titles = ("CPU, float32", "forward", "PyTorch", "ratio", "backward", "PyTorch", "ratio")
+    return markdown(titles, list(rows.values()))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
-    function.__name__: function for function in (demo, quality, schedules, search_cost, search_parts, coco_eval)
+    function.__name__: function
+    for function in (demo, quality, schedules, search_cost, search_parts, coco_eval, demo_deformable, ops)
 }
 
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from torch import nn
 
-from models import dn_dab_detr
+from models import dn_dab_deformable_detr, dn_dab_detr
 from models.backbone import Backbone
 from models.criterion import Criterion
 from models.denoising import DenoisingSettings
@@ -12,7 +12,9 @@ from models.matcher import HungarianMatcher
 from models.post_process import PostProcess
 from util.errors import UserError
 
-MODELS = {"dn_dab_detr": dn_dab_detr.build}
+MODELS = {"dn_dab_detr": dn_dab_detr.build, "dn_dab_deformable_detr": dn_dab_deformable_detr.build}
+# For the log; the deformable variant's releases never had them.
+LOGS_BOX_PARTS = ("dn_dab_detr",)
 
 
 def build_model(args: Namespace) -> tuple[nn.Module, Criterion, dict[str, PostProcess]]:
@@ -35,5 +37,7 @@ def build_model(args: Namespace) -> tuple[nn.Module, Criterion, dict[str, PostPr
         "loss_bbox": args.bbox_loss_coef,
         "loss_giou": args.giou_loss_coef,
     }
-    criterion = Criterion(matcher, args.dec_layers, weights, args.focal_alpha)
+    criterion = Criterion(
+        matcher, args.dec_layers, weights, args.focal_alpha, log_box_parts=args.modelname in LOGS_BOX_PARTS
+    )
     return model, criterion, {"bbox": PostProcess(args.num_select)}

@@ -1,11 +1,13 @@
-"""Multi-head attention over already projected queries, keys and values."""
+"""Multi-head attention, over queries, keys and values as they are or projected from one packed weight."""
 
 import contextlib
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.layers import GatedLayer, gated
 
 
 def split_heads(x: Tensor, nheads: int) -> Tensor:
@@ -31,3 +33,36 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
     with sdpa_kernel(SDPBackend.MATH) if training_on_cpu else contextlib.nullcontext():
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
+
+
+def add_packed_projections(holder: nn.Module, hidden_dim: int, width: int) -> None:
+    """Give `holder` in_proj_weight and in_proj_bias (3 * width: queries, keys, values) and out_proj."""
+    holder.in_proj_weight = nn.Parameter(torch.empty(3 * width, hidden_dim))
+    holder.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+    holder.out_proj = nn.Linear(width, hidden_dim)
+
+
+def packed_self_attention(
+    layer: GatedLayer, block: str, holder: nn.Module, x: Tensor, pos: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Self-attention of one block of a layer, with queries and keys from x + pos and values from x.
+
+    Args:
+        layer: has the block's gates, is told of its activations and has `nheads`.
+        holder: has the parameters of `add_packed_projections`.
+        x, pos: B x L x hidden_dim.
+        mask: as in `attend`.
+
+    Returns:
+        B x L x width, in front of out_proj.
+    """
+    weight, bias = holder.in_proj_weight, holder.in_proj_bias
+    width = weight.shape[0] // 3
+    query_gate, value_gate = layer.gate(block)
+    query, key = F.linear(x + pos, weight[: 2 * width], bias[: 2 * width]).chunk(2, dim=-1)
+    value = F.linear(x, weight[2 * width :], bias[2 * width :])
+    layer.observe(block, queries=(query,), keys=(key,), key_mask=mask)
+    heads = (split_heads(t, layer.nheads) for t in (gated(query, query_gate), key, gated(value, value_gate)))
+    attended = attend(*heads, mask, layer.attention_dropout)
+    layer.observe(block, attended=attended)
+    return attended

@@ -1,10 +1,12 @@
 """The ResNet in front of the transformer, from torchvision."""
 
-import torch.nn.functional as F
+from collections.abc import Sequence
+
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from models.padding import resize_padding
 from util.errors import UserError
 
 NORM_LAYERS = {"FrozenBatchNorm2d": FrozenBatchNorm2d, "BatchNorm2d": nn.BatchNorm2d}
@@ -44,15 +46,27 @@ class Backbone(nn.Module):
         if norm_layer is FrozenBatchNorm2d:
             for stage in FROZEN_STAGES:
                 self.body[stage].requires_grad_(False)
-        last_convolution = [m for m in self.body[return_layer][-1].children() if isinstance(m, nn.Conv2d)][-1]
-        self.num_channels: int = last_convolution.out_channels
+        stages = [stage for stage in self.body if stage.startswith("layer")]
+        self.channels: dict[str, int] = {stage: _output_channels(self.body[stage]) for stage in stages}
+        self.num_channels = self.channels[return_layer]
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Images B x 3 x H x W and padding B x H x W (True on padding) -> features B x C x h x w, padding B x h x w."""
-        x = images
-        for stage in self.body.values():
+        (features,) = self.features(images, [list(self.body)[-1]])
+        return features, resize_padding(padding, features.shape[-2:])
+
+    def features(self, images: Tensor, stages: Sequence[str]) -> list[Tensor]:
+        """Images B x 3 x H x W -> the outputs of the named stages (such as `layer2`), each B x C x h x w, in order."""
+        x, found = images, []
+        for name, stage in self.body.items():
             x = stage(x)
-        return x, F.interpolate(padding[None].float(), size=x.shape[-2:])[0].bool()
+            if name in stages:
+                found.append(x)
+        return found
+
+
+def _output_channels(stage: nn.Module) -> int:
+    return [m for m in stage[-1].children() if isinstance(m, nn.Conv2d)][-1].out_channels
 
 
 def _dilate(stage: nn.Module) -> None:

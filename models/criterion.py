@@ -30,6 +30,7 @@ class Criterion(nn.Module):
         num_layers: decoder layers.
         weights: weight of `loss_ce`, `loss_bbox` and `loss_giou` in the sum, the same for the denoising part.
         focal_alpha: weight of positives in the focal loss; its gamma is 2.
+        log_box_parts: give `loss_xy` and `loss_hw`, the L1 loss split into centre and size, which nothing minimises.
     """
 
     def __init__(
@@ -38,12 +39,15 @@ class Criterion(nn.Module):
         num_layers: int,
         weights: dict[str, float],
         focal_alpha: float = 0.25,
+        *,
+        log_box_parts: bool = True,
     ) -> None:
         super().__init__()
         self.matcher = matcher
         self.num_layers = num_layers
         self.focal_alpha = focal_alpha
         self._counts_all_processes = True
+        self.log_box_parts = log_box_parts
         self.weight_dict = {
             f"{prefix}{name}{suffix}": weights[name]
             for prefix in ("", "tgt_")
@@ -68,7 +72,7 @@ class Criterion(nn.Module):
         """All losses by name, unweighted.
 
         Args:
-            outputs: a detector's outputs, see `DnDabDetr.forward`.
+            outputs: a detector's outputs, see `Detector.forward`.
             targets: a dict for each image with `labels` (N) and `boxes` (N x 4 cxcywh in [0, 1]).
 
         Returns:
@@ -112,20 +116,18 @@ class Criterion(nn.Module):
         onehot[matches.layer, matches.image, matches.query, classes] = 1
         return sigmoid_focal_loss(logits, onehot, self.focal_alpha, reduction="none").sum((1, 2, 3))
 
-    @staticmethod
-    def _box_losses(boxes: Tensor, matched_boxes: Tensor, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
-        """L1 (also split into centre and size) and GIoU of each layer (L)."""
+    def _box_losses(
+        self, boxes: Tensor, matched_boxes: Tensor, matches: Matches, num_boxes: Tensor
+    ) -> dict[str, Tensor]:
+        """L1 (with `log_box_parts` also split into centre and size) and GIoU of each layer (L)."""
         predicted = boxes[matches.layer, matches.image, matches.query]
         distance = (predicted - matched_boxes).abs()
         giou = generalized_box_iou_loss(
             box_convert(predicted, "cxcywh", "xyxy"), box_convert(matched_boxes, "cxcywh", "xyxy")
         )
-        parts = {
-            "loss_bbox": distance.sum(1),
-            "loss_giou": giou,
-            "loss_xy": distance[:, :2].sum(1).detach(),
-            "loss_hw": distance[:, 2:].sum(1).detach(),
-        }
+        parts = {"loss_bbox": distance.sum(1), "loss_giou": giou}
+        if self.log_box_parts:
+            parts |= {"loss_xy": distance[:, :2].sum(1).detach(), "loss_hw": distance[:, 2:].sum(1).detach()}
         zeros = boxes.new_zeros(len(boxes))
         return {name: zeros.index_add(0, matches.layer, part) / num_boxes for name, part in parts.items()}
 

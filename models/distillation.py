@@ -69,7 +69,7 @@ class Distillation:
         `loss_distill_logits`, `loss_distill_bbox` and `loss_distill_giou`.
 
         Args:
-            outputs: of the student in training mode, see `DnDabDetr.forward`.
+            outputs: of the student in training mode, see `Detector.forward`.
             lesson: of the same images.
         """
         logits, boxes = _stacked(outputs)

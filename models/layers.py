@@ -44,13 +44,14 @@ class GatedLayer(nn.Module):
     """Base of the transformer layers: holds the gates of its modules and the feed-forward block.
 
     A gate multiplies exactly the channels that a cut would remove (DESIGN.md section 5), so that the gated layer and
-    the cut one compute the same function. `gates[block]` is `(query gate, value gate)` for an attention and
-    `(hidden gate, None)` for the FFN; a gate has the shape `width`, or `B x 1 x width` for one gate an image.
-    Gates are no part of the state dict.
+    the cut one compute the same function. `gates[block]` is `(query gate, value gate)` for an attention,
+    `(value gate, None)` for a deformable one and `(hidden gate, None)` for the FFN; a gate has the shape `width`, or
+    `B x 1 x width` for one gate an image. Gates are no part of the state dict.
 
     `observer`, where there is one, is called with a block's name and its activations as they come by: `queries` and
     `keys`, tuples of B x L x width that are multiplied with each other pair by pair, before any gate; `attended`, what
-    the output projection of an attention is given; `hidden`, what `linear2` is given.
+    the output projection of an attention is given; `hidden`, what `linear2` is given. A deformable attention has no
+    queries and keys to show.
     """
 
     def __init__(self, hidden_dim: int, ffn_width: int, activation: str, dropout: float) -> None:
@@ -61,6 +62,11 @@ class GatedLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.gates: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self.observer: Observer | None = None
+
+    @property
+    def attention_dropout(self) -> float:
+        """Probability with which an attention weight is dropped: 0 outside training."""
+        return self.dropout.p if self.training else 0.0
 
     def gate(self, block: str) -> tuple[Tensor | None, Tensor | None]:
         """The gates of one module of this layer, `(None, None)` where it has none."""

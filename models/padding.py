@@ -1,6 +1,7 @@
 """Images of different sizes as one batch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,3 +28,8 @@ def pad_images(images: list[Tensor] | Tensor) -> tuple[Tensor, Tensor, bool]:
     for canvas, image in zip(batch, images, strict=True):
         canvas[:, : image.shape[1], : image.shape[2]] = image
     return batch, padding, True
+
+
+def resize_padding(padding: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Padding B x H x W (bool) at the size of a feature map, nearest: B x h x w."""
+    return F.interpolate(padding[None].float(), size=size_hw)[0].bool()

@@ -15,7 +15,13 @@ def sine_encoding(position: Tensor, channels: int, temperature: float) -> Tensor
 
 
 def pixel_encoding(
-    padding: Tensor, hidden_dim: int, temperature_h: float, temperature_w: float, eps: float = 1e-6
+    padding: Tensor,
+    hidden_dim: int,
+    temperature_h: float,
+    temperature_w: float,
+    *,
+    shift: float = 0.0,
+    eps: float = 1e-6,
 ) -> Tensor:
     """Encoding of each feature pixel's place among the valid rows and columns.
 
@@ -23,6 +29,7 @@ def pixel_encoding(
         padding: B x H x W bool, True on padding.
         hidden_dim: channels of the result; the first half encodes y, the second x.
         temperature_h, temperature_w: base of the frequencies for y and for x.
+        shift: taken from the rows and columns, which count from 1; 0.5 encodes the pixels' centres.
 
     Returns:
         B x (H * W) x hidden_dim, float32.
@@ -30,8 +37,8 @@ def pixel_encoding(
     valid = ~padding
     rows = valid.cumsum(1, dtype=torch.float32)
     columns = valid.cumsum(2, dtype=torch.float32)
-    rows = rows / (rows[:, -1:, :] + eps) * 2 * math.pi
-    columns = columns / (columns[:, :, -1:] + eps) * 2 * math.pi
+    rows = (rows - shift) / (rows[:, -1:, :] + eps) * 2 * math.pi
+    columns = (columns - shift) / (columns[:, :, -1:] + eps) * 2 * math.pi
     encodings = (
         sine_encoding(rows, hidden_dim // 2, temperature_h),
         sine_encoding(columns, hidden_dim // 2, temperature_w),

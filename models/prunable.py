@@ -8,8 +8,12 @@ from torch import Tensor
 
 from models.layers import GatedLayer
 
-# What queries and keys are multiplied with each other.
-PRODUCTS = (("query", "key"), ("position_query", "position_key"))
+KINDS = {
+    "attention": "encoder_attention",
+    "self_attention": "self_attention",
+    "cross_attention": "cross_attention",
+    "ffn": "ffn",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class PrunableModule:
 
     @property
     def has_logits(self) -> bool:
-        """True where queries are multiplied with keys."""
+        """True where queries are multiplied with keys, so not in a deformable attention."""
         return any("query" in piece.parts for piece in self.slices)
 
     @property
@@ -76,9 +80,15 @@ class PrunableModule:
         """Name in the detector of the linear layer behind the channels."""
         return next(piece.key for piece in self.slices if piece.axis == 1).removesuffix(".weight")
 
-    def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None:
-        """Multiply the module's channels by a gate of shape `width` or B x 1 x width; None takes it away."""
-        self.layer.gates[self.name.rsplit(".", 1)[1]] = (query_or_hidden, value)
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The sets of channels that a cut names: query and value; value for a deformable attention; hidden."""
+        cut = {part for piece in self.slices for part in piece.parts}
+        return tuple(part for part in ("query", "value", "hidden") if part in cut)
+
+    def set_gate(self, first: Tensor | None, second: Tensor | None = None) -> None:
+        """Multiply the module's `parts` by gates of shape `width` or B x 1 x width; None takes one away."""
+        self.layer.gates[self.name.rsplit(".", 1)[1]] = (first, second)
 
     def parameter_slices(self) -> tuple[ParameterSlice, ...]:
         """The parameters that shrink with the module, and how."""
@@ -98,3 +108,13 @@ def columns(prefix: str, part: str) -> ParameterSlice:
 def ffn_slices(prefix: str) -> tuple[ParameterSlice, ...]:
     """The slices of the FFN of the layer at `prefix`."""
     return (*rows_and_bias(f"{prefix}.linear1", "hidden"), columns(f"{prefix}.linear2", "hidden"))
+
+
+def packed_attention_slices(prefix: str) -> tuple[ParameterSlice, ...]:
+    """The slices of an attention whose holder at `prefix` has in_proj_weight (queries, keys, values) and out_proj."""
+    packed = (("query", "key", "value"), (True, False, False))
+    return (
+        ParameterSlice(f"{prefix}.in_proj_weight", 0, *packed),
+        ParameterSlice(f"{prefix}.in_proj_bias", 0, *packed),
+        columns(f"{prefix}.out_proj", "value"),
+    )

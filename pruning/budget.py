@@ -29,7 +29,7 @@ POWERS = (0.5, 1.0, 0.25)
 EVALUATIONS = 4  # of mAP at most when the least budget is looked for
 PRECISION = 0.01  # of the whole cost, to which that budget is then known
 WIDTHS_TRIED = 16  # of each module when its damage is predicted
-# An attention's damage takes a forward through it for each width, so that few are measured and those between follow.
+# The damage of queries takes a forward for each width, so that few are measured and those between follow.
 ATTENTION_WIDTHS_MEASURED = 4
 MIN_LOSS = 1e-4  # of mAP: less is taken for this much, since it tells nothing of a slope
 AIM = 0.97  # of the mAP that may be lost, so that a prediction a little off still passes
@@ -179,9 +179,9 @@ class BudgetSearch:
             self.progress(name, None)
 
     def _widths_to_measure(self, name: str) -> list[int]:
-        """The widths whose damage is measured: all of an FFN, whose moments are enough, and a few of an attention."""
+        """The widths whose damage is measured: few of an attention with queries, else all, as moments are enough."""
         *widths, _ = self._widths(name)
-        if not self.bench.modules[name].is_attention:
+        if "query" not in self.bench.modules[name].parts:
             return widths
         places = range(ATTENTION_WIDTHS_MEASURED)
         return sorted({widths[place * len(widths) // ATTENTION_WIDTHS_MEASURED] for place in places} if widths else ())

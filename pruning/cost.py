@@ -5,9 +5,10 @@ counting rules are those behind the figures printed for the original:
 
 - all products: every matrix product between the backbone's features and the heads, for one image without padding:
   projections, attention products, FFNs, `query_scale` (decoder: not in layer 0), `ref_point_head`, `ref_anchor_head`,
-  and the anchor refinement by `bbox_embed` in every layer. The detector's heads behind each layer (`class_embed` and
-  the box head, which is `bbox_embed` once more) stand outside the transformer and are left out.
-- the same without the attention products (queries by keys, attention weights by values).
+  and the anchor refinement by `bbox_embed` in every layer; of the deformable variant the sampling operator besides.
+  The detector's heads behind each layer (`class_embed` and the box head, which is `bbox_embed` once more) stand
+  outside the transformer and are left out.
+- the same without the attention products (queries by keys, attention weights by values) and the sampling.
 - as profilers that hook `nn.Linear` modules inside the transformer see it: without the packed projection of the
   encoder and the `out_proj` of both decoder attentions, which the original multiplies outside such modules, without
   attention products, but with both uses of `bbox_embed`, which is registered in the decoder.
@@ -23,10 +24,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import build_model
+from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
 from models.widths import Widths
 from pruning.options import READ_BY_COST, hide_unread, refuse_unread
+from pruning.products import Product, deformable_products, dense_products
 from util.arguments import take_from_command_line
 from util.errors import run_cli
 from util.logging import table
@@ -34,27 +38,6 @@ from util.options import get_args_parser, parse, whole
 
 GIGA = 1e9
 PAPER_IMAGE_SIZE_HW = (800, 1088)
-
-
-@dataclass(frozen=True)
-class Product:
-    """Matrix products of one image.
-
-    Attributes:
-        step: the module name (`decoder.0.ffn`) of the step they are done in.
-        part: what they compute.
-        macs: multiply-accumulates.
-        is_attention: queries by keys or attention weights by values, so no weights.
-        is_hooked: inside an `nn.Linear` that is called as a module in the original.
-        is_head: behind the transformer, in the detector's heads.
-    """
-
-    step: str
-    part: str
-    macs: int
-    is_attention: bool = False
-    is_hooked: bool = True
-    is_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,61 +56,15 @@ class Cost:
         return asdict(self)
 
 
-def encoder_products(widths: Widths, hidden_dim: int, tokens: int) -> list[Product]:
-    """The products of the encoder over `tokens` feature pixels."""
-    products = []
-    for layer, (attention, ffn) in enumerate(widths.encoder):
-        step = f"encoder.{layer}.attention"
-        products += [
-            Product(step, "query_scale", 2 * tokens * hidden_dim**2),
-            Product(step, "in_proj", 3 * tokens * hidden_dim * attention, is_hooked=False),
-            Product(step, "attention", 2 * tokens**2 * attention, is_attention=True),
-            Product(step, "out_proj", tokens * attention * hidden_dim),
-            Product(f"encoder.{layer}.ffn", "linear1, linear2", 2 * tokens * hidden_dim * ffn),
-        ]
-    return products
-
-
-def decoder_products(widths: Widths, hidden_dim: int, tokens: int, queries: int, num_classes: int) -> list[Product]:
-    """The products of the decoder and the heads for `queries` queries over `tokens` feature pixels."""
-    d, products = hidden_dim, []
-    box_head = queries * (2 * d * d + 4 * d)
-    for layer, (self_width, cross_width, ffn) in enumerate(widths.decoder):
-        self_step, cross_step, ffn_step = (
-            f"decoder.{layer}.{block}" for block in ("self_attention", "cross_attention", "ffn")
-        )
-        query_projections = 3 if layer == 0 else 2
-        products += [
-            Product(self_step, "ref_point_head", queries * 3 * d * d),
-            Product(self_step, "query_scale", 0 if layer == 0 else queries * 2 * d * d),
-            Product(self_step, "ref_anchor_head", queries * (d * d + 2 * d)),
-            Product(self_step, "projections", 5 * queries * d * self_width),
-            Product(self_step, "attention", 2 * queries**2 * self_width, is_attention=True),
-            Product(self_step, "out_proj", queries * self_width * d, is_hooked=False),
-            Product(cross_step, "query projections", query_projections * queries * d * cross_width),
-            Product(cross_step, "key and value projections", 3 * tokens * d * cross_width),
-            Product(cross_step, "attention", 3 * queries * tokens * cross_width, is_attention=True),
-            Product(cross_step, "out_proj", queries * cross_width * d, is_hooked=False),
-            Product(ffn_step, "linear1, linear2", 2 * queries * d * ffn),
-            Product(ffn_step, "anchor refinement", box_head),
-            Product(ffn_step, "bbox_embed", box_head, is_head=True),
-            Product(ffn_step, "class_embed", queries * d * num_classes, is_hooked=False, is_head=True),
-        ]
-    return products
-
-
 def products_of(model: nn.Module, image_size_hw: tuple[int, int]) -> list[Product]:
     """The products of a detector for one image of that size in pixels, in network order."""
-    return _products(model, model.widths, image_size_hw)
+    return _products(model, model.widths, _feature_pixels(model, image_size_hw))
 
 
-def _products(model: nn.Module, widths: Widths, image_size_hw: tuple[int, int]) -> list[Product]:
-    tokens = _feature_pixels(model, image_size_hw)
-    queries = model.num_queries * max(1, model.num_patterns)
-    return [
-        *encoder_products(widths, model.hidden_dim, tokens),
-        *decoder_products(widths, model.hidden_dim, tokens, queries, model.num_classes),
-    ]
+def _products(model: nn.Module, widths: Widths, tokens: int) -> list[Product]:
+    """Those of a detector like `model` with other widths, over `tokens` feature pixels."""
+    of_variant = deformable_products if isinstance(model, DnDabDeformableDetr) else dense_products
+    return of_variant(model, widths, tokens)
 
 
 def cost_of(model: nn.Module, image_size_hw: tuple[int, int] = PAPER_IMAGE_SIZE_HW) -> Cost:
@@ -162,12 +99,13 @@ def macs_per_channel(model: nn.Module, image_size_hw: tuple[int, int]) -> dict[s
 
     Every product grows linearly with the widths, so this is a difference between two widths.
     """
-    found = {}
-    for name, width in model.widths.items():
-        totals = [sum(p.macs for p in _products(model, widths, image_size_hw))
-                  for widths in (model.widths, model.widths.replace(name, width - 1))]  # fmt: skip
-        found[name] = totals[0] - totals[1]
-    return found
+    tokens = _feature_pixels(model, image_size_hw)
+
+    def total(widths: Widths) -> int:
+        return sum(product.macs for product in _products(model, widths, tokens))
+
+    whole = total(model.widths)
+    return {name: whole - total(model.widths.replace(name, width - 1)) for name, width in model.widths.items()}
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -200,12 +138,10 @@ def cost_table(costs: Sequence[tuple[str, Cost]]) -> str:
 
 
 def _feature_pixels(model: nn.Module, image_size_hw: tuple[int, int]) -> int:
-    """Pixels of the feature map of an image, found by running the backbone on shapes alone."""
-    backbone = model.backbone[0]
-    tensors = {name: t.detach().to("meta") for name, t in (*backbone.named_parameters(), *backbone.named_buffers())}
-    image = torch.empty(1, 3, *image_size_hw, device="meta")
-    padding = torch.empty(1, *image_size_hw, dtype=torch.bool, device="meta")
-    return torch.func.functional_call(backbone, tensors, (image, padding))[1].numel()
+    """Feature pixels of an image, of all levels together, found by running the detector's front on shapes alone."""
+    device = next(model.parameters()).device
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        return model.features(torch.empty(1, 3, *image_size_hw, device=device)).memory.shape[1]
 
 
 def get_parser() -> argparse.ArgumentParser:

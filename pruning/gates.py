@@ -9,15 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pruning.kept import Channels, Kept, check_kept, parts, width_of
+from pruning.kept import Channels, Kept, check_kept, width_of
 from util.errors import UserError
 
 
 class Gated(Channels, Protocol):
     """A prunable module whose channels can be multiplied by a gate."""
 
-    def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None:
-        """Multiply the channels by a gate of shape `width` or B x 1 x width; None takes it away."""
+    def set_gate(self, first: Tensor | None, second: Tensor | None = None) -> None:
+        """Multiply the module's `parts` by gates of shape `width` or B x 1 x width; None takes one away."""
 
 
 def set_gate(module: Gated, kept: Kept, device: torch.device | str = "cpu") -> None:
@@ -25,7 +25,7 @@ def set_gate(module: Gated, kept: Kept, device: torch.device | str = "cpu") -> N
     if width_of(kept) == module.width:
         module.set_gate(None)
         return
-    module.set_gate(*(gate_vector(kept[part], module.width, device) for part in parts(module)))
+    module.set_gate(*(gate_vector(kept[part], module.width, device) for part in module.parts))
 
 
 def set_candidate_gates(
@@ -44,7 +44,7 @@ def set_candidate_gates(
         joined: the parts that the candidates join or leave.
     """
     gates = []
-    for part in parts(module):
+    for part in module.parts:
         gate = gate_vector(kept[part], module.width, device).repeat(len(candidates), 1)
         if part in joined:
             for row, channels in zip(gate, candidates, strict=True):

@@ -2,7 +2,8 @@
 
 A `Kept` maps a part to its sorted channel indices (int64, counted over the whole module, not within a head):
 `{"query": ..., "value": ...}` for an attention, equally many in each head and in both parts, `{"hidden": ...}` for an
-FFN. The two sets of an attention are independent by format; `add` gives both the same channels.
+FFN, `{"value": ...}` for a deformable attention, which has no queries to cut. The two sets of an attention are
+independent by format; `add` gives both the same channels.
 """
 
 from __future__ import annotations
@@ -16,32 +17,28 @@ from util.errors import UserError
 
 Kept = Mapping[str, torch.Tensor]
 
-ATTENTION_PARTS = ("query", "value")
-FFN_PARTS = ("hidden",)
-
 
 class Channels(Protocol):
-    """What this package asks of a prunable module: its name, how many channels it has and in how many heads."""
+    """What this package asks of a prunable module.
+
+    Its name, how many channels it has and in how many heads, and the parts whose channels its kept set names.
+    """
 
     name: str
     width: int
     nheads: int
     is_attention: bool
-
-
-def parts(module: Channels) -> tuple[str, ...]:
-    """The parts whose channels a module's kept set names."""
-    return ATTENTION_PARTS if module.is_attention else FFN_PARTS
+    parts: tuple[str, ...]
 
 
 def none_kept(module: Channels) -> Kept:
     """The empty kept set, from which a search starts."""
-    return {part: torch.empty(0, dtype=torch.int64) for part in parts(module)}
+    return {part: torch.empty(0, dtype=torch.int64) for part in module.parts}
 
 
 def all_kept(module: Channels) -> Kept:
     """The kept set of a whole module."""
-    return {part: torch.arange(module.width) for part in parts(module)}
+    return {part: torch.arange(module.width) for part in module.parts}
 
 
 def width_of(kept: Kept) -> int:
@@ -80,8 +77,8 @@ def from_lists(lists: Mapping[str, Iterable[int]]) -> Kept:
 def check_kept(module: Channels, kept: Kept, source: str = "kept set") -> None:
     """Raise a `UserError` naming `source`, module and part unless `kept` can be cut from `module`."""
     where = f"{source}: {module.name}"
-    if set(kept) != set(parts(module)):
-        raise UserError(f"{where}: found parts {sorted(kept)}, expected {sorted(parts(module))}")
+    if set(kept) != set(module.parts):
+        raise UserError(f"{where}: found parts {sorted(kept)}, expected {sorted(module.parts)}")
     for part, indices in kept.items():
         if indices.dim() != 1 or not len(indices):
             raise UserError(f"{where}: found no {part} channels, expected at least one")

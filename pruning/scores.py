@@ -20,7 +20,7 @@ from pruning.calibration import Calibration
 from pruning.features import StateCache, repeat_batch, split_outputs
 from pruning.fit import Surgeon
 from pruning.gates import Gated, gate_vector, set_candidate_gates, set_gate
-from pruning.kept import Kept, parts
+from pruning.kept import Kept
 from pruning.moments import TINY, Moments, square_root
 from pruning.reconstruction import Reconstruction
 from util import distributed
@@ -129,7 +129,7 @@ class GateGradient:
         gates: dict[str, Tensor] = {}
 
         def open_gates(images: int) -> None:
-            for part in parts(module):
+            for part in module.parts:
                 vector = gate_vector(kept[part], module.width, device)
                 gates[part] = vector.expand(images, 1, -1).clone().requires_grad_()
             module.set_gate(*gates.values())

@@ -19,7 +19,7 @@ import torch
 from pruning.features import PassCounter
 from pruning.gates import Gated
 from pruning.journal import Decision, Effort
-from pruning.kept import Kept, add, all_kept, check_kept, missing, none_kept, parts, unit_channels, width_of
+from pruning.kept import Kept, add, all_kept, check_kept, missing, none_kept, unit_channels, width_of
 from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.scores import Ranking
@@ -200,7 +200,7 @@ class Search:
             return free
         generator = self.units.generator(module.name, step)
         candidates = draw_candidates(module, kept, self.units.candidates(module), unit, generator)
-        scores = self.bench.ranking(module, parts(module), kept, candidates)
+        scores = self.bench.ranking(module, module.parts, kept, candidates)
         return best_of_each_head(module, candidates, scores, unit)
 
     def _measure(self, visit: int, step: int, name: str, kept: Kept, subset_passed: bool, *, accept: bool) -> Decision:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pruning.gates import Gated
-from pruning.kept import Kept, add, all_kept, missing, none_kept, parts
+from pruning.kept import Kept, add, all_kept, missing, none_kept
 from pruning.scores import Ranking
 
 DIRECTIONS = ("backward", "forward", "once")
@@ -30,7 +30,7 @@ class Order:
     @classmethod
     def natural(cls, module: Gated) -> Order:
         """Channels as they stand: for places that a reconstruction fills anew."""
-        return cls({part: torch.arange(module.width).view(module.nheads, -1) for part in parts(module)})
+        return cls({part: torch.arange(module.width).view(module.nheads, -1) for part in module.parts})
 
 
 def order_channels(
@@ -44,7 +44,7 @@ def order_channels(
         unit: least channels of a step, in all heads together; a step is larger where `max_steps` would be passed.
         share_sets: one order for all parts, or one for each.
     """
-    groups = [parts(module)] if share_sets else [(part,) for part in parts(module)]
+    groups = [module.parts] if share_sets else [(part,) for part in module.parts]
     if direction == "once":
         step = module.width
     else:

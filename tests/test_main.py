@@ -258,6 +258,7 @@ TEACHERS = {
     "missing": ("nowhere.pth", "--distill nowhere.pth: no such file"),
     "no name": ("", "--distill: found an empty name"),
     "a search's output": ("{tmp}/pruned.pth", "pruned.pth: found the output of a search, expected the detector that"),
+    "of the other variant": ("{tmp}/variant.pth", "modelname dn_dab_deformable_detr, expected modelname dn_dab_detr"),
     "of other classes": ("{tmp}/annotated.pth", "num_classes 7, return_layer layer4, expected num_classes 4, return"),
     "of another shape": ("{tmp}/shape.pth", "found dec_layers 1, num_queries 6, expected dec_layers 2, num_queries 5"),
     "of another shape, foreign": ("{tmp}/foreign.pth", "refpoint_embed.weight has the shape 6 x 4, expected 5 x 4"),
@@ -275,6 +276,7 @@ def teachers_folder(trained, annotated, tmp_path_factory) -> Path:
         ("stranger", "--seed 1"),
         ("shape", "--num_queries 6 --dec_layers 1"),
         ("query", "--num_queries 6"),
+        ("variant", "-m dn_dab_deformable_detr"),
     ):
         args, _ = tiny_options(more)
         args.num_classes = 4

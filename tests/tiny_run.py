@@ -57,10 +57,14 @@ def write_coco(root: Path, images: int = 4) -> Path:
     return root
 
 
-def write_self_annotated(root: Path) -> Path:
-    """2 + 7 images annotated with what a tiny detector finds in them, its AP is high; its checkpoint is dense.pth."""
-    model, _, postprocessors = tiny_detector()
-    args = tiny_args(f"--image_size 64 --augmentation flip --num_workers 0 --device cpu --coco_path {root}")
+def write_self_annotated(root: Path, network: str = "") -> Path:
+    """2 + 7 images annotated with what a tiny detector finds in them, its AP is high; its checkpoint is dense.pth.
+
+    `network`: options that the detector has beyond those of `tiny_detector`.
+    """
+    model, _, postprocessors = tiny_detector(network)
+    args = tiny_args(f"{network} --image_size 64 --augmentation flip --num_workers 0 --device cpu --coco_path {root}")
+    root.mkdir(exist_ok=True)
     save_checkpoint(root / "dense.pth", state_dict=model.state_dict(), widths=model.widths, full_widths=model.widths,
                     arguments=args, num_classes=7)  # fmt: skip
     # Training images of one size need no padding, so that batches of one and of two agree.

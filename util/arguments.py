@@ -23,6 +23,9 @@ ARCHITECTURE = (
     "dim_feedforward",
     "num_queries",
     "num_patterns",
+    "num_feature_levels",
+    "enc_n_points",
+    "dec_n_points",
     "transformer_activation",
     "pe_temperatureH",
     "pe_temperatureW",
@@ -65,7 +68,7 @@ def take_from_checkpoint(
             if name in options:
                 _check_stored(options[name], stored[name], checkpoint.path)
             setattr(args, name, stored[name])
-        elif name in binding and getattr(args, name) != stored[name]:
+        elif name in (*binding, "modelname") and getattr(args, name) != stored[name]:
             raise UserError(f"--{name} {getattr(args, name)}: {checkpoint.path} was made with {stored[name]}")
     full = full_widths(args)
     if args.cfgs is not None:

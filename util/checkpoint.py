@@ -4,7 +4,7 @@
 |---|---|
 | `ours` | `format` is dn-detr-pruning; dense or slim, with or without training state |
 | `search` | the same with `kept`: the full weights and the channels a search kept |
-| `release` | `encoder.layers.N.self_attn.in_proj_weight` (DN-DETR, arXiv 2203.01305) |
+| `release` | `encoder.layers.N.self_attn.in_proj_weight` (DN-DETR, arXiv 2203.01305), or `.sampling_offsets.weight` |
 | `paper_search` | `encoder.layers.N.in_proj_weight` and `selectN.prune_a`, 1 x 1 x C, kept where positive |
 | `paper_slim` | `encoder.layers.N.in_proj_weight` alone, widths read off the shapes |
 
@@ -34,12 +34,15 @@ REQUIRED = {"model": dict, "widths": list, "full_widths": list, "args": dict, "n
 SHOWN_KEYS = 3
 FOREIGN_ARGUMENTS = (
     "backbone", "dilation", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "num_queries",
-    "num_patterns", "num_select", "transformer_activation", "pe_temperatureH", "pe_temperatureW",
+    "num_patterns", "num_feature_levels", "enc_n_points", "dec_n_points", "num_select", "transformer_activation",
+    "pe_temperatureH", "pe_temperatureW",
 )  # fmt: skip
 ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:in_proj_|out_proj\.)(?:weight|bias))$")
 UNSAFE = re.compile(r"Unsupported (?:global|class|operand|operator):?\s*(?:GLOBAL )?(\S+)", re.IGNORECASE)
 LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
 BOX_HEADS = ("bbox_embed.", "transformer.decoder.bbox_embed.")
+DEFORMABLE_KEY = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
+CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # of the dense variant, of the deformable one
 LOCAL_ARGUMENTS = ("output_dir", "coco_path", "resume", "device", "distill")
 
 
@@ -242,7 +245,7 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
     kept = content.get("kept")
     _check_keys(path, "args", content["args"])
     _check_tensors(path, "model", content["model"])
-    bias = content["model"].get("class_embed.bias")
+    bias = _class_bias(content["model"])
     if bias is not None and bias.shape != (content["num_classes"],):
         raise UserError(
             f"{path}: found {content['num_classes']} under `num_classes`, expected {_shape(bias)} as biases"
@@ -306,14 +309,15 @@ def _foreign_arguments(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict[str, Any]) -> Checkpoint:
-    if "transformer.encoder.layers.0.self_attn.in_proj_weight" in state_dict:
+    arguments["modelname"] = "dn_dab_deformable_detr" if DEFORMABLE_KEY in state_dict else "dn_dab_detr"
+    if DEFORMABLE_KEY in state_dict or "transformer.encoder.layers.0.self_attn.in_proj_weight" in state_dict:
         kind = "release"
     elif "transformer.encoder.layers.0.in_proj_weight" in state_dict:
         kind = "paper_slim"
     else:
         key = "transformer.encoder.layers.0.self_attn.in_proj_weight"
         raise UserError(f"{path}: found no key {key}, expected the weights of a DN-DETR detector")
-    bias = state_dict.get("class_embed.bias")
+    bias = _class_bias(state_dict)
     if bias is None or bias.ndim != 1:
         raise UserError(f"{path}: found no vector under class_embed.bias, expected the weights of a DN-DETR detector")
     kept = None
@@ -335,12 +339,18 @@ def _masks_to_kept(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, di
         raise UserError(f"{path}: {error}") from None
 
 
+def _class_bias(state_dict: Mapping[str, Any]) -> Any:
+    """The biases of a detector's (first) class head, None where there are none."""
+    return next((state_dict[key] for key in CLASS_BIASES if key in state_dict), None)
+
+
 def _widths_of(path: Path, state_dict: Mapping[str, Tensor]) -> Widths:
     """Widths as the shapes of the output projections tell them."""
     state_dict = rename_encoder_attention(state_dict, slim=False)
+    of_image = "output_proj" if DEFORMABLE_KEY in state_dict else "out_proj"  # behind an attention to the image
     projections = {
-        "encoder": ("self_attn.out_proj", "linear2"),
-        "decoder": ("self_attn.out_proj", "cross_attn.out_proj", "linear2"),
+        "encoder": (f"self_attn.{of_image}", "linear2"),
+        "decoder": ("self_attn.out_proj", f"cross_attn.{of_image}", "linear2"),
     }
     stacks = {}
     for stack, names in projections.items():

@@ -9,7 +9,7 @@ import engine
 from datasets.transforms import TRAINING_TRANSFORMS
 from util.errors import UserError
 
-MODEL_NAMES = ("dn_dab_detr",)
+MODEL_NAMES = ("dn_dab_detr", "dn_dab_deformable_detr")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
@@ -65,6 +65,11 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num_queries", type=whole(1), default=300, help="matching queries")
     group.add_argument("--num_select", type=whole(1), default=300, help="detections kept for an image")
     group.add_argument("--num_patterns", type=whole(0), default=0, help="patterns for each anchor, 0 for none")
+    group.add_argument(
+        "--num_feature_levels", type=whole(1), default=4, help="levels of the features, deformable variant"
+    )
+    group.add_argument("--enc_n_points", type=whole(1), default=4, help="points read on each level, deformable encoder")
+    group.add_argument("--dec_n_points", type=whole(1), default=4, help="points read on each level, deformable decoder")
     group.add_argument(
         "--pe_temperatureH", type=real(1e-6), default=20, help="temperature of the position's sine, height"
     )

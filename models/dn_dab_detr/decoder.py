@@ -50,11 +50,6 @@ class DecoderLayer(GatedLayer):
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.norm3 = nn.LayerNorm(hidden_dim)
 
-    @property
-    def attention_dropout(self) -> float:
-        """Probability with which an attention weight is dropped: 0 outside training."""
-        return self.dropout.p if self.training else 0.0
-
     def self_attention(self, x: Tensor, query_pos: Tensor, mask: Tensor | None) -> Tensor:
         """x and query_pos are B x Q x hidden_dim, mask Q x Q bool or None."""
         query_gate, value_gate = self.gate("self_attention")

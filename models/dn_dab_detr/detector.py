@@ -6,23 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.denoising import DenoisingSettings, noised_queries, query_mask
+from models.denoising import DenoisingSettings
+from models.detector import Detector
 from models.dn_dab_detr.decoder import Decoder, DecoderLayer, decoder_layer_slices
 from models.dn_dab_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
 from models.initialisation import initialise_detector
 from models.layers import MLP
 from models.padding import pad_images
 from models.position_encoding import pixel_encoding
-from models.prunable import PrunableModule
+from models.prunable import ParameterSlice
 from models.state import DetectorState, Features
 from models.widths import Widths
-
-KINDS = {
-    "attention": "encoder_attention",
-    "self_attention": "self_attention",
-    "cross_attention": "cross_attention",
-    "ffn": "ffn",
-}
 
 
 class Transformer(nn.Module):
@@ -36,7 +30,7 @@ class Transformer(nn.Module):
             self.patterns = nn.Embedding(num_patterns, hidden_dim)
 
 
-class DnDabDetr(nn.Module):
+class DnDabDetr(Detector):
     """The dense variant of DN-DETR (arXiv 2203.01305) with any widths.
 
     Args:
@@ -64,17 +58,17 @@ class DnDabDetr(nn.Module):
         temperatures: tuple[float, float] = (20, 20),
         denoising: DenoisingSettings | None = None,
     ) -> None:
-        super().__init__()
-        self.widths = widths
-        self.num_classes = num_classes
-        self.num_queries = num_queries
-        self.num_patterns = num_patterns
-        self.nheads = nheads
-        self.hidden_dim = hidden_dim
+        super().__init__(
+            widths,
+            num_classes=num_classes,
+            hidden_dim=hidden_dim,
+            nheads=nheads,
+            num_queries=num_queries,
+            num_patterns=num_patterns,
+            denoising=denoising,
+        )
         self.slim_names = slim_names
         self.temperatures = temperatures
-        self.denoising = denoising
-        self.step_names = widths.names()
 
         common = (nheads, activation, dropout)
         self.bbox_embed = MLP(hidden_dim, hidden_dim, hidden_dim, 4)
@@ -94,25 +88,6 @@ class DnDabDetr(nn.Module):
         self.backbone = nn.ModuleList([backbone])
         initialise_detector(self.transformer, [self.class_embed], [self.bbox_embed])
 
-    def forward(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> dict:
-        """Detect objects.
-
-        Args:
-            images: list of 3 x H x W, or one B x 3 x H x W, normalised.
-            targets: in training, a dict for each image with `boxes` (N x 4 cxcywh in [0, 1]) and `labels` (N);
-                they add the denoising queries.
-
-        Returns:
-            `pred_logits` B x Q x num_classes, `pred_boxes` B x Q x 4 (cxcywh in [0, 1]), `aux_outputs`: the same two
-            for each earlier layer; in training also `memory`, the encoder's output (B x S x D); with denoising queries
-            also `denoising`: `layout`, `pred_logits` and `pred_boxes` with a leading axis of layers.
-        """
-        return self.outputs(self.run_steps(self.prepare(images, targets)))
-
-    def prepare(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
-        """The state in front of the first step: features, positions and queries."""
-        return self.first_state(self.features(images), targets)
-
     def features(self, images: list[Tensor] | Tensor) -> Features:
         """What the backbone and the projection behind it make of images; see `forward`."""
         batch, padding, is_padded = pad_images(images)
@@ -122,7 +97,7 @@ class DnDabDetr(nn.Module):
 
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
         """The state in front of the first step, with positions and queries added to the features."""
-        (padding,), batch_size = features.paddings, len(features.memory)
+        (padding,) = features.paddings
         memory_pos = pixel_encoding(padding, self.hidden_dim, *self.temperatures)
         memory_mask = ~padding.flatten(1)[:, None, None, :] if features.is_padded else None
         # The last row of label_enc is "no object yet"; the matching queries' indicator channel is 0.
@@ -133,60 +108,16 @@ class DnDabDetr(nn.Module):
             patterns = self.transformer.patterns.weight.repeat_interleave(self.num_queries, dim=0)
             content = content.repeat(self.num_patterns, 1) + patterns
             anchor_logits = anchor_logits.repeat(self.num_patterns, 1)
-        content = content.expand(batch_size, -1, -1)
-        anchor_logits = anchor_logits.expand(batch_size, -1, -1)
-        mask = layout = noised = None
-        if self.training and targets is not None and self.denoising is not None:
-            noised = noised_queries(targets, self.label_enc, self.num_classes, self.denoising)
-        if noised is not None:
-            layout = noised.layout
-            mask = query_mask(layout, content.shape[1], content.device)
-            content = torch.cat((noised.content, content), dim=1)
-            anchor_logits = torch.cat((noised.anchor_logits, anchor_logits), dim=1)
-        anchors = anchor_logits.sigmoid()
-        return DetectorState(
-            features.memory, memory_pos, memory_mask, content, mask, anchors, anchors, denoising=layout
-        )
+        queries = self.queries(*(t.expand(len(features.memory), -1, -1) for t in (content, anchor_logits)), targets)
+        return DetectorState(features.memory, memory_pos, memory_mask, **queries)
 
-    def run_steps(self, state: DetectorState, start: str | None = None, stop: str | None = None) -> DetectorState:
-        """Run the steps from `start` (included; None is the first) to `stop` (excluded; None runs to the end)."""
-        first = 0 if start is None else self.step_names.index(start)
-        last = len(self.step_names) if stop is None else self.step_names.index(stop)
-        for name in self.step_names[first:last]:
-            stack, index, block = name.split(".")
-            state = getattr(self.transformer, stack).step(int(index), block, state)
-        return state
+    def classify(self, layer: int, hidden: Tensor) -> Tensor:
+        """Class logits B x Q x num_classes; all layers share one head."""
+        return self.class_embed(hidden)
 
-    def outputs(self, state: DetectorState) -> dict:
-        """Logits and boxes of a state at the end of the steps; see `forward`."""
-        logits = [self.class_embed(hidden) for hidden in state.hidden]
-        split = state.denoising.num_queries if state.denoising else 0
-        layers = [
-            {"pred_logits": layer_logits[:, split:], "pred_boxes": boxes[:, split:]}
-            for layer_logits, boxes in zip(logits, state.boxes, strict=True)
-        ]
-        outputs = {**layers[-1], "aux_outputs": layers[:-1]}
-        if self.training:
-            outputs["memory"] = state.memory
-        if state.denoising:
-            outputs["denoising"] = {
-                "layout": state.denoising,
-                "pred_logits": torch.stack([layer_logits[:, :split] for layer_logits in logits]),
-                "pred_boxes": torch.stack([boxes[:, :split] for boxes in state.boxes]),
-            }
-        return outputs
-
-    def prunable_modules(self) -> dict[str, PrunableModule]:
-        """Every attention and FFN by name, in network order."""
-        modules = {}
-        for name, width in self.widths.items():
-            stack, index, block = name.split(".")
-            prefix = f"transformer.{stack}.layers.{index}"
-            if stack == "encoder":
-                slices = encoder_layer_slices(prefix, self.slim_names)
-            else:
-                slices = decoder_layer_slices(prefix, is_first=int(index) == 0)
-            groups = 1 if block == "ffn" else self.nheads
-            layer = getattr(self.transformer, stack).layers[int(index)]
-            modules[name] = PrunableModule(name, KINDS[block], width, groups, layer, slices[block])
-        return modules
+    def layer_slices(self, stack: str, index: int) -> dict[str, tuple[ParameterSlice, ...]]:
+        """How the parameters of one layer shrink with each of its blocks."""
+        prefix = f"transformer.{stack}.layers.{index}"
+        if stack == "encoder":
+            return encoder_layer_slices(prefix, self.slim_names)
+        return decoder_layer_slices(prefix, is_first=index == 0)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend, split_heads
-from models.layers import MLP, GatedLayer, gated
-from models.prunable import ParameterSlice, columns, ffn_slices
+from models.attention import add_packed_projections, packed_self_attention
+from models.layers import MLP, GatedLayer
+from models.prunable import ParameterSlice, ffn_slices, packed_attention_slices
 from models.state import DetectorState
 
 
@@ -39,10 +37,7 @@ class EncoderLayer(GatedLayer):
         self.nheads = nheads
         if not slim_names:
             self.self_attn = nn.Module()
-        holder = self.projections
-        holder.in_proj_weight = nn.Parameter(torch.empty(3 * width, hidden_dim))
-        holder.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        holder.out_proj = nn.Linear(width, hidden_dim)
+        add_packed_projections(self.projections, hidden_dim, width)
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.norm2 = nn.LayerNorm(hidden_dim)
 
@@ -53,20 +48,7 @@ class EncoderLayer(GatedLayer):
 
     def attention(self, x: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor:
         """x and pos are B x S x hidden_dim; mask as in `models.attention.attend`."""
-        weight, bias = self.projections.in_proj_weight, self.projections.in_proj_bias
-        width = weight.shape[0] // 3
-        query_gate, value_gate = self.gate("attention")
-        query, key = F.linear(x + pos, weight[: 2 * width], bias[: 2 * width]).chunk(2, dim=-1)
-        value = F.linear(x, weight[2 * width :], bias[2 * width :])
-        self.observe("attention", queries=(query,), keys=(key,), key_mask=mask)
-        attended = attend(
-            split_heads(gated(query, query_gate), self.nheads),
-            split_heads(key, self.nheads),
-            split_heads(gated(value, value_gate), self.nheads),
-            mask,
-            self.dropout.p if self.training else 0.0,
-        )
-        self.observe("attention", attended=attended)
+        attended = packed_self_attention(self, "attention", self.projections, x, pos, mask)
         return self.norm1(x + self.dropout(self.projections.out_proj(attended)))
 
     def ffn(self, x: Tensor) -> Tensor:
@@ -94,12 +76,4 @@ class Encoder(nn.Module):
 def encoder_layer_slices(prefix: str, slim_names: bool) -> dict[str, tuple[ParameterSlice, ...]]:
     """The parameters that shrink with each block of the encoder layer at `prefix`."""
     holder = prefix if slim_names else f"{prefix}.self_attn"
-    packed = (("query", "key", "value"), (True, False, False))
-    return {
-        "attention": (
-            ParameterSlice(f"{holder}.in_proj_weight", 0, *packed),
-            ParameterSlice(f"{holder}.in_proj_bias", 0, *packed),
-            columns(f"{holder}.out_proj", "value"),
-        ),
-        "ffn": ffn_slices(prefix),
-    }
+    return {"attention": packed_attention_slices(holder), "ffn": ffn_slices(prefix)}

@@ -13,6 +13,7 @@ from bench.subject import CPU, Pruner, Subject, uniform_widths
 from pruning.cost import count_parameters
 from pruning.method import FAST, METHODS
 from pruning.schedule import MGP
+from tests.pruning.tiny import VARIANTS
 from tests.tiny_run import write_self_annotated
 from util.errors import UserError
 
@@ -76,6 +77,15 @@ def test_a_second_call_goes_on_behind_the_rows_that_are_there(folder, tmp_path, 
     assert json.loads((tmp_path / "quality_tiny.json").read_text()) == first
     assert (tmp_path / "quality_tiny.png").stat().st_size > 0
     assert "uniform" in capsys.readouterr().out
+
+
+def test_the_deformable_variant_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    folder, out = write_self_annotated(tmp_path / "data", VARIANTS["deformable"]), tmp_path / "out"
+    words = f"bench tiny --coco_path {folder} --checkpoint {folder}/dense.pth --output {out} --search_images 2"
+    monkeypatch.setattr("sys.argv", words.split())
+    with pytest.raises(UserError, match=r"dense\.pth: found a dn_dab_deformable_detr, expected a dn_dab_detr"):
+        quality.main()
+    assert not out.exists()
 
 
 def test_the_table_marks_what_was_not_reached_and_shows_the_range_of_seeds(capsys):

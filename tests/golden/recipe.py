@@ -1,7 +1,8 @@
 """The weights and inputs that the golden figures were computed with, drawn from the names of the parameters.
 
-`dense.npz` and `slim.npz` come from the reference implementation of DN-DETR in float32 on a CPU; `*.keys.json` list
-its state-dict keys and shapes. No weight file is needed: every tensor is a function of its key and shape.
+`dense.npz`, `slim.npz` and `deformable.npz` come from the reference implementation of DN-DETR in float32 on a CPU;
+`*.keys.json` list its state-dict keys and shapes. No weight file is needed: every tensor is a function of its key and
+shape.
 """
 
 import json
@@ -15,6 +16,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 SHARED_BOX_HEAD = "transformer.decoder."
+EMBEDDINGS = ("label_enc", "tgt_embed", "transformer.level_embed")
 
 
 def figures(name: str) -> dict[str, np.ndarray]:
@@ -55,13 +57,15 @@ def weight(key: str, like: Tensor) -> Tensor:
         return -2 + 0.3 * normal
     if key.startswith("refpoint_embed"):
         return normal
+    if key.endswith("sampling_offsets.bias"):
+        return 2 * normal
     if leaf.endswith("bias"):
         return 0.05 * normal
     if len(shape) == 1:
         return 1 + 0.1 * normal
     if len(shape) == 4:
         return normal * (2 / shape[1:].numel()) ** 0.5
-    if len(shape) == 2 and not key.startswith(("label_enc", "refpoint_embed")):
+    if len(shape) == 2 and not key.startswith(EMBEDDINGS):
         return normal / shape[1] ** 0.5
     return 0.5 * normal
 

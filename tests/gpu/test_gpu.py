@@ -40,9 +40,10 @@ def full_float32():
         switch.allow_tf32 = value
 
 
-@pytest.mark.parametrize("name", ["dense", "slim"])
+@pytest.mark.parametrize("name", ["dense", "slim", "deformable"])
 def test_the_golden_outputs(name):
     found = vars(recipe.settings(name))
+    found["modelname"] = "dn_dab_deformable_detr" if name == "deformable" else "dn_dab_detr"
     args = Namespace(**{**vars(get_args_parser().parse_args(["--no-pretrained_backbone"])), "num_classes": 91, **found})
     args.cfgs = Widths.parse(found["cfgs"]) if found.get("cfgs") else None
     model, _, _ = build_model(args)

@@ -1,4 +1,4 @@
-"""Properties of the dense detector: steps, batches, patterns, denoising queries, state-dict names."""
+"""Properties of the detectors: steps, batches, patterns, denoising queries, state-dict names."""
 
 from argparse import Namespace
 
@@ -10,11 +10,15 @@ from models import build_model
 from models.denoising import DenoisingSettings, add_noise, noised_queries, query_mask, slot_indices
 from models.state import DenoisingQueries, DetectorState
 from models.widths import Widths
+from util.errors import UserError
 
 TINY = (
     "--no-pretrained_backbone --backbone resnet18 --return_layer layer3 --enc_layers 2 --dec_layers 2 "
     "--hidden_dim 32 --nheads 4 --dim_feedforward 32 --num_queries 6 --scalar 2"
 )
+
+DEFORMABLE = "-m dn_dab_deformable_detr --num_feature_levels 4 --dec_n_points 2"
+each_variant = pytest.mark.parametrize("options", ["", DEFORMABLE], ids=["dense", "deformable"])
 
 
 def build(options: str = "", **changes):
@@ -48,7 +52,7 @@ def assert_same(found, expected, atol=1e-5):
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("options", ["", "--num_patterns 3", "--transformer_activation relu"])
+@pytest.mark.parametrize("options", ["", "--num_patterns 3", "--transformer_activation relu", DEFORMABLE])
 def test_any_split_of_the_steps_gives_the_same_outputs(options):
     model, _, _ = build(options)
     images = images_of((64, 96), (80, 64))
@@ -60,13 +64,15 @@ def test_any_split_of_the_steps_gives_the_same_outputs(options):
             assert_same(split, whole, atol=0)
 
 
-def test_step_names_are_the_prunable_modules_in_order():
-    model, _, _ = build()
+@each_variant
+def test_step_names_are_the_prunable_modules_in_order(options):
+    model, _, _ = build(options)
     assert tuple(model.prunable_modules()) == model.step_names == model.widths.names()
 
 
-def test_images_of_one_size_give_the_same_boxes_alone_and_in_a_batch():
-    model, _, _ = build()
+@each_variant
+def test_images_of_one_size_give_the_same_boxes_alone_and_in_a_batch(options):
+    model, _, _ = build(options)
     images = images_of((64, 96), (64, 96), (64, 96))
     with torch.no_grad():
         batch = model(images)
@@ -75,8 +81,9 @@ def test_images_of_one_size_give_the_same_boxes_alone_and_in_a_batch():
             assert_same(alone, {key: batch[key][index : index + 1] for key in ("pred_logits", "pred_boxes")}, 1e-4)
 
 
-def test_a_tensor_of_images_equals_a_list_of_them():
-    model, _, _ = build()
+@each_variant
+def test_a_tensor_of_images_equals_a_list_of_them(options):
+    model, _, _ = build(options)
     images = images_of((64, 64), (64, 64))
     with torch.no_grad():
         assert_same(model(torch.stack(images)), model(images), atol=0)
@@ -92,8 +99,9 @@ def test_outputs_have_the_documented_shapes():
     assert bool(((outputs["pred_boxes"] >= 0) & (outputs["pred_boxes"] <= 1)).all())
 
 
-def test_matching_queries_do_not_see_denoising_ones():
-    model, _, _ = build()
+@each_variant
+def test_matching_queries_do_not_see_denoising_ones(options):
+    model, _, _ = build(options)
     images, targets = images_of((64, 96), (80, 64)), targets_of(3, 1)
     plain = model(images)
     model.train()
@@ -101,15 +109,18 @@ def test_matching_queries_do_not_see_denoising_ones():
     assert_same(model(images, targets), plain)
 
 
+@each_variant
 @pytest.mark.parametrize("counts", [(0, 0), (0, 2), (3, 1)])
-def test_training_works_with_and_without_targets(counts):
-    model, criterion, _ = build()
+def test_training_works_with_and_without_targets(options, counts):
+    """Every parameter gets a gradient, for which DistributedDataParallel would wait."""
+    model, criterion, _ = build(options)
     model.train()
     losses = criterion(model(images_of((64, 64), (64, 64)), targets_of(*counts)), targets_of(*counts))
     assert set(criterion.weight_dict) < set(losses)
     total = criterion.weighted_sum(losses)
     assert bool(torch.isfinite(total))
     total.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     denoised = sum(float(losses[name].detach()) for name in losses if name.startswith("tgt_loss"))
     assert (denoised > 0) == (sum(counts) > 0)
 
@@ -194,3 +205,28 @@ def test_a_state_maps_its_tensors():
     doubled = state.map(lambda tensor: tensor * 2)
     assert float(doubled.hidden[0].mean()) == 4
     assert doubled.memory_mask is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--hidden_dim 48", "--hidden_dim: found 48, expected a multiple of 32"),
+        ("--num_patterns 2", "--num_patterns: found 2"),
+        ("--num_feature_levels 1", "--num_feature_levels: found 1, expected at least 2"),
+    ],
+)
+def test_what_the_deformable_variant_has_not_is_a_users_mistake(options, message):
+    with pytest.raises(UserError, match=message):
+        build(f"{DEFORMABLE} {options}")
+
+
+def test_the_decoder_starts_on_a_ring_of_points_with_equal_weights():
+    args = get_args_parser().parse_args(f"{TINY} {DEFORMABLE}".split())
+    model, _, _ = build_model(Namespace(**{**vars(args), "num_classes": 5}))
+    attention = model.transformer.decoder.layers[0].cross_attn
+    offsets = attention.sampling_offsets.bias.view(4, 4, 2, 2)
+    assert offsets.detach()[:, 0, 1].round().tolist() == [[2, 0], [0, 2], [-2, 0], [0, -2]]
+    assert not attention.sampling_offsets.weight.any()
+    assert not attention.attention_weights.weight.any()
+    assert float(model.bbox_embed[0].layers[-1].bias[2]) == -2
+    assert float(model.bbox_embed[1].layers[-1].bias[2]) == 0

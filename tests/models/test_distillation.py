@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from models.distillation import Distillation, Lesson
-from tests.pruning.tiny import pictures, tiny_detector
+from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 
 WEIGHTS = {"loss_distill_logits": 1.0, "loss_distill_bbox": 5.0, "loss_distill_giou": 2.0, "loss_distill_memory": 3.0}
 NAMES = {f"{name}{end}" for name in list(WEIGHTS)[:3] for end in ("", "_0")} | {"loss_distill_memory"}
 
+each_variant = pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
 
-def distillation(seed: int = 0) -> Distillation:
+
+def distillation(network: str = "") -> Distillation:
     """A tiny teacher of two decoder layers, five queries and seven classes."""
-    return Distillation(tiny_detector(seed=seed)[0], WEIGHTS)
+    return Distillation(tiny_detector(network)[0], WEIGHTS)
 
 
 def example(seed: int = 0) -> tuple[dict, Lesson]:
@@ -28,8 +30,9 @@ def example(seed: int = 0) -> tuple[dict, Lesson]:
     return outputs, Lesson(taught.sigmoid(), taught_boxes, taught_memory, torch.ones(2, 4))
 
 
-def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
-    teaching = distillation()
+@each_variant
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn(network):
+    teaching = distillation(network)
     student = copy.deepcopy(teaching.teacher).requires_grad_(True).train()
     images, targets = pictures()
     losses = teaching(student(images, targets), teaching.teach(images))
@@ -37,10 +40,11 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
     assert all(float(value.detach()) == pytest.approx(0, abs=1e-5) for value in losses.values())
 
 
-def test_another_student_learns_in_all_its_parts_and_the_teacher_stays_as_it_is():
-    teaching = distillation()
+@each_variant
+def test_another_student_learns_in_all_its_parts_and_the_teacher_stays_as_it_is(network):
+    teaching = distillation(network)
     before = {key: value.clone() for key, value in teaching.teacher.state_dict().items()}
-    student = tiny_detector(seed=1)[0].train()
+    student = tiny_detector(network, seed=1)[0].train()
     images, targets = pictures()
     losses = teaching(student(images, targets), teaching.teach(images))
     assert all(float(value.detach()) > 1e-4 for value in losses.values())
@@ -107,11 +111,19 @@ def test_memory_is_compared_by_direction_on_image_pixels_alone():
     assert float(whole["loss_distill_memory"]) == pytest.approx(before)
 
 
-def test_padding_of_a_batch_reaches_the_lesson():
-    lesson = distillation().teach(pictures(((64, 64), (64, 96)))[0])
+@each_variant
+def test_padding_of_a_batch_reaches_the_lesson(network):
+    lesson = distillation(network).teach(pictures(((64, 64), (64, 96)))[0])
     assert lesson.pixels.shape == lesson.memory.shape[:2]
     assert lesson.pixels[1].all()
     assert float(lesson.pixels[0].mean()) == pytest.approx(2 / 3)
+
+
+@each_variant
+def test_images_of_one_size_are_image_all_over(network):
+    lesson = distillation(network).teach(pictures(((64, 64), (64, 64)))[0])
+    assert lesson.pixels.shape == lesson.memory.shape[:2]
+    assert lesson.pixels.all()
 
 
 def test_a_teacher_without_anything_to_say_gives_finite_losses():

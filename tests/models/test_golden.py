@@ -11,12 +11,19 @@ from models import build_model
 from models.widths import Widths
 from tests.golden import recipe
 
+# The deformable reference takes its top 100 detections, whatever --num_select says.
+NETWORKS = {
+    "dense": {},
+    "slim": {},
+    "deformable": {"modelname": "dn_dab_deformable_detr", "num_select": 100},
+}
 
-@pytest.fixture(scope="module", params=["dense", "slim"])
+
+@pytest.fixture(scope="module", params=NETWORKS)
 def golden(request):
     """Model, criterion, postprocessors and the figures of one golden file."""
     args = get_args_parser().parse_args(["--no-pretrained_backbone"])
-    found = vars(recipe.settings(request.param))
+    found = vars(recipe.settings(request.param)) | NETWORKS[request.param]
     args = Namespace(**{**vars(args), "num_classes": 91, "scalar": 2, "label_noise_scale": 0, "box_noise_scale": 0})
     vars(args).update(found, cfgs=Widths.parse(found["cfgs"]) if found.get("cfgs") else None)
     model, criterion, postprocessors = build_model(args)

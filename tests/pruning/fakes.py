@@ -20,8 +20,15 @@ class FakeModule:
     width: int
     nheads: int
     is_attention: bool
+    is_deformable: bool = False
 
-    def set_gate(self, query_or_hidden: Tensor | None, value: Tensor | None = None) -> None:
+    @property
+    def parts(self) -> tuple[str, ...]:
+        if not self.is_attention:
+            return ("hidden",)
+        return ("value",) if self.is_deformable else ("query", "value")
+
+    def set_gate(self, first: Tensor | None, second: Tensor | None = None) -> None:
         """Nothing to multiply."""
 
 

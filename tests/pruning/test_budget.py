@@ -222,3 +222,17 @@ def test_damage_is_predicted_at_the_least_width_and_evenly_up_to_the_whole(width
     damages = search._damages[module.name]
     assert sorted(damages) == expected
     assert all(value == (0 if w == width else 1 / w) for w, value in damages.items())
+
+
+@pytest.mark.parametrize(
+    ("is_attention", "is_deformable", "expected"),
+    [(True, False, {2, 4, 8, 12, 16}), (True, True, {*range(2, 17, 2)}), (False, False, {*range(2, 17, 2)})],
+    ids=["attention", "deformable attention", "ffn"],
+)
+def test_damage_is_measured_at_few_widths_where_each_takes_a_forward(is_attention, is_deformable, expected):
+    module, measured = FakeModule("encoder.0.module", 16, 2, is_attention, is_deformable), set()
+    bench = FakeBench({module.name: module}, constant(0.5), damage=lambda name, width: measured.add(width) or 1 / width)
+    search = BudgetSearch(bench, {module.name: 1.0}, 16.0, {module.name: 2}, 0.5)
+    search.run(1.0)
+    assert measured == expected
+    assert sorted(search._damages[module.name]) == [*range(2, 17, 2)]

@@ -7,8 +7,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
 from models.widths import Widths
-from pruning.cost import cost_of, get_parser, main, products_of, step_shares
-from tests.pruning.tiny import tiny_detector
+from pruning.cost import (
+    cost_of,
+    count_parameters,
+    get_parser,
+    macs_per_channel,
+    main,
+    params_per_channel,
+    products_of,
+    step_shares,
+)
+from tests.pruning.tiny import VARIANTS, tiny_detector
 from util.errors import UserError
 
 GP = "[[[152,416],[232,1408],[216,1504],[232,1248],[224,1472],[248,1344]],"
@@ -48,19 +57,22 @@ def test_the_command_prints_them(capsys):
         ("", None, (64, 96)),
         ("--num_patterns 2 --return_layer layer3", None, (70, 33)),
         ("--enc_layers 2", "[[[4,8],[16,24]],[[8,12,16],[4,28,32]]]", (64, 64)),
+        (VARIANTS["deformable"], None, (70, 33)),
+        (f"{VARIANTS['deformable']} --enc_layers 2", "[[[4,8],[16,24]],[[8,12,16],[4,28,32]]]", (64, 96)),
     ],
 )
 def test_macs_are_those_of_a_forward(options, cfgs, size):
-    """Two differences: the model leaves out the last anchor refinement, which nothing reads, and masks cost nothing."""
+    """But for the dense model's last anchor refinement, which nothing reads, and the sampling, which is no product."""
     model = tiny_detector(options, cfgs and Widths.parse(cfgs))[0].eval()
     images = [torch.zeros(3, *size)]
     products = products_of(model, size)
     unread = [p.macs for p in products if p.part == "anchor refinement"][-1]
+    uncounted = sum(p.macs for p in products if p.part == "sampling") if "deformable" in options else unread
     with torch.no_grad():
         state = model.prepare(images)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model.outputs(model.run_steps(state))
-    assert counter.get_total_flops() == 2 * (sum(p.macs for p in products) - unread)
+    assert counter.get_total_flops() == 2 * (sum(p.macs for p in products) - uncounted)
 
 
 @pytest.mark.parametrize("word", ["--resume a.pth", "--coco_path a", "--device cpu", "--image_size 64", "--lr 1"])
@@ -69,8 +81,33 @@ def test_options_that_change_no_figure_are_refused(word):
         main(word.split())
 
 
-def test_shares_of_the_steps_are_those_of_the_products():
-    model = tiny_detector()[0]
+def test_sampling_costs_five_products_for_each_point_and_channel():
+    model = tiny_detector(VARIANTS["deformable"])[0]
+    found = {p.step: p.macs for p in products_of(model, (64, 64)) if p.part == "sampling"}
+    # 8 x 8, 4 x 4 and 2 x 2 pixels; 3 levels, 2 points in the encoder and 4 in the decoder; 32 channels; 5 queries.
+    assert found["encoder.0.attention"] == 5 * 84 * 3 * 2 * 32
+    assert found["decoder.1.cross_attention"] == 5 * 5 * 3 * 4 * 32
+
+
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_a_channel_costs_what_a_head_of_channels_less_saves(network):
+    whole = tiny_detector(network)[0]
+    macs, params = macs_per_channel(whole, (64, 96)), params_per_channel(whole)
+
+    def totals(model):
+        return sum(p.macs for p in products_of(model, (64, 96))), count_parameters(model)
+
+    macs_before, params_before = totals(whole)
+    for name, module in whole.prunable_modules().items():
+        slim = tiny_detector(network, whole.widths.replace(name, module.width - module.nheads))[0]
+        macs_after, params_after = totals(slim)
+        assert macs_before - macs_after == module.nheads * macs[name]
+        assert params_before - params_after == module.nheads * params[name]
+
+
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_shares_of_the_steps_are_those_of_the_products(network):
+    model = tiny_detector(network)[0]
     shares = step_shares(model, (64, 64))
     assert list(shares) == list(model.step_names)
     assert sum(shares.values()) == pytest.approx(1)

@@ -8,7 +8,7 @@ from pruning import features
 from pruning.features import PassCounter, StateCache, _keep_unchanged, repeat_batch, split_outputs
 from pruning.gates import clear_gates, set_gate
 from pruning.kept import add, none_kept
-from tests.pruning.tiny import pictures, tiny_detector
+from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 
 CPU = torch.device("cpu")
 BATCHES = [pictures(seed=1), pictures(((64, 64), (64, 64)), seed=2), pictures(((96, 64),), seed=3)]
@@ -25,9 +25,10 @@ def assert_same(found, expected):
             torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
 @torch.no_grad()
-def test_outputs_from_any_position_are_those_of_the_whole_network():
-    model = tiny_detector()[0]
+def test_outputs_from_any_position_are_those_of_the_whole_network(network):
+    model = tiny_detector(network)[0]
     cache = cache_of(model)
     for name in model.step_names:
         cache.move_to(name)
@@ -95,8 +96,9 @@ def test_what_the_steps_leave_alone_is_held_once():
 @torch.no_grad()
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_cap_on_the_cache_changes_no_output_and_is_kept(share, dtype):
-    model = tiny_detector()[0].eval()
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_a_cap_on_the_cache_changes_no_output_and_is_kept(network, share, dtype):
+    model = tiny_detector(network)[0].eval()
     shares = dict.fromkeys(model.step_names, 1.0)
     whole = StateCache(model, BATCHES, PassCounter(shares), device=CPU, dtype=dtype)
     for name in ("encoder.0.ffn", "decoder.1.ffn"):
@@ -146,9 +148,10 @@ def test_features_that_do_not_fit_a_gpu_stay_in_ram(monkeypatch, capsys):
     assert features.fitting_device(801, CPU) == CPU
 
 
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
 @torch.no_grad()
-def test_the_estimate_covers_the_cache_wherever_it_stands():
-    model = tiny_detector()[0].eval()
+def test_the_estimate_covers_the_cache_wherever_it_stands(network):
+    model = tiny_detector(network)[0].eval()
     batch = pictures(((64, 96), (96, 64)))
     estimate = features.bytes_needed(model.prepare(batch[0]), model.step_names)
     cache = cache_of(model, [batch])
@@ -157,9 +160,10 @@ def test_the_estimate_covers_the_cache_wherever_it_stands():
         assert cache.nbytes <= 1.1 * estimate
 
 
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
 @torch.no_grad()
-def test_a_repeated_batch_gives_the_outputs_of_each_copy():
-    model = tiny_detector()[0]
+def test_a_repeated_batch_gives_the_outputs_of_each_copy(network):
+    model = tiny_detector(network)[0]
     for batch in range(3):
         state = cache_of(model).state(batch)
         expected = model.outputs(model.run_steps(state))

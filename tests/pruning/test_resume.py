@@ -1,5 +1,6 @@
 """Searches of every kind on a tiny detector: what they write, and that an interrupted one ends as it would have."""
 
+import argparse
 import functools
 import json
 import os
@@ -17,14 +18,14 @@ import torch
 from PIL import Image
 
 from datasets.coco import build_dataset
-from main import build_detector, settle_arguments
+from main import build_detector, get_args_parser, main, settle_arguments
 from pruning import plots
 from pruning.arguments import get_pruning_parser
 from pruning.cli import search
 from pruning.cost import cost_of
 from pruning.schedule import GP, MGP
-from tests.pruning.test_end_to_end import ROOT, SMALL, ap_of, command, folder  # noqa: F401
-from tests.pruning.tiny import tiny_args, tiny_detector
+from tests.pruning.test_end_to_end import ROOT, SMALL, ap_of, command, folder, write_folder  # noqa: F401
+from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
 from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.options import parse
@@ -43,6 +44,10 @@ KINDS = {
     "paper fisher": "--search paper --map_tol 0.3 --ranking fisher --attention_unit 4 --ffn_unit 16",
 }
 GLOBAL = ("fast", "keep", "keep macs", "random", "magnitude")
+SEARCHES = [
+    *(("dense", kind) for kind in KINDS),
+    *(("deformable", kind) for kind in ("fast", "keep macs", "visit", "visit output", "magnitude", "random")),
+]
 
 
 def words(root, out, kind, more=""):
@@ -58,9 +63,15 @@ def run(root, out, kind, more="", schedule=MGP):
 
 
 @pytest.fixture(scope="module")
-def searched(folder, tmp_path_factory):  # noqa: F811
+def folders(folder, tmp_path_factory):  # noqa: F811
+    """A folder with a checkpoint and images for each variant."""
+    return {"dense": folder, "deformable": write_folder(tmp_path_factory.mktemp("deformable"), VARIANTS["deformable"])}
+
+
+@pytest.fixture(scope="module")
+def searched(folders, tmp_path_factory):
     """What the search of a kind finds, run once; its files are beside `path` and not to be changed."""
-    return functools.cache(lambda kind: run(folder, tmp_path_factory.mktemp("whole"), kind))
+    return functools.cache(lambda kind, variant="dense": run(folders[variant], tmp_path_factory.mktemp("whole"), kind))
 
 
 def lines_of(result):
@@ -77,10 +88,10 @@ def assert_same_file(one, other):
     assert all(torch.equal(value, second.state_dict[key]) for key, value in first.state_dict.items())
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_the_map_that_a_search_tells_is_that_of_the_cut_detector(folder, searched, kind):  # noqa: F811
-    result = searched(kind)
-    args = tiny_args(f"{SMALL} --coco_path {folder} --resume {result.path} --eval")
+@pytest.mark.parametrize(("variant", "kind"), SEARCHES)
+def test_the_map_that_a_search_tells_is_that_of_the_cut_detector(folders, searched, variant, kind):
+    result = searched(kind, variant)
+    args = tiny_args(f"{SMALL} --coco_path {folders[variant]} --resume {result.path} --eval")
     slim, _, postprocessors = build_detector(args, settle_arguments(args)[0])
     assert slim.widths == result.widths
     assert ap_of(slim, postprocessors["bbox"], args) == pytest.approx(result.ap, abs=1e-3)
@@ -90,17 +101,30 @@ def test_the_map_that_a_search_tells_is_that_of_the_cut_detector(folder, searche
     assert lines[-1]["ap"] == result.ap and lines[-1]["widths"] == result.widths.to_list()
 
 
-@pytest.mark.parametrize("kind", ["keep", "keep macs"])
-def test_a_fraction_of_the_cost_is_kept_but_no_more(folder, searched, kind):  # noqa: F811
-    args = tiny_args(f"{SMALL} --coco_path {folder} --resume {searched(kind).path} --eval")
+@pytest.mark.parametrize(("variant", "kind"), [("dense", "keep"), ("dense", "keep macs"), ("deformable", "keep macs")])
+def test_a_fraction_of_the_cost_is_kept_but_no_more(folders, searched, variant, kind):
+    result = searched(kind, variant)
+    args = tiny_args(f"{SMALL} --coco_path {folders[variant]} --resume {result.path} --eval")
     slim = build_detector(args, settle_arguments(args)[0])[0]
     height, width = build_dataset("val2017", args, augment=False)[0][0].shape[-2:]
-    before, after = (cost_of(model, (height, width)) for model in (tiny_detector()[0], slim))
+    before, after = (cost_of(model, (height, width)) for model in (tiny_detector(VARIANTS[variant])[0], slim))
     name = "gmacs" if kind == "keep macs" else "transformer_params"
-    trials = [json.loads(line) for line in lines_of(searched(kind))[1:-1]]
+    trials = [json.loads(line) for line in lines_of(result)[1:-1]]
     best = max(trials, key=lambda trial: trial["full_ap"])
     assert getattr(after, name) / getattr(before, name) == pytest.approx(best["kept_fraction"], abs=1e-9)
     assert 0.6 < best["kept_fraction"] <= 0.7
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_search_found_learns_from_the_detector_it_was_cut_from(folders, searched, tmp_path, variant):
+    result, teacher = searched("fast", variant), folders[variant] / "dense.pth"
+    text = f"--coco_path {folders[variant]} --output_dir {tmp_path} --resume {result.path} --distill {teacher} "
+    text += "--distill_memory_coef 3 --epochs 1 --batch_size 2 --num_workers 0 --device cpu"
+    main(*parse(argparse.ArgumentParser(parents=[get_args_parser()]), text.split()))
+    line = json.loads((tmp_path / "log.txt").read_text())
+    for name in ("memory", "logits", "logits_0", "bbox", "giou_0"):
+        assert line[f"train_loss_distill_{name}"] > 0
+    assert read_checkpoint(tmp_path / "checkpoint.pth").widths == result.widths
 
 
 def test_a_global_search_draws_what_it_tried(folder, tmp_path):  # noqa: F811
@@ -110,16 +134,23 @@ def test_a_global_search_draws_what_it_tried(folder, tmp_path):  # noqa: F811
         assert Image.open(tmp_path / name).size > (500, 400)
 
 
-@pytest.mark.parametrize("kind", ["fast", "keep", "visit", "paper"])
-def test_a_search_that_goes_on_ends_as_it_would_have(folder, searched, tmp_path, kind):  # noqa: F811
-    lines = lines_of(searched(kind))
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [
+        *(("dense", kind) for kind in ("fast", "keep", "visit", "paper")),
+        ("deformable", "fast"),
+        ("deformable", "visit"),
+    ],
+)
+def test_a_search_that_goes_on_ends_as_it_would_have(folders, searched, tmp_path, variant, kind):
+    lines = lines_of(searched(kind, variant))
     for count in {1, len(lines) // 2, len(lines) - 1}:
         out = tmp_path / str(count)
         out.mkdir()
         # The last line is one that a crash cut short.
         (out / "search.jsonl").write_bytes(b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2])
-        run(folder, out, kind, "--resume_search")
-        assert_same_file(searched(kind).path.parent, out)
+        run(folders[variant], out, kind, "--resume_search")
+        assert_same_file(searched(kind, variant).path.parent, out)
         again = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
         assert [line["event"] for line in again] == [json.loads(line)["event"] for line in lines]
 
@@ -241,8 +272,9 @@ def test_two_processes_find_the_widths_of_one(folder, tmp_path, images):  # noqa
     assert together.widths == alone.widths
 
 
-def test_the_fast_search_meets_the_schedules_last_target_with_few_measurements(searched):
-    result = searched("fast")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_fast_search_meets_the_schedules_last_target_with_few_measurements(searched, variant):
+    result = searched("fast", variant)
     assert result.ap >= 0.9 * result.base_ap
     assert 1 + len(lines_of(result)[1:-1]) <= 10
 

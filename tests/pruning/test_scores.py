@@ -8,13 +8,13 @@ import torch
 from pruning.calibration import Calibration
 from pruning.features import PassCounter, StateCache
 from pruning.gates import clear_gates, gate_vector
-from pruning.kept import add, all_kept, none_kept, parts
+from pruning.kept import add, all_kept, none_kept
 from pruning.moments import Moments
 from pruning.reconstruction import Reconstruction
 from pruning.scores import RANKINGS, Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder
 from pruning.transplant import SET_OF_PART
 from tests.pruning.samples import Sample, least_error
-from tests.pruning.tiny import pictures, tiny_detector
+from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 
 CPU = torch.device("cpu")
 BATCHES = [pictures(seed=1), pictures(((64, 64), (64, 64), (64, 64)), seed=2)]
@@ -24,8 +24,8 @@ NAMES = ("encoder.0.attention", "encoder.0.ffn", "decoder.0.cross_attention", "d
 class Setting:
     """A tiny detector in front of which the calibration's cache can be put."""
 
-    def __init__(self):
-        self.model, self.criterion, _ = tiny_detector()
+    def __init__(self, network=""):
+        self.model, self.criterion, _ = tiny_detector(network)
         self.model.eval()
         self.criterion.eval()
         shares = dict.fromkeys(self.model.step_names, 1.0)
@@ -55,14 +55,14 @@ class Setting:
         return self.criterion.weighted_sum(self.criterion(self.model(images), targets))
 
 
-@pytest.fixture(scope="module")
-def setting():
-    return Setting()
+@pytest.fixture(scope="module", params=VARIANTS)
+def setting(request):
+    return Setting(VARIANTS[request.param])
 
 
 def groups(module):
     """The parts that a channel may join or leave."""
-    return [parts(module), *((part,) for part in parts(module) if module.is_attention)]
+    return [module.parts, *((part,) for part in module.parts if module.is_attention)]
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -88,11 +88,13 @@ def test_every_candidate_has_a_finite_score_whatever_is_kept(setting, ranking):
 
 @pytest.mark.parametrize("ranking", [r for r in RANKINGS if r not in ("exact", "random")])
 def test_scores_tell_channels_and_parts_apart(setting, ranking):
-    rank, module = setting.ranking(ranking), setting.begin("decoder.0.cross_attention")
-    kept = all_kept(module)
-    found = [rank(module, joined, kept, kept["query"]) for joined in (("query",), ("value",))]
-    assert len(found[0].unique()) == len(found[1].unique()) == 32
-    assert not torch.equal(found[0].argsort(), found[1].argsort())
+    rank = setting.ranking(ranking)
+    for name in ("decoder.0.cross_attention", "decoder.1.self_attention"):
+        module = setting.begin(name)
+        kept = all_kept(module)
+        found = [rank(module, (part,), kept, kept[part]) for part in module.parts]
+        assert all(len(scores.unique()) == 32 for scores in found)
+        assert all(not torch.equal(found[0].argsort(), other.argsort()) for other in found[1:])
 
 
 @pytest.mark.parametrize("name", ["encoder.0.attention", "decoder.1.cross_attention", "decoder.0.ffn"])
@@ -135,17 +137,17 @@ def test_gate_gradients_are_those_of_the_loss_image_by_image(setting, name, join
     """One image after the other through the whole detector, with a gate of its own, as the batch saw it."""
     module = setting.begin(name)
     kept = add(none_kept(module), torch.tensor([1, 9, 10, 17, 30]))
-    joined = parts(module)[-1:] if joined_alone else parts(module)
+    joined = module.parts[-1:] if joined_alone else module.parts
     first, second = torch.zeros(module.width).double(), torch.zeros(module.width).double()
     for images, targets in BATCHES:
         gates = [
             gate_vector(kept[part], module.width, CPU).repeat(len(images), 1, 1).requires_grad_()
-            for part in parts(module)
+            for part in module.parts
         ]
         module.set_gate(*gates)
         loss = len(images) * setting.loss(images, targets)
         gradients = torch.autograd.grad(loss, gates)
-        of_joined = sum(g for part, g in zip(parts(module), gradients, strict=True) if part in joined)[:, 0].double()
+        of_joined = sum(g for part, g in zip(module.parts, gradients, strict=True) if part in joined)[:, 0].double()
         first += of_joined.sum(0)
         second += of_joined.square().sum(0)
     module.set_gate(None)
@@ -181,29 +183,40 @@ def test_eliminating_a_hidden_channel_costs_what_a_refit_without_it_costs(settin
     torch.testing.assert_close(scores, expected, rtol=0.05, atol=1e-3)
 
 
-def test_a_channel_that_nothing_reads_goes_first():
-    setting = Setting()
-    module = setting.modules["decoder.1.self_attention"]
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("name", ["encoder.0.attention", "decoder.1.self_attention"])
+def test_a_channel_that_nothing_reads_goes_first(network, name):
+    setting = Setting(network)
+    module, parameters = setting.modules[name], dict(setting.model.named_parameters())
     with torch.no_grad():
-        module.layer.self_attn.out_proj.weight[:, 13] = 0
-        for projection in (module.layer.sa_qcontent_proj, module.layer.sa_qpos_proj):
-            projection.weight[5] = 0
-            projection.bias[5] = 0
+        for piece in module.parameter_slices():
+            for part, block in piece.blocks(parameters[piece.key]):
+                if part == "query":
+                    block[5] = 0
+                elif piece.axis == 1:
+                    block[:, 13] = 0
     setting.reconstruction = Reconstruction(setting.calibration, "output")
     setting.begin(module.name)
     kept = all_kept(module)
     for ranking in ("elimination", "fisher", "first_order", "magnitude"):
         rank = setting.ranking(ranking)
-        assert int(rank(module, ("value",), kept, kept["value"]).argmax()) == 13
-        assert int(rank(module, ("query",), kept, kept["query"]).argmax()) == 5
+        for part in module.parts:
+            expected = {"value": 13, "query": 5}[part]
+            assert int(rank(module, (part,), kept, kept[part]).argmax()) == expected
 
 
-def test_the_energy_of_a_query_channel_is_that_of_its_products(setting):
-    module = setting.begin("decoder.0.cross_attention")
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [("dense", "decoder.0.cross_attention"), ("dense", "encoder.0.attention"),
+     ("deformable", "decoder.1.self_attention")],
+)  # fmt: skip
+def test_the_energy_of_a_query_channel_is_that_of_its_products(network, name):
+    setting = Setting(VARIANTS[network])
+    module = setting.begin(name)
     weights = setting.calibration.sensitivities[module.name].token_weights
     sums = [[torch.zeros(32).double() for _ in range(2)] for _ in range(2)]
     for place, seen in setting.calibration.activations(module):
-        for product in range(2):
+        for product in range(len(seen["queries"])):
             query, key = seen["queries"][product].double(), seen["keys"][product].double()
             sums[product][0] += (weights[place][..., None] * query.square()).sum((0, 1))
             for image in range(len(query)):
@@ -232,10 +245,10 @@ def test_magnitude_is_a_product_of_norms(setting):
         square = value.square().sum(1 - piece.axis) if value.dim() == 2 else value.square()
         key = (piece.parts[0], piece.axis)
         norms[key] = norms.get(key, 0) + square
-    for joined in (("query",), ("value",), ("query", "value")):
+    for joined in groups(attention):
         factors = [square for (part, _), square in norms.items() if SET_OF_PART[part] in joined]
         expected = -math.prod(factors[1:], start=factors[0])
-        torch.testing.assert_close(rank(attention, joined, channels, channels["query"]), expected)
+        torch.testing.assert_close(rank(attention, joined, channels, channels[joined[0]]), expected)
 
 
 def test_a_random_order_depends_on_seed_module_and_parts_alone(setting):
@@ -251,11 +264,11 @@ def test_moments_of_a_whole_module_are_those_of_its_output(setting):
     module = setting.begin("encoder.0.attention")
     found = setting.reconstruction.hidden_moments()
     weights = setting.calibration.sensitivities[module.name].token_weights
-    layer = module.layer.projections.out_proj
-    parts_ = [
+    layer = setting.model.get_submodule(module.output_name)
+    moments = [
         Moments.of(seen["attended"], layer(seen["attended"]), weights[place])
         for place, seen in setting.calibration.activations(module)
     ]
-    expected = parts_[0] + parts_[1]
+    expected = moments[0] + moments[1]
     torch.testing.assert_close(found.xx, expected.xx, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.covariance_yx, expected.covariance_yx, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.kept import add, all_kept, missing, none_kept, parts
+from pruning.kept import add, all_kept, missing, none_kept
 from pruning.selection import DIRECTIONS, Order, best_of_each_head, draw_candidates, order_channels
 from tests.pruning.fakes import FakeModule, equal_heads
 from tests.pruning.samples import quick
@@ -66,10 +66,10 @@ def fixed_scores(seed, seen=None):
 
 @st.composite
 def fake_modules(draw):
-    """An attention or an FFN of any width."""
+    """An attention, deformable or not, or an FFN, of any width."""
     if draw(st.booleans()):
-        nheads = draw(st.integers(1, 4))
-        return FakeModule("encoder.0.attention", nheads * draw(st.integers(1, 9)), nheads, True)
+        nheads, is_deformable = draw(st.integers(1, 4)), draw(st.booleans())
+        return FakeModule("encoder.0.attention", nheads * draw(st.integers(1, 9)), nheads, True, is_deformable)
     return FakeModule("encoder.0.ffn", draw(st.integers(1, 40)), 1, False)
 
 
@@ -88,7 +88,7 @@ def test_kept_sets_of_an_order_are_nested_and_of_equal_heads(module, direction, 
     head_width = module.width // module.nheads
     kept = [order.kept(count * module.nheads) for count in range(1, head_width + 1)]
     for count, one in enumerate(kept, start=1):
-        assert tuple(one) == parts(module)
+        assert tuple(one) == module.parts
         assert equal_heads(one, head_width)
         assert all(len(indices) == count * module.nheads for indices in one.values())
         assert all(torch.equal(indices, indices.unique(sorted=True)) for indices in one.values())
@@ -96,7 +96,7 @@ def test_kept_sets_of_an_order_are_nested_and_of_equal_heads(module, direction, 
         assert all(torch.isin(less[part], more[part]).all() for part in less)
     assert all(torch.equal(indices, all_kept(module)[part]) for part, indices in kept[-1].items())
     if share:
-        assert all(torch.equal(indices, kept[0][parts(module)[0]]) for indices in kept[0].values())
+        assert all(torch.equal(indices, kept[0][module.parts[0]]) for indices in kept[0].values())
 
 
 @quick
@@ -107,7 +107,7 @@ def test_scores_that_do_not_change_are_sorted_in_each_head(module, direction, sh
     head_width = module.width // module.nheads
     for width in range(module.nheads, module.width + 1, module.nheads):
         for part, indices in order.kept(width).items():
-            score = sum(table[p] for p in parts(module)) if share else table[part]
+            score = sum(table[p] for p in module.parts) if share else table[part]
             for head in range(module.nheads):
                 of_head = score[head * head_width : (head + 1) * head_width]
                 chosen = indices[indices // head_width == head] - head * head_width

@@ -8,20 +8,21 @@ from hypothesis import strategies as st
 from pruning.gates import gated
 from pruning.kept import all_kept, check_kept
 from pruning.transplant import cut_state_dict, paper_masks_to_kept, slices_of, slim_copy, widths_after
-from tests.pruning.tiny import pictures, tiny_detector
+from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 from util.checkpoint import load_weights
 from util.errors import UserError
 
-WHOLE, CRITERION, _ = tiny_detector()
+WHOLE_OF = {variant: tiny_detector(words)[0] for variant, words in VARIANTS.items()}
+WHOLE = WHOLE_OF["dense"]
 IMAGES, TARGETS = pictures()
 
 
 @st.composite
-def kept_sets(draw):
+def kept_sets(draw, model):
     """Random channels of every module, equally many in each head, one up to all; query and value sets may differ."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     kept = {}
-    for name, module in WHOLE.prunable_modules().items():
+    for name, module in model.prunable_modules().items():
         head_width = module.width // module.nheads
         count = draw(st.integers(1, head_width))
 
@@ -29,17 +30,16 @@ def kept_sets(draw):
             heads = [torch.randperm(head_width, generator=generator)[:count] for _ in range(module.nheads)]
             return torch.cat([chosen.sort().values + head * head_width for head, chosen in enumerate(heads)])
 
-        if not module.is_attention:
-            kept[name] = {"hidden": indices()}
-        else:
-            query = indices()
-            kept[name] = {"query": query, "value": query if draw(st.booleans()) else indices()}
+        first, *others = module.parts
+        kept[name] = {first: indices()}
+        kept[name] |= {part: kept[name][first] if draw(st.booleans()) else indices() for part in others}
     return kept
 
 
 def cut_model(model, kept):
     """The slim model with the weights that `kept` leaves."""
-    slim = tiny_detector(cfgs=widths_after(model.widths, kept), seed=1)[0]
+    variant = next(words for name, words in VARIANTS.items() if type(WHOLE_OF[name]) is type(model))
+    slim = tiny_detector(variant, cfgs=widths_after(model.widths, kept), seed=1)[0]
     load_weights(slim, cut_state_dict(model.state_dict(), kept, slices_of(model.prunable_modules())))
     return slim
 
@@ -53,20 +53,24 @@ def outputs_of(model, training):
     return [layer[key] for layer in layers for key in ("pred_logits", "pred_boxes")]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=20, deadline=None)
-@given(kept=kept_sets(), training=st.booleans())
-def test_gated_and_cut_agree(kept, training):
-    slim = cut_model(WHOLE, kept)
-    with gated(WHOLE, kept):
-        expected = outputs_of(WHOLE, training)
+@given(data=st.data(), training=st.booleans())
+def test_gated_and_cut_agree(variant, data, training):
+    whole = WHOLE_OF[variant]
+    kept = data.draw(kept_sets(whole))
+    slim = cut_model(whole, kept)
+    with gated(whole, kept):
+        expected = outputs_of(whole, training)
     for found, wanted in zip(outputs_of(slim, training), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=5, deadline=None)
-@given(kept=kept_sets())
-def test_a_cut_model_can_be_cut_again(kept):
-    slim = cut_model(WHOLE, kept)
+@given(data=st.data())
+def test_a_cut_model_can_be_cut_again(variant, data):
+    slim = cut_model(WHOLE_OF[variant], data.draw(kept_sets(WHOLE_OF[variant])))
     again = _one_channel_a_head(slim)
     slimmer = cut_model(slim, again)
     with gated(slim, again):
@@ -80,18 +84,20 @@ def _one_channel_a_head(model):
     return {name: dict.fromkeys(all_kept(m), firsts[name]) for name, m in model.prunable_modules().items()}
 
 
-def test_gates_change_the_outputs_and_go_away():
-    before = outputs_of(WHOLE, False)
-    with gated(WHOLE, _one_channel_a_head(WHOLE)):
-        between = outputs_of(WHOLE, False)
+@pytest.mark.parametrize("whole", WHOLE_OF.values(), ids=WHOLE_OF)
+def test_gates_change_the_outputs_and_go_away(whole):
+    before = outputs_of(whole, False)
+    with gated(whole, _one_channel_a_head(whole)):
+        between = outputs_of(whole, False)
     assert not torch.allclose(before[0], between[0], atol=1e-3)
-    assert all(torch.equal(a, b) for a, b in zip(before, outputs_of(WHOLE, False), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs_of(whole, False), strict=True))
 
 
-def test_everything_kept_changes_nothing():
-    kept = {name: all_kept(module) for name, module in WHOLE.prunable_modules().items()}
-    cut = cut_state_dict(WHOLE.state_dict(), kept, slices_of(WHOLE.prunable_modules()))
-    assert all(torch.equal(value, cut[key]) for key, value in WHOLE.state_dict().items())
+@pytest.mark.parametrize("whole", WHOLE_OF.values(), ids=WHOLE_OF)
+def test_everything_kept_changes_nothing(whole):
+    kept = {name: all_kept(module) for name, module in whole.prunable_modules().items()}
+    cut = cut_state_dict(whole.state_dict(), kept, slices_of(whole.prunable_modules()))
+    assert all(torch.equal(value, cut[key]) for key, value in whole.state_dict().items())
 
 
 BAD_KEPT = {

@@ -12,6 +12,11 @@ NETWORK = (
     "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 --dim_feedforward 32 --num_queries 5"
 )
 TINY = f"{NETWORK} --no-pretrained_backbone --scalar 2"
+# What a tiny detector of each variant has beyond `TINY`.
+VARIANTS = {
+    "dense": "",
+    "deformable": "-m dn_dab_deformable_detr --return_layer layer3 --num_feature_levels 3 --enc_n_points 2",
+}
 
 
 def tiny_args(more: str = "", cfgs: Widths | None = None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.widths import Widths
-from tests.pruning.tiny import pictures, tiny_args, tiny_detector
+from tests.pruning.tiny import VARIANTS, pictures, tiny_args, tiny_detector
 from util.arguments import take_from_checkpoint
 from util.checkpoint import (
     load_weights,
@@ -78,6 +78,22 @@ def test_dn_detrs_release_with_its_namespace(tmp_path):
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     assert (checkpoint.kind, checkpoint.widths, checkpoint.num_classes) == ("release", FULL, 7)
     assert checkpoint.training is None and not checkpoint.is_search
+
+
+def test_the_deformable_release_tells_its_variant_and_widths(tmp_path):
+    model = tiny_detector(VARIANTS["deformable"], cfgs=SLIM, seed=1)[0]
+    told = argparse.Namespace(num_feature_levels=3, enc_n_points=2, dec_n_points=4, nheads=4)
+    torch.save({"model": model.state_dict(), "args": told}, tmp_path / "a.pth")
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    assert (checkpoint.kind, checkpoint.widths, checkpoint.num_classes) == ("release", SLIM, 7)
+    args = tiny_args("--return_layer layer3")
+    take_from_checkpoint(args, {"return_layer"}, checkpoint)
+    assert (args.modelname, args.num_feature_levels, args.enc_n_points) == ("dn_dab_deformable_detr", 3, 2)
+    target = tiny_detector(VARIANTS["deformable"], cfgs=args.cfgs, seed=2)[0]
+    load_weights(target, checkpoint.state_dict, checkpoint.path)
+    assert torch.equal(outputs_of(model), outputs_of(target))
+    with pytest.raises(UserError, match=r"--modelname dn_dab_detr: .* was made with dn_dab_deformable_detr"):
+        take_from_checkpoint(tiny_args(), {"modelname"}, checkpoint)
 
 
 def test_the_papers_slim_model_tells_its_widths(tmp_path):

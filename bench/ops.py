@@ -1,0 +1,201 @@
+"""Time the sampling operator side by side with PyTorch's own operations and, on a GPU, with the original's algorithm.
+
+    python -m bench.ops [--device cpu] [--rounds 5] [--output FILE.json]
+
+Shapes are those of DN-Deformable-DETR at 800 x 1333 pixels in batches of 2: the encoder, whose queries are the pixels
+of all levels, and the decoder with its 300 queries alone and with 5 denoising groups of 20 targets. The forms take
+turns, so that a busy moment of the machine hits all of them alike; figures are medians.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.environment import environment
+from models.dn_dab_deformable_detr.ops import sample_in_pytorch
+from models.dn_dab_deformable_detr.ops.sampling import load_operator
+from util.errors import UserError, run_cli
+from util.files import write_json
+from util.logging import table
+
+SIZES = [100, 167, 50, 84, 25, 42, 13, 21]  # 800 x 1333 at strides 8 to 64
+BATCH, HEADS, CHANNELS, POINTS = 2, 8, 32, 4
+SHAPES = {"encoder": None, "decoder": 300, "decoder with denoising": 400}
+SPREAD_PIXELS = 3.0  # standard deviation of the points around their reference
+COPY_BYTES = 1 << 28
+FORMS = ("operator", "PyTorch", "original")
+
+Arguments = tuple[Tensor, list[int], Tensor, Tensor]
+Form = tuple[Callable[[Arguments], Tensor], Callable[[Tensor, Arguments, Tensor], Any]]
+
+
+def reference_points() -> Tensor:
+    """The pixels' centres of all levels, S x 2 (x, y) in [0, 1]."""
+    points = []
+    for height, width in zip(SIZES[::2], SIZES[1::2], strict=True):
+        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        points.append(torch.stack((x, y), -1).flatten(0, 1))
+    return torch.cat(points)
+
+
+def arguments(queries: int | None, dtype: torch.dtype, device: torch.device) -> Arguments:
+    """Arguments of the operator; None queries means one for each pixel, where it is, else they are anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    reference = reference_points()
+    pixels, levels = len(reference), len(SIZES) // 2
+    if queries is not None:
+        reference = torch.rand(queries, 2, generator=generator)
+    sizes_wh = torch.tensor(SIZES).view(levels, 2).flip(-1)[:, None]
+    shape = (BATCH, len(reference), HEADS, levels, POINTS)
+    offsets = SPREAD_PIXELS * torch.randn(*shape, 2, generator=generator) / sizes_wh
+    locations = reference[:, None, None, None] + offsets
+    weights = torch.randn(shape, generator=generator).flatten(3).softmax(-1).view(shape)
+    value = torch.randn(BATCH, pixels, HEADS, CHANNELS, generator=generator)
+    tensors = [t.to(device).requires_grad_() for t in (value.to(dtype), locations, weights)]
+    return tensors[0], SIZES, tensors[1], tensors[2]
+
+
+def _differentiate(out: Tensor, given: Arguments, gradient: Tensor) -> Any:
+    return torch.autograd.grad(out, (given[0], given[2], given[3]), gradient)
+
+
+def forms(device: torch.device, dtype: torch.dtype) -> dict[str, Form]:
+    """The forms to time, each as forward and backward."""
+    found: dict[str, Form] = {
+        "operator": (lambda given: torch.ops.dn_detr.sample(*given), _differentiate),
+        "PyTorch": (lambda given: sample_in_pytorch(*given), _differentiate),
+    }
+    if device.type == "cuda" and dtype == torch.float32:
+        from torch.utils.cpp_extension import load
+
+        load("original_sampling", [str(Path(__file__).with_name("original_sampling.cu"))], is_python_module=False)
+        original = torch.ops.dn_detr_bench
+        sizes = torch.tensor(SIZES, device=device)
+        found["original"] = (
+            lambda given: original.original_sample(given[0].detach(), sizes, given[2].detach(), given[3].detach()),
+            lambda out, given, gradient: original.original_backward(
+                gradient, given[0].detach(), sizes, given[2].detach(), given[3].detach()
+            ),
+        )
+    return found
+
+
+def measure(given: Arguments, named: dict[str, Form], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each form, forward and backward, and its greatest difference from the PyTorch form."""
+    device = given[0].device
+    seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in named}
+    results: dict[str, list[Tensor]] = {}
+    for turn in range(rounds + 1):
+        for name, (forward, backward) in named.items():
+            start = _now(device)
+            out = forward(given)
+            middle = _now(device)
+            gradients = backward(out, given, torch.ones_like(out))
+            end = _now(device)
+            if turn == 0:  # the first turn warms up, and shows that all compute the same
+                results[name] = [t.detach().double() for t in (out, *gradients)]
+            else:
+                seconds[name]["forward"].append(middle - start)
+                seconds[name]["backward"].append(end - middle)
+    expected = results["PyTorch"]
+    return {
+        name: {
+            **{part: statistics.median(values) for part, values in seconds[name].items()},
+            "difference": max(
+                float((a - b).abs().max() / b.abs().max()) for a, b in zip(results[name], expected, strict=True)
+            ),
+        }
+        for name in named
+    }
+
+
+def bytes_moved(given: Arguments) -> dict[str, int]:
+    """Bytes that forward and backward must move if every number is moved once."""
+    value, _, locations, weights = given
+    out = locations.shape[0] * locations.shape[1] * HEADS * CHANNELS * value.element_size()
+    inputs = value.nbytes + locations.nbytes + weights.nbytes
+    return {"forward": inputs + out, "backward": 2 * inputs + out}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        start = _now(device)
+        target.copy_(source)
+        seconds.append(_now(device) - start)
+    return 2 * COPY_BYTES / statistics.median(seconds[1:])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def run(device: torch.device, rounds: int) -> dict[str, Any]:
+    """All shapes in all types: seconds, how many times as quick as the other forms, share of a copy's bandwidth."""
+    bandwidth = copy_bandwidth(device)
+    found = {"environment": environment(device), "rounds": rounds, "copy_GB_per_s": bandwidth / 1e9, "cases": []}
+    dtypes = [torch.float32, torch.bfloat16] if device.type == "cuda" else [torch.float32]
+    for shape, queries in SHAPES.items():
+        for dtype in dtypes:
+            given = arguments(queries, dtype, device)
+            measured = measure(given, forms(device, dtype), rounds)
+            for part, count in bytes_moved(given).items():
+                own = measured["operator"][part]
+                case = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "part": part}
+                case["milliseconds"] = {form: 1000 * figures[part] for form, figures in measured.items()}
+                case["times_as_quick_as"] = {f: v[part] / own for f, v in measured.items() if f != "operator"}
+                case["share_of_copy_bandwidth"] = count / own / bandwidth
+                case["difference_from_pytorch"] = measured["operator"]["difference"]
+                found["cases"].append(case)
+    return found
+
+
+def result_table(found: dict[str, Any]) -> str:
+    """The figures as text."""
+    rows = []
+    for case in found["cases"]:
+        milliseconds, ratios = case["milliseconds"], case["times_as_quick_as"]
+        cells = [f"{milliseconds[form]:.2f}" if form in milliseconds else "-" for form in FORMS]
+        cells += [f"{ratios[form]:.1f}" if form in ratios else "-" for form in FORMS[1:]]
+        share = f"{100 * case['share_of_copy_bandwidth']:.0f}%"
+        rows.append((case["shape"], case["dtype"], case["part"], *cells, share))
+    header = ("shape", "type", "part", "operator ms", "PyTorch ms", "original ms", "x PyTorch", "x original", "of copy")
+    return table(header, rows)
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], prog="python -m bench.ops")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each form (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    args = parser.parse_args()
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}, expected at least 1")
+    device = torch.device(args.device)
+    if device.type not in load_operator():
+        raise UserError(
+            f"--device {args.device}: found no compiled operator for it, expected one that "
+            "models/dn_dab_deformable_detr/ops/setup.py has built and installed"
+        )
+    found = run(device, args.rounds)
+    print("{device}, torch {torch}, {threads} threads".format(**found["environment"]))
+    print(result_table(found))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, found)
+
+
+if __name__ == "__main__":
+    run_cli(main)

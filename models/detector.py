@@ -1,0 +1,143 @@
+"""What the variants of DN-DETR share: a detector is a front, a sequence of named steps, and heads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from models.denoising import DenoisingSettings, noised_queries, query_mask
+from models.prunable import KINDS, ParameterSlice, PrunableModule
+from models.state import DetectorState, Features
+from models.widths import Widths
+
+
+class Detector(nn.Module, ABC):
+    """Base of the variants; a subclass adds what it is made of.
+
+    That is `transformer` (with `encoder` and `decoder`, each with `step`), `label_enc` and its heads.
+
+    Args:
+        widths: channels of every attention and FFN.
+        num_classes: largest category id + 1.
+        hidden_dim: channels of features and queries.
+        nheads: attention heads.
+        num_queries: matching queries.
+        num_patterns: patterns for each anchor, 0 for none.
+        denoising: how targets are noised in training; None trains without denoising queries.
+    """
+
+    def __init__(
+        self,
+        widths: Widths,
+        *,
+        num_classes: int,
+        hidden_dim: int,
+        nheads: int,
+        num_queries: int,
+        num_patterns: int,
+        denoising: DenoisingSettings | None,
+    ) -> None:
+        super().__init__()
+        self.widths = widths
+        self.num_classes = num_classes
+        self.hidden_dim = hidden_dim
+        self.nheads = nheads
+        self.num_queries = num_queries
+        self.num_patterns = num_patterns
+        self.denoising = denoising
+        self.step_names = widths.names()
+
+    @abstractmethod
+    def features(self, images: list[Tensor] | Tensor) -> Features:
+        """What the backbone and the projections behind it make of images; see `forward`."""
+
+    @abstractmethod
+    def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
+        """The state in front of the first step, with positions and queries added to the features."""
+
+    @abstractmethod
+    def classify(self, layer: int, hidden: Tensor) -> Tensor:
+        """Class logits B x Q x num_classes from what a decoder layer left, B x Q x hidden_dim."""
+
+    @abstractmethod
+    def layer_slices(self, stack: str, index: int) -> dict[str, tuple[ParameterSlice, ...]]:
+        """How the parameters of one layer of `encoder` or `decoder` shrink with each of its blocks."""
+
+    def forward(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> dict:
+        """Detect objects.
+
+        Args:
+            images: list of 3 x H x W, or one B x 3 x H x W, normalised.
+            targets: in training, a dict for each image with `boxes` (N x 4 cxcywh in [0, 1]) and `labels` (N);
+                they add the denoising queries.
+
+        Returns:
+            `pred_logits` B x Q x num_classes, `pred_boxes` B x Q x 4 (cxcywh in [0, 1]), `aux_outputs`: the same two
+            for each earlier layer; in training also `memory`, the encoder's output (B x S x D); with denoising queries
+            also `denoising`: `layout`, `pred_logits` and `pred_boxes` with a leading axis of layers.
+        """
+        return self.outputs(self.run_steps(self.prepare(images, targets)))
+
+    def prepare(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
+        """The state in front of the first step: features, positions and queries."""
+        return self.first_state(self.features(images), targets)
+
+    def queries(self, content: Tensor, anchor_logits: Tensor, targets: list[dict] | None) -> dict[str, object]:
+        """The fields of a state that hold the queries: the matching ones, in training behind the denoising ones.
+
+        Args:
+            content: B x Q x hidden_dim of the matching queries.
+            anchor_logits: B x Q x 4.
+        """
+        mask = layout = noised = None
+        if self.training and targets is not None and self.denoising is not None:
+            noised = noised_queries(targets, self.label_enc, self.num_classes, self.denoising)
+        if noised is not None:
+            layout = noised.layout
+            mask = query_mask(layout, content.shape[1], content.device)
+            content = torch.cat((noised.content, content), dim=1)
+            anchor_logits = torch.cat((noised.anchor_logits, anchor_logits), dim=1)
+        anchors = anchor_logits.sigmoid()
+        fields = {"queries": content, "query_mask": mask, "anchors": anchors, "live_anchors": anchors}
+        return {**fields, "denoising": layout}
+
+    def run_steps(self, state: DetectorState, start: str | None = None, stop: str | None = None) -> DetectorState:
+        """Run the steps from `start` (included; None is the first) to `stop` (excluded; None runs to the end)."""
+        first = 0 if start is None else self.step_names.index(start)
+        last = len(self.step_names) if stop is None else self.step_names.index(stop)
+        for name in self.step_names[first:last]:
+            stack, index, block = name.split(".")
+            state = getattr(self.transformer, stack).step(int(index), block, state)
+        return state
+
+    def outputs(self, state: DetectorState) -> dict:
+        """Logits and boxes of a state at the end of the steps; see `forward`."""
+        logits = [self.classify(layer, hidden) for layer, hidden in enumerate(state.hidden)]
+        split = state.denoising.num_queries if state.denoising else 0
+        layers = [
+            {"pred_logits": layer_logits[:, split:], "pred_boxes": boxes[:, split:]}
+            for layer_logits, boxes in zip(logits, state.boxes, strict=True)
+        ]
+        outputs = {**layers[-1], "aux_outputs": layers[:-1]}
+        if self.training:
+            outputs["memory"] = state.memory
+        if state.denoising:
+            outputs["denoising"] = {
+                "layout": state.denoising,
+                "pred_logits": torch.stack([layer_logits[:, :split] for layer_logits in logits]),
+                "pred_boxes": torch.stack([boxes[:, :split] for boxes in state.boxes]),
+            }
+        return outputs
+
+    def prunable_modules(self) -> dict[str, PrunableModule]:
+        """Every attention and FFN by name, in network order."""
+        modules = {}
+        for name, width in self.widths.items():
+            stack, index, block = name.split(".")
+            slices = self.layer_slices(stack, int(index))[block]
+            groups = 1 if block == "ffn" else self.nheads
+            layer = getattr(self.transformer, stack).layers[int(index)]
+            modules[name] = PrunableModule(name, KINDS[block], width, groups, layer, slices)
+        return modules

@@ -1,0 +1,43 @@
+"""The deformable variant of DN-DETR."""
+
+from argparse import Namespace
+
+from models.backbone import Backbone
+from models.denoising import DenoisingSettings
+from models.dn_dab_deformable_detr.detector import NORM_GROUPS, DnDabDeformableDetr
+from models.widths import Widths
+from util.errors import UserError
+
+
+def build(args: Namespace, backbone: Backbone, denoising: DenoisingSettings | None) -> DnDabDeformableDetr:
+    """The detector that the arguments describe; its activation is ReLU and its positions' temperature 10000.
+
+    Raises:
+        UserError: where the options describe none.
+    """
+    if args.hidden_dim % NORM_GROUPS:
+        raise UserError(f"--hidden_dim: found {args.hidden_dim}, expected a multiple of {NORM_GROUPS}")
+    if args.num_patterns:
+        raise UserError(f"--num_patterns: found {args.num_patterns}, expected 0 for {args.modelname}")
+    stages = int(args.return_layer.removeprefix("layer")) - 1
+    if args.num_feature_levels < stages:
+        raise UserError(
+            f"--num_feature_levels: found {args.num_feature_levels}, expected at least {stages}, one for each stage "
+            f"from layer2 to {args.return_layer} (--return_layer)"
+        )
+    full = Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
+    if args.cfgs is not None:
+        args.cfgs.check(nheads=args.nheads, full=full)
+    return DnDabDeformableDetr(
+        backbone,
+        args.cfgs or full,
+        num_classes=args.num_classes,
+        hidden_dim=args.hidden_dim,
+        nheads=args.nheads,
+        num_queries=args.num_queries,
+        num_levels=args.num_feature_levels,
+        encoder_points=args.enc_n_points,
+        decoder_points=args.dec_n_points,
+        dropout=args.dropout,
+        denoising=denoising,
+    )

@@ -1,0 +1,105 @@
+"""The decoder of DAB-Deformable-DETR (arXiv 2201.12329, 2010.04159): anchors that every layer refines."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.attention import add_packed_projections, packed_self_attention
+from models.dn_dab_deformable_detr.attention import DeformableAttention, deformable_attention_slices
+from models.dn_dab_deformable_detr.state import DeformableState
+from models.layers import MLP, GatedLayer, inverse_sigmoid
+from models.position_encoding import anchor_encoding
+from models.prunable import ParameterSlice, ffn_slices, packed_attention_slices
+
+
+class DecoderLayer(GatedLayer):
+    """Self-attention among queries, deformable cross-attention to the image, FFN; each with residual and norm.
+
+    Args:
+        hidden_dim: channels of the queries.
+        widths: channels of the self-attention, value channels of the cross-attention and channels of the FFN.
+        nheads: attention heads.
+        num_levels, num_points: levels of the features, and points read on each.
+        dropout: probability.
+    """
+
+    def __init__(
+        self, hidden_dim: int, widths: tuple[int, ...], nheads: int, num_levels: int, num_points: int, dropout: float
+    ) -> None:
+        self_width, cross_width, ffn_width = widths
+        super().__init__(hidden_dim, ffn_width, "relu", dropout)
+        self.nheads = nheads
+        self.cross_attn = DeformableAttention(hidden_dim, cross_width, nheads, num_levels, num_points)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.self_attn = nn.Module()
+        add_packed_projections(self.self_attn, hidden_dim, self_width)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.norm3 = nn.LayerNorm(hidden_dim)
+
+    def self_attention(self, x: Tensor, query_pos: Tensor, mask: Tensor | None) -> Tensor:
+        """x and query_pos are B x Q x hidden_dim, mask Q x Q bool or None."""
+        attended = packed_self_attention(self, "self_attention", self.self_attn, x, query_pos, mask)
+        return self.norm2(x + self.dropout(self.self_attn.out_proj(attended)))
+
+    def cross_attention(self, x: Tensor, state: DeformableState) -> Tensor:
+        """x is B x Q x hidden_dim; the anchors are laid on each level's map, padding included."""
+        gate, _ = self.gate("cross_attention")
+        reference = state.anchors[:, :, None] * state.valid_ratios.repeat(1, 1, 2)[:, None]
+        query = x + state.query_pos
+        attended = self.cross_attn(query, reference, state.memory, state.memory_mask, state.levels.flat(), gate)
+        self.observe("cross_attention", attended=attended)
+        return self.norm1(x + self.dropout(self.cross_attn.output_proj(attended)))
+
+    def ffn(self, x: Tensor) -> Tensor:
+        """B x Q x hidden_dim."""
+        return self.norm3(x + self.dropout(self.feed_forward(x)))
+
+
+class Decoder(nn.Module):
+    """A stack of decoder layers around the anchors.
+
+    Args:
+        layers: the layers in order.
+        hidden_dim: channels of the queries.
+        bbox_embed: the detector's box heads, one for each layer, shared with it.
+    """
+
+    def __init__(self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim)
+        self.ref_point_head = MLP(2 * hidden_dim, hidden_dim, hidden_dim)
+        self.bbox_embed = bbox_embed
+
+    def step(self, index: int, block: str, state: DeformableState) -> DeformableState:
+        """Run one block (`self_attention`, `cross_attention` or `ffn`) of one layer."""
+        layer, x = self.layers[index], state.queries
+        if block == "self_attention":
+            state = self._position_queries(index, state)
+            return state.replace(queries=layer.self_attention(x, state.query_pos, state.query_mask))
+        if block == "cross_attention":
+            return state.replace(queries=layer.cross_attention(x, state))
+        return self._finish_layer(index, state.replace(queries=layer.ffn(x)))
+
+    def _position_queries(self, index: int, state: DeformableState) -> DeformableState:
+        """Positional queries from the anchors on the finest level, scaled by their content from the second layer on."""
+        x = state.queries
+        on_finest = state.anchors * state.valid_ratios[:, :1].repeat(1, 1, 2)
+        query_pos = self.ref_point_head(anchor_encoding(on_finest, x.shape[-1]))
+        return state.replace(query_pos=query_pos if index == 0 else query_pos * self.query_scale(x))
+
+    def _finish_layer(self, index: int, state: DeformableState) -> DeformableState:
+        """Read the layer's boxes off; the next one starts from them, without gradient."""
+        x = state.queries
+        boxes = (self.bbox_embed[index](x) + inverse_sigmoid(state.anchors)).sigmoid()
+        state = state.replace(hidden=(*state.hidden, x), boxes=(*state.boxes, boxes))
+        return state if index == len(self.layers) - 1 else state.replace(anchors=boxes.detach())
+
+
+def decoder_layer_slices(prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
+    """The parameters that shrink with each block of the decoder layer at `prefix`."""
+    return {
+        "self_attention": packed_attention_slices(f"{prefix}.self_attn"),
+        "cross_attention": deformable_attention_slices(f"{prefix}.cross_attn"),
+        "ffn": ffn_slices(prefix),
+    }

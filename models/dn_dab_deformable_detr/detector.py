@@ -1,0 +1,178 @@
+"""DN-DAB-Deformable-DETR: backbone, transformer over several levels, and heads, as a sequence of named steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.denoising import DenoisingSettings
+from models.detector import Detector
+from models.dn_dab_deformable_detr.attention import DeformableAttention
+from models.dn_dab_deformable_detr.decoder import Decoder, DecoderLayer, decoder_layer_slices
+from models.dn_dab_deformable_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
+from models.dn_dab_deformable_detr.state import DeformableState, LevelSizes
+from models.initialisation import initialise_detector
+from models.layers import MLP
+from models.padding import pad_images, resize_padding
+from models.position_encoding import pixel_encoding
+from models.prunable import ParameterSlice
+from models.state import Features
+from models.widths import Widths
+
+NORM_GROUPS = 32
+TEMPERATURE = 10000
+BOX_SIZE_BIAS = -2.0  # logit: the first layer's boxes begin at about an eighth of the anchor's odds
+
+
+class Transformer(nn.Module):
+    """Encoder, decoder and the embedding of the levels; a container that gives the state dict its names."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, num_levels: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.empty(num_levels, hidden_dim))
+        self.encoder = encoder
+        self.decoder = decoder
+
+
+class DnDabDeformableDetr(Detector):
+    """The deformable variant of DN-DETR (arXiv 2203.01305, 2010.04159) with any widths.
+
+    Args:
+        backbone: gives the features; every stage from layer2 to its last is a level.
+        widths: channels of every attention (value channels of a deformable one) and FFN.
+        num_classes: largest category id + 1.
+        num_levels: levels of the features; those beyond the backbone's come from convolutions of stride 2.
+        encoder_points, decoder_points: points that a head reads on each level.
+        denoising: how targets are noised in training; None trains without denoising queries.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        widths: Widths,
+        *,
+        num_classes: int,
+        hidden_dim: int = 256,
+        nheads: int = 8,
+        num_queries: int = 300,
+        num_levels: int = 4,
+        encoder_points: int = 4,
+        decoder_points: int = 4,
+        dropout: float = 0.0,
+        denoising: DenoisingSettings | None = None,
+    ) -> None:
+        super().__init__(
+            widths,
+            num_classes=num_classes,
+            hidden_dim=hidden_dim,
+            nheads=nheads,
+            num_queries=num_queries,
+            num_patterns=0,
+            denoising=denoising,
+        )
+        self.num_levels = num_levels
+        self.points = {"encoder": encoder_points, "decoder": decoder_points}
+        self.stages = [stage for stage in backbone.channels if stage != "layer1"]
+        common = (nheads, num_levels)
+        self.bbox_embed = nn.ModuleList(MLP(hidden_dim, hidden_dim, hidden_dim, 4) for _ in widths.decoder)
+        self.transformer = Transformer(
+            Encoder([EncoderLayer(hidden_dim, w, *common, encoder_points, dropout) for w in widths.encoder]),
+            Decoder(
+                [DecoderLayer(hidden_dim, w, *common, decoder_points, dropout) for w in widths.decoder],
+                hidden_dim,
+                self.bbox_embed,
+            ),
+            num_levels,
+            hidden_dim,
+        )
+        self.class_embed = nn.ModuleList(nn.Linear(hidden_dim, num_classes) for _ in widths.decoder)
+        self.label_enc = nn.Embedding(num_classes + 1, hidden_dim - 1)
+        self.tgt_embed = nn.Embedding(num_queries, hidden_dim - 1)
+        self.refpoint_embed = nn.Embedding(num_queries, 4)
+        self.input_proj = nn.ModuleList(
+            _projections([backbone.channels[s] for s in self.stages], num_levels, hidden_dim)
+        )
+        # A list of one, because the checkpoints' keys begin with `backbone.0.body`.
+        self.backbone = nn.ModuleList([backbone])
+        self._initialise()
+
+    def _initialise(self) -> None:
+        initialise_detector(self.transformer, self.class_embed, self.bbox_embed)
+        nn.init.normal_(self.transformer.level_embed)
+        nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], BOX_SIZE_BIAS)
+        for module in self.transformer.modules():
+            if isinstance(module, DeformableAttention):
+                module.initialise_sampling()
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+
+    def features(self, images: list[Tensor] | Tensor) -> Features:
+        """What the backbone and the projections behind it make of images, the pixels of all levels; see `forward`."""
+        batch, padding, is_padded = pad_images(images)
+        maps = self._levels(batch)
+        if not is_padded:
+            padding = padding[:1]
+        memory = torch.cat([level.flatten(2) for level in maps], dim=2).transpose(1, 2).contiguous()
+        return Features(memory, tuple(resize_padding(padding, level.shape[-2:]) for level in maps), is_padded)
+
+    def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DeformableState:
+        """The state in front of the first step, with positions and queries added to the features."""
+        positions = [
+            pixel_encoding(padding, self.hidden_dim, TEMPERATURE, TEMPERATURE, shift=0.5) + embedding
+            for padding, embedding in zip(features.paddings, self.transformer.level_embed, strict=True)
+        ]
+        mask = torch.cat([~padding.flatten(1) for padding in features.paddings], dim=1).unsqueeze(-1)
+        return DeformableState(
+            memory=features.memory,
+            memory_pos=torch.cat(positions, dim=1),
+            memory_mask=mask if features.is_padded else None,
+            levels=LevelSizes(tuple((padding.shape[1], padding.shape[2]) for padding in features.paddings)),
+            valid_ratios=torch.stack([_valid_ratio(padding) for padding in features.paddings], dim=1),
+            **self._queries(len(features.memory), targets),
+        )
+
+    def _levels(self, batch: Tensor) -> list[Tensor]:
+        """Maps B x hidden_dim x h x w of all levels, finest first."""
+        features = self.backbone[0].features(batch, self.stages)
+        maps: list[Tensor] = []
+        for index, projection in enumerate(self.input_proj):
+            last = len(features) - 1
+            maps.append(projection(features[min(index, last)] if index <= last + 1 else maps[-1]))
+        return maps
+
+    def _queries(self, batch_size: int, targets: list[dict] | None) -> dict[str, object]:
+        content = self.tgt_embed.weight
+        # The matching queries' indicator channel is 0.
+        content = torch.cat((content, content.new_zeros(len(content), 1)), dim=1)
+        matching = (t.expand(batch_size, -1, -1) for t in (content, self.refpoint_embed.weight))
+        fields = self.queries(*matching, targets)
+        if self.training and fields["denoising"] is None:
+            # DistributedDataParallel waits for a gradient of every parameter, and no query has used the labels'.
+            fields["queries"] = fields["queries"] + 0 * self.label_enc.weight.sum()
+        return fields
+
+    def classify(self, layer: int, hidden: Tensor) -> Tensor:
+        """Class logits B x Q x num_classes by the layer's own head."""
+        return self.class_embed[layer](hidden)
+
+    def layer_slices(self, stack: str, index: int) -> dict[str, tuple[ParameterSlice, ...]]:
+        """How the parameters of one layer shrink with each of its blocks."""
+        slices = encoder_layer_slices if stack == "encoder" else decoder_layer_slices
+        return slices(f"transformer.{stack}.layers.{index}")
+
+
+def _projections(channels: list[int], num_levels: int, hidden_dim: int) -> list[nn.Sequential]:
+    """A 1x1 convolution for each stage, then 3x3 ones of stride 2: on the last stage, then on the level before."""
+    convolutions = [nn.Conv2d(count, hidden_dim, kernel_size=1) for count in channels]
+    for index in range(len(channels), num_levels):
+        count = channels[-1] if index == len(channels) else hidden_dim
+        convolutions.append(nn.Conv2d(count, hidden_dim, kernel_size=3, stride=2, padding=1))
+    return [nn.Sequential(convolution, nn.GroupNorm(NORM_GROUPS, hidden_dim)) for convolution in convolutions]
+
+
+def _valid_ratio(padding: Tensor) -> Tensor:
+    """Padding B x h x w -> B x 2: the part of the width and of the height that is image."""
+    valid = (~padding).float()
+    return torch.stack((valid[:, 0].mean(1), valid[:, :, 0].mean(1)), dim=-1)

@@ -1,0 +1,143 @@
+"""Weighted sums of bilinear samples: by the compiled operator where it is built, else by PyTorch's own operations."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MODULE = "deformable_sampling"
+OPERATOR = "dn_detr::sample"
+
+# Types of devices that the compiled operator has a kernel for; None until it has been looked for.
+_compiled_for: frozenset[str] | None = None
+
+
+def sample(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+    """The sum over levels and points of weight times bilinear sample (arXiv 2010.04159, equation 3, inner sums).
+
+    Args:
+        value: B x S x heads x channels of any floating type, the pixels of all levels, level after level.
+        level_sizes: [h0, w0, h1, w1, ...], in all S pixels.
+        locations: B x Q x heads x levels x points x 2, (x, y) in [0, 1] of a level's map, on which pixel (i, j) has its
+            centre at ((j + 0.5) / w, (i + 0.5) / h); what lies outside is 0.
+        weights: B x Q x heads x levels x points. It and `locations` are float64 for values of that type, else float32.
+
+    Returns:
+        B x Q x heads x channels, of the values' type; sums are taken in that of the weights.
+
+    Raises:
+        RuntimeError: arguments that do not fit together.
+    """
+    if _compiled_for is None:
+        load_operator()
+    if value.device.type in _compiled_for:
+        return torch.ops.dn_detr.sample(value, level_sizes, locations, weights)
+    check_arguments(value, level_sizes, locations, weights)
+    return sample_in_pytorch(value, level_sizes, locations, weights)
+
+
+def sample_in_pytorch(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+    """`sample` in PyTorch's own operations; the reference for the compiled operator."""
+    batch, _, heads, channels = value.shape
+    sizes_hw = list(zip(level_sizes[::2], level_sizes[1::2], strict=True))
+    dtype = locations.dtype
+    grids = 2 * locations - 1
+    samples = []
+    for level, pixels in enumerate(value.split([height * width for height, width in sizes_hw], dim=1)):
+        image = pixels.permute(0, 2, 3, 1).reshape(batch * heads, channels, *sizes_hw[level])
+        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        samples.append(F.grid_sample(image.to(dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    weights = weights.transpose(1, 2).flatten(0, 1).flatten(2).unsqueeze(1)
+    summed = (torch.cat(samples, dim=-1) * weights).sum(-1)
+    return summed.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).to(value.dtype)
+
+
+def check_arguments(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> None:
+    """Raise a `RuntimeError` unless the arguments of `sample` fit together; the compiled operator checks the same."""
+    torch._check(value.dim() == 4, lambda: f"sample: value has {value.dim()} axes, expected 4")
+    torch._check(locations.dim() == 6, lambda: f"sample: locations has {locations.dim()} axes, expected 6")
+    torch._check(
+        len(level_sizes) > 0 and len(level_sizes) % 2 == 0,
+        lambda: f"sample: level_sizes has {len(level_sizes)} entries, expected height and width of each level",
+    )
+    for side in level_sizes:
+        torch._check(side >= 1, lambda side=side: f"sample: a level has a side of {side}, expected at least 1")
+    pixels = sum(h * w for h, w in zip(level_sizes[::2], level_sizes[1::2], strict=True))
+    torch._check(
+        pixels == value.shape[1], lambda: f"sample: the levels have {pixels} pixels, and value has {value.shape[1]}"
+    )
+    torch._check(value.is_floating_point(), lambda: f"sample: value is {value.dtype}, expected a floating type")
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    shape = (value.shape[0], locations.shape[1], value.shape[2], len(level_sizes) // 2, locations.shape[4])
+    for name, tensor, expected in (("locations", locations, (*shape, 2)), ("weights", weights, shape)):
+        torch._check(
+            tuple(tensor.shape) == expected,
+            lambda name=name, tensor=tensor, expected=expected: (
+                f"sample: {name} has the shape {tuple(tensor.shape)}, expected {expected}"
+            ),
+        )
+        torch._check(
+            tensor.dtype == wide,
+            lambda name=name, tensor=tensor: f"sample: {name} is {tensor.dtype}, expected {wide}",
+        )
+        torch._check(
+            tensor.device == value.device,
+            lambda name=name, tensor=tensor: f"sample: {name} is on {tensor.device}, and value on {value.device}",
+        )
+
+
+def load_operator() -> frozenset[str]:
+    """Look for the compiled operator, once; returns the types of devices it runs on and warns where it is missing."""
+    global _compiled_for
+    if _compiled_for is not None:
+        return _compiled_for
+    expected = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    reason = "it was built without CUDA"
+    try:
+        importlib.import_module(MODULE)
+    except ImportError as error:  # not built, or built for another PyTorch
+        reason, found = str(error), frozenset()
+    else:
+        _register()
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        found = frozenset(type_ for type_ in ("cpu", "cuda") if has_kernel(OPERATOR, type_.upper()))
+    _compiled_for = found
+    if expected - found:
+        warnings.warn(
+            f"no compiled sampling for {', '.join(sorted(expected - found))} ({reason}): PyTorch's own operations "
+            "take its place, several times slower; models/dn_dab_deformable_detr/ops/setup.py builds it",
+            stacklevel=2,
+        )
+    return found
+
+
+@functools.cache
+def _register() -> None:
+    """What the compiled library leaves to Python: shapes for compilers and exporters, and the gradient's formula."""
+
+    @torch.library.register_fake(OPERATOR)
+    def _(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+        check_arguments(value, level_sizes, locations, weights)
+        return value.new_empty(value.shape[0], locations.shape[1], *value.shape[2:])
+
+    @torch.library.register_fake(f"{OPERATOR}_backward")
+    def _(
+        gradient: Tensor, value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
+
+    def keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        value, ctx.level_sizes, locations, weights = inputs
+        ctx.save_for_backward(value, locations, weights)
+
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        value, locations, weights = ctx.saved_tensors
+        gradients = torch.ops.dn_detr.sample_backward(gradient, value, ctx.level_sizes, locations, weights)
+        return gradients[0], None, gradients[1], gradients[2]
+
+    torch.library.register_autograd(OPERATOR, backward, setup_context=keep_inputs)

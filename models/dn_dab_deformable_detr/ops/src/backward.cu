@@ -1,0 +1,204 @@
+// The operator on CUDA, backward: gradients of locations and weights are summed within a group of lanes and written
+// once; only the values' need atomic additions, and those go out in vectors where the GPU has them.
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "cuda_common.cuh"
+
+namespace deformable {
+
+namespace {
+
+// Numbers of a vector that one atomic addition takes: GPUs from compute capability 9.0 on add 2 or 4 floats at once.
+template <typename A, int Vec>
+constexpr int kAddedAtOnce =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    std::is_same_v<A, float> ? (Vec % 4 == 0 ? 4 : Vec) : 1;
+#else
+    1;
+#endif
+
+// address[0 .. Vec) += numbers, each one atomically.
+template <int Vec, typename A>
+__device__ __forceinline__ void add_atomically(A* address, const A (&numbers)[Vec]) {
+  constexpr int kAtOnce = kAddedAtOnce<A, Vec>;
+#pragma unroll
+  for (int i = 0; i < Vec; i += kAtOnce) {
+    if constexpr (kAtOnce == 4) {
+      const float4 four = make_float4(numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]);
+      atomicAdd(reinterpret_cast<float4*>(address + i), four);
+    } else if constexpr (kAtOnce == 2) {
+      atomicAdd(reinterpret_cast<float2*>(address + i), make_float2(numbers[i], numbers[i + 1]));
+    } else {
+      atomicAdd(address + i, numbers[i]);
+    }
+  }
+}
+
+// Sums of four numbers over the lanes of a group; lane i gets that of number i % 4. Lanes trade two numbers with the
+// lane two away and one with the next, so that three exchanges do the first two steps of all four sums.
+template <int Group, typename A>
+__device__ __forceinline__ A sum_of_four(const A (&numbers)[4], int lane, unsigned mask) {
+  static_assert(Group >= 4);
+  const bool upper = lane & 2, odd = lane & 1;
+  A even_one = upper ? numbers[2] : numbers[0], odd_one = upper ? numbers[3] : numbers[1];
+  even_one += __shfl_xor_sync(mask, upper ? numbers[0] : numbers[2], 2);
+  odd_one += __shfl_xor_sync(mask, upper ? numbers[1] : numbers[3], 2);
+  A sum = odd ? odd_one : even_one;
+  sum += __shfl_xor_sync(mask, odd ? even_one : odd_one, 1);
+#pragma unroll
+  for (int distance = 4; distance < Group; distance *= 2) sum += __shfl_xor_sync(mask, sum, distance);
+  return sum;
+}
+
+template <typename T, int Vec, int Group>
+__global__ void __launch_bounds__(kThreads) backward_kernel(
+    const __grid_constant__ Problem problem, const T* __restrict__ gradient, const T* __restrict__ value,
+    const wide<T>* __restrict__ locations, const wide<T>* __restrict__ weights, wide<T>* __restrict__ grad_value,
+    wide<T>* __restrict__ grad_locations, wide<T>* __restrict__ grad_weights) {
+  using A = wide<T>;
+  constexpr int kTile = Group * kPointsPerLane;
+  __shared__ Place<A> shared_places[kThreads / Group][kTile];
+  __shared__ Pack<A, 4> shared_dots[kThreads / Group][kTile];  // of the gradient with the values at the four corners
+  const int lane = threadIdx.x % Group, group = threadIdx.x / Group;
+  const int row = blockIdx.x * (kThreads / Group) + group;
+  if (row >= problem.rows) return;  // whole groups: the others wait for lanes of their own group alone
+  const unsigned mask = group_mask<Group>();
+  Place<A>* places = shared_places[group];
+  Pack<A, 4>* dots = shared_dots[group];
+  const int head = row % problem.heads, image = row / problem.heads / problem.queries;
+  const int samples = problem.levels * problem.points;
+  const int64_t base = image * problem.image_elements + head * problem.channels;
+  const int64_t first_sample = static_cast<int64_t>(row) * samples;
+
+  for (int first = 0; first < problem.channels; first += Group * Vec) {
+    const int channel = first + lane * Vec;
+    const bool has_channels = channel < problem.channels;
+    A upstream[Vec] = {};
+    if (has_channels) {
+      const auto pack = *reinterpret_cast<const Pack<T, Vec>*>(
+          gradient + static_cast<int64_t>(row) * problem.channels + channel);
+#pragma unroll
+      for (int i = 0; i < Vec; ++i) upstream[i] = static_cast<A>(pack.item[i]);
+    }
+    for (int tile = 0; tile < samples; tile += kTile) {
+      Fractions<A> mine[kPointsPerLane];
+      __syncwarp(mask);  // the places and sums of the tile before have been read
+#pragma unroll
+      for (int i = 0; i < kPointsPerLane; ++i) {
+        const int k = tile + lane + i * Group;
+        if (k < samples) {
+          mine[i] = place(problem, locations, weights, first_sample + k, k / problem.points, places[k - tile]);
+        }
+      }
+      __syncwarp(mask);
+      const int count = min(kTile, samples - tile);
+#pragma unroll 2
+      for (int k = 0; k < count; ++k) {
+        const Place<A> place = places[k];
+        if (place.offset[0] < 0) continue;  // all lanes of the group alike
+        A dot[4] = {};
+        if (has_channels) {
+          Pack<T, Vec> corners[4];
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner) {
+            corners[corner] =
+                *reinterpret_cast<const Pack<T, Vec>*>(value + base + place.offset[corner] + channel);
+          }
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner) {
+            A shares[Vec];
+#pragma unroll
+            for (int i = 0; i < Vec; ++i) {
+              dot[corner] += upstream[i] * static_cast<A>(corners[corner].item[i]);
+              shares[i] = place.weight[corner] * upstream[i];
+            }
+            if (place.weight[corner] != A(0)) {
+              add_atomically<Vec>(grad_value + base + place.offset[corner] + channel, shares);
+            }
+          }
+        }
+        const A sum = sum_of_four<Group>(dot, lane, mask);
+        if (lane < 4) dots[k].item[lane] = sum;
+      }
+      __syncwarp(mask);
+#pragma unroll
+      for (int i = 0; i < kPointsPerLane; ++i) {
+        const int k = tile + lane + i * Group;
+        if (k >= samples) continue;
+        Pack<A, 2> at_location = {};
+        A at_weight = 0;
+        if (mine[i].inside) {
+          const Fractions<A>& f = mine[i];
+          A dot[4];
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner) dot[corner] = f.valid[corner] ? dots[k - tile].item[corner] : A(0);
+          at_weight = (1 - f.y) * ((1 - f.x) * dot[0] + f.x * dot[1]) + f.y * ((1 - f.x) * dot[2] + f.x * dot[3]);
+          at_location.item[0] = f.attention * f.width * ((1 - f.y) * (dot[1] - dot[0]) + f.y * (dot[3] - dot[2]));
+          at_location.item[1] = f.attention * f.height * ((1 - f.x) * (dot[2] - dot[0]) + f.x * (dot[3] - dot[1]));
+        }
+        auto* to_location = reinterpret_cast<Pack<A, 2>*>(grad_locations + 2 * (first_sample + k));
+        if (first > 0) {  // further channels add to what the same lane has written for the first ones
+          at_weight += grad_weights[first_sample + k];
+          at_location.item[0] += to_location->item[0];
+          at_location.item[1] += to_location->item[1];
+        }
+        grad_weights[first_sample + k] = at_weight;
+        *to_location = at_location;
+      }
+    }
+  }
+}
+
+struct Backward {
+  template <typename T, int Vec, int Group>
+  static void launch(
+      const Problem& problem, const at::Tensor& gradient, const at::Tensor& value, const at::Tensor& locations,
+      const at::Tensor& weights, const at::Tensor& grad_value, const at::Tensor& grad_locations,
+      const at::Tensor& grad_weights) {
+    using A = wide<T>;
+    backward_kernel<T, Vec, Group><<<blocks_of(problem, Group), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        problem, gradient.const_data_ptr<T>(), value.const_data_ptr<T>(), locations.const_data_ptr<A>(),
+        weights.const_data_ptr<A>(), grad_value.mutable_data_ptr<A>(), grad_locations.mutable_data_ptr<A>(),
+        grad_weights.mutable_data_ptr<A>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_backward(
+    const at::Tensor& given_gradient, const at::Tensor& given_value, at::IntArrayRef level_sizes,
+    const at::Tensor& given_locations, const at::Tensor& given_weights) {
+  const Sizes sizes = checked_sizes(given_value, level_sizes, given_locations, given_weights);
+  check_gradient(given_gradient, given_value, sizes);
+  const c10::cuda::CUDAGuard guard(given_value.device());
+  const auto type = given_locations.scalar_type();
+  // 16-bit values add up in float: thousands of small shares would be lost otherwise.
+  auto grad_value = at::zeros(given_value.sizes(), given_value.options().dtype(type));
+  auto grad_locations = at::zeros(given_locations.sizes(), given_locations.options());
+  auto grad_weights = at::zeros(given_weights.sizes(), given_weights.options());
+  if (given_gradient.numel() > 0 && sizes.samples() > 0) {
+    const Problem problem = problem_of(sizes);
+    const auto gradient = given_gradient.contiguous(), value = given_value.contiguous();
+    const auto weights = given_weights.contiguous();
+    auto locations = given_locations.contiguous();
+    if (address_of(locations) % (2 * locations.element_size()) != 0) locations = locations.clone();
+    const uintptr_t addresses = address_of(gradient) | address_of(value);
+    const auto run = [&]<typename T>() {
+      launch_vectors<Backward, T>(
+          problem, addresses, gradient, value, locations, weights, grad_value, grad_locations, grad_weights);
+    };
+    switch (value.scalar_type()) {
+      case at::kDouble: run.template operator()<double>(); break;
+      case at::kHalf: run.template operator()<c10::Half>(); break;
+      case at::kBFloat16: run.template operator()<c10::BFloat16>(); break;
+      default: run.template operator()<float>();
+    }
+  }
+  return {grad_value.to(given_value.scalar_type()), grad_locations, grad_weights};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dn_detr, CUDA, library) { library.impl("sample_backward", &sample_backward); }
+
+}  // namespace deformable

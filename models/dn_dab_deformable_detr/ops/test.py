@@ -1,0 +1,146 @@
+"""Check the compiled operator against the pure PyTorch form: `python test.py`, after it has been built and installed.
+
+Every line ends with True or False; the script ends with exit code 1 if one of them is False. With a CUDA device all
+checks run on it, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from models.dn_dab_deformable_detr.ops import sample_in_pytorch
+from models.dn_dab_deformable_detr.ops.sampling import load_operator
+
+GRADIENT_CHANNELS = (30, 32, 64, 71, 19, 7, 1)  # of a head; the odd ones are what pruning leaves
+SIZES = [6, 4, 3, 2]
+PIXEL_SIZES = [1, 1, 1, 5, 4, 1]
+# Largest difference from the same sums in double, relative to the largest number.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+Arguments = tuple[Tensor, list[int], Tensor, Tensor]
+
+
+def arguments(
+    channels: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    sizes: list[int] = SIZES,
+    batch: int = 2,
+    queries: int = 3,
+    heads: int = 2,
+    points: int = 2,
+) -> Arguments:
+    """Random arguments of `sample`; a good part of the points lies outside, none where the derivative jumps."""
+    generator = torch.Generator().manual_seed(channels)
+    levels = len(sizes) // 2
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    pixels = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
+    sizes_wh = torch.tensor(sizes, dtype=torch.float64).view(levels, 2).flip(-1)[:, None]
+    value = 2 * torch.rand(batch, pixels, heads, channels, generator=generator) - 1
+    locations = 1.6 * torch.rand(batch, queries, heads, levels, points, 2, generator=generator).double() - 0.3
+    # Finite differences see the bend of a bilinear surface at pixel centres: keep away from them.
+    grid = locations * sizes_wh - 0.5
+    part = (grid - grid.floor()).clamp(0.05, 0.95)
+    locations = (grid.floor() + part + 0.5) / sizes_wh
+    weights = torch.rand(batch, queries, heads, levels, points, generator=generator)
+    return value.to(device, dtype), sizes, locations.to(device, wide), weights.to(device, wide)
+
+
+def outcome(function: Callable, given: Arguments) -> list[Tensor]:
+    """Result and gradients of `function`, in double."""
+    value, sizes, locations, weights = given
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (value, locations, weights)]
+    out = function(inputs[0], sizes, inputs[1], inputs[2])
+    slope = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)
+    found = [out, *torch.autograd.grad(out, inputs, slope)] if out.requires_grad else [out]
+    return [tensor.detach().double() for tensor in found]
+
+
+def agrees(given: Arguments) -> bool:
+    """Whether the operator and the pure form in double find the same result and gradients."""
+    found = outcome(torch.ops.dn_detr.sample, given)
+    value, sizes, locations, weights = given
+    expected = outcome(sample_in_pytorch, (value.double(), sizes, locations.double(), weights.double()))
+    tolerance = TOLERANCE[value.dtype]
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
+        return False
+    return all(
+        bool(((a - b).abs() <= tolerance * max(1.0, float(b.abs().max()) if b.numel() else 1.0)).all())
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def gradients_are_right(channels: int, device: str) -> bool:
+    """Gradients in double against finite differences."""
+    value, sizes, locations, weights = arguments(channels, torch.float64, device, batch=1, queries=2)
+    inputs = tuple(tensor.requires_grad_() for tensor in (value, locations, weights))
+    call = lambda v, x, w: torch.ops.dn_detr.sample(v, sizes, x, w)  # noqa: E731
+    return torch.autograd.gradcheck(call, inputs, raise_exception=False, nondet_tol=1e-9 if device != "cpu" else 0.0)
+
+
+def strided(given: Arguments) -> Arguments:
+    """The same numbers in tensors that are not contiguous."""
+    value, sizes, locations, weights = given
+    swapped = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (value, locations, weights)]
+    return swapped[0], sizes, swapped[1], swapped[2]
+
+
+def outside(given: Arguments) -> Arguments:
+    """The same with all points outside, some infinitely far, some nowhere."""
+    value, sizes, locations, weights = given
+    places = torch.tensor([-3.0, 7.0, float("inf"), float("nan"), 1e30]).to(locations)
+    return value, sizes, places.repeat(locations.numel())[: locations.numel()].view(locations.shape), weights
+
+
+def is_zero(given: Arguments) -> bool:
+    """Whether result and gradients of the locations and weights vanish."""
+    return all(not tensor.any() for tensor in outcome(torch.ops.dn_detr.sample, given))
+
+
+def checks(device: str) -> dict[str, Callable[[], bool]]:
+    """What is checked on a device, by the line that is printed."""
+    found: dict[str, Callable[[], bool]] = {}
+    for dtype in TOLERANCE:
+        name = str(dtype).removeprefix("torch.")
+        found[f"result and gradients, {name}"] = lambda d=dtype: agrees(arguments(32, d, device, points=4))
+    for channels in GRADIENT_CHANNELS:
+        found[f"gradcheck, {channels} channels"] = lambda c=channels: gradients_are_right(c, device)
+    for channels in (*range(1, 34), 64, 71, 130, 257):
+        found[f"float32, {channels} channels"] = lambda c=channels: agrees(arguments(c, torch.float32, device))
+    plain = (19, torch.float32, device)
+    found["one-pixel levels"] = lambda: agrees(arguments(*plain, sizes=PIXEL_SIZES))
+    found["50 points, 3 levels"] = lambda: agrees(arguments(*plain, sizes=[7, 5, 4, 4, 2, 3], points=50))
+    found["an empty batch"] = lambda: agrees(arguments(*plain, batch=0))
+    found["no queries"] = lambda: agrees(arguments(*plain, queries=0))
+    found["strided tensors"] = lambda: agrees(strided(arguments(*plain)))
+    found["all points outside"] = lambda: is_zero(outside(arguments(*plain)))
+    return found
+
+
+def main() -> int:
+    """Run every check on every device; returns the exit code."""
+    compiled_for = load_operator()
+    if not compiled_for:
+        print("the operator is installed: False")
+        return 1
+    devices = [device for device in ("cpu", "cuda") if device in compiled_for]
+    if "cuda" in devices and not torch.cuda.is_available():
+        devices.remove("cuda")
+    outcomes = []
+    for device in devices:
+        for line, check in checks(device).items():
+            outcomes.append(check())
+            print(f"{device}: {line}: {outcomes[-1]}")
+    return 0 if all(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
