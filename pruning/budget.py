@@ -77,7 +77,8 @@ class BudgetSearch:
             self._check_affordable(keep, {name: min(self._widths(name)) for name in self.bench.modules})
         self._past, self.effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
         if not self._damages:
-            self._predict_damages()
+            # A fraction that is asked for is met in few trials: more hangs on the prediction, so nothing is guessed.
+            self._predict_damages(ATTENTION_WIDTHS_MEASURED if keep is None else WIDTHS_TRIED)
         self._best_cut: tuple[tuple[int, ...], Any] | None = None
         best = self._least_that_passes(threshold_ap) if keep is None else self._best_power(keep)
         return self._restore(best), best
@@ -165,26 +166,28 @@ class BudgetSearch:
             self._last_cut = tuple(widths.values()), (kept, self.bench.save())
         return known
 
-    def _predict_damages(self) -> None:
+    def _predict_damages(self, attention_widths: int) -> None:
         """Order of each module's channels, and its damage at up to `WIDTHS_TRIED` widths, all others whole."""
         self.bench.reset()
         for name, module in self.bench.modules.items():
             self.bench.begin(name)
             order = self._orders[name] = self.bench.rank(name)
             widths = self._widths(name)
-            measured = {w: self.bench.set_kept(name, order.kept(w)) for w in self._widths_to_measure(name)}
+            measured = {
+                w: self.bench.set_kept(name, order.kept(w)) for w in self._widths_to_measure(name, attention_widths)
+            }
             self._damages[name] = between(measured, widths)
             # The next module stands behind this one whole.
             self.bench.set_kept(name, order.kept(module.width))
             self.progress(name, None)
 
-    def _widths_to_measure(self, name: str) -> list[int]:
-        """The widths whose damage is measured: few of an attention with queries, else all, as moments are enough."""
+    def _widths_to_measure(self, name: str, attention_widths: int) -> list[int]:
+        """The widths whose damage is measured: that many of an attention with queries, else all: moments are enough."""
         *widths, _ = self._widths(name)
         if "query" not in self.bench.modules[name].parts:
             return widths
-        places = range(ATTENTION_WIDTHS_MEASURED)
-        return sorted({widths[place * len(widths) // ATTENTION_WIDTHS_MEASURED] for place in places} if widths else ())
+        places = [place * len(widths) // attention_widths for place in range(attention_widths)]
+        return sorted({widths[place] for place in places} if widths else ())
 
     def _widths(self, name: str) -> list[int]:
         """One unit, multiples of it about evenly spread, and the module's own width; ascending."""
