@@ -175,7 +175,7 @@ def evaluate(
     rows: dict[int, np.ndarray] = {}
     means = Means()
     batches = tqdm(loader, desc="evaluate", disable=bar_off(progress), leave=False)
-    with _eval_mode(predict), _eval_mode(criterion):
+    with eval_mode(predict), eval_mode(criterion):
         for inputs, targets in batches:
             with autocast(device, amp):
                 outputs = predict(move_to(inputs, device))
@@ -279,7 +279,7 @@ def _to_float32(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _eval_mode(module: Any) -> Iterator[None]:
+def eval_mode(module: Any) -> Iterator[None]:
     """Eval mode for a module, and back to what it was; other callables are left alone."""
     if not isinstance(module, nn.Module):
         yield

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engine import eval_mode
 from models import build_model
 from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
 from models.widths import Widths
@@ -140,7 +141,8 @@ def cost_table(costs: Sequence[tuple[str, Cost]]) -> str:
 def _feature_pixels(model: nn.Module, image_size_hw: tuple[int, int]) -> int:
     """Feature pixels of an image, of all levels together, found by running the detector's front on shapes alone."""
     device = next(model.parameters()).device
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    # In training mode BatchNorm would count this as a batch.
+    with eval_mode(model), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         return model.features(torch.empty(1, 3, *image_size_hw, device=device)).memory.shape[1]
 
 

@@ -25,8 +25,9 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        # A write's own error does not know the file's name.
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a write itself does not know it
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,7 +57,9 @@ def append_json_line(path: str | Path, value: Any) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def file_digest(path: str | Path) -> str:

@@ -112,3 +112,12 @@ def test_shares_of_the_steps_are_those_of_the_products(network):
     assert list(shares) == list(model.step_names)
     assert sum(shares.values()) == pytest.approx(1)
     assert all(share > 0 for share in shares.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counting_leaves_the_detector_as_it_was(variant):
+    model = tiny_detector(f"{VARIANTS[variant]} --batch_norm_type BatchNorm2d")[0].train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    cost_of(model, (64, 96))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
