@@ -84,16 +84,6 @@ def quality(results: Path) -> str:
     )
 
 
-def schedules(results: Path) -> str:
-    """GP and MGP by visits beside the search by budget at the same number of parameters."""
-    rows = [
-        (name, row["name"], f"{100 * row['removed']:.1f} %", points(row["ap_before"]), f"{row['prune_seconds']:.0f}")
-        for name in QUALITY_SETS
-        for row in _read(results, f"quality_{name}.json").get("schedules", [])
-    ]
-    return markdown(("set", "search", "removed", "AP before fine-tuning", "seconds"), rows)
-
-
 def search_cost(results: Path) -> str:
     """The searches of this package beside the paper's."""
     found = _read(results, "search_cost_demo.json")["results"]
@@ -148,7 +138,7 @@ def ops(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     function.__name__: function
-    for function in (demo, quality, schedules, search_cost, search_parts, coco_eval, demo_deformable, ops)
+    for function in (demo, quality, search_cost, search_parts, coco_eval, demo_deformable, ops)
 }
 
 
