@@ -112,11 +112,21 @@ def main() -> None:
     torch.set_flush_denormal(True)
     args, _ = parse(get_parser())
     subject = Subject(args.coco_path, args.checkpoint, 1, args.search_images, batch_size=PAPER_BATCH_SIZE)
-    results = []
+    results: list[dict[str, Any]] = []
+    correlations: dict[str, float] = {}
+
+    def save() -> None:
+        write_json(args.output / f"search_parts_{args.name}.json", {
+            "name": args.name, "search_images": args.search_images, "map_tol": args.map_tol,
+            "environment": environment(), "results": results, "rank_correlations": correlations,
+        })  # fmt: skip
+
     for name, variant in variants(args.search_images).items():
         results.append({"name": name, **run_variant(subject, variant, args.map_tol)})
         print(results[-1], flush=True)
-    correlations = rank_correlations(subject)
+        save()
+    correlations.update(rank_correlations(subject))
+    save()
     first = results[0]
     rows = [
         (r["name"], f"{r['seconds']:.0f}", f"{r['seconds'] / first['seconds']:.1f}", f"{r['whole_passes']:.0f}",
@@ -125,11 +135,6 @@ def main() -> None:
     ]  # fmt: skip
     print(table(("", "seconds", "times", "whole passes", "times", "removed %", "AP"), rows))
     print("rank correlation of first-order scores and exact losses:", {k: round(v, 2) for k, v in correlations.items()})
-    write_json(args.output / f"search_parts_{args.name}.json", {
-        "name": args.name, "search_images": args.search_images, "map_tol": args.map_tol,
-        "environment": environment(), "results": results,
-        "rank_correlations": correlations,
-    })  # fmt: skip
 
 
 if __name__ == "__main__":
