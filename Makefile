@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 DEMO_OUTPUT ?= output/demo
 
-.PHONY: help demo test lint gpu-check checkpoint clean
+.PHONY: help demo test lint gpu-check checkpoint tables clean
 
 help:
 	@echo "make demo        prune the demo detector from end to end; results in $(DEMO_OUTPUT)"
@@ -11,6 +11,7 @@ help:
 	@echo "make lint        check format and style"
 	@echo "make gpu-check   run all that needs a GPU"
 	@echo "make checkpoint  train checkpoints/demo.pth anew (about 70 minutes on two CPU cores)"
+	@echo "make tables      make the README's tables anew of the figures in bench/results"
 	@echo "make clean       remove .venv and output"
 
 # The stamps make pip run once for each change of the lists, not at every call.
@@ -38,6 +39,9 @@ gpu-check: .venv/installed-tests
 
 checkpoint: .venv/installed
 	PATH="$(CURDIR)/$(VENV):$$PATH" sh checkpoints/train_demo.sh
+
+tables: .venv/installed
+	$(VENV)/python -m bench.tables
 
 clean:
 	rm -rf .venv output
