@@ -28,9 +28,10 @@ from util.errors import UserError
 POWERS = (0.5, 1.0, 0.25)
 EVALUATIONS = 4  # of mAP at most when the least budget is looked for
 PRECISION = 0.01  # of the whole cost, to which that budget is then known
-WIDTHS_TRIED = 16  # of each module when its damage is predicted
+WIDTHS_TRIED = 16  # of each module, at least, unless it has fewer: more where they do not divide evenly
 # The damage of queries takes a forward for each width, so that few are measured and those between follow.
 ATTENTION_WIDTHS_MEASURED = 4
+STEEPEST = 4.0  # power of the damage that mAP may be taken to fall by
 MIN_LOSS = 1e-4  # of mAP: less is taken for this much, since it tells nothing of a slope
 AIM = 0.97  # of the mAP that may be lost, so that a prediction a little off still passes
 NEAR = 0.1  # of the same: who comes as near to losing it all has found the budget
@@ -78,7 +79,7 @@ class BudgetSearch:
         self._past, self.effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
         if not self._damages:
             # A fraction that is asked for is met in few trials: more hangs on the prediction, so nothing is guessed.
-            self._predict_damages(ATTENTION_WIDTHS_MEASURED if keep is None else WIDTHS_TRIED)
+            self._predict_damages(ATTENTION_WIDTHS_MEASURED if keep is None else None)
         self._best_cut: tuple[tuple[int, ...], Any] | None = None
         best = self._least_that_passes(threshold_ap) if keep is None else self._best_power(keep)
         return self._restore(best), best
@@ -109,7 +110,7 @@ class BudgetSearch:
             else:
                 fails = keep
             allowed = self.base_ap - threshold_ap
-            if passes - fails <= PRECISION or 0 <= trial.full_ap - threshold_ap <= NEAR * allowed:
+            if passes - fails <= PRECISION or 0 <= trial.full_ap - threshold_ap <= NEAR * allowed > 0:
                 break
             keep = self._guess(losses, allowed, fails, passes)
         return best
@@ -130,6 +131,7 @@ class BudgetSearch:
         (_, damage, loss), exponent = known[0], 1.0
         if len(known) > 1 and (known[1][2] - loss) * (known[1][1] - damage) > 0:
             exponent = math.log(known[1][2] / loss) / math.log(known[1][1] / damage)
+            exponent = min(max(exponent, 1 / STEEPEST), STEEPEST)  # trials that lose alike tell no slope
         target = damage * (AIM * allowed / loss) ** (1 / exponent)
         margin = (passes - fails) / 8
         low, high = fails + margin, passes - margin
@@ -166,8 +168,8 @@ class BudgetSearch:
             self._last_cut = tuple(widths.values()), (kept, self.bench.save())
         return known
 
-    def _predict_damages(self, attention_widths: int) -> None:
-        """Order of each module's channels, and its damage at up to `WIDTHS_TRIED` widths, all others whole."""
+    def _predict_damages(self, attention_widths: int | None) -> None:
+        """Order of each module's channels, and its damage at each of its widths, all others whole."""
         self.bench.reset()
         for name, module in self.bench.modules.items():
             self.bench.begin(name)
@@ -181,13 +183,13 @@ class BudgetSearch:
             self.bench.set_kept(name, order.kept(module.width))
             self.progress(name, None)
 
-    def _widths_to_measure(self, name: str, attention_widths: int) -> list[int]:
+    def _widths_to_measure(self, name: str, attention_widths: int | None) -> list[int]:
         """The widths whose damage is measured: that many of an attention with queries, else all: moments are enough."""
         *widths, _ = self._widths(name)
-        if "query" not in self.bench.modules[name].parts:
+        if "query" not in self.bench.modules[name].parts or len(widths) <= (attention_widths or len(widths)):
             return widths
         places = [place * len(widths) // attention_widths for place in range(attention_widths)]
-        return sorted({widths[place] for place in places} if widths else ())
+        return sorted({widths[place] for place in places})
 
     def _widths(self, name: str) -> list[int]:
         """One unit, multiples of it about evenly spread, and the module's own width; ascending."""

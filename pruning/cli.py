@@ -184,6 +184,7 @@ class _Run:
         hint = f"stopped; go on with the same command and --resume_search, from {self.journal.path}"
         with stop_after_step(hint) as self.stop_if_asked:
             kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
+            self.stop_if_asked()
         result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
         if distributed.is_main():
             self._write(result)

@@ -1,6 +1,7 @@
 """Files that are either wholly there or not at all: write beside the target, flush to disk, rename over it."""
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -43,8 +44,10 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
 
 
 def save_torch(path: str | Path, value: Any) -> None:
-    """`torch.save`, atomically."""
-    write_atomic(path, lambda stream: torch.save(value, stream))
+    """`torch.save`, atomically; by way of memory, since torch hides what the disk says."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    write_atomic(path, lambda stream: stream.write(content.getbuffer()))
 
 
 def append_json_line(path: str | Path, value: Any) -> None:

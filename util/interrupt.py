@@ -30,7 +30,8 @@ def stop_after_step(hint: str) -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         asked = True
         if distributed.is_main():
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+            # torchrun waits 30 seconds for its processes, then kills them: the way on is told now, too.
+            print(f"\nstopping after this step; Ctrl-C again stops at once. {hint}", file=sys.stderr, flush=True)
 
     def raise_if_asked() -> None:
         if any(distributed.gather_objects(asked)):

@@ -241,3 +241,22 @@ def test_damage_is_measured_at_few_widths_where_each_takes_a_forward(is_attentio
     search = BudgetSearch(bench, {module.name: 1.0}, 16.0, {module.name: 2}, 0.5)
     search.run(1.0)
     assert measured - {16} == {*range(2, 16, 2)}  # where a fraction is asked for, each
+
+
+@quick
+@given(
+    losses=st.dictionaries(st.floats(1e-12, 10), st.floats(-0.1, 0.6), min_size=1, max_size=4),
+    allowed=st.floats(0, 0.5),
+    ends=st.tuples(st.floats(0.3, 0.6), st.floats(0.65, 1.0)),
+)
+def test_the_next_guess_lies_between_what_failed_and_what_passed(losses, allowed, ends):
+    tables = {"encoder.0.ffn": [3.0, 1.0, 0.5, 0.0], "encoder.1.ffn": [0.5, 0.1, 0.0]}
+    guess = search_of(tables, dict.fromkeys(tables, 1.0))._guess(losses, allowed, *ends)
+    assert ends[0] <= guess <= ends[1]
+
+
+def test_trials_that_lose_alike_tell_no_slope():
+    tables = {"encoder.0.ffn": [3.0, 1.0, 0.5, 0.0]}
+    search = search_of(tables, {"encoder.0.ffn": 1.0})
+    for losses in ({1.0: 0.0020, 10.0: 0.00202}, {1.0: 0.0, 3.0: 0.0001003}):
+        assert 0.3 < search._guess(losses, 0.06, 0.3, 0.9) < 0.9

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import logging
+import resource
 
 import pytest
+import torch
 
 from util.distributed import choose_device
 from util.errors import UserError
-from util.files import append_json_line, check_output_dir, file_digest, move_aside, write_atomic, write_json
+from util.files import append_json_line, check_output_dir, file_digest, move_aside, save_torch, write_atomic, write_json
 from util.logging import get_logger, log_to_file, stop_logging_to_file, table
 
 
@@ -79,3 +81,18 @@ def test_one_gpu_is_not_shared_by_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device cuda:0: found one GPU for 2 processes"):
         choose_device("cuda:0")
+
+
+def test_a_tensor_file_that_finds_the_disk_full_says_so_and_leaves_the_old_one(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    path = tmp_path / "a.pth"
+    save_torch(path, {"a": torch.zeros(10)})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save_torch(path, {"a": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
