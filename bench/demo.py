@@ -25,12 +25,12 @@ from torch import nn
 from bench.environment import environment
 from bench.timing import milliseconds_per_image
 from datasets.coco import CocoDataset, annotation_path, build_dataset, category_names
-from main import build_detector, get_args_parser, settle_arguments
 from util.draw import draw_detections, write_grid
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table
-from util.options import parse, whole
+from util.options import get_args_parser, parse, whole
+from util.setup import build_detector, settle_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "demo.pth"

@@ -16,7 +16,6 @@ from torch.utils.data import Subset
 import engine
 from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
-from main import build_detector, build_distillation, get_args_parser, settle_arguments
 from models.widths import Widths
 from pruning.arguments import CALIBRATION_IMAGES
 from pruning.budget import BudgetSearch
@@ -27,7 +26,8 @@ from pruning.schedule import Schedule
 from pruning.search import Search, Units
 from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
 from pruning.workbench import DetectorBench
-from util.options import parse, whole
+from util.options import get_args_parser, parse, whole
+from util.setup import build_detector, build_distillation, settle_arguments
 from util.training_state import TrainingState, seed_everything
 
 BATCH_SIZE = 16

@@ -1,0 +1,327 @@
+"""One search from the detector to its output files."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from datasets.coco import annotation_path, build_dataset, build_loader
+from datasets.coco_eval import GroundTruth
+from models import build_model
+from models.widths import Widths
+from pruning import plots, report
+from pruning.arguments import method_of, units_of
+from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
+from pruning.cost import Cost, cost_of, cost_table, macs_per_channel, params_per_channel, step_shares
+from pruning.journal import Decision, Journal, Trial, read_events
+from pruning.kept import Kept
+from pruning.schedule import Schedule
+from pruning.search import Search
+from pruning.transplant import widths_after
+from pruning.workbench import DetectorBench
+from util import distributed
+from util.checkpoint import plain_arguments, save_checkpoint
+from util.errors import UserError
+from util.files import file_digest, move_aside
+from util.interrupt import stop_after_step
+from util.logging import bar_off, get_logger
+
+OUTPUT_NAME = "pruned.pth"
+JOURNAL_NAME = "search.jsonl"
+WIDTHS_PICTURE = "widths.png"
+AP_PICTURE = "ap_params.png"
+# What a search may be resumed with in another way: where things lie, and how fast they go.
+NOT_DECIDING = ("output_dir", "coco_path", "resume", "resume_search", "device", "num_workers", "images_at_once",
+                "cache_device", "cache_gb", "eval", "start_fresh", "use_dn")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search leaves behind: AP in [0, 1] on the split it looked at, and where its output is."""
+
+    base_ap: float
+    ap: float
+    kept: Mapping[str, Kept]
+    widths: Widths
+    path: Path
+
+
+class SearchRun:
+    """One search from the detector to its output files."""
+
+    def __init__(
+        self, schedule: Schedule, args: argparse.Namespace, model: nn.Module, output_dir: Path, device: torch.device
+    ) -> None:
+        self.schedule, self.args, self.model, self.device = schedule, args, model, device
+        self.output_dir = output_dir
+        self.log = get_logger()
+        self.decisions: list[Decision] = []
+        self.trials: list[Trial] = []
+
+    def prepare(self, criterion: nn.Module, postprocess: Any) -> None:
+        """Read the images once and keep what the backbone makes of them."""
+        args = self.args
+        ground_truth = GroundTruth(annotation_path(args.coco_path, args.search_split))
+        dataset = build_dataset(args.search_split, args, augment=False)
+        self.num_images = min(args.search_images or len(dataset), len(dataset))
+        numbers = batch_numbers(self.num_images, args.batch_size)
+        batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, self.num_images)) for n in numbers]
+        own_images = Subset(dataset, [index for batch in batches for index in batch])
+        loader = build_loader(own_images, args.batch_size, shuffle=False, num_workers=args.num_workers, seed=args.seed)
+        self.image_size_hw = tuple(dataset[0][0].shape[-2:])
+        self.bench = DetectorBench(
+            self.model,
+            criterion,
+            postprocess,
+            loader,
+            ground_truth,
+            step_shares(self.model, self.image_size_hw),
+            method=method_of(args),
+            device=self.device,
+            batch_numbers=numbers,
+            subset_batches_attention=args.subset_batches_attention,
+            subset_batches_ffn=args.subset_batches_ffn,
+            calibration_batches=-(-args.calibration_images // args.batch_size),
+            images_at_once=args.images_at_once,
+            seed=args.seed,
+            cache_device=torch.device("cpu") if args.cache_device == "cpu" else None,
+            cache_dtype=torch.bfloat16 if args.cache_dtype == "bfloat16" else None,
+            cache_bytes=math.inf if args.cache_gb is None else 1e9 * args.cache_gb,
+            amp=args.amp,
+            progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
+        )
+
+    def base_ap(self) -> float:
+        """mAP before the search, above 0.
+
+        Raises:
+            UserError: there is nothing to hold a search against; 0 would let every module shrink to one unit.
+        """
+        args, base_ap = self.args, self.bench.full_ap()
+        if base_ap < 0:
+            raise UserError(f"--search_split {args.search_split}: found no boxes in its annotations, expected some")
+        if base_ap == 0:
+            raise UserError(
+                f"--resume {args.resume}: found mAP 0 on {args.search_split} of {args.coco_path}, expected a detector "
+                "that finds its objects"
+            )
+        return base_ap
+
+    def search(self, base_ap: float) -> Result:
+        """Search, and write what it found; `base_ap` is the mAP before.
+
+        A search by visits has its output file from the first module on, so that one that is killed leaves what it had
+        found. Every search has its journal, from which --resume_search goes on.
+        """
+        self.journal = Journal(self.output_dir / JOURNAL_NAME)
+        self.log.info(
+            "%s on %s: %d images, mAP %.4f before; features take %.0f MB on %s",
+            self.schedule.name, self.args.search_split, self.num_images,
+            base_ap, self.bench.cache.nbytes / 1e6, self.bench.cache.cache_device,
+        )  # fmt: skip
+        if left_out := self.bench.cache.images_without_features:
+            self.log.info(
+                "--cache_gb %g: %d images are run through the backbone each time", self.args.cache_gb, left_out
+            )
+        if self.bench.method.is_calibrated and self.args.search_split == "val2017":
+            self.log.warning("calibrating on val2017: a fair figure searches on train2017 (--search_split)")
+        base_ap, past = self._open_journal(self._facts(base_ap))
+        is_global = self.bench.method.search == "global"
+        hint = f"stopped; go on with the same command and --resume_search, from {self.journal.path}"
+        with stop_after_step(hint) as self.stop_if_asked:
+            kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
+            self.stop_if_asked()
+        result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
+        if distributed.is_main():
+            self._write(result)
+            self.journal.end(self._outcome(result))
+        distributed.barrier()
+        return result
+
+    def _open_journal(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+        """Begin the journal, or read what it holds of this search; the same in every process.
+
+        Returns:
+            mAP before the search, as it was measured when the search began, and the lines behind the first.
+        """
+        base_ap, past = facts["base_ap"], []
+        problem: Exception | None = None
+        if distributed.is_main():
+            try:
+                if self.args.resume_search:
+                    base_ap, past = self.journal.resume(facts)
+                if not past:
+                    for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE):
+                        move_aside(self.output_dir / name)
+                    if not self.journal.begun:
+                        self.journal.start(facts)
+            except (UserError, OSError) as error:
+                problem = error  # the other processes wait for this one
+        base_ap, past, problem = distributed.gather_objects((base_ap, past, problem))[0]
+        if problem is not None:
+            raise problem
+        if past:
+            self.log.info("going on behind %d journal lines of %s", len(past), self.journal.path)
+        elif self.args.resume_search:
+            self.log.info("%s holds no decision yet: the search begins", self.journal.path)
+        return base_ap, past
+
+    def _search_modules(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
+        """Visit one module after the other; returns the kept sets and mAP of the whole split."""
+        units, order = units_of(self.args), self.schedule.order(self.bench.modules)
+        replayed = read_events(past, "decision", Decision, self.journal.path)
+        self.decisions += replayed
+        with report.ProgressBar(list(self.bench.modules.values()), units, self.bench.method, bar_off()) as bar:
+            for decision in replayed:
+                bar.show(decision)
+
+            def record(decision: Decision) -> None:
+                self.decisions.append(decision)
+                if distributed.is_main():
+                    self.journal.decision(decision)
+                bar.show(decision)
+                if decision.accepted:
+                    self.log.info("%s", report.module_line(decision))
+                    left = order[decision.visit + 1 :]
+                    if left and distributed.is_main():
+                        self._save(search.kept, left)
+                self.stop_if_asked()
+
+            search = Search(self.bench, self.schedule, units, base_ap, record, replayed)
+            kept = search.run()
+        self.effort = search.effort
+        return kept, self.decisions[-1].full_ap
+
+    def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
+        """Price all modules at once; returns the kept sets and mAP of the whole split.
+
+        Without --keep the detector is held to what the schedule holds it to when its last module has been visited.
+        """
+        args, units = self.args, units_of(self.args)
+        cost = cost_of(self.model, self.image_size_hw)
+        total = {"params": cost.transformer_params, "macs": 1e9 * cost.gmacs}[args.cost]
+        per_channel = (
+            params_per_channel(self.model)
+            if args.cost == "params"
+            else macs_per_channel(self.model, self.image_size_hw)
+        )
+        sweeps = 1 + (EVALUATIONS if args.keep is None else len(POWERS))
+        threshold_ap = self.schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1)
+        with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
+
+            def record(trial: Trial) -> None:
+                if distributed.is_main():
+                    self.journal.trial(trial)
+                self.log.info("%s", report.trial_line(trial))
+                bar.set_postfix_str(report.trial_summary(trial, None if args.keep else threshold_ap))
+                self.stop_if_asked()
+
+            def show(name: str, width: int | None) -> None:
+                bar.set_description(f"{name} {'every width' if width is None else width}", refresh=False)
+                bar.update()
+
+            step = {name: units.channels(module) for name, module in self.bench.modules.items()}
+            replayed = read_events(past, "trial", Trial, self.journal.path)
+            search = BudgetSearch(self.bench, per_channel, total, step, base_ap, record, replayed, show)
+            self.log.info("mAP to keep: %s", "any" if args.keep else f"{threshold_ap:.4f}")
+            kept, best = search.run(args.keep, threshold_ap)
+        self.trials, self.best_trial, self.effort = search.trials, best, search.effort
+        return kept, best.full_ap
+
+    def _facts(self, base_ap: float) -> dict[str, Any]:
+        """What the search depends on; one with other facts is another search."""
+        args = plain_arguments(self.args)
+        return {
+            "args": {name: value for name, value in args.items() if name not in NOT_DECIDING},
+            "weights": file_digest(self.args.resume),
+            "annotations": file_digest(annotation_path(self.args.coco_path, self.args.search_split)),
+            "schedule": dataclasses.asdict(self.schedule),
+            "method": dataclasses.asdict(self.bench.method),
+            "units": dataclasses.asdict(units_of(self.args)),
+            "base_ap": base_ap,
+            "full_widths": self.model.widths.to_list(),
+        }
+
+    def _outcome(self, result: Result) -> dict[str, Any]:
+        return {
+            "ap": result.ap,
+            "widths": result.widths.to_list(),
+            **self.effort.so_far(),
+            "passes_since_resume": self.bench.counter.to_dict(),
+        }
+
+    def _save(self, kept: Mapping[str, Kept], left: Sequence[str] = ()) -> None:
+        """Write the output file; `left` are the modules that have not been visited and are still whole.
+
+        While some are left, the trace ends with an entry that says so.
+        """
+        steps = [*self.decisions, *self.trials]
+        trace = [{key: value for key, value in step.to_dict().items() if key != "kept"} for step in steps]
+        if left:
+            trace.append({"unfinished": True, "modules_left": list(left)})
+        save_checkpoint(
+            self.output_dir / OUTPUT_NAME,
+            state_dict=self.model.state_dict(),
+            widths=widths_after(self.model.widths, kept),
+            full_widths=self.model.widths,
+            arguments=self.args,
+            num_classes=self.args.num_classes,
+            kept=kept,
+            trace=trace,
+        )
+
+    def _write(self, result: Result) -> None:
+        """The output file, pictures, tables, and the command to type next."""
+        self._save(result.kept)
+        before, after = self._costs(result.widths)
+        caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
+        plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.model.widths, result.widths)
+        if self.decisions:
+            points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
+            self.log.info("%s", report.module_table(self.decisions))
+        else:
+            points = [(self._params_at(t.widths), t.full_ap, t is self.best_trial) for t in self.trials]
+            self.log.info("%s", report.trial_table(self.trials, self.best_trial))
+            self.log.info("%s", report.width_table(self.model.widths, result.widths))
+        plots.plot_ap_against_parameters(
+            self.output_dir / AP_PICTURE, points, result.base_ap, before.transformer_params, caption
+        )
+        effort = self.effort.so_far()
+        self.log.info("%s", cost_table([("before", before), ("after", after)]))
+        self.log.info(
+            "mAP on %s: %.4f before, %.4f after; %d images through the backbone, %d through a part of the rest, "
+            "worth %.0f whole passes; %.0f s",
+            self.args.search_split, result.base_ap, result.ap, self.bench.counter.backbone_images,
+            effort["image_passes"], effort["whole_passes"], effort["seconds"],
+        )  # fmt: skip
+        self.log.info("--cfgs '%s'", result.widths)
+        self.log.info("next: %s", report.next_command(self.args, result.path))
+
+    def _params_at(self, widths: Mapping[str, int]) -> int:
+        per_channel = params_per_channel(self.model)
+        gone = sum(per_channel[name] * (self.model.widths.of(name) - width) for name, width in widths.items())
+        return cost_of(self.model, self.image_size_hw).transformer_params - gone
+
+    def _costs(self, widths: Widths) -> tuple[Cost, Cost]:
+        with torch.device("meta"):
+            slim, _, _ = build_model(
+                argparse.Namespace(**{**vars(self.args), "cfgs": widths, "pretrained_backbone": False})
+            )
+        return cost_of(self.model, self.image_size_hw), cost_of(slim, self.image_size_hw)
+
+
+def batch_numbers(images: int, batch_size: int) -> list[int]:
+    """The batches of this process: its share, and in front of it the first batch, on which all score candidates."""
+    share = range(distributed.rank(), -(-images // batch_size), distributed.world_size())
+    return [0, *(number for number in share if number)]

@@ -1,0 +1,129 @@
+"""From options and files to a detector: what the scripts do before they train, evaluate or search."""
+
+import argparse
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from datasets.coco import annotation_path, check_coco_path, num_classes_of
+from models import build_model
+from models.distillation import Distillation
+from util.arguments import take_from_checkpoint, take_from_command_line
+from util.checkpoint import Checkpoint, load_weights, read_checkpoint, slim_state_dict
+from util.errors import UserError
+
+# Without these in common a teacher's classes, queries, pixels or layers are not the student's.
+SHARED_WITH_TEACHER = (
+    "modelname", "num_classes", "hidden_dim", "enc_layers", "dec_layers", "num_queries", "num_patterns",
+    "num_feature_levels", "return_layer", "dilation"
+)  # fmt: skip
+# Mean distance of the anchors' coordinates: 0.0002 after two epochs of fine-tuning the demo's detector, 0.24 to the
+# same anchors in another order.
+LARGEST_ANCHOR_DISTANCE = 0.1
+
+
+def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> tuple[Checkpoint | None, bool]:
+    """Read `--resume`, complete `args` from it and from the annotations, and decide whether a training run goes on.
+
+    Afterwards `args.cfgs` is a `Widths` or None and `args.num_classes` is set: what `build_model` reads.
+
+    Raises:
+        UserError: options, checkpoint and annotations do not agree.
+    """
+    if args.resume == "":
+        raise UserError("--resume: found an empty name, expected the path of a checkpoint, or no --resume")
+    checkpoint = None if args.resume is None else read_checkpoint(args.resume)
+    check_coco_path(args.coco_path)
+    continuing = checkpoint is not None and checkpoint.training is not None and not args.eval and not args.start_fresh
+    if checkpoint is None:
+        take_from_command_line(args)
+    else:
+        take_from_checkpoint(args, typed, checkpoint, continuing=continuing)
+        args.pretrained_backbone = False
+    splits = ["val2017"] if args.eval else ["val2017", "train2017"]
+    args.num_classes = max(num_classes_of(annotation_path(args.coco_path, split)) for split in splits)
+    if checkpoint is not None:
+        searching = hasattr(args, "search_split")
+        # A split need not name all the classes that a detector was trained for, to be measured with it.
+        if (args.eval or searching) and checkpoint.num_classes > args.num_classes:
+            args.num_classes = checkpoint.num_classes
+        if checkpoint.num_classes != args.num_classes:
+            raise UserError(
+                f"{checkpoint.path}: found a checkpoint for {checkpoint.num_classes} classes, expected "
+                f"{args.num_classes}, the largest category id + 1 in the annotations of {args.coco_path}"
+            )
+    if continuing and checkpoint.training.get("epoch", 0) >= args.epochs:
+        raise UserError(
+            f"{checkpoint.path}: its training of {args.epochs} epochs is complete; expected more --epochs to go on, "
+            "or --start_fresh to train its weights anew"
+        )
+    return checkpoint, continuing
+
+
+def build_detector(
+    args: argparse.Namespace, checkpoint: Checkpoint | None
+) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """Model with the checkpoint's weights, cut if it is a search's output; criterion and postprocessors.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    if checkpoint is None:
+        return build_model(args)
+    state_dict = checkpoint.state_dict
+    if checkpoint.is_search:
+        # What was pruned before is smaller than the dense network already.
+        full_widths = checkpoint.full_widths
+        whole_model, _, _ = build_model(argparse.Namespace(**{**vars(args), "cfgs": full_widths}))
+        state_dict = slim_state_dict(checkpoint, whole_model)
+    built = build_model(args)
+    load_weights(built[0], state_dict, checkpoint.path)
+    return built
+
+
+def build_distillation(args: argparse.Namespace, student: nn.Module) -> Distillation | None:
+    """What `--distill` asks for, its teacher on the student's device; None without it.
+
+    Raises:
+        UserError: the teacher's file cannot be read, or it is not the detector that the student was cut from.
+    """
+    if args.distill is None:
+        return None
+    if args.distill == "":
+        raise UserError("--distill: found an empty name, expected the path of a checkpoint, or no --distill")
+    try:
+        teacher = _build_teacher(args, student)
+    except UserError as error:
+        raise UserError(f"--distill {error}") from None
+    weights = {
+        "loss_distill_logits": args.distill_logits_coef,
+        "loss_distill_bbox": args.distill_boxes_coef * args.bbox_loss_coef,
+        "loss_distill_giou": args.distill_boxes_coef * args.giou_loss_coef,
+        "loss_distill_memory": args.distill_memory_coef,
+    }
+    return Distillation(teacher.to(next(student.parameters()).device), weights)
+
+
+def _build_teacher(args: argparse.Namespace, student: nn.Module) -> nn.Module:
+    checkpoint = read_checkpoint(args.distill)
+    if checkpoint.is_search:
+        raise UserError(f"{args.distill}: found the output of a search, expected the detector that it pruned")
+    theirs = argparse.Namespace(**{**vars(args), "cfgs": None, "pretrained_backbone": False})
+    take_from_checkpoint(theirs, (), checkpoint)
+    theirs.num_classes = checkpoint.num_classes
+    differing = [name for name in SHARED_WITH_TEACHER if getattr(theirs, name) != getattr(args, name)]
+    if differing:
+        found, expected = (", ".join(f"{name} {getattr(of, name)}" for name in differing) for of in (theirs, args))
+        raise UserError(f"{args.distill}: found {found}, expected {expected} as the student has")
+    teacher, _, _ = build_detector(theirs, checkpoint)
+    with torch.no_grad():
+        anchors, expected = (model.refpoint_embed.weight.cpu().sigmoid() for model in (teacher, student))
+    distance = float((anchors - expected).abs().mean())
+    if distance > LARGEST_ANCHOR_DISTANCE:
+        raise UserError(
+            f"{args.distill}: found queries that are not the student's (their anchors are {distance:.2f} of an image "
+            "apart on average), expected the detector that the student was cut from"
+        )
+    return teacher
