@@ -4,8 +4,12 @@
 
 All searches look at the same training images and are held to the same schedule (MGP). The paper's scores up to 100
 (attention) or 200 (FFN) random channels a step by a full forward of one batch each, with nothing cached but the
-backbone's features. Where that takes too long, `--sample` names the modules that it visits; its seconds and passes are
-then those of the modules of each kind, times how many there are of it.
+backbone's features. CPU seconds are those of this process, which other work on the machine hardly moves.
+
+Where the paper's search would take days, `--sample` names modules of which it takes only the first `--sample_steps`
+steps. Each of its passes goes through the whole network, so that a step costs the same for every attention and for
+every FFN: the whole search is then the steps to the widths that the paper published, and for each module one mAP of all
+images.
 """
 
 from __future__ import annotations
@@ -13,21 +17,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.environment import environment
 from bench.subject import PAPER_BATCH_SIZE, Pruner, Subject, get_subject_parser
+from models.widths import Widths
 from pruning.cost import count_parameters, products_of
-from pruning.journal import Decision
 from pruning.method import METHODS
-from pruning.schedule import MGP, Schedule, role_of
+from pruning.schedule import MGP, Schedule
 from pruning.search import Search
 from pruning.workbench import DetectorBench
 from util.errors import UserError, run_cli
@@ -35,6 +41,10 @@ from util.files import write_json
 from util.logging import table
 from util.options import parse, real, whole
 
+PUBLISHED_WIDTHS = Widths.parse(
+    "[[[160,32],[176,672],[216,608],[224,1344],[248,1248],[248,1152]],"
+    "[[8,96,640],[120,120,1248],[224,160,1120],[176,144,576],[224,256,672],[216,152,1472]]]"
+)  # of MGP, for 6 + 6 layers of 256 channels
 SUBSET_BATCHES = (40, 20)  # for an attention and for an FFN, as the paper's search looks at
 GIGA = 1e9
 
@@ -47,35 +57,42 @@ class WholePasses(DetectorBench):
 
 
 def run_search(
-    subject: Subject, search: str, schedule: Schedule, seed: int, sample: Sequence[str], macs: tuple[float, float]
+    subject: Subject,
+    search: str,
+    schedule: Schedule,
+    seed: int,
+    sample: tuple[Sequence[str], int],
+    macs: tuple[float, float],
 ) -> dict[str, Any]:
     """One search from the images to the cut detector: seconds, passes, what is left and its AP on val2017.
 
     Args:
-        sample: modules that the paper's search visits; none means all.
+        sample: modules of which the paper's search takes so many steps; none means that it runs to its end.
         macs: see `macs_of`.
     """
     is_paper = search == "paper"
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     pruner = Pruner(
         subject, METHODS[search], seed, SUBSET_BATCHES, PAPER_BATCH_SIZE if is_paper else 64,
         WholePasses if is_paper else DetectorBench,
     )  # fmt: skip
-    ready = time.perf_counter()
-    counter, sampled = pruner.bench.counter, is_paper and bool(sample)
+    cpu_ready = time.process_time()
+    counter, sampled = pruner.bench.counter, is_paper and bool(sample[0])
     if sampled:
-        seconds, images = _extrapolated(pruner, schedule, sample)
-        slim, seconds = None, ready - start + seconds
+        cpu_seconds, images = _extrapolated(pruner, schedule, *sample)
+        slim, cpu_seconds = None, cpu_ready - cpu_start + cpu_seconds
     else:
         slim, _ = pruner.scheduled(schedule)
-        seconds, images = time.perf_counter() - start, counter.images
+        cpu_seconds, images = time.process_time() - cpu_start, counter.images
     backbone, behind = macs
     passes = images if is_paper else counter.whole_passes
     return {
         "search": search,
         "seed": seed,
-        "sample": list(sample) if sampled else [],
-        "seconds": seconds,
+        "sample": list(sample[0]) if sampled else [],
+        "sample_steps": sample[1] if sampled else None,
+        "cpu_seconds": cpu_seconds,
+        "wall_seconds": time.perf_counter() - start,
         "backbone_images": counter.backbone_images,
         "whole_passes": passes,
         "gmacs": counter.backbone_images * backbone + passes * behind + counter.moment_macs / GIGA,
@@ -86,28 +103,41 @@ def run_search(
     }
 
 
-def _extrapolated(pruner: Pruner, schedule: Schedule, sample: Sequence[str]) -> tuple[float, float]:
-    """Seconds and image passes of a search of all modules, from visits to a few of each kind; nothing ran before."""
-    bench, counter = pruner.bench, pruner.bench.counter
-    counts = Counter(role_of(name) for name in bench.modules)
-    visited = Counter(role_of(name) for name in sample)
-    if set(visited) != set(counts):
-        raise UserError(f"--sample: found {' '.join(visited)}, expected a module of each of {' '.join(counts)}")
-    start = time.perf_counter()
-    base_ap, marks = bench.full_ap(), [(time.perf_counter(), counter.images)]
+def _extrapolated(pruner: Pruner, schedule: Schedule, sample: Sequence[str], steps: int) -> tuple[float, float]:
+    """CPU seconds and image passes of a search to the published widths, from the first steps of a few modules."""
+    bench, counter, modules = pruner.bench, pruner.bench.counter, pruner.bench.modules
+    kinds = {modules[name].is_attention for name in sample if name in modules}
+    if kinds != {True, False} or set(sample) - set(modules) or modules.keys() != dict(PUBLISHED_WIDTHS.items()).keys():
+        raise UserError(f"--sample: found {' '.join(sample)}, expected an attention and an FFN of 6 + 6 layers")
 
-    def note(decision: Decision) -> None:
-        if decision.accepted:
-            marks.append((time.perf_counter(), counter.images))
+    def spent() -> np.ndarray:
+        return np.array((time.process_time(), counter.images))
 
-    bench.modules = {name: module for name, module in bench.modules.items() if name in sample}
-    search = Search(bench, schedule, pruner.units, base_ap, note)
-    search.run()
-    seconds, images = marks[0][0] - start, marks[0][1]
-    for name, (before, after) in zip(schedule.order(bench.modules), pairwise(marks), strict=True):
-        share = counts[role_of(name)] / visited[role_of(name)]
-        seconds, images = seconds + share * (after[0] - before[0]), images + share * (after[1] - before[1])
-    return seconds, images
+    before = spent()
+    base_ap, of_a_step = bench.full_ap(), defaultdict(list)
+    of_full_ap = spent() - before
+    for name in schedule.order(sample):
+        bench.modules = {name: modules[name]}
+        marks = [spent()]
+        with suppress(_Enough):
+            Search(bench, schedule, pruner.units, base_ap, lambda _, marks=marks: _note(marks, spent(), steps)).run()
+        of_a_step[modules[name].is_attention] += [after - before for before, after in pairwise(marks)]
+        modules[name].set_gate(None)
+    bench.modules, total = modules, of_full_ap
+    for name, module in modules.items():
+        count = PUBLISHED_WIDTHS.of(name) / pruner.units.channels(module)
+        total = total + count * np.mean(of_a_step[module.is_attention], axis=0) + of_full_ap
+    return float(total[0]), float(total[1])
+
+
+class _Enough(Exception):
+    """As many steps were taken as were asked for."""
+
+
+def _note(marks: list[np.ndarray], mark: np.ndarray, steps: int) -> None:
+    marks.append(mark)
+    if len(marks) > steps:
+        raise _Enough
 
 
 def macs_of(model: nn.Module, image_size_hw: tuple[int, int]) -> tuple[float, float]:
@@ -128,8 +158,8 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[tuple]:
 
     return [
         (
-            result["search"], result["seed"], f"{result['seconds']:.0f}",
-            f"{reference['seconds'] / result['seconds']:.1f}", f"{result['whole_passes']:.0f}",
+            result["search"], result["seed"], f"{result['cpu_seconds']:.0f}",
+            f"{reference['cpu_seconds'] / result['cpu_seconds']:.1f}", f"{result['whole_passes']:.0f}",
             f"{result['gmacs']:.0f}", f"{reference['gmacs'] / result['gmacs']:.1f}",
             f"{reference['gmacs_original'] / result['gmacs']:.1f}", percent(result["removed"]), percent(result["ap"]),
         )
@@ -137,7 +167,7 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[tuple]:
     ]  # fmt: skip
 
 
-TITLES = ("search", "seed", "seconds", "times as fast", "whole passes", "GMACs", "times fewer",
+TITLES = ("search", "seed", "CPU seconds", "times as fast", "whole passes", "GMACs", "times fewer",
           "by the original's count", "removed %", "AP")  # fmt: skip
 
 
@@ -149,7 +179,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--skip", type=real(0, 1), default=MGP.skip, help="of the schedule")
     add("--searches", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="searches to run")
     add("--seeds", type=whole(0), nargs="+", default=[0], help="each search runs once with each")
-    add("--sample", nargs="+", default=[], metavar="MODULE", help="modules that the paper's search visits; none: all")
+    add("--sample", nargs="+", default=[], metavar="MODULE", help="modules that the paper's search only begins with, "
+        "to tell what all of it costs; none lets it run to its end")  # fmt: skip
+    add("--sample_steps", type=whole(1), default=1, help="steps that it takes of each of them")
     return parser
 
 
@@ -162,18 +194,18 @@ def main() -> None:
     subject = Subject(args.coco_path, args.checkpoint, 1, args.search_images, batch_size=PAPER_BATCH_SIZE)
     schedule = dataclasses.replace(MGP, map_tol=args.map_tol, skip=args.skip)
     macs = macs_of(subject.dense, subject.image_size_hw)
-    results = []
+    dense_ap, results = subject.ap_before_tuning(subject.dense), []
     for seed in args.seeds:
         for search in args.searches:
-            results.append(run_search(subject, search, schedule, seed, args.sample, macs))
+            results.append(run_search(subject, search, schedule, seed, (args.sample, args.sample_steps), macs))
             print({key: value for key, value in results[-1].items() if key != "widths"}, flush=True)
+            # After each, for the paper's takes its time.
+            write_json(args.output / f"search_cost_{args.name}.json", {
+                "name": args.name, "search_images": args.search_images, "map_tol": args.map_tol, "skip": args.skip,
+                "image_size_hw": list(subject.image_size_hw), "gmacs_backbone": macs[0], "gmacs_behind": macs[1],
+                "dense_ap": dense_ap, "environment": environment(), "results": results,
+            })  # fmt: skip
     print(table(TITLES, [row for seed in args.seeds for row in rows([r for r in results if r["seed"] == seed])]))
-    write_json(args.output / f"search_cost_{args.name}.json", {
-        "name": args.name, "search_images": args.search_images, "map_tol": args.map_tol, "skip": args.skip,
-        "image_size_hw": list(subject.image_size_hw), "gmacs_backbone": macs[0], "gmacs_behind": macs[1],
-        "dense_ap": subject.ap_before_tuning(subject.dense),
-        "environment": environment(), "results": results,
-    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -55,6 +55,13 @@ class Bisection(BudgetSearch):
         return (fails + passes) / 2
 
 
+class MiddleFirst(BudgetSearch):
+    """Begins in the middle, whatever the loss tells."""
+
+    def _guess(self, losses: Mapping[float, float], allowed: float, fails: float, passes: float) -> float:
+        return super()._guess(losses, allowed, fails, passes) if losses else (fails + passes) / 2
+
+
 def variants(search_images: int) -> dict[str, dict[str, Any]]:
     """For each row, what is other than in the search as it is."""
     return {
@@ -62,6 +69,7 @@ def variants(search_images: int) -> dict[str, dict[str, Any]]:
         "calibrated on all images": {"calibration_images": search_images},
         "every width of an attention measured": {"constants": {"ATTENTION_WIDTHS_MEASURED": EVERY}},
         "channels ranked anew for each cut": {"search": RankingAnew},
+        "first trial in the middle": {"search": MiddleFirst},
         "budgets halved, seven mAP": {"search": Bisection, "constants": {"EVALUATIONS": 7, "NEAR": 0, "PRECISION": 0}},
         "first-order ranking": {"ranking": "first_order"},
         "random ranking": {"ranking": "random"},

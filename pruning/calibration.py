@@ -39,7 +39,12 @@ class Sensitivity:
 
 
 class Calibration:
-    """The calibration images of a search: a part of its cached batches, those that this process holds."""
+    """The calibration images of a search: a part of its cached batches, those that this process holds.
+
+    Attributes:
+        sensitivities: of each module.
+        loss: of the whole detector, mean over the calibration images of all processes.
+    """
 
     def __init__(
         self, model: nn.Module, criterion: nn.Module, cache: StateCache, batches: Sequence[int], device: torch.device
@@ -110,8 +115,10 @@ class Calibration:
             )
             for name, module in self._modules.items()
         ]
+        loss_sum = 0.0
         try:
             for _, loss in self.losses(self.model.step_names[0]):
+                loss_sum += float(loss.detach())
                 for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
                     gradient = gradient.double()
                     squares[name].append(gradient.square().sum(-1).cpu())
@@ -121,8 +128,10 @@ class Calibration:
             for hook in hooks:
                 hook.remove()
         pixels = [self._state(batch).pixels.cpu() for batch in self.batches]
-        gathered = distributed.gather_objects((squares, metrics, sum(map(len, squares[next(iter(squares))]))))
+        own_images = sum(map(len, squares[next(iter(squares))]))
+        gathered = distributed.gather_objects((squares, metrics, own_images))
         images = sum(count for *_, count in gathered)
+        self.loss = sum(distributed.gather_objects(loss_sum)) / images
         return {name: self._sensitivity(name, squares[name], pixels, gathered, images) for name in self._modules}
 
     def _sensitivity(

@@ -34,6 +34,7 @@ class Workbench(Protocol):
     method: Method
     ranking: Ranking
     counter: PassCounter
+    loss: float  # mean of the calibration images while everything is whole, 0 without calibration
 
     def begin(self, name: str) -> None:
         """Make ready to search module `name`; gates of others stay as they are."""

@@ -84,11 +84,13 @@ class DetectorBench:
         self._params_per_channel = params_per_channel(model)
         self._measured: dict[int, float] = {}
         self._calibration = self._reconstruction = None
+        self.loss = 0.0
         criterion.eval()
         if method.is_calibrated:
             batches = [index for number, index in sorted(self._own.items()) if number < calibration_batches]
             self._calibration = Calibration(model, criterion, self.cache, batches, device)
             self._reconstruction = Reconstruction(self._calibration, method.reconstruction)
+            self.loss = self._calibration.loss
         self.ranking = self._build_ranking(model, criterion, images_at_once, seed)
 
     def _build_ranking(self, model: nn.Module, criterion: nn.Module, images_at_once: int, seed: int) -> Ranking:

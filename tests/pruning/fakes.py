@@ -46,6 +46,7 @@ class FakeBench:
     method: Method = PAPER
     asked: list[tuple] = field(default_factory=list)
     counter: PassCounter = field(default_factory=lambda: PassCounter({}))
+    loss: float = 0.0
 
     def __post_init__(self) -> None:
         self.widths = {name: module.width for name, module in self.modules.items()}
