@@ -79,7 +79,7 @@ class BudgetSearch:
             UserError: one unit of every module costs more than that, or `replayed` are trials of another search.
         """
         if keep is not None:
-            self._check_affordable(keep, {name: min(self._widths(name)) for name in self.bench.modules})
+            self.check_affordable(keep)
         self._past, self.effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
         if not self._damages:
             # A fraction that is asked for is met in few trials: more hangs on the prediction, so nothing is guessed.
@@ -223,7 +223,7 @@ class BudgetSearch:
         return sorted({min(unit, width), *range(step, width, step), width})
 
     def _least_widths(self) -> dict[str, int]:
-        return {name: min(damages) for name, damages in self._damages.items()}
+        return {name: min(self._widths(name)) for name in self.bench.modules}
 
     def _cost_of(self, widths: Mapping[str, int]) -> float:
         gone = (self.bench.modules[n].width - width for n, width in widths.items())
@@ -239,7 +239,7 @@ class BudgetSearch:
             UserError: there are no such widths.
         """
         budget = keep * self.total_cost
-        self._check_affordable(keep, self._least_widths())
+        self.check_affordable(keep)
         low, high = 1e-30, 1e30
         for _ in range(200):
             price = (low * high) ** 0.5
@@ -249,11 +249,13 @@ class BudgetSearch:
                 high = price
         return self._spend_rest(self._at_price(high, power), budget, power)
 
-    def _check_affordable(self, keep: float, least: Mapping[str, int]) -> None:
-        if self._cost_of(least) > keep * self.total_cost:
+    def check_affordable(self, keep: float) -> None:
+        """Raise a `UserError` if one unit of every module costs more than the fraction `keep`."""
+        least = self._cost_of(self._least_widths())
+        if least > keep * self.total_cost:
             raise UserError(
-                f"--keep {keep:g}: found that one unit of every module keeps "
-                f"{self._cost_of(least) / self.total_cost:.3f} of the transformer's cost, expected at least that"
+                f"--keep {keep:g}: found that one unit of every module keeps {least / self.total_cost:.3f} of the "
+                "transformer's cost, expected at least that"
             )
 
     def _at_price(self, price: float, power: float) -> dict[str, int]:

@@ -109,6 +109,7 @@ class StateCache:
         cache_device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         max_bytes: float = math.inf,
+        state_batches: int = 0,
         amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
@@ -119,6 +120,8 @@ class StateCache:
                 memory they would fill.
             dtype: of the features in the cache; None keeps them as they are made.
             max_bytes: most that features and states may take.
+            state_batches: batches whose states will be asked for again and again: room is left for them, up to half of
+                `max_bytes`, that no features take.
             progress: wraps `batches`, to show a bar.
         """
         self._model = model
@@ -127,7 +130,7 @@ class StateCache:
         self._device = device
         self.cache_device = cache_device
         self._dtype = dtype
-        self._max_bytes = max_bytes
+        self._max_bytes, self._state_batches = max_bytes, state_batches
         self._amp = amp
         self._features: list[Features | None] = []
         self._moved: dict[int, tuple[str, DetectorState]] = {}
@@ -202,15 +205,23 @@ class StateCache:
             return self._model.features([image.to(self._device) for image in images])
 
     def _keep_features(self, features: Features) -> None:
-        if self.cache_device is None:
-            with torch.no_grad(), autocast(self._device, self._amp):
-                needed = bytes_needed(self._model.first_state(features), self._model.step_names)
-            self.cache_device = fitting_device(min(needed * len(self._batches), self._max_bytes), self._device)
-        self._made_dtype = features.memory.dtype
+        if not self._features:
+            self._plan(features)
         kept = features.to(self.cache_device, self._dtype)
-        fits = self.nbytes + kept.nbytes <= self._max_bytes
+        fits = self.nbytes + kept.nbytes <= self._max_feature_bytes
         self._features.append(kept if fits else None)
         self.nbytes += kept.nbytes if fits else 0
+
+    def _plan(self, features: Features) -> None:
+        """Where to keep things, and how much of it may be features, as the first batch tells."""
+        with torch.no_grad(), autocast(self._device, self._amp):
+            needed = bytes_needed(self._model.first_state(features), self._model.step_names)
+        if self.cache_device is None:
+            self.cache_device = fitting_device(min(needed * len(self._batches), self._max_bytes), self._device)
+        self._made_dtype = features.memory.dtype
+        self._max_feature_bytes = self._max_bytes
+        if self._max_bytes < math.inf:
+            self._max_feature_bytes -= min(self._state_batches * needed, self._max_bytes / 2)
 
     def _features_of(self, batch: int) -> Features:
         features = self._features[batch]

@@ -136,17 +136,16 @@ class SearchRun:
             )
         if self.bench.method.is_calibrated and self.args.search_split == "val2017":
             self.log.warning("calibrating on val2017: a fair figure searches on train2017 (--search_split)")
-        base_ap, past = self._open_journal(self._facts(base_ap))
         is_global = self.bench.method.search == "global"
+        if is_global:
+            self.budget_search = self._build_budget_search(base_ap)
+        base_ap, past = self._open_journal(self._facts(base_ap))
         hint = f"stopped; go on with the same command and --resume_search, from {self.journal.path}"
         with stop_after_step(hint) as self.stop_if_asked:
             kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
             self.stop_if_asked()
         result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
-        if distributed.is_main():
-            self._write(result)
-            self.journal.end(self._outcome(result))
-        distributed.barrier()
+        distributed.on_main(lambda: self._write(result))
         return result
 
     def _open_journal(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
@@ -155,22 +154,19 @@ class SearchRun:
         Returns:
             mAP before the search, as it was measured when the search began, and the lines behind the first.
         """
-        base_ap, past = facts["base_ap"], []
-        problem: Exception | None = None
-        if distributed.is_main():
-            try:
-                if self.args.resume_search:
-                    base_ap, past = self.journal.resume(facts)
-                if not past:
-                    for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE):
-                        move_aside(self.output_dir / name)
-                    if not self.journal.begun:
-                        self.journal.start(facts)
-            except (UserError, OSError) as error:
-                problem = error  # the other processes wait for this one
-        base_ap, past, problem = distributed.gather_objects((base_ap, past, problem))[0]
-        if problem is not None:
-            raise problem
+
+        def begin() -> tuple[float, list[dict[str, Any]]]:
+            base_ap, past = facts["base_ap"], []
+            if self.args.resume_search:
+                base_ap, past = self.journal.resume(facts)
+            if not past:
+                for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE):
+                    move_aside(self.output_dir / name)
+                if not self.journal.begun:
+                    self.journal.start(facts)
+            return base_ap, past
+
+        base_ap, past = distributed.on_main(begin)
         if past:
             self.log.info("going on behind %d journal lines of %s", len(past), self.journal.path)
         elif self.args.resume_search:
@@ -188,14 +184,13 @@ class SearchRun:
 
             def record(decision: Decision) -> None:
                 self.decisions.append(decision)
-                if distributed.is_main():
-                    self.journal.decision(decision)
+                distributed.on_main(lambda: self.journal.decision(decision))
                 bar.show(decision)
                 if decision.accepted:
                     self.log.info("%s", report.module_line(decision))
                     left = order[decision.visit + 1 :]
-                    if left and distributed.is_main():
-                        self._save(search.kept, left)
+                    if left:
+                        distributed.on_main(lambda: self._save(search.kept, left))
                 self.stop_if_asked()
 
             search = Search(self.bench, self.schedule, units, base_ap, record, replayed)
@@ -208,21 +203,14 @@ class SearchRun:
 
         Without --keep the detector is held to what the schedule holds it to when its last module has been visited.
         """
-        args, units = self.args, units_of(self.args)
-        cost = cost_of(self.model, self.image_size_hw)
-        total = {"params": cost.transformer_params, "macs": 1e9 * cost.gmacs}[args.cost]
-        per_channel = (
-            params_per_channel(self.model)
-            if args.cost == "params"
-            else macs_per_channel(self.model, self.image_size_hw)
-        )
+        args, search = self.args, self.budget_search
+        search.base_ap = base_ap
         sweeps = 1 + (EVALUATIONS if args.keep is None else len(POWERS))
         threshold_ap = self.schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1)
         with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
 
             def record(trial: Trial) -> None:
-                if distributed.is_main():
-                    self.journal.trial(trial)
+                distributed.on_main(lambda: self.journal.trial(trial))
                 self.log.info("%s", report.trial_line(trial))
                 bar.set_postfix_str(report.trial_summary(trial, None if args.keep else threshold_ap))
                 self.stop_if_asked()
@@ -231,13 +219,30 @@ class SearchRun:
                 bar.set_description(f"{name} {'every width' if width is None else width}", refresh=False)
                 bar.update()
 
-            step = {name: units.channels(module) for name, module in self.bench.modules.items()}
-            replayed = read_events(past, "trial", Trial, self.journal.path)
-            search = BudgetSearch(self.bench, per_channel, total, step, base_ap, record, replayed, show)
+            search.replayed = read_events(past, "trial", Trial, self.journal.path)
+            search.on_trial, search.progress = record, show
             self.log.info("mAP to keep: %s", "any" if args.keep else f"{threshold_ap:.4f}")
             kept, best = search.run(args.keep, threshold_ap)
         self.trials, self.best_trial, self.effort = search.trials, best, search.effort
         return kept, best.full_ap
+
+    def _build_budget_search(self, base_ap: float) -> BudgetSearch:
+        """The search of all modules at once.
+
+        Raises:
+            UserError: --keep asks for less than the least widths cost.
+        """
+        units, keep = units_of(self.args), self.args.keep
+        cost = cost_of(self.model, self.image_size_hw)
+        if self.args.cost == "params":
+            total, per_channel = cost.transformer_params, params_per_channel(self.model)
+        else:
+            total, per_channel = 1e9 * cost.gmacs, macs_per_channel(self.model, self.image_size_hw)
+        step = {name: units.channels(module) for name, module in self.bench.modules.items()}
+        search = BudgetSearch(self.bench, per_channel, total, step, base_ap)
+        if keep is not None:
+            search.check_affordable(keep)
+        return search
 
     def _facts(self, base_ap: float) -> dict[str, Any]:
         """What the search depends on; one with other facts is another search."""
@@ -307,6 +312,7 @@ class SearchRun:
         )  # fmt: skip
         self.log.info("--cfgs '%s'", result.widths)
         self.log.info("next: %s", report.next_command(self.args, result.path))
+        self.journal.end(self._outcome(result))
 
     def _params_at(self, widths: Mapping[str, int]) -> int:
         per_channel = params_per_channel(self.model)

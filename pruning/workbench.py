@@ -73,12 +73,14 @@ class DetectorBench:
         self._ground_truth = ground_truth
         self._device = device
         self._subset_batches = {True: subset_batches_attention, False: subset_batches_ffn}
-        self.cache = StateCache(
-            model, batches, self.counter, device=device, cache_device=cache_device, dtype=cache_dtype,
-            max_bytes=cache_bytes, amp=amp, progress=progress,
-        )  # fmt: skip
         world, rank = distributed.world_size(), distributed.rank()
         self._own = {n: index for index, n in enumerate(batch_numbers) if n % world == rank}
+        calibrated = [index for number, index in sorted(self._own.items()) if number < calibration_batches]
+        self.cache = StateCache(
+            model, batches, self.counter, device=device, cache_device=cache_device, dtype=cache_dtype,
+            max_bytes=cache_bytes, state_batches=len(calibrated) if method.is_calibrated else 0, amp=amp,
+            progress=progress,
+        )  # fmt: skip
         self._num_batches = max(map(max, distributed.gather_objects(list(batch_numbers)))) + 1
         self._transformer_params = count_parameters(model.transformer)
         self._params_per_channel = params_per_channel(model)
@@ -87,8 +89,7 @@ class DetectorBench:
         self.loss = 0.0
         criterion.eval()
         if method.is_calibrated:
-            batches = [index for number, index in sorted(self._own.items()) if number < calibration_batches]
-            self._calibration = Calibration(model, criterion, self.cache, batches, device)
+            self._calibration = Calibration(model, criterion, self.cache, calibrated, device)
             self._reconstruction = Reconstruction(self._calibration, method.reconstruction)
             self.loss = self._calibration.loss
         self.ranking = self._build_ranking(model, criterion, images_at_once, seed)

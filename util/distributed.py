@@ -1,13 +1,15 @@
 """Several processes started by torchrun, or one: the same calls serve both."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from util.errors import UserError
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -84,6 +86,23 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What `action` gives in the main process, in every process; what it raises there is raised in every process.
+
+    For whatever writes files: a full disk then ends all processes alike, and none waits for one that is gone.
+    """
+    result, problem = None, None
+    if is_main():
+        try:
+            result = action()
+        except Exception as error:
+            problem = error
+    result, problem = gather_objects((result, problem))[0]
+    if problem is not None:
+        raise problem
+    return result
 
 
 def average(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -239,6 +239,14 @@ def test_what_an_older_search_left_is_moved_aside(folder, tmp_path):
         assert (tmp_path / name).read_text() == "older\n"
 
 
+def test_a_fraction_that_cannot_be_kept_is_refused_before_older_results_are_touched(folder, tmp_path):
+    (tmp_path / "pruned.pth").write_text("older")
+    with pytest.raises(UserError, match=r"--keep 0\.01: found that one unit"):
+        run(MGP, folder, tmp_path, "--search fast --keep 0.01")
+    assert (tmp_path / "pruned.pth").read_text() == "older"
+    assert not (tmp_path / "search.jsonl").exists()
+
+
 def test_a_killed_search_leaves_what_it_had_found(folder, tmp_path, monkeypatch):
     shown, begin = [], DetectorBench.begin
 

@@ -118,6 +118,24 @@ def test_a_cap_on_the_cache_changes_no_output_and_is_kept(network, share, dtype)
     assert capped.counter.backbone_images == 5 + 2 * capped.images_without_features
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_states_that_are_asked_for_again_have_their_room_kept_free_of_features(network):
+    model = tiny_detector(network)[0].eval()
+    name, batches = model.step_names[-1], 20 * BATCHES
+    cap = cache_of(model, batches).nbytes + 1  # all features fit, and then no state does
+    runs = {}
+    for state_batches in (0, 1):
+        counter = PassCounter(dict.fromkeys(model.step_names, 1.0))
+        cache = StateCache(model, batches, counter, device=CPU, max_bytes=cap, state_batches=state_batches)
+        cache.move_to(name)
+        for _ in range(3):
+            cache.state(0)
+            assert cache.nbytes <= cap
+        runs[state_batches] = counter.images_by_range[model.step_names[0], name]
+    assert runs == {0: 3 * 2, 1: 2}
+
+
 def test_five_thousand_images_fit_eight_gigabytes():
     """Features of 800 x 1333 pixels at stride 32, on average padded to a square, in bfloat16."""
     pixels = 42 * 42
