@@ -8,7 +8,7 @@ DEMO_OUTPUT ?= output/demo
 help:
 	@echo "make demo        prune the demo detector from end to end; results in $(DEMO_OUTPUT)"
 	@echo "make test        run the tests"
-	@echo "make lint        check format and style"
+	@echo "make lint        check format, style and types"
 	@echo "make gpu-check   run all that needs a GPU"
 	@echo "make checkpoint  train checkpoints/demo.pth anew (about 70 minutes on two CPU cores)"
 	@echo "make tables      make the README's tables anew of the figures in bench/results"
@@ -33,6 +33,7 @@ test: .venv/installed-tests
 lint: .venv/installed-tests
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
+	$(VENV)/mypy
 
 gpu-check: .venv/installed-tests
 	$(VENV)/python -m pytest -m gpu

@@ -3,21 +3,32 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets.coco_eval import GroundTruth, coco_stats, to_detections
+from models.criterion import Criterion
 from models.distillation import Distillation
 from util import distributed
 from util.ema import WeightAverage
 from util.logging import bar_off, get_logger, table
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Batches(Protocol):
+    """Batches of (images, targets), and how many there are."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]: ...
 
 
 class NonFiniteLossError(RuntimeError):
@@ -80,13 +91,13 @@ def move_to(value: Any, device: torch.device) -> Any:
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
     """Mixed precision for the forward pass: `amp` is off, bf16 or fp16."""
     dtype = AMP_DTYPES[amp]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def train_one_epoch(
     model: nn.Module,
-    criterion: nn.Module,
-    loader: Iterable[tuple[list[Tensor], list[dict[str, Tensor]]]],
+    criterion: Criterion,
+    loader: Batches,
     optimizer: torch.optim.Optimizer,
     *,
     device: torch.device,
@@ -131,7 +142,7 @@ def train_one_epoch(
         images, targets = move_to(images, device), move_to(targets, device)
         group = min(accumulate, batches - number // accumulate * accumulate)
         stepping = (number + 1) % accumulate == 0 or number + 1 == batches
-        with contextlib.nullcontext() if stepping or not hasattr(model, "no_sync") else model.no_sync():
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not stepping else nullcontext():
             loss, losses = _losses(model, criterion, images, targets, autocast(device, amp), distillation)
             (loss / group if scaler is None else scaler.scale(loss / group)).backward()
         means.add(losses)
@@ -154,7 +165,7 @@ def evaluate(
     ground_truth: GroundTruth,
     *,
     device: torch.device,
-    criterion: nn.Module | None = None,
+    criterion: Criterion | None = None,
     amp: str = "off",
     backend: str | None = None,
     progress: bool = True,
@@ -207,7 +218,7 @@ def to_coco_results(detections: np.ndarray) -> list[dict[str, Any]]:
 
 def _losses(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     images: list[Tensor],
     targets: list[dict[str, Tensor]],
     precision: contextlib.AbstractContextManager,
@@ -224,7 +235,7 @@ def _losses(
     outputs = _to_float32(outputs)
     losses = criterion(outputs, targets)
     loss = criterion.weighted_sum(losses)
-    if lesson is not None:
+    if distillation is not None and lesson is not None:
         distilled = distillation(outputs, lesson)
         loss = loss + distillation.weighted_sum(distilled)
         losses = losses | distilled

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset
@@ -302,7 +302,7 @@ class CocoLoader(DataLoader):
 
 
 def build_loader(
-    dataset: CocoDataset,
+    dataset: CocoDataset | Subset,
     batch_size: int,
     *,
     shuffle: bool,

@@ -1,23 +1,26 @@
 """Detectors and how to build them from command-line arguments."""
 
 from argparse import Namespace
-
-from torch import nn
+from collections.abc import Callable
 
 from models import dn_dab_deformable_detr, dn_dab_detr
 from models.backbone import Backbone
 from models.criterion import Criterion
 from models.denoising import DenoisingSettings
+from models.detector import Detector
 from models.matcher import HungarianMatcher
 from models.post_process import PostProcess
 from util.errors import UserError
 
-MODELS = {"dn_dab_detr": dn_dab_detr.build, "dn_dab_deformable_detr": dn_dab_deformable_detr.build}
+MODELS: dict[str, Callable[[Namespace, Backbone, DenoisingSettings | None], Detector]] = {
+    "dn_dab_detr": dn_dab_detr.build,
+    "dn_dab_deformable_detr": dn_dab_deformable_detr.build,
+}
 # For the log; the deformable variant's releases never had them.
 LOGS_BOX_PARTS = ("dn_dab_detr",)
 
 
-def build_model(args: Namespace) -> tuple[nn.Module, Criterion, dict[str, PostProcess]]:
+def build_model(args: Namespace) -> tuple[Detector, Criterion, dict[str, PostProcess]]:
     """Model, criterion and postprocessors for the arguments of `main.get_args_parser`.
 
     `args.num_classes` is set from the annotations or the checkpoint and `args.cfgs` is a `Widths` or None.

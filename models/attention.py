@@ -1,6 +1,7 @@
 """Multi-head attention, over queries, keys and values as they are or projected from one packed weight."""
 
 import contextlib
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.layers import GatedLayer, gated
+
+
+class PackedProjections(Protocol):
+    """A module with the parameters of `add_packed_projections`."""
+
+    in_proj_weight: Tensor
+    in_proj_bias: Tensor
+    out_proj: nn.Linear
 
 
 def split_heads(x: Tensor, nheads: int) -> Tensor:
@@ -35,15 +44,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
     return attended.transpose(1, 2).flatten(2)
 
 
-def add_packed_projections(holder: nn.Module, hidden_dim: int, width: int) -> None:
-    """Give `holder` in_proj_weight and in_proj_bias (3 * width: queries, keys, values) and out_proj."""
+def add_packed_projections(holder: nn.Module, hidden_dim: int, width: int) -> PackedProjections:
+    """Give `holder` in_proj_weight and in_proj_bias (3 * width: queries, keys, values) and out_proj; returns it."""
     holder.in_proj_weight = nn.Parameter(torch.empty(3 * width, hidden_dim))
     holder.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
     holder.out_proj = nn.Linear(width, hidden_dim)
+    return cast(PackedProjections, holder)
 
 
 def packed_self_attention(
-    layer: GatedLayer, block: str, holder: nn.Module, x: Tensor, pos: Tensor, mask: Tensor | None
+    layer: GatedLayer, block: str, holder: PackedProjections, x: Tensor, pos: Tensor, mask: Tensor | None
 ) -> Tensor:
     """Self-attention of one block of a layer, with queries and keys from x + pos and values from x.
 
@@ -62,7 +72,8 @@ def packed_self_attention(
     query, key = F.linear(x + pos, weight[: 2 * width], bias[: 2 * width]).chunk(2, dim=-1)
     value = F.linear(x, weight[2 * width :], bias[2 * width :])
     layer.observe(block, queries=(query,), keys=(key,), key_mask=mask)
-    heads = (split_heads(t, layer.nheads) for t in (gated(query, query_gate), key, gated(value, value_gate)))
-    attended = attend(*heads, mask, layer.attention_dropout)
+    gated_inputs = (gated(query, query_gate), key, gated(value, value_gate))
+    query, key, value = (split_heads(t, layer.nheads) for t in gated_inputs)
+    attended = attend(query, key, value, mask, layer.attention_dropout)
     layer.observe(block, attended=attended)
     return attended

@@ -66,7 +66,8 @@ class Backbone(nn.Module):
 
 
 def _output_channels(stage: nn.Module) -> int:
-    return [m for m in stage[-1].children() if isinstance(m, nn.Conv2d)][-1].out_channels
+    *_, last_block = stage.children()
+    return [m for m in last_block.children() if isinstance(m, nn.Conv2d)][-1].out_channels
 
 
 def _dilate(stage: nn.Module) -> None:

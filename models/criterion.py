@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ class Criterion(nn.Module):
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """The scalar that training minimises, and by which the paper's search scores channels."""
-        return sum(losses[name] * weight for name, weight in self.weight_dict.items())
+        return reduce(torch.add, (losses[name] * weight for name, weight in self.weight_dict.items()))
 
     @contextmanager
     def of_this_process(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.denoising import DenoisingSettings, noised_queries, query_mask
 from models.prunable import KINDS, ParameterSlice, PrunableModule
-from models.state import DetectorState, Features
+from models.state import DetectorState, Features, QueryFields
 from models.widths import Widths
 
 
@@ -27,6 +27,11 @@ class Detector(nn.Module, ABC):
         num_patterns: patterns for each anchor, 0 for none.
         denoising: how targets are noised in training; None trains without denoising queries.
     """
+
+    widths: Widths
+    transformer: nn.Module
+    label_enc: nn.Embedding
+    refpoint_embed: nn.Embedding
 
     def __init__(
         self,
@@ -84,7 +89,7 @@ class Detector(nn.Module, ABC):
         """The state in front of the first step: features, positions and queries."""
         return self.first_state(self.features(images), targets)
 
-    def queries(self, content: Tensor, anchor_logits: Tensor, targets: list[dict] | None) -> dict[str, object]:
+    def queries(self, content: Tensor, anchor_logits: Tensor, targets: list[dict] | None) -> QueryFields:
         """The fields of a state that hold the queries: the matching ones, in training behind the denoising ones.
 
         Args:
@@ -100,8 +105,7 @@ class Detector(nn.Module, ABC):
             content = torch.cat((noised.content, content), dim=1)
             anchor_logits = torch.cat((noised.anchor_logits, anchor_logits), dim=1)
         anchors = anchor_logits.sigmoid()
-        fields = {"queries": content, "query_mask": mask, "anchors": anchors, "live_anchors": anchors}
-        return {**fields, "denoising": layout}
+        return QueryFields(queries=content, query_mask=mask, anchors=anchors, live_anchors=anchors, denoising=layout)
 
     def run_steps(self, state: DetectorState, start: str | None = None, stop: str | None = None) -> DetectorState:
         """Run the steps from `start` (included; None is the first) to `stop` (excluded; None runs to the end)."""

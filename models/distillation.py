@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from models.criterion import layer_suffix
+from models.detector import Detector
 from util import distributed
 
 
@@ -47,7 +49,7 @@ class Distillation:
         weights: weight of `loss_distill_logits`, `loss_distill_bbox`, `loss_distill_giou` and `loss_distill_memory`.
     """
 
-    def __init__(self, teacher: nn.Module, weights: dict[str, float]) -> None:
+    def __init__(self, teacher: Detector, weights: dict[str, float]) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         num_layers = len(teacher.widths.decoder)
         self.suffixes = [layer_suffix(layer, num_layers) for layer in range(num_layers)]
@@ -95,7 +97,7 @@ class Distillation:
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """The scalar that training minimises beside the losses against the targets."""
-        return sum(losses[name] * weight for name, weight in self.weight_dict.items())
+        return reduce(torch.add, (losses[name] * weight for name, weight in self.weight_dict.items()))
 
 
 def _stacked(outputs: dict) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ def initialise_detector(transformer: nn.Module, class_heads: Iterable[nn.Linear]
                 nn.init.xavier_uniform_(parameter)
             else:
                 nn.init.zeros_(parameter)
-    for head in class_heads:
-        nn.init.constant_(head.bias, -math.log(99))
-    for head in box_heads:
-        nn.init.zeros_(head.layers[-1].weight)
-        nn.init.zeros_(head.layers[-1].bias)
+    for class_head in class_heads:
+        nn.init.constant_(class_head.bias, -math.log(99))
+    for box_head in box_heads:
+        nn.init.zeros_(box_head.layers[-1].weight)
+        nn.init.zeros_(box_head.layers[-1].bias)

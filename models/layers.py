@@ -1,8 +1,8 @@
 """Small building blocks that the encoder, the decoder and the heads share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 # Called with the name of a block and some of its activations.
 Observer = Callable[[str, dict[str, Any]], None]
 
-ACTIVATIONS = {"prelu": nn.PReLU, "relu": nn.ReLU}
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"prelu": nn.PReLU, "relu": nn.ReLU}
+
+
+def module_list(modules: Iterable[ModuleT]) -> Sequence[ModuleT]:
+    """An `nn.ModuleList`, which keeps no type of what it holds, as a sequence that does."""
+    return cast(Sequence[ModuleT], nn.ModuleList(modules))
 
 
 class MLP(nn.Module):
@@ -19,7 +26,7 @@ class MLP(nn.Module):
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+        self.layers = module_list(nn.Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         """... x input channels -> ... x output channels."""
@@ -52,7 +59,12 @@ class GatedLayer(nn.Module):
     `keys`, tuples of B x L x width that are multiplied with each other pair by pair, before any gate; `attended`, what
     the output projection of an attention is given; `hidden`, what `linear2` is given. A deformable attention has no
     queries and keys to show.
+
+    Attributes:
+        nheads: attention heads.
     """
+
+    nheads: int
 
     def __init__(self, hidden_dim: int, ffn_width: int, activation: str, dropout: float) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """Images of different sizes as one batch."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,6 @@ def pad_images(images: list[Tensor] | Tensor) -> tuple[Tensor, Tensor, bool]:
     return batch, padding, True
 
 
-def resize_padding(padding: Tensor, size_hw: tuple[int, int]) -> Tensor:
+def resize_padding(padding: Tensor, size_hw: Sequence[int]) -> Tensor:
     """Padding B x H x W (bool) at the size of a feature map, nearest: B x h x w."""
     return F.interpolate(padding[None].float(), size=size_hw)[0].bool()

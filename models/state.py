@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,19 @@ class DenoisingQueries:
     groups: int
 
 
+class QueryFields(TypedDict):
+    """The fields of a `DetectorState` that hold the queries."""
+
+    queries: Tensor
+    query_mask: Tensor | None
+    anchors: Tensor
+    live_anchors: Tensor
+    denoising: DenoisingQueries | None
+
+
+StateT = TypeVar("StateT", bound="DetectorState")
+
+
 @dataclass(frozen=True)
 class DetectorState:
     """The tensors between two steps; B images, S feature pixels, Q queries, D channels.
@@ -58,7 +72,7 @@ class DetectorState:
         query_mask: Q x Q bool, True where a query may look; None without denoising queries.
         anchors: B x Q x 4 cxcywh in [0, 1], which the layer attends with (no gradient to the layer before).
         live_anchors: the same with its gradient, which the layer's boxes are offsets of.
-        query_pos, query_sine: B x Q x D, positional queries of the decoder layer under way.
+        query_pos, query_sine: B x Q x D, positional queries of the decoder layer under way; None before the first.
         hidden: B x Q x D for each decoder layer done, normalised.
         boxes: B x Q x 4 cxcywh for each decoder layer done.
         denoising: None where there are no denoising queries.
@@ -77,21 +91,21 @@ class DetectorState:
     boxes: tuple[Tensor, ...] = ()
     denoising: DenoisingQueries | None = None
 
-    def replace(self, **changes: object) -> DetectorState:
+    def replace(self: StateT, **changes: Any) -> StateT:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> DetectorState:
+    def map(self: StateT, function: Callable[[Tensor], Tensor]) -> StateT:
         """A copy with `function` applied to every tensor."""
 
-        def apply(value: object) -> object:
+        def apply(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return function(value)
             return tuple(function(t) for t in value) if isinstance(value, tuple) else value
 
         return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
-    def to(self, device: torch.device | str) -> DetectorState:
+    def to(self: StateT, device: torch.device | str) -> StateT:
         """A copy on another device."""
         return self.map(lambda tensor: tensor.to(device))
 

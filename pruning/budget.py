@@ -89,10 +89,11 @@ class BudgetSearch:
         return self._restore(best), best
 
     def _best_power(self, keep: float) -> Trial:
-        best = None
-        for power in POWERS:
+        best = self._trial(keep, POWERS[0])
+        self._best_cut = self._last_cut
+        for power in POWERS[1:]:
             trial = self._trial(keep, power)
-            if best is None or trial.full_ap > best.full_ap:
+            if trial.full_ap > best.full_ap:
                 best = trial
                 self._best_cut = self._last_cut
         return best
@@ -105,7 +106,8 @@ class BudgetSearch:
         fails, passes = self._cost_of(self._least_widths()) / self.total_cost, 1.0
         whole = {name: module.width for name, module in self.bench.modules.items()}
         best = Trial(1.0, POWERS[0], whole, self.base_ap, 1.0)
-        allowed, losses = self.base_ap - threshold_ap, {}
+        allowed = self.base_ap - threshold_ap
+        losses: dict[float, float] = {}
         for _ in range(EVALUATIONS):
             trial = self._trial(self._guess(losses, allowed, fails, passes), POWERS[0])
             losses[self._total_damage(trial.widths)] = self.base_ap - trial.full_ap
@@ -211,9 +213,10 @@ class BudgetSearch:
     def _widths_to_measure(self, name: str, attention_widths: int | None) -> list[int]:
         """The widths whose damage is measured: that many of an attention with queries, else all: moments are enough."""
         *widths, _ = self._widths(name)
-        if "query" not in self.bench.modules[name].parts or len(widths) <= (attention_widths or len(widths)):
+        count = len(widths) if attention_widths is None else attention_widths
+        if "query" not in self.bench.modules[name].parts or len(widths) <= count:
             return widths
-        places = [place * len(widths) // attention_widths for place in range(attention_widths)]
+        places = [place * len(widths) // count for place in range(count)]
         return sorted({widths[place] for place in places})
 
     def _widths(self, name: str) -> list[int]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import move_to
+from models.criterion import Criterion
+from models.detector import Detector
 from models.prunable import PrunableModule
 from models.state import DetectorState
 from pruning.features import StateCache
@@ -47,7 +49,7 @@ class Calibration:
     """
 
     def __init__(
-        self, model: nn.Module, criterion: nn.Module, cache: StateCache, batches: Sequence[int], device: torch.device
+        self, model: Detector, criterion: Criterion, cache: StateCache, batches: Sequence[int], device: torch.device
     ) -> None:
         """One pass forward and backward; `cache` stands in front of the first module.
 

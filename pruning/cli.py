@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 
 import torch
 
@@ -25,7 +26,7 @@ def run(schedule: Schedule, description: str) -> None:
     run_cli(lambda: search(schedule, *parse(parser)))
 
 
-def search(schedule: Schedule, args: argparse.Namespace, typed: set[str] = frozenset()) -> Result:
+def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] = ()) -> Result:
     """Search by `schedule` with the options of `get_pruning_parser`; write the output to `args.output_dir`.
 
     Raises:

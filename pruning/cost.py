@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine import eval_mode
 from models import build_model
+from models.detector import Detector
 from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
 from models.widths import Widths
 from pruning.options import READ_BY_COST, hide_unread, refuse_unread
@@ -57,18 +58,19 @@ class Cost:
         return asdict(self)
 
 
-def products_of(model: nn.Module, image_size_hw: tuple[int, int]) -> list[Product]:
+def products_of(model: Detector, image_size_hw: tuple[int, int]) -> list[Product]:
     """The products of a detector for one image of that size in pixels, in network order."""
     return _products(model, model.widths, _feature_pixels(model, image_size_hw))
 
 
-def _products(model: nn.Module, widths: Widths, tokens: int) -> list[Product]:
+def _products(model: Detector, widths: Widths, tokens: int) -> list[Product]:
     """Those of a detector like `model` with other widths, over `tokens` feature pixels."""
-    of_variant = deformable_products if isinstance(model, DnDabDeformableDetr) else dense_products
-    return of_variant(model, widths, tokens)
+    if isinstance(model, DnDabDeformableDetr):
+        return deformable_products(model, widths, tokens)
+    return dense_products(model, widths, tokens)
 
 
-def cost_of(model: nn.Module, image_size_hw: tuple[int, int] = PAPER_IMAGE_SIZE_HW) -> Cost:
+def cost_of(model: Detector, image_size_hw: tuple[int, int] = PAPER_IMAGE_SIZE_HW) -> Cost:
     """Parameters and GMACs of a detector, of which one image of that size (height, width in pixels) is looked at."""
     products = products_of(model, image_size_hw)
     return Cost(
@@ -81,21 +83,21 @@ def cost_of(model: nn.Module, image_size_hw: tuple[int, int] = PAPER_IMAGE_SIZE_
     )
 
 
-def step_shares(model: nn.Module, image_size_hw: tuple[int, int]) -> dict[str, float]:
+def step_shares(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, float]:
     """For each step of a detector, in order, its share of the multiply-accumulates behind the backbone."""
     products = products_of(model, image_size_hw)
     total = sum(product.macs for product in products)
     return {name: sum(p.macs for p in products if p.step == name) / total for name in model.step_names}
 
 
-def params_per_channel(model: nn.Module) -> dict[str, int]:
+def params_per_channel(model: Detector) -> dict[str, int]:
     """For each prunable module, the parameters that one of its channels takes."""
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     modules = model.prunable_modules()
     return {n: sum(sizes[piece.key] for piece in m.parameter_slices()) // m.width for n, m in modules.items()}
 
 
-def macs_per_channel(model: nn.Module, image_size_hw: tuple[int, int]) -> dict[str, float]:
+def macs_per_channel(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, float]:
     """For each prunable module, the multiply-accumulates, for one image of that size, that one of its channels takes.
 
     Every product grows linearly with the widths, so this is a difference between two widths.
@@ -138,7 +140,7 @@ def cost_table(costs: Sequence[tuple[str, Cost]]) -> str:
     return table(["", *header], rows)
 
 
-def _feature_pixels(model: nn.Module, image_size_hw: tuple[int, int]) -> int:
+def _feature_pixels(model: Detector, image_size_hw: tuple[int, int]) -> int:
     """Feature pixels of an image, of all levels together, found by running the detector's front on shapes alone."""
     device = next(model.parameters()).device
     # In training mode BatchNorm would count this as a batch.
@@ -179,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _cost_of_args(args: argparse.Namespace, widths: Widths | None) -> Cost:
     with torch.device("meta"):
         model, _, _ = build_model(argparse.Namespace(**{**vars(args), "cfgs": widths}))
-    return cost_of(model, tuple(args.image_size_hw))
+    height, width = args.image_size_hw
+    return cost_of(model, (height, width))
 
 
 if __name__ == "__main__":

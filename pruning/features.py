@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import autocast
+from models.detector import Detector
 from models.state import DetectorState, Features
 from util.logging import get_logger
 
@@ -101,7 +102,7 @@ class StateCache:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Detector,
         batches: Batches,
         counter: PassCounter,
         *,
@@ -162,14 +163,15 @@ class StateCache:
         `is_kept` False leaves the cache as it is: for states that nobody will ask for again.
         """
         with autocast(self._device, self._amp):
-            start, cached = self._moved.get(batch, (self._model.step_names[0], None))
+            moved = self._moved.get(batch)
+            start, cached = (self._model.step_names[0], None) if moved is None else moved
             before = self._model.first_state(self._features_of(batch)) if cached is None else cached.to(self._device)
             if start == self.position:
                 return before
             self.counter.add(start, self.position, len(before.queries))
             after = self._model.run_steps(before, start, self.position)
         if is_kept:
-            to = self.cache_device
+            to = self.cache_device or self._device  # chosen with the first features
             self._keep_state(batch, after.to(to) if cached is None else _keep_unchanged(cached, before, after, to))
         return after
 
@@ -207,7 +209,7 @@ class StateCache:
     def _keep_features(self, features: Features) -> None:
         if not self._features:
             self._plan(features)
-        kept = features.to(self.cache_device, self._dtype)
+        kept = features.to(self.cache_device or self._device, self._dtype)
         fits = self.nbytes + kept.nbytes <= self._max_feature_bytes
         self._features.append(kept if fits else None)
         self.nbytes += kept.nbytes if fits else 0
@@ -245,7 +247,7 @@ def bytes_needed(state: DetectorState, step_names: Sequence[str]) -> int:
     return _storage_bytes([state]) + state.memory.nbytes + (3 + layers) * state.queries.nbytes
 
 
-def fitting_device(needed: int, device: torch.device) -> torch.device:
+def fitting_device(needed: float, device: torch.device) -> torch.device:
     """`device` if `needed` bytes fit it, else the CPU, which the log then says; a CPU is not asked."""
     if device.type != "cuda":
         return device

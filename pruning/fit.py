@@ -86,7 +86,7 @@ def _common_key_products(queries: list[Tensor], keys: list[Tensor], rank: int) -
     on_keys = torch.linalg.eigh(energy).eigenvectors[:, -rank:].T
     for _ in range(ALTERNATIONS):
         on_queries = fit_queries(on_keys)
-        normal, right_side = 0, 0
+        normal = right_side = keys[0].new_zeros(())
         for fitted, query, key in zip(on_queries, queries, keys, strict=True):
             normal = normal + torch.kron(fitted @ query @ fitted.T, key)
             right_side = right_side + fitted @ query @ key

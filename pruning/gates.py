@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.detector import Detector
 from pruning.kept import Channels, Kept, check_kept, width_of
 from util.errors import UserError
 
@@ -53,14 +54,14 @@ def set_candidate_gates(
     module.set_gate(*gates)
 
 
-def clear_gates(model: nn.Module) -> None:
+def clear_gates(model: Detector) -> None:
     """Take all gates of a detector away."""
     for module in model.prunable_modules().values():
         module.set_gate(None)
 
 
 @contextmanager
-def gated(model: nn.Module, kept: Mapping[str, Kept]) -> Iterator[None]:
+def gated(model: Detector, kept: Mapping[str, Kept]) -> Iterator[None]:
     """Inside, the modules named in `kept` let only those channels through; afterwards no module has a gate.
 
     Raises:

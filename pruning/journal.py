@@ -172,7 +172,7 @@ class Journal:
             whole = self.path.read_bytes()[:whole_bytes]
             write_atomic(self.path, lambda stream: stream.write(whole))
         self.begun = True
-        return base_ap, others
+        return wanted["base_ap"], others
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
         """The whole lines of the file, and how many bytes they are.

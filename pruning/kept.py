@@ -24,11 +24,20 @@ class Channels(Protocol):
     Its name, how many channels it has and in how many heads, and the parts whose channels its kept set names.
     """
 
-    name: str
-    width: int
-    nheads: int
-    is_attention: bool
-    parts: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def nheads(self) -> int: ...
+
+    @property
+    def is_attention(self) -> bool: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
 
 
 def none_kept(module: Channels) -> Kept:

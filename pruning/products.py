@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import nn
-
+from models.detector import Detector
+from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
 from models.widths import Widths
 
 # Four neighbours of a sampling point and one attention weight: the factor 5 of Deformable DETR's complexity analysis
@@ -35,7 +35,7 @@ class Product:
     is_head: bool = False
 
 
-def dense_products(model: nn.Module, widths: Widths, tokens: int) -> list[Product]:
+def dense_products(model: Detector, widths: Widths, tokens: int) -> list[Product]:
     """The products of a dense detector, were it of these widths, over `tokens` feature pixels, in network order."""
     queries = model.num_queries * max(1, model.num_patterns)
     return [
@@ -44,7 +44,7 @@ def dense_products(model: nn.Module, widths: Widths, tokens: int) -> list[Produc
     ]
 
 
-def deformable_products(model: nn.Module, widths: Widths, tokens: int) -> list[Product]:
+def deformable_products(model: DnDabDeformableDetr, widths: Widths, tokens: int) -> list[Product]:
     """The same of a deformable detector, over the pixels of all levels."""
     d, queries, products = model.hidden_dim, model.num_queries, []
     for layer, (width, ffn) in enumerate(widths.encoder):

@@ -43,7 +43,7 @@ class Reconstruction:
         self._modules: Mapping[str, PrunableModule] = calibration.model.prunable_modules()
         keys = {key for module in self._modules.values() for key in _keys(module)}
         self._original = {key: self._parameters[key].detach().clone() for key in keys}
-        self._name: str | None = None
+        self._name = ""
 
     def begin(self, name: str) -> None:
         """Look at module `name` as it is, the calibration's cache standing in front of it."""
@@ -111,18 +111,23 @@ class Reconstruction:
     def logit_moments(self) -> tuple[list[Tensor], list[Tensor]]:
         """Second moments of queries and of keys, for each product heads x d x d; see `low_rank_products`."""
         self._observe_whole(self._modules[self._name])
+        assert self._second_moments is not None
         return self._second_moments
 
     def metric(self) -> Tensor:
         """D x D, in which errors of the module's output are judged."""
         return self._calibration.sensitivities[self._name].metric
 
+    def module(self, name: str) -> PrunableModule:
+        """The module of that name, with its parameters."""
+        return self._modules[name]
+
     def original(self, key: str) -> Tensor:
         """A parameter as it was before any cut."""
         return self._original[key]
 
     def _output_layer(self, module: PrunableModule) -> tuple[Tensor, Tensor]:
-        return tuple(self._original[f"{module.output_name}.{leaf}"] for leaf in ("weight", "bias"))
+        return self._original[f"{module.output_name}.weight"], self._original[f"{module.output_name}.bias"]
 
     def _output_moments(self, module: PrunableModule, kept: Kept) -> Moments:
         """Inputs of the output layer with the kept queries alone, targets what the whole module gives."""
@@ -137,7 +142,8 @@ class Reconstruction:
             return
         self.restore(module.name)
         layer, weights = self._output_layer(module), self._calibration.sensitivities[module.name].token_weights
-        self._outputs, sums = [], []
+        self._outputs = []
+        sums: list[Tensor] = []
         for place, seen in self._calibration.activations(module):
             self._outputs.append(F.linear(seen["attended"], *layer))
             squares = [_per_head(q, module.nheads, weights[place]) for q in seen["queries"]]

@@ -11,8 +11,8 @@ from types import TracebackType
 from tqdm import tqdm
 
 from models.widths import Widths
+from pruning.gates import Gated
 from pruning.journal import Decision, Trial
-from pruning.kept import Channels
 from pruning.method import Method
 from pruning.search import Units
 from util.logging import table
@@ -24,7 +24,7 @@ class ProgressBar:
     So the time left is an upper estimate at the pace so far, which falls with each module that ends early.
     """
 
-    def __init__(self, modules: Sequence[Channels], units: Units, method: Method, disable: bool | None = None) -> None:
+    def __init__(self, modules: Sequence[Gated], units: Units, method: Method, disable: bool | None = None) -> None:
         """`disable` None shows the bar on terminals only."""
         self._steps = {module.name: -(-module.width // units.channels(module)) for module in modules}
         if method.search == "bisect":

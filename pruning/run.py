@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
 from models import build_model
+from models.criterion import Criterion
+from models.detector import Detector
 from models.widths import Widths
 from pruning import plots, report
 from pruning.arguments import method_of, units_of
@@ -61,7 +62,7 @@ class SearchRun:
     """One search from the detector to its output files."""
 
     def __init__(
-        self, schedule: Schedule, args: argparse.Namespace, model: nn.Module, output_dir: Path, device: torch.device
+        self, schedule: Schedule, args: argparse.Namespace, model: Detector, output_dir: Path, device: torch.device
     ) -> None:
         self.schedule, self.args, self.model, self.device = schedule, args, model, device
         self.output_dir = output_dir
@@ -69,7 +70,7 @@ class SearchRun:
         self.decisions: list[Decision] = []
         self.trials: list[Trial] = []
 
-    def prepare(self, criterion: nn.Module, postprocess: Any) -> None:
+    def prepare(self, criterion: Criterion, postprocess: Any) -> None:
         """Read the images once and keep what the backbone makes of them."""
         args = self.args
         ground_truth = GroundTruth(annotation_path(args.coco_path, args.search_split))
@@ -77,9 +78,10 @@ class SearchRun:
         self.num_images = min(args.search_images or len(dataset), len(dataset))
         numbers = batch_numbers(self.num_images, args.batch_size)
         batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, self.num_images)) for n in numbers]
-        own_images = Subset(dataset, [index for batch in batches for index in batch])
+        own_images: Subset = Subset(dataset, [index for batch in batches for index in batch])
         loader = build_loader(own_images, args.batch_size, shuffle=False, num_workers=args.num_workers, seed=args.seed)
-        self.image_size_hw = tuple(dataset[0][0].shape[-2:])
+        height, width = dataset[0][0].shape[-2:]
+        self.image_size_hw = (height, width)
         self.bench = DetectorBench(
             self.model,
             criterion,
@@ -156,7 +158,8 @@ class SearchRun:
         """
 
         def begin() -> tuple[float, list[dict[str, Any]]]:
-            base_ap, past = facts["base_ap"], []
+            base_ap: float = facts["base_ap"]
+            past: list[dict[str, Any]] = []
             if self.args.resume_search:
                 base_ap, past = self.journal.resume(facts)
             if not past:
@@ -196,7 +199,7 @@ class SearchRun:
             search = Search(self.bench, self.schedule, units, base_ap, record, replayed)
             kept = search.run()
         self.effort = search.effort
-        return kept, self.decisions[-1].full_ap
+        return kept, search.ap
 
     def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
         """Price all modules at once; returns the kept sets and mAP of the whole split.
@@ -234,6 +237,8 @@ class SearchRun:
         """
         units, keep = units_of(self.args), self.args.keep
         cost = cost_of(self.model, self.image_size_hw)
+        total: float
+        per_channel: Mapping[str, float]
         if self.args.cost == "params":
             total, per_channel = cost.transformer_params, params_per_channel(self.model)
         else:
@@ -271,7 +276,7 @@ class SearchRun:
 
         While some are left, the trace ends with an entry that says so.
         """
-        steps = [*self.decisions, *self.trials]
+        steps: list[Decision | Trial] = [*self.decisions, *self.trials]
         trace = [{key: value for key, value in step.to_dict().items() if key != "kept"} for step in steps]
         if left:
             trace.append({"unfinished": True, "modules_left": list(left)})

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import reduce
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import move_to
-from models.prunable import PrunableModule
+from models.criterion import Criterion
+from models.detector import Detector
 from pruning.calibration import Calibration
 from pruning.features import StateCache, repeat_batch, split_outputs
 from pruning.fit import Surgeon
@@ -52,13 +54,13 @@ class Magnitude:
 
     def __init__(self, reconstruction: Reconstruction) -> None:
         """Weights are those of before any cut."""
-        self._original = reconstruction.original
+        self._reconstruction = reconstruction
 
-    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """See `Ranking`."""
         squares: dict[tuple[str, int], Tensor] = {}
-        for piece in module.parameter_slices():
-            for part, block in piece.blocks(self._original(piece.key).double().cpu()):
+        for piece in self._reconstruction.module(module.name).parameter_slices():
+            for part, block in piece.blocks(self._reconstruction.original(piece.key).double().cpu()):
                 across = [axis for axis in range(block.dim()) if axis != piece.axis]
                 norms = block.square().sum(across) if across else block.square()
                 key = (part, piece.axis)
@@ -79,7 +81,7 @@ class ExactLoss:
     """
 
     def __init__(
-        self, model: nn.Module, criterion: nn.Module, cache: StateCache, *, device: torch.device, images_at_once: int
+        self, model: Detector, criterion: Criterion, cache: StateCache, *, device: torch.device, images_at_once: int
     ) -> None:
         """Score on the first batch of `cache`, as many candidates in a forward as `images_at_once` images allow."""
         self._criterion = criterion
@@ -123,7 +125,7 @@ class GateGradient:
         self._calibration = calibration
         self._order = order
 
-    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """See `Ranking`."""
         device, total = self._calibration.device, torch.zeros(module.width, dtype=torch.float64)
         gates: dict[str, Tensor] = {}
@@ -135,7 +137,8 @@ class GateGradient:
             module.set_gate(*gates.values())
 
         for _, loss in self._calibration.losses(module.name, open_gates):
-            gradient = sum(torch.autograd.grad(loss, [gates[part] for part in joined]))[:, 0].double().cpu()
+            gradients = torch.autograd.grad(loss, [gates[part] for part in joined])
+            gradient = reduce(torch.add, gradients)[:, 0].double().cpu()
             total += gradient.sum(0) if self._order == 1 else gradient.square().sum(0)
         set_gate(module, kept, device)
         total = sum(distributed.gather_objects(total))
@@ -155,15 +158,15 @@ class Elimination:
         self._moments: Moments | None = None
         self._surgeon: Surgeon | None = None
 
-    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """See `Ranking`. Candidates for addition are judged as if all of them were there."""
         score = torch.zeros(module.width, dtype=torch.float64)
         for part in joined:
-            one = self._logit_energy(module) if part == "query" else self._output_error(module, kept[part], candidates)
+            one = self._logit_energy() if part == "query" else self._output_error(module, kept[part], candidates)
             score += one / one[candidates].sum().clamp(min=TINY)
         return -score[candidates]
 
-    def _output_error(self, module: PrunableModule, kept: Tensor, candidates: Tensor) -> Tensor:
+    def _output_error(self, module: Gated, kept: Tensor, candidates: Tensor) -> Tensor:
         channels = torch.cat((kept, candidates)).unique()
         surgeon = self._surgeon_of(module, channels)
         surgeon.remove(surgeon.channels[~torch.isin(surgeon.channels, channels)])
@@ -171,21 +174,25 @@ class Elimination:
         score[channels] = surgeon.scores()
         return score
 
-    def _surgeon_of(self, module: PrunableModule, channels: Tensor) -> Surgeon:
+    def _surgeon_of(self, module: Gated, channels: Tensor) -> Surgeon:
         """The one of the call before, if it still has all these channels of these moments."""
         moments = self._reconstruction.hidden_moments()
-        if moments is not self._moments or not torch.isin(channels, self._surgeon.channels).all():
+        surgeon = self._surgeon
+        if surgeon is None or moments is not self._moments or not torch.isin(channels, surgeon.channels).all():
             root, _ = square_root(self._reconstruction.metric())
-            weight = root @ self._reconstruction.original(f"{module.output_name}.weight").double().cpu()
-            self._moments, self._surgeon = moments, Surgeon(weight, moments.covariance_xx)
-        return self._surgeon
+            output_name = self._reconstruction.module(module.name).output_name
+            weight = root @ self._reconstruction.original(f"{output_name}.weight").double().cpu()
+            surgeon = Surgeon(weight, moments.covariance_xx)
+            self._moments, self._surgeon = moments, surgeon
+        return surgeon
 
-    def _logit_energy(self, module: PrunableModule) -> Tensor:
+    def _logit_energy(self) -> Tensor:
         queries, keys = self._reconstruction.logit_moments()
-        return sum(
+        energies = (
             (q.diagonal(dim1=1, dim2=2) * k.diagonal(dim1=1, dim2=2)).flatten()
             for q, k in zip(queries, keys, strict=True)
         )
+        return reduce(torch.add, energies)
 
 
 RANKINGS = ("elimination", "fisher", "first_order", "exact", "magnitude", "random")

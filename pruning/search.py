@@ -30,11 +30,17 @@ from util.errors import UserError
 class Workbench(Protocol):
     """The network under search, as far as the decisions need it."""
 
-    modules: Mapping[str, Gated]
     method: Method
     ranking: Ranking
     counter: PassCounter
     loss: float  # mean of the calibration images while everything is whole, 0 without calibration
+
+    @property
+    def modules(self) -> Mapping[str, Gated]:
+        """What can be pruned, by name, in network order."""
+
+    def reset(self) -> None:
+        """Make every module whole again, with the weights it had at first."""
 
     def begin(self, name: str) -> None:
         """Make ready to search module `name`; gates of others stay as they are."""
@@ -121,6 +127,11 @@ class Search:
         self.effort = Effort(self.bench.counter, self._past)
         self._kept_in_bench: Kept | None = None
 
+    @property
+    def ap(self) -> float:
+        """mAP in [0, 1] of the whole split as the last visit left the detector."""
+        return self._ap_before
+
     def run(self) -> dict[str, Kept]:
         """Visit every module; returns the kept sets."""
         visit_module = self._bisect if self.bench.method.search == "bisect" else self._grow
@@ -133,6 +144,7 @@ class Search:
                     self._show_bench(name, decision.kept)
                 if is_new:
                     self.on_decision(decision)
+            assert decision.full_ap is not None  # a visit ends with a decision that the whole split's mAP has accepted
             self._ap_before = decision.full_ap
         return self.kept
 

@@ -58,7 +58,8 @@ def order_channels(
 
 
 def _backward(module: Gated, ranking: Ranking, joined: Sequence[str], per_head: int) -> Tensor:
-    kept, tail = all_kept(module), []
+    kept = all_kept(module)
+    tail: list[Tensor] = []
     while len(kept[joined[0]]):
         candidates = kept[joined[0]]
         heads = _sorted_heads(module, candidates, ranking(module, joined, kept, candidates))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from models.detector import Detector
 from models.prunable import ParameterSlice, PrunableModule
 from models.widths import Widths
 from pruning.kept import Kept, check_kept, width_of
@@ -62,7 +63,7 @@ def cut_state_dict(
     return cut
 
 
-def slim_copy(model: nn.Module, state_dict: Mapping[str, Tensor], widths: Widths) -> nn.Module:
+def slim_copy(model: Detector, state_dict: Mapping[str, Tensor], widths: Widths) -> Detector:
     """A copy of a detector that holds the smaller weights `state_dict`, of the names it has, and says `widths`."""
     slim = copy.deepcopy(model)
     for key, old in list(slim.named_parameters()):
@@ -112,8 +113,8 @@ def paper_masks_to_kept(state_dict: Mapping[str, Tensor]) -> dict[str, Kept]:
         if not key.endswith(".prune_a"):
             continue
         match = MASK_KEY.fullmatch(key)
-        block = match and MASKED_BLOCK.get((match["stack"], match["place"]))
-        if block is None:
+        block = None if match is None else MASKED_BLOCK.get((match["stack"], match["place"]))
+        if match is None or block is None:
             raise UserError(
                 f"state dict: found mask {key}, expected such as transformer.encoder.layers.N.select1.prune_a"
             )

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.coco_eval import GroundTruth
 from engine import evaluate
+from models.criterion import Criterion
+from models.detector import Detector
 from pruning.calibration import Calibration
 from pruning.cost import count_parameters, params_per_channel
 from pruning.features import Batches, PassCounter, StateCache
@@ -32,8 +34,8 @@ class DetectorBench:
 
     def __init__(
         self,
-        model: nn.Module,
-        criterion: nn.Module,
+        model: Detector,
+        criterion: Criterion,
         postprocess: Callable[[dict[str, Any], Tensor], Sequence[dict[str, Tensor]]],
         batches: Batches,
         ground_truth: GroundTruth,
@@ -85,7 +87,8 @@ class DetectorBench:
         self._transformer_params = count_parameters(model.transformer)
         self._params_per_channel = params_per_channel(model)
         self._measured: dict[int, float] = {}
-        self._calibration = self._reconstruction = None
+        self._calibration: Calibration | None = None
+        self._reconstruction: Reconstruction | None = None
         self.loss = 0.0
         criterion.eval()
         if method.is_calibrated:
@@ -94,12 +97,13 @@ class DetectorBench:
             self.loss = self._calibration.loss
         self.ranking = self._build_ranking(model, criterion, images_at_once, seed)
 
-    def _build_ranking(self, model: nn.Module, criterion: nn.Module, images_at_once: int, seed: int) -> Ranking:
+    def _build_ranking(self, model: Detector, criterion: Criterion, images_at_once: int, seed: int) -> Ranking:
         name = self.method.ranking
         if name == "exact":
             return ExactLoss(model, criterion, self.cache, device=self._device, images_at_once=images_at_once)
         if name == "random":
             return RandomOrder(seed)
+        assert self._calibration is not None and self._reconstruction is not None, f"{name} needs calibration"
         if name == "magnitude":
             return Magnitude(self._reconstruction)
         if name == "elimination":
@@ -154,7 +158,7 @@ class DetectorBench:
         gates, weights = saved
         for name, module in self.modules.items():
             module.layer.gates.update(gates[name])
-        if weights is not None:
+        if self._reconstruction is not None:
             self._reconstruction.set_weights(weights)
 
     def subset_ap(self, name: str) -> float:

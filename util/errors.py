@@ -12,7 +12,7 @@ class UserError(Exception):
     """A mistake in what the user gave: one sentence that names file, key or option, what was found and expected."""
 
 
-def run_cli(main: Callable[[], None]) -> None:
+def run_cli(main: Callable[[], object]) -> None:
     """Run an entry script; a `UserError`, or a disk that takes no more, becomes one line on stderr and exit code 2."""
     try:
         main()

@@ -14,7 +14,7 @@ import torch
 from util.errors import UserError
 
 
-def write_atomic(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Fill `path` by `write(binary stream)`; a crash, a full disk or a kill leaves the old file as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,14 +2,15 @@
 
 import argparse
 from collections.abc import Collection
-from typing import Any
 
 import torch
-from torch import nn
 
 from datasets.coco import annotation_path, check_coco_path, num_classes_of
 from models import build_model
+from models.criterion import Criterion
+from models.detector import Detector
 from models.distillation import Distillation
+from models.post_process import PostProcess
 from util.arguments import take_from_checkpoint, take_from_command_line
 from util.checkpoint import Checkpoint, load_weights, read_checkpoint, slim_state_dict
 from util.errors import UserError
@@ -64,7 +65,7 @@ def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> t
 
 def build_detector(
     args: argparse.Namespace, checkpoint: Checkpoint | None
-) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+) -> tuple[Detector, Criterion, dict[str, PostProcess]]:
     """Model with the checkpoint's weights, cut if it is a search's output; criterion and postprocessors.
 
     Raises:
@@ -83,7 +84,7 @@ def build_detector(
     return built
 
 
-def build_distillation(args: argparse.Namespace, student: nn.Module) -> Distillation | None:
+def build_distillation(args: argparse.Namespace, student: Detector) -> Distillation | None:
     """What `--distill` asks for, its teacher on the student's device; None without it.
 
     Raises:
@@ -106,7 +107,7 @@ def build_distillation(args: argparse.Namespace, student: nn.Module) -> Distilla
     return Distillation(teacher.to(next(student.parameters()).device), weights)
 
 
-def _build_teacher(args: argparse.Namespace, student: nn.Module) -> nn.Module:
+def _build_teacher(args: argparse.Namespace, student: Detector) -> Detector:
     checkpoint = read_checkpoint(args.distill)
     if checkpoint.is_search:
         raise UserError(f"{args.distill}: found the output of a search, expected the detector that it pruned")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from models.attention import add_packed_projections, packed_self_attention
 from models.dn_dab_deformable_detr.attention import DeformableAttention, deformable_attention_slices
 from models.dn_dab_deformable_detr.state import DeformableState
-from models.layers import MLP, GatedLayer, inverse_sigmoid
+from models.layers import MLP, GatedLayer, inverse_sigmoid, module_list
 from models.position_encoding import anchor_encoding
 from models.prunable import ParameterSlice, ffn_slices, packed_attention_slices
 
@@ -31,8 +33,7 @@ class DecoderLayer(GatedLayer):
         self.nheads = nheads
         self.cross_attn = DeformableAttention(hidden_dim, cross_width, nheads, num_levels, num_points)
         self.norm1 = nn.LayerNorm(hidden_dim)
-        self.self_attn = nn.Module()
-        add_packed_projections(self.self_attn, hidden_dim, self_width)
+        self.self_attn = add_packed_projections(nn.Module(), hidden_dim, self_width)
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.norm3 = nn.LayerNorm(hidden_dim)
 
@@ -45,6 +46,7 @@ class DecoderLayer(GatedLayer):
         """x is B x Q x hidden_dim; the anchors are laid on each level's map, padding included."""
         gate, _ = self.gate("cross_attention")
         reference = state.anchors[:, :, None] * state.valid_ratios.repeat(1, 1, 2)[:, None]
+        assert state.query_pos is not None  # since the layer's self-attention
         query = x + state.query_pos
         attended = self.cross_attn(query, reference, state.memory, state.memory_mask, state.levels.flat(), gate)
         self.observe("cross_attention", attended=attended)
@@ -64,9 +66,9 @@ class Decoder(nn.Module):
         bbox_embed: the detector's box heads, one for each layer, shared with it.
     """
 
-    def __init__(self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: nn.ModuleList) -> None:
+    def __init__(self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: Sequence[MLP]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = module_list(layers)
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim)
         self.ref_point_head = MLP(2 * hidden_dim, hidden_dim, hidden_dim)
         self.bbox_embed = bbox_embed
@@ -76,6 +78,7 @@ class Decoder(nn.Module):
         layer, x = self.layers[index], state.queries
         if block == "self_attention":
             state = self._position_queries(index, state)
+            assert state.query_pos is not None
             return state.replace(queries=layer.self_attention(x, state.query_pos, state.query_mask))
         if block == "cross_attention":
             return state.replace(queries=layer.cross_attention(x, state))

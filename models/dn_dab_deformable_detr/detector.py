@@ -13,11 +13,11 @@ from models.dn_dab_deformable_detr.decoder import Decoder, DecoderLayer, decoder
 from models.dn_dab_deformable_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
 from models.dn_dab_deformable_detr.state import DeformableState, LevelSizes
 from models.initialisation import initialise_detector
-from models.layers import MLP
+from models.layers import MLP, module_list
 from models.padding import pad_images, resize_padding
 from models.position_encoding import pixel_encoding
 from models.prunable import ParameterSlice
-from models.state import Features
+from models.state import Features, QueryFields
 from models.widths import Widths
 
 NORM_GROUPS = 32
@@ -47,6 +47,8 @@ class DnDabDeformableDetr(Detector):
         denoising: how targets are noised in training; None trains without denoising queries.
     """
 
+    transformer: Transformer
+
     def __init__(
         self,
         backbone: Backbone,
@@ -75,7 +77,7 @@ class DnDabDeformableDetr(Detector):
         self.points = {"encoder": encoder_points, "decoder": decoder_points}
         self.stages = [stage for stage in backbone.channels if stage != "layer1"]
         common = (nheads, num_levels)
-        self.bbox_embed = nn.ModuleList(MLP(hidden_dim, hidden_dim, hidden_dim, 4) for _ in widths.decoder)
+        self.bbox_embed = module_list(MLP(hidden_dim, hidden_dim, hidden_dim, 4) for _ in widths.decoder)
         self.transformer = Transformer(
             Encoder([EncoderLayer(hidden_dim, w, *common, encoder_points, dropout) for w in widths.encoder]),
             Decoder(
@@ -86,7 +88,7 @@ class DnDabDeformableDetr(Detector):
             num_levels,
             hidden_dim,
         )
-        self.class_embed = nn.ModuleList(nn.Linear(hidden_dim, num_classes) for _ in widths.decoder)
+        self.class_embed = module_list(nn.Linear(hidden_dim, num_classes) for _ in widths.decoder)
         self.label_enc = nn.Embedding(num_classes + 1, hidden_dim - 1)
         self.tgt_embed = nn.Embedding(num_queries, hidden_dim - 1)
         self.refpoint_embed = nn.Embedding(num_queries, 4)
@@ -94,7 +96,7 @@ class DnDabDeformableDetr(Detector):
             _projections([backbone.channels[s] for s in self.stages], num_levels, hidden_dim)
         )
         # A list of one, because the checkpoints' keys begin with `backbone.0.body`.
-        self.backbone = nn.ModuleList([backbone])
+        self.backbone = module_list([backbone])
         self._initialise()
 
     def _initialise(self) -> None:
@@ -104,9 +106,10 @@ class DnDabDeformableDetr(Detector):
         for module in self.transformer.modules():
             if isinstance(module, DeformableAttention):
                 module.initialise_sampling()
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
+        for convolution in self.input_proj.modules():
+            if isinstance(convolution, nn.Conv2d) and convolution.bias is not None:
+                nn.init.xavier_uniform_(convolution.weight)
+                nn.init.zeros_(convolution.bias)
 
     def features(self, images: list[Tensor] | Tensor) -> Features:
         """What the backbone and the projections behind it make of images, the pixels of all levels; see `forward`."""
@@ -142,12 +145,12 @@ class DnDabDeformableDetr(Detector):
             maps.append(projection(features[min(index, last)] if index <= last + 1 else maps[-1]))
         return maps
 
-    def _queries(self, batch_size: int, targets: list[dict] | None) -> dict[str, object]:
-        content = self.tgt_embed.weight
+    def _queries(self, batch_size: int, targets: list[dict] | None) -> QueryFields:
+        content: Tensor = self.tgt_embed.weight
         # The matching queries' indicator channel is 0.
         content = torch.cat((content, content.new_zeros(len(content), 1)), dim=1)
-        matching = (t.expand(batch_size, -1, -1) for t in (content, self.refpoint_embed.weight))
-        fields = self.queries(*matching, targets)
+        content, anchor_logits = (t.expand(batch_size, -1, -1) for t in (content, self.refpoint_embed.weight))
+        fields = self.queries(content, anchor_logits, targets)
         if self.training and fields["denoising"] is None:
             # DistributedDataParallel waits for a gradient of every parameter, and no query has used the labels'.
             fields["queries"] = fields["queries"] + 0 * self.label_enc.weight.sum()

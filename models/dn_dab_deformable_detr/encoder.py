@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.dn_dab_deformable_detr.attention import DeformableAttention, deformable_attention_slices
 from models.dn_dab_deformable_detr.state import DeformableState, LevelSizes
-from models.layers import GatedLayer
+from models.layers import GatedLayer, module_list
 from models.prunable import ParameterSlice, ffn_slices
 
 
@@ -49,7 +49,7 @@ class Encoder(nn.Module):
 
     def __init__(self, layers: list[EncoderLayer]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = module_list(layers)
 
     def step(self, index: int, block: str, state: DeformableState) -> DeformableState:
         """Run one block (`attention` or `ffn`) of one layer."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import attend, split_heads
-from models.layers import MLP, GatedLayer, OutputProjection, gated, inverse_sigmoid
+from models.layers import MLP, GatedLayer, OutputProjection, gated, inverse_sigmoid, module_list
 from models.position_encoding import anchor_encoding
 from models.prunable import ParameterSlice, columns, ffn_slices, rows_and_bias
 from models.state import DetectorState
@@ -57,8 +57,8 @@ class DecoderLayer(GatedLayer):
         key = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
         value = gated(self.sa_v_proj(x), value_gate)
         self.observe("self_attention", queries=(query,), keys=(key,), key_mask=None)
-        heads = (split_heads(t, self.nheads) for t in (gated(query, query_gate), key, value))
-        attended = attend(*heads, mask, self.attention_dropout)
+        query, key, value = (split_heads(t, self.nheads) for t in (gated(query, query_gate), key, value))
+        attended = attend(query, key, value, mask, self.attention_dropout)
         self.observe("self_attention", attended=attended)
         return self.norm1(x + self.dropout(self.self_attn(attended)))
 
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
 
     def __init__(self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: MLP) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = module_list(layers)
         self.norm = nn.LayerNorm(hidden_dim)
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim)
         self.ref_point_head = MLP(2 * hidden_dim, hidden_dim, hidden_dim)
@@ -116,6 +116,7 @@ class Decoder(nn.Module):
         layer, x = self.layers[index], state.queries
         if block == "self_attention":
             state = self._position_queries(index, state)
+            assert state.query_pos is not None
             return state.replace(queries=layer.self_attention(x, state.query_pos, state.query_mask))
         if block == "cross_attention":
             return state.replace(queries=layer.cross_attention(x, state))

@@ -11,7 +11,7 @@ from models.detector import Detector
 from models.dn_dab_detr.decoder import Decoder, DecoderLayer, decoder_layer_slices
 from models.dn_dab_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
 from models.initialisation import initialise_detector
-from models.layers import MLP
+from models.layers import MLP, module_list
 from models.padding import pad_images
 from models.position_encoding import pixel_encoding
 from models.prunable import ParameterSlice
@@ -41,6 +41,8 @@ class DnDabDetr(Detector):
         temperatures: of the pixel encoding, for height and width.
         denoising: how targets are noised in training; None trains without denoising queries.
     """
+
+    transformer: Transformer
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class DnDabDetr(Detector):
         self.refpoint_embed = nn.Embedding(num_queries, 4)
         self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
         # A list of one, because the checkpoints' keys begin with `backbone.0.body`.
-        self.backbone = nn.ModuleList([backbone])
+        self.backbone = module_list([backbone])
         initialise_detector(self.transformer, [self.class_embed], [self.bbox_embed])
 
     def features(self, images: list[Tensor] | Tensor) -> Features:
@@ -108,7 +110,8 @@ class DnDabDetr(Detector):
             patterns = self.transformer.patterns.weight.repeat_interleave(self.num_queries, dim=0)
             content = content.repeat(self.num_patterns, 1) + patterns
             anchor_logits = anchor_logits.repeat(self.num_patterns, 1)
-        queries = self.queries(*(t.expand(len(features.memory), -1, -1) for t in (content, anchor_logits)), targets)
+        content, anchor_logits = (t.expand(len(features.memory), -1, -1) for t in (content, anchor_logits))
+        queries = self.queries(content, anchor_logits, targets)
         return DetectorState(features.memory, memory_pos, memory_mask, **queries)
 
     def classify(self, layer: int, hidden: Tensor) -> Tensor:

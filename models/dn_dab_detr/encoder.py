@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
-from models.attention import add_packed_projections, packed_self_attention
-from models.layers import MLP, GatedLayer
+from models.attention import PackedProjections, add_packed_projections, packed_self_attention
+from models.layers import MLP, GatedLayer, module_list
 from models.prunable import ParameterSlice, ffn_slices, packed_attention_slices
 from models.state import DetectorState
 
@@ -35,16 +37,17 @@ class EncoderLayer(GatedLayer):
         width, ffn_width = widths
         super().__init__(hidden_dim, ffn_width, activation, dropout)
         self.nheads = nheads
+        holder: nn.Module = self
         if not slim_names:
-            self.self_attn = nn.Module()
-        add_packed_projections(self.projections, hidden_dim, width)
+            self.self_attn = holder = nn.Module()
+        add_packed_projections(holder, hidden_dim, width)
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.norm2 = nn.LayerNorm(hidden_dim)
 
     @property
-    def projections(self) -> nn.Module:
+    def projections(self) -> PackedProjections:
         """The module that holds in_proj_weight (3 * width x hidden_dim: queries, keys, values) and out_proj."""
-        return self._modules.get("self_attn", self)
+        return cast(PackedProjections, self._modules.get("self_attn", self))
 
     def attention(self, x: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor:
         """x and pos are B x S x hidden_dim; mask as in `models.attention.attend`."""
@@ -61,7 +64,7 @@ class Encoder(nn.Module):
 
     def __init__(self, layers: list[EncoderLayer], hidden_dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = module_list(layers)
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim)
 
     def step(self, index: int, block: str, state: DetectorState) -> DetectorState:

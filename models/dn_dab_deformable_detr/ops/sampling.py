@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,8 @@ def sample(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Te
     Raises:
         RuntimeError: arguments that do not fit together.
     """
-    if _compiled_for is None:
-        load_operator()
-    if value.device.type in _compiled_for:
+    compiled_for = load_operator() if _compiled_for is None else _compiled_for
+    if value.device.type in compiled_for:
         return torch.ops.dn_detr.sample(value, level_sizes, locations, weights)
     check_arguments(value, level_sizes, locations, weights)
     return sample_in_pytorch(value, level_sizes, locations, weights)
@@ -66,7 +66,7 @@ def check_arguments(value: Tensor, level_sizes: list[int], locations: Tensor, we
         lambda: f"sample: level_sizes has {len(level_sizes)} entries, expected height and width of each level",
     )
     for side in level_sizes:
-        torch._check(side >= 1, lambda side=side: f"sample: a level has a side of {side}, expected at least 1")
+        _check_side(side)
     pixels = sum(h * w for h, w in zip(level_sizes[::2], level_sizes[1::2], strict=True))
     torch._check(
         pixels == value.shape[1], lambda: f"sample: the levels have {pixels} pixels, and value has {value.shape[1]}"
@@ -75,20 +75,23 @@ def check_arguments(value: Tensor, level_sizes: list[int], locations: Tensor, we
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     shape = (value.shape[0], locations.shape[1], value.shape[2], len(level_sizes) // 2, locations.shape[4])
     for name, tensor, expected in (("locations", locations, (*shape, 2)), ("weights", weights, shape)):
-        torch._check(
-            tuple(tensor.shape) == expected,
-            lambda name=name, tensor=tensor, expected=expected: (
-                f"sample: {name} has the shape {tuple(tensor.shape)}, expected {expected}"
-            ),
-        )
-        torch._check(
-            tensor.dtype == wide,
-            lambda name=name, tensor=tensor: f"sample: {name} is {tensor.dtype}, expected {wide}",
-        )
-        torch._check(
-            tensor.device == value.device,
-            lambda name=name, tensor=tensor: f"sample: {name} is on {tensor.device}, and value on {value.device}",
-        )
+        _check_companion(name, tensor, expected, wide, value)
+
+
+def _check_side(side: int) -> None:
+    torch._check(side >= 1, lambda: f"sample: a level has a side of {side}, expected at least 1")
+
+
+def _check_companion(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, value: Tensor) -> None:
+    torch._check(
+        tuple(tensor.shape) == shape,
+        lambda: f"sample: {name} has the shape {tuple(tensor.shape)}, expected {shape}",
+    )
+    torch._check(tensor.dtype == dtype, lambda: f"sample: {name} is {tensor.dtype}, expected {dtype}")
+    torch._check(
+        tensor.device == value.device,
+        lambda: f"sample: {name} is on {tensor.device}, and value on {value.device}",
+    )
 
 
 def load_operator() -> frozenset[str]:
@@ -97,11 +100,11 @@ def load_operator() -> frozenset[str]:
     if _compiled_for is not None:
         return _compiled_for
     expected = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
-    reason = "it was built without CUDA"
+    reason, found = "it was built without CUDA", frozenset[str]()
     try:
         importlib.import_module(MODULE)
     except ImportError as error:  # not built, or built for another PyTorch
-        reason, found = str(error), frozenset()
+        reason = str(error)
     else:
         _register()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -129,13 +132,14 @@ def _register() -> None:
     def _(
         gradient: Tensor, value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
+        value, locations, weights = (tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
+        return value, locations, weights
 
-    def keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    def keep_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
         value, ctx.level_sizes, locations, weights = inputs
         ctx.save_for_backward(value, locations, weights)
 
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         value, locations, weights = ctx.saved_tensors
         gradients = torch.ops.dn_detr.sample_backward(gradient, value, ctx.level_sizes, locations, weights)
         return gradients[0], None, gradients[1], gradients[2]

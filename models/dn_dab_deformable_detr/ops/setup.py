@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 SOURCES = Path("src")
@@ -28,7 +28,7 @@ def with_cuda() -> bool:
     return True
 
 
-def extension():
+def extension() -> Extension:
     """The one extension, of the CPU sources or of all."""
     sources = sorted(map(str, SOURCES.glob("*.cpp")))
     # at::parallel_for is parallel only in sources that are compiled with OpenMP.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,6 +79,11 @@ def agrees(given: Arguments) -> bool:
     )
 
 
+def agrees_on(channels: int, dtype: torch.dtype, device: str, points: int = 2) -> bool:
+    """Whether they do on random arguments."""
+    return agrees(arguments(channels, dtype, device, points=points))
+
+
 def gradients_are_right(channels: int, device: str) -> bool:
     """Gradients in double against finite differences."""
     value, sizes, locations, weights = arguments(channels, torch.float64, device, batch=1, queries=2)
@@ -110,11 +116,11 @@ def checks(device: str) -> dict[str, Callable[[], bool]]:
     found: dict[str, Callable[[], bool]] = {}
     for dtype in TOLERANCE:
         name = str(dtype).removeprefix("torch.")
-        found[f"result and gradients, {name}"] = lambda d=dtype: agrees(arguments(32, d, device, points=4))
+        found[f"result and gradients, {name}"] = partial(agrees_on, 32, dtype, device, points=4)
     for channels in GRADIENT_CHANNELS:
-        found[f"gradcheck, {channels} channels"] = lambda c=channels: gradients_are_right(c, device)
+        found[f"gradcheck, {channels} channels"] = partial(gradients_are_right, channels, device)
     for channels in (*range(1, 34), 64, 71, 130, 257):
-        found[f"float32, {channels} channels"] = lambda c=channels: agrees(arguments(c, torch.float32, device))
+        found[f"float32, {channels} channels"] = partial(agrees_on, channels, torch.float32, device)
     plain = (19, torch.float32, device)
     found["one-pixel levels"] = lambda: agrees(arguments(*plain, sizes=PIXEL_SIZES))
     found["50 points, 3 levels"] = lambda: agrees(arguments(*plain, sizes=[7, 5, 4, 4, 2, 3], points=50))
