@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.layers import GatedLayer, gated
 
-
 # Rows of 16 bytes, which the fused CUDA kernels read at once: another head width falls to the unfused products.
 CUDA_WIDTH_MULTIPLES = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}
 # The CPU's fused kernel multiplies 16-bit numbers faster in such steps, float32 at any width alike.
