@@ -110,6 +110,7 @@ def train_one_epoch(
     weight_average: WeightAverage | None = None,
     distillation: Distillation | None = None,
     progress: bool = True,
+    on_batch: Callable[[Mapping[str, Tensor], int, float], None] | None = None,
 ) -> dict[str, float]:
     """Train `model` on every batch of `loader` once.
 
@@ -125,6 +126,8 @@ def train_one_epoch(
         amp: off, bf16 or fp16; fp16 needs `scaler`.
         weight_average: updated after each optimizer step.
         distillation: adds its losses towards a teacher's outputs on the same images.
+        on_batch: called behind each batch with its losses averaged over all processes, the number of its images in this
+            one, and the learning rate.
 
     Returns:
         Mean of each loss over the epoch and all processes, and `loss`, the weighted sum.
@@ -151,8 +154,11 @@ def train_one_epoch(
                 weight_average.update()
             if scheduler is not None:
                 scheduler.step()
-        bar.set_postfix(loss=f"{float(losses['loss']):.3f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
+        lr = optimizer.param_groups[0]["lr"]
+        bar.set_postfix(loss=f"{float(losses['loss']):.3f}", lr=f"{lr:.1e}", refresh=False)
         bar.update()
+        if on_batch is not None:
+            on_batch(losses, len(images), lr)
     bar.close()
     return means.read()
 
@@ -188,14 +194,12 @@ def evaluate(
     batches = tqdm(loader, desc="evaluate", disable=bar_off(progress), leave=False)
     with eval_mode(predict), eval_mode(criterion):
         for inputs, targets in batches:
-            with autocast(device, amp):
-                outputs = predict(move_to(inputs, device))
-            outputs = _to_float32(outputs)
+            sizes = torch.stack([target["orig_size"] for target in targets])
+            outputs, results = detect(predict, postprocess, inputs, sizes, device=device, amp=amp)
             if criterion is not None:
                 losses = criterion(outputs, move_to(targets, device))
                 means.add({**losses, "loss": criterion.weighted_sum(losses)}, weight=len(targets))
-            sizes = torch.stack([target["orig_size"] for target in targets]).to(device)
-            for target, result in zip(targets, postprocess(outputs, sizes), strict=True):
+            for target, result in zip(targets, results, strict=True):
                 image_id = int(target["image_id"])
                 rows[image_id] = to_detections(image_id, result)
     merged: dict[int, np.ndarray] = {}
@@ -206,6 +210,23 @@ def evaluate(
     options = {} if backend is None else {"backend": backend}
     stats = coco_stats(ground_truth, detections, image_ids=image_ids, **options)
     return EvalResult(stats, means.read(), detections, image_ids)
+
+
+@torch.no_grad()
+def detect(
+    predict: Callable[[Any], dict[str, Any]],
+    postprocess: Callable[[dict[str, Any], Tensor], Sequence[dict[str, Tensor]]],
+    inputs: Any,
+    sizes_hw: Tensor,
+    *,
+    device: torch.device,
+    amp: str = "off",
+) -> tuple[dict[str, Any], Sequence[dict[str, Tensor]]]:
+    """Outputs of one batch in float32, and the detections of each image; see `evaluate` for the arguments."""
+    with autocast(device, amp):
+        outputs = predict(move_to(inputs, device))
+    outputs = _to_float32(outputs)
+    return outputs, postprocess(outputs, sizes_hw.to(device))
 
 
 def to_coco_results(detections: np.ndarray) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from util import distributed
 from util.errors import run_cli
 from util.files import check_output_dir
 from util.logging import log_to_file, stop_logging_to_file
-from util.options import get_args_parser, parse
+from util.options import get_args_parser, parse, script_parser
 from util.setup import build_detector, settle_arguments
 from util.training_run import Run
 from util.training_state import seed_everything
@@ -62,11 +62,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    command_line = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        parents=[get_args_parser()],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    command_line = script_parser(__doc__, parents=[get_args_parser()])
     try:
         run_cli(lambda: main(*parse(command_line)))
     except engine.NonFiniteLossError as error:

@@ -1,10 +1,11 @@
 """Greedy pruning (GP): visit the modules in network order, each against a target that falls by points of AP.
 
 python prune_greedy.py -m dn_dab_detr --output_dir out --coco_path COCODIR --resume CKPT --batch_size 8 --use_dn
+python prune_greedy.py --output_dir out --coco_path COCODIR --resume CKPT --keep 0.5 --cost macs
 """
 
 from pruning.cli import run
 from pruning.schedule import GP
 
 if __name__ == "__main__":
-    run(GP, __doc__.splitlines()[0])
+    run(GP, __doc__)

@@ -1,10 +1,11 @@
 """Modular greedy pruning (MGP): all attentions first, then all FFNs, each against a target that falls by a fraction.
 
 python prune_greedy_ad.py -m dn_dab_detr --output_dir out --coco_path COCODIR --resume CKPT --batch_size 8 --use_dn
+torchrun --nproc_per_node 8 prune_greedy_ad.py --output_dir out --coco_path COCODIR --resume CKPT --batch_size 8
 """
 
 from pruning.cli import run
 from pruning.schedule import MGP
 
 if __name__ == "__main__":
-    run(MGP, __doc__.splitlines()[0])
+    run(MGP, __doc__)

@@ -1,12 +1,11 @@
 """Time the evaluators side by side, and hold their figures against pycocotools'.
 
-    python -m bench.coco_eval [--images 5000] [--detections 300] [--output FILE.json]
+    python -m bench.coco_eval --images 5000 --detections 300 --output FILE.json
 
 Every evaluator gets the same array of detections and gives the twelve figures; what is timed is that whole call, the
 second one of a run, as a search makes it (the ground truth prepared). An evaluator that is not installed is left out.
 """
 
-import argparse
 import importlib.util
 import json
 import time
@@ -19,6 +18,7 @@ import numpy as np
 from bench.environment import environment
 from datasets.coco_eval import GroundTruth, coco_stats
 from util.errors import UserError, run_cli
+from util.options import script_parser
 
 PACKAGES = {"hotcoco": "hotcoco", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}
 CATEGORY_IDS = np.array([number for number in range(1, 91) if number % 9 != 3])  # 80 ids with gaps, as in COCO
@@ -105,9 +105,9 @@ def print_table(measured: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], prog="python -m bench.coco_eval")
-    parser.add_argument("--images", type=int, default=5000, help="images (default: %(default)s)")
-    parser.add_argument("--detections", type=int, default=300, help="detections an image (default: %(default)s)")
+    parser = script_parser(__doc__, prog="python -m bench.coco_eval")
+    parser.add_argument("--images", type=int, default=5000, help="images")
+    parser.add_argument("--detections", type=int, default=300, help="detections an image")
     parser.add_argument("--backends", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), help="which to time")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """The whole path on the built-in demo set, by the real scripts: evaluate, prune, transplant, fine-tune, evaluate.
 
-    make demo
+    python -m bench.demo --output output/demo
 
 Writes to --output: the data set, a folder for each script's run, summary.json, widths.png, ap_params.png and
 detections.png.
@@ -29,7 +29,7 @@ from util.draw import draw_detections, write_grid
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table
-from util.options import get_args_parser, parse, whole
+from util.options import get_args_parser, parse, script_parser, whole
 from util.setup import build_detector, settle_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,11 +42,7 @@ T = TypeVar("T")
 
 def get_parser() -> argparse.ArgumentParser:
     """The options of the demo: sizes that keep it within minutes."""
-    parser = argparse.ArgumentParser(
-        "python -m bench.demo",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = script_parser(__doc__, prog="python -m bench.demo")
     add = parser.add_argument
     add("--output", type=Path, default=Path("output/demo"), help="folder for all results")
     add("--checkpoint", type=Path, default=CHECKPOINT, help="detector to prune")

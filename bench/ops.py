@@ -1,13 +1,12 @@
 """Time the sampling operator side by side with PyTorch's own operations and, on a GPU, with the original's algorithm.
 
-    python -m bench.ops [--device cpu] [--rounds 5] [--output FILE.json]
+    python -m bench.ops --device cpu --rounds 5 --output FILE.json
 
 Shapes are those of DN-Deformable-DETR at 800 x 1333 pixels in batches of 2: the encoder, whose queries are the pixels
 of all levels, and the decoder with its 300 queries alone and with 5 denoising groups of 20 targets. The forms take
 turns, so that a busy moment of the machine hits all of them alike; figures are medians.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from models.dn_dab_deformable_detr.ops.sampling import load_operator
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table
+from util.options import script_parser
 
 SIZES = [100, 167, 50, 84, 25, 42, 13, 21]  # 800 x 1333 at strides 8 to 64
 BATCH, HEADS, CHANNELS, POINTS = 2, 8, 32, 4
@@ -176,9 +176,9 @@ def result_table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], prog="python -m bench.ops")
+    parser = script_parser(__doc__, prog="python -m bench.ops")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each form (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each form")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     if args.rounds < 1:

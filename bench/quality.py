@@ -211,7 +211,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """The options of the benchmark."""
-    parser = get_subject_parser("bench.quality", __doc__.splitlines()[0], search_images=400)
+    parser = get_subject_parser("bench.quality", __doc__, search_images=400)
     add = parser.add_argument
     add("--train_images", type=whole(1), default=1000, help="first training images to fine-tune on")
     add("--epochs", type=whole(0), default=1, help="epochs of fine-tuning over them, 0 for none")

@@ -173,7 +173,7 @@ TITLES = ("search", "seed", "CPU seconds", "times as fast", "whole passes", "GMA
 
 def get_parser() -> argparse.ArgumentParser:
     """The options of the benchmark."""
-    parser = get_subject_parser("bench.search_cost", __doc__.splitlines()[0], search_images=320)
+    parser = get_subject_parser("bench.search_cost", __doc__, search_images=320)
     add = parser.add_argument
     add("--map_tol", type=real(0, 1), default=MGP.map_tol, help="of the schedule")
     add("--skip", type=real(0, 1), default=MGP.skip, help="of the schedule")

@@ -110,7 +110,7 @@ def rank_correlations(subject: Subject) -> dict[str, float]:
 
 def get_parser() -> argparse.ArgumentParser:
     """The options of the benchmark."""
-    parser = get_subject_parser("bench.search_parts", __doc__.splitlines()[0], search_images=320)
+    parser = get_subject_parser("bench.search_parts", __doc__, search_images=320)
     parser.add_argument("--map_tol", type=real(0, 1), default=MGP.map_tol, help="of the schedule (MGP)")
     return parser
 

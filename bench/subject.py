@@ -26,7 +26,7 @@ from pruning.schedule import Schedule
 from pruning.search import Search, Units
 from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
 from pruning.workbench import DetectorBench
-from util.options import get_args_parser, parse, whole
+from util.options import get_args_parser, parse, script_parser, whole
 from util.setup import build_detector, build_distillation, settle_arguments
 from util.training_state import TrainingState, seed_everything
 
@@ -41,11 +41,9 @@ TRAINING = (
 Built = tuple[nn.Module, dict[str, Any]]
 
 
-def get_subject_parser(name: str, description: str, search_images: int) -> argparse.ArgumentParser:
-    """The options that say what to prune and where the figures go."""
-    parser = argparse.ArgumentParser(
-        f"python -m {name}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def get_subject_parser(name: str, doc: str, search_images: int) -> argparse.ArgumentParser:
+    """The options that say what to prune and where the figures go; `doc` is the script's docstring."""
+    parser = script_parser(doc, prog=f"python -m {name}")
     add = parser.add_argument
     add("name", help="of the data set, as files and table show it")
     add("--coco_path", required=True, help="data set in COCO's layout")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -180,19 +180,25 @@ class CocoDataset(CocoDetection):
         return Path(self.root) / self.coco.imgs[id]["file_name"]
 
 
-def read_image(path: Path) -> Tensor:
-    """Decode an image file to RGB, uint8 3 x H x W.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The pixels as they are stored, as data sets count their boxes in them."""
+    return image.convert("RGB")
+
+
+def read_image(path: Path, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Tensor:
+    """Decode an image file to RGB, uint8 3 x H x W, by `convert`.
 
     Raises:
         UserError: the file cannot be read as an image.
     """
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as image:  # one read; Pillow would make dozens of small ones
-            return functional.pil_to_tensor(image.convert("RGB"))
+            return functional.pil_to_tensor(convert(image))
     except MemoryError:
         raise
     except Exception as error:  # on a damaged file each of Pillow's decoders raises what it stumbles over
-        reason = str(error) or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)  # its own words tell an address in memory
+        reason = "found no known format" if unknown else str(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image: {reason.splitlines()[0]}") from None
 
 

@@ -1,4 +1,6 @@
-"""Draw the built-in demo set in COCO layout: `python -m datasets.demo OUT --images N --seed S`.
+"""Draw the built-in demo set in COCO layout.
+
+    python -m datasets.demo OUT --images 5000 --seed 1
 
 Objects differ in shape more than in colour, lie on textured backgrounds, overlap, and run from small to large. One seed
 gives the same pictures on every platform (see `datasets.shapes`); train and val come from different streams of it.
@@ -27,6 +29,7 @@ from datasets.shapes import (
     shape_grid,
 )
 from util.errors import UserError, run_cli
+from util.options import script_parser
 
 MARKER = "demo_set.json"  # says that a folder is a demo set, and drawn with which settings
 DRAWING_VERSION = 2  # raise it when the same seed draws other pictures
@@ -222,12 +225,12 @@ def _refuse_other_content(out: Path, settings: dict[str, int]) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], prog="python -m datasets.demo")
+    parser = script_parser(__doc__, prog="python -m datasets.demo")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
-    parser.add_argument("--images", type=int, default=5000, help="training images (default: %(default)s)")
-    parser.add_argument("--val-images", type=int, help="validation images (default: a tenth of --images, at least 1)")
-    parser.add_argument("--seed", type=int, default=0, help="what to draw (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=5000, help="training images")
+    parser.add_argument("--val-images", type=int, help="validation images, by default a tenth of --images, at least 1")
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     return parser
 
 

@@ -14,7 +14,7 @@ from pruning.scores import RANKINGS
 from pruning.search import Units
 from pruning.selection import DIRECTIONS
 from util.errors import UserError
-from util.options import get_args_parser, real, whole
+from util.options import get_args_parser, real, script_parser, whole
 
 # What each search reads besides the options that all of them read.
 CALIBRATION_IMAGES = 128  # tried on the demo: 320 keep no more mAP, 64 about half a point less
@@ -27,13 +27,12 @@ READ_BY = {
 TARGETS = ("map_tol", "skip_eval_converge", "decay_points", "decay_fraction")
 
 
-def get_pruning_parser(schedule: Schedule, description: str) -> argparse.ArgumentParser:
-    """The options of `main.py` and those of a search, with the schedule's own values as defaults."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        parents=[get_args_parser()],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def get_pruning_parser(schedule: Schedule, doc: str) -> argparse.ArgumentParser:
+    """The options of `main.py` and those of a search, with the schedule's own values as defaults.
+
+    `doc` is the script's docstring, see `script_parser`.
+    """
+    parser = script_parser(doc, parents=[get_args_parser()])
     _add_schedule_options(parser.add_argument_group("targets"), schedule)
     _add_method_options(parser.add_argument_group("choice and reconstruction of channels"))
     _add_search_options(parser.add_argument_group("search"))
@@ -50,9 +49,10 @@ def _add_schedule_options(group: argparse._ArgumentGroup, schedule: Schedule) ->
     add("--decay_points", type=real(0), default=schedule.points_per_module,
         help="AP points by which the target falls from module to module")  # fmt: skip
     add("--decay_fraction", type=real(0, 1), default=schedule.fraction_per_module,
-        help="fraction by which the target falls from module to module; None means --skip_eval_converge")  # fmt: skip
+        help="fraction by which the target falls from module to module"
+        + ("" if schedule.fraction_per_module is not None else ", by default --skip_eval_converge"))  # fmt: skip
     add("--keep", type=real(0.001, at_most=1), default=None,
-        help="fraction of the transformer's cost to keep, such as 0.5, whatever mAP that leaves; None keeps as little "
+        help="fraction of the transformer's cost to keep, such as 0.5, whatever mAP that leaves; by default as little "
         "as the targets let it")  # fmt: skip
     add("--cost", choices=("params", "macs"), default="params",
         help="what the fast search saves: parameters, or multiply-accumulates for an image like the first")  # fmt: skip
@@ -66,15 +66,15 @@ def _add_method_options(group: argparse._ArgumentGroup) -> None:
         "grows from nothing by the exact loss of one batch, with one index set and no reconstruction")  # fmt: skip
     add("--ranking", choices=RANKINGS, default=None,
         help="what channels are chosen by, of FFNs alone where --reconstruct full fills those of attentions anew; "
-        f"None means that of --search ({FAST.ranking}, paper: exact)")  # fmt: skip
+        f"by default that of --search ({FAST.ranking}, paper: exact)")  # fmt: skip
     add("--selection", choices=DIRECTIONS, default=None,
-        help=f"how scores become an order of channels; None means that of --search ({FAST.direction}); the paper's "
+        help=f"how scores become an order of channels, by default that of --search ({FAST.direction}); the paper's "
         "search grows in any case")  # fmt: skip
     add("--reconstruct", choices=LEVELS, default=None,
         help="fit what is left in closed form: the layer behind the cut (output), queries, keys and values as well "
-        f"(full), or not at all; None means that of --search ({FAST.reconstruction}, paper: none)")  # fmt: skip
+        f"(full), or not at all; by default that of --search ({FAST.reconstruction}, paper: none)")  # fmt: skip
     add("--index_sets", choices=("own", "shared"), default=None,
-        help="channels chosen apart for queries with keys and for values, or together; None means that of --search "
+        help="channels chosen apart for queries with keys and for values, or together, by default that of --search "
         "(own, paper: shared)")  # fmt: skip
     add("--calibration_images", type=whole(1), default=CALIBRATION_IMAGES,
         help="images of the search, the first, that moments and gradients are taken of")  # fmt: skip
@@ -83,20 +83,20 @@ def _add_method_options(group: argparse._ArgumentGroup) -> None:
 def _add_search_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--attention_unit", type=whole(1), default=1, help="channels of each head by which an attention's width steps")
-    add("--ffn_unit", type=whole(1), default=None, help="channels by which an FFN's steps; None means 4 * nheads")
+    add("--ffn_unit", type=whole(1), default=None, help="channels by which an FFN's steps, by default 4 * nheads")
     add("--num_candidates_attention", type=whole(1), default=100, help="most attention channels scored in a step")
     add("--num_candidates_ffn", type=whole(1), default=200, help="most FFN channels scored in a step")
     add("--subset_batches_attention", type=whole(1), default=40, help="batches of the subset for an attention")
     add("--subset_batches_ffn", type=whole(1), default=20, help="batches of the subset for an FFN")
     add("--search_split", choices=("val2017", "train2017"), default="val2017",
         help="images the search looks at; a fair figure searches on train2017 and reports val2017")  # fmt: skip
-    add("--search_images", type=whole(1), default=None, help="first images of the split to look at; None means all")
+    add("--search_images", type=whole(1), default=None, help="first images of the split to look at, by default all")
     add("--images_at_once", type=whole(1), default=32, help="most images in a forward that scores several candidates")
     add("--cache_device", choices=("cpu", "same"), default="same",
         help="where features are kept: RAM, or --device; RAM if they do not fit a GPU's free memory")  # fmt: skip
     add("--cache_gb", type=real(0), default=None,
-        help="most gigabytes that features and states may take; what does not fit is computed anew each time. None "
-        "keeps all")  # fmt: skip
+        help="most gigabytes that features and states may take; what does not fit is computed anew each time. By "
+        "default all is kept")  # fmt: skip
     add("--cache_dtype", choices=("same", "bfloat16"), default="same",
         help="precision in which features are kept: that in which they are computed, or half of it")  # fmt: skip
     add("--resume_search", action="store_true",

@@ -20,9 +20,12 @@ from util.setup import build_detector, settle_arguments
 from util.training_state import seed_everything
 
 
-def run(schedule: Schedule, description: str) -> None:
-    """An entry script's main: parse the command line and search; a user's mistake ends with exit code 2."""
-    parser = get_pruning_parser(schedule, description)
+def run(schedule: Schedule, doc: str) -> None:
+    """An entry script's main: parse the command line and search; a user's mistake ends with exit code 2.
+
+    `doc` is the script's docstring: what it does, and command lines as examples.
+    """
+    parser = get_pruning_parser(schedule, doc)
     run_cli(lambda: search(schedule, *parse(parser)))
 
 

@@ -1,7 +1,9 @@
 """What a detector costs: parameters, and multiply-accumulates of its transformer by three ways of counting.
 
-`python -m pruning.cost [--cfgs ...] [--image-size 800 1088]` prints them for the dense and the given widths. The
-counting rules are those behind the figures printed for the original:
+    python -m pruning.cost --image-size 800 1088 --cfgs WIDTHS
+
+prints them for the dense and the given widths. The counting rules are those behind the figures printed for the
+original:
 
 - all products: every matrix product between the backbone's features and the heads, for one image without padding:
   projections, attention products, FFNs, `query_scale` (decoder: not in layer 0), `ref_point_head`, `ref_anchor_head`,
@@ -36,7 +38,7 @@ from pruning.products import Product, deformable_products, dense_products
 from util.arguments import take_from_command_line
 from util.errors import run_cli
 from util.logging import table
-from util.options import get_args_parser, parse, whole
+from util.options import get_args_parser, parse, script_parser, whole
 
 GIGA = 1e9
 PAPER_IMAGE_SIZE_HW = (800, 1088)
@@ -150,9 +152,7 @@ def _feature_pixels(model: Detector, image_size_hw: tuple[int, int]) -> int:
 
 def get_parser() -> argparse.ArgumentParser:
     """The options of `main.py` (those that shape a network) and the size of the image."""
-    parser = argparse.ArgumentParser(
-        "python -m pruning.cost", description=__doc__.splitlines()[0], parents=[get_args_parser()]
-    )
+    parser = script_parser(__doc__, prog="python -m pruning.cost", parents=[get_args_parser()])
     parser.add_argument("--image-size", dest="image_size_hw", type=whole(1), nargs=2, default=PAPER_IMAGE_SIZE_HW,
                         metavar=("HEIGHT", "WIDTH"), help="pixels of the one image counted for")  # fmt: skip
     parser.add_argument("--num_classes", type=whole(1), default=91, help="largest category id + 1 (COCO: 91)")

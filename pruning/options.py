@@ -1,4 +1,4 @@
-"""Which of the shared options a search and the cost table read; the others are refused, as they would do nothing."""
+"""Which of the shared options each script reads besides main.py; the others are refused, as they would do nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ READ_BY_SEARCH = frozenset(
         *ARCHITECTURE,
         *PREFERRED,
         *("output_dir", "coco_path", "resume", "cfgs", "batch_size", "num_workers", "device", "amp", "seed"),
+        "tensorboard",
         # The weights of the loss that ranks channels.
         *("set_cost_class", "set_cost_bbox", "set_cost_giou", "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
         "focal_alpha",
@@ -21,6 +22,9 @@ READ_BY_SEARCH = frozenset(
         # command that the search prints.
         "use_dn",
     }
+)
+READ_BY_INFERENCE = frozenset(
+    {*ARCHITECTURE, *PREFERRED, "output_dir", "resume", "cfgs", "batch_size", "num_workers", "device", "amp"}
 )
 READ_BY_COST = frozenset({*ARCHITECTURE, "batch_norm_type", "cfgs"} - {"pe_temperatureH", "pe_temperatureW"})
 

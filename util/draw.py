@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes
+from torchvision.transforms.v2.functional import to_pil_image
 
 from util.files import write_atomic
 
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
-CAPTION_HEIGHT = 24
+FORMATS = {".png": {"format": "PNG"}, ".jpg": {"format": "JPEG", "quality": 92, "subsampling": 0}}
 GAP = 6
+LEAST_FONT_SIZE = 10
+CAPTION_FONT_SIZE = 14
+FONT_SHARE = 45  # the longer side of a picture in heights of its letters
+LINE_SHARE = 400  # and in widths of a box's line
+LABEL_SHARE = 0.4  # of a picture's width for a label that is wider than its box
+LEAST_LONG_SIDE = 640  # pixels that small images are enlarged to, about
+
+Rectangle = tuple[float, float, float, float]
 
 
 def draw_detections(
@@ -29,47 +36,152 @@ def draw_detections(
 ) -> Image.Image:
     """A picture of `image` with its boxes, names and scores.
 
+    Lines and letters grow with the picture. A label lies on the colour of its box in whatever of black and white stands
+    out from that, inside the picture, and where it covers least of the labels of better scores.
+
     Args:
         image: RGB, uint8 3 x H x W.
-        result: `scores` (K), `labels` (K, category ids), `boxes` (K x 4 xyxy in the image's pixels).
+        result: `scores` (K), `labels` (K, category ids), `boxes` (K x 4 xyxy in the image's pixels); annotated objects
+            come without scores, and are all drawn.
         names: category name by id; an id without one is shown as a number.
         threshold: least score that is drawn.
         scale: whole factor that the picture is enlarged by, so that small ones can be read.
     """
     height, width = image.shape[1:]
     canvas = to_pil_image(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)
-    keep = result["scores"] >= threshold
-    if not bool(keep.any()):
-        return canvas
-    labels = result["labels"][keep].tolist()
-    texts = [
-        f"{names.get(label, label)} {score:.2f}"
-        for label, score in zip(labels, result["scores"][keep].tolist(), strict=True)
-    ]
-    limits = torch.tensor([canvas.width - 1, canvas.height - 1] * 2)
-    boxes = torch.minimum((result["boxes"][keep].cpu() * scale).clamp(min=0), limits)
-    # A box that a clamp left without area cannot be drawn.
-    boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2])
-    colours = [PALETTE[label % len(PALETTE)] for label in labels]
-    return to_pil_image(draw_bounding_boxes(pil_to_tensor(canvas), boxes, texts, colours, width=2))
+    found = _chosen(result, names, threshold)
+    draw = ImageDraw.Draw(canvas)
+    font = _font(max(LEAST_FONT_SIZE, round(max(canvas.size) / FONT_SHARE)))
+    line = max(2, round(max(canvas.size) / LINE_SHARE))
+    boxes = [_within(box, scale, canvas.size) for _, _, box in found]
+    colours = [PALETTE[label % len(PALETTE)] for _, label, _ in found]
+    for box, colour in zip(boxes, colours, strict=True):
+        # A dark line below the coloured one shows where the image has that colour, too.
+        draw.rectangle(box, outline="black", width=line + max(1, line // 2))
+        draw.rectangle(box, outline=colour, width=line)
+    rooms = [max(right - left, LABEL_SHARE * canvas.width) for left, _, right, _ in boxes]
+    texts = [_shortened(text, font, room) for (text, _, _), room in zip(found, rooms, strict=True)]
+    places = _place_labels(boxes[::-1], texts[::-1], font, canvas.size)[::-1]
+    for place, text, colour in zip(places, texts, colours, strict=True):
+        draw.rectangle(place, fill=colour)
+        draw.text(place[:2], f" {text}", fill=_readable_on(colour), font=font)
+    return canvas
+
+
+def _chosen(
+    result: Mapping[str, Tensor], names: Mapping[int, str], threshold: float
+) -> list[tuple[str, int, list[float]]]:
+    """Text, category id and box of what is drawn, the best scores last."""
+    labels, boxes = result["labels"].tolist(), result["boxes"].tolist()
+    titles = [str(names.get(label, label)) for label in labels]
+    if "scores" not in result:
+        return list(zip(titles, labels, boxes, strict=True))
+    found = sorted(zip(result["scores"].tolist(), titles, labels, boxes, strict=True))
+    return [(f"{title} {score:.2f}", label, box) for score, title, label, box in found if score >= threshold]
+
+
+def scale_to_read(width: int, height: int) -> int:
+    """The whole factor by which a picture of that many pixels is enlarged, so that its labels can be read."""
+    return max(1, round(LEAST_LONG_SIDE / max(width, height)))
+
+
+def write_picture(path: str | Path, picture: Image.Image) -> None:
+    """Write a PNG or JPEG, as the name says, atomically."""
+    write_atomic(path, lambda stream: picture.save(stream, **FORMATS[Path(path).suffix]))
 
 
 def write_grid(path: str | Path, columns: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
-    """Write a PNG with one captioned column of pictures beside the other; a column may be shorter or empty."""
+    """Write a PNG or JPEG with one captioned column of pictures beside the other; a column may be shorter or empty.
+
+    A caption may have several lines; its letters grow with the columns, as far as it fits.
+    """
     widths = [max((picture.width for picture in pictures), default=0) for _, pictures in columns]
     heights = [
         max(picture.height for picture in row if picture is not None)
         for row in zip_longest(*(pictures for _, pictures in columns))
     ]
-    width, height = sum(widths) + GAP * (len(widths) + 1), CAPTION_HEIGHT + sum(heights) + GAP * len(heights)
+    font = _caption_font([caption for caption, _ in columns], widths)
+    lines = max(len(caption.splitlines()) for caption, _ in columns)
+    spacing = round(1.35 * font.size)
+    top_of_pictures = GAP + lines * spacing
+    width, height = sum(widths) + GAP * (len(widths) + 1), top_of_pictures + sum(heights) + GAP * len(heights)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     left = GAP
     for (caption, pictures), column_width in zip(columns, widths, strict=True):
-        draw.text((left, GAP), caption, fill="black", font_size=14)
-        top = CAPTION_HEIGHT
+        for number, text in enumerate(caption.splitlines()):
+            fitting = _shortened(text, font, column_width)
+            draw.text((left, GAP // 2 + number * spacing), fitting, fill="black", font=font)
+        top = top_of_pictures
         for picture, row_height in zip(pictures, heights, strict=False):
             sheet.paste(picture, (left, top))
             top += row_height + GAP
         left += column_width + GAP
-    write_atomic(path, lambda stream: sheet.save(stream, format="PNG"))
+    write_picture(path, sheet)
+
+
+@functools.lru_cache(maxsize=32)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which Matplotlib brings: Pillow's own font has no letters beyond ASCII and few accents."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _caption_font(captions: Sequence[str], widths: Sequence[int]) -> ImageFont.FreeTypeFont:
+    """The largest font in which every line of every caption fits its column, within limits."""
+    largest = max(CAPTION_FONT_SIZE, round(max(widths, default=0) / FONT_SHARE))
+    for size in range(largest, LEAST_FONT_SIZE, -1):
+        font = _font(size)
+        if all(font.getlength(t) <= w for c, w in zip(captions, widths, strict=True) for t in c.splitlines() if w):
+            return font
+    return _font(LEAST_FONT_SIZE)
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """`text`, its middle left out as far as it is wider than `width` pixels: what counts stands at either end."""
+    kept = len(text)
+    short = text
+    while kept > 1 and font.getlength(f" {short} ") > width:
+        kept -= 1
+        short = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+    return short
+
+
+def _within(box: Sequence[float], scale: int, size: tuple[int, int]) -> Rectangle:
+    """A box of the image in pixels of a picture `scale` times as large; nothing of it lies outside."""
+    limits = (size[0] - 1, size[1] - 1) * 2
+    left, top, right, bottom = (min(max(value * scale, 0), limit) for value, limit in zip(box, limits, strict=True))
+    return left, top, max(left, right), max(top, bottom)
+
+
+def _place_labels(
+    boxes: Sequence[Rectangle], texts: Sequence[str], font: ImageFont.FreeTypeFont, size: tuple[int, int]
+) -> list[Rectangle]:
+    """Where the label of each box goes, the first to choose first: above it, below it, or inside along its edges."""
+    ascent, descent = font.getmetrics()
+    height = ascent + descent
+    placed: list[Rectangle] = []
+    for (left, top, right, bottom), text in zip(boxes, texts, strict=True):
+        width = font.getlength(f" {text} ")
+        corners = [(left, top - height), (left, bottom), (left, top), (left, bottom - height)]
+        corners += [(right - width, y) for _, y in corners]
+        # Moved into the picture, two of them may become one.
+        inside = [(min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)) for x, y in corners]
+        choices = [(x, y, x + width, y + height) for x, y in inside]
+        placed.append(min(choices, key=lambda choice: sum(_common_area(choice, other) for other in placed)))
+    return placed
+
+
+def _common_area(one: Rectangle, other: Rectangle) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
+
+
+def _readable_on(colour: str) -> str:
+    """Black on light colours, white on dark ones, by the relative luminance of sRGB (ITU-R BT.709 weights)."""
+    red, green, blue = ((value / 255) ** 2.2 for value in ImageColor.getrgb(colour))
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    # WCAG's contrast of either with the colour: (1.05 / (L + 0.05)) for white, ((L + 0.05) / 0.05) for black.
+    return "white" if luminance + 0.05 < (1.05 * 0.05) ** 0.5 else "black"

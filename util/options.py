@@ -2,8 +2,8 @@
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import engine
 from datasets.transforms import TRAINING_TRANSFORMS
@@ -13,11 +13,58 @@ MODEL_NAMES = ("dn_dab_detr", "dn_dab_deformable_detr")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A short usage, short names for values, defaults where there are some, and examples as they are written."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 34, **options})
+
+    def add_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], groups: Iterable[Any], prefix: str | None = None
+    ) -> None:
+        """Name what has to be given; the other options stand below, and are many."""
+        if usage is None:
+            words = []
+            for action in actions:
+                if not action.option_strings:
+                    words.append(self._format_args(action, self._get_default_metavar_for_positional(action)))
+                elif action.required:
+                    value = self._format_args(action, self._get_default_metavar_for_optional(action))
+                    words.append(f"{action.option_strings[0]} {value}")
+            usage = " ".join(["%(prog)s", *words, "[options]"])
+        super().add_usage(usage, actions, groups, prefix)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        short = {"whole number": "N", "int": "N", "number": "X", "float": "X", "Path": "PATH"}
+        name = getattr(action.type, "__name__", "")
+        return short.get(name, super()._get_default_metavar_for_optional(action))
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # That a flag is off, or a value not given, is what people expect; a text says what happens then.
+        nothing_to_tell = action.default is None or action.default is False
+        return action.help if nothing_to_tell else super()._get_help_string(action)
+
+
+def script_parser(doc: str, **options: Any) -> argparse.ArgumentParser:
+    """The parser of a script: the first line of its docstring describes it, the command lines in it are examples.
+
+    Args:
+        doc: the docstring.
+        options: of `argparse.ArgumentParser`.
+    """
+    title, *lines = doc.strip().splitlines() or [""]
+    examples = [f"  {line.strip()}" for line in lines if line.split(maxsplit=1)[:1] in (["python"], ["torchrun"])]
+    epilog = "\n".join(["examples:", *examples]) if examples else None
+    return argparse.ArgumentParser(description=title, epilog=epilog, formatter_class=HelpFormatter, **options)
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """All options of training and evaluation; a parent for the parsers of the searches, so without --help."""
     parser = argparse.ArgumentParser("DN-DETR", add_help=False)
     _add_run_options(parser.add_argument_group("run"))
-    _add_model_options(parser.add_argument_group("network"))
+    _add_data_options(parser.add_argument_group("data"))
+    _add_log_options(parser.add_argument_group("log"))
+    _add_model_options(parser.add_argument_group("network; it comes out of a checkpoint of this program"))
     _add_loss_options(parser.add_argument_group("denoising and losses"))
     _add_training_options(parser.add_argument_group("training"))
     _add_distillation_options(parser.add_argument_group("distillation"))
@@ -25,11 +72,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def _add_run_options(group: argparse._ArgumentGroup) -> None:
-    yes_no = argparse.BooleanOptionalAction
-    group.add_argument("-m", "--modelname", choices=MODEL_NAMES, default="dn_dab_detr", help="network")
-    group.add_argument("--output_dir", default="output/run", help="folder for checkpoints and logs")
-    group.add_argument("--coco_path", default="data/coco", help="folder of a data set in COCO layout")
-    group.add_argument("--resume", default=None, help="checkpoint to start from, of any format the README lists")
+    group.add_argument("--output_dir", metavar="FOLDER", default="output/run", help="for checkpoints, results and logs")
+    group.add_argument(
+        "--resume", metavar="FILE", default=None, help="checkpoint to start from, of any format the README lists"
+    )
     group.add_argument(
         "--start_fresh",
         action="store_true",
@@ -39,19 +85,36 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--save_results", action="store_true", help="write the detections on val2017 as COCO results JSON"
     )
+    group.add_argument("--device", default=None, help="cpu, cuda or cuda:N, by default cuda where there is one")
+    group.add_argument(
+        "--amp", nargs="?", choices=tuple(engine.AMP_DTYPES), const="bf16", default="off",
+        help="mixed precision; --amp alone is bf16",
+    )  # fmt: skip
+    group.add_argument("--seed", type=whole(0), default=42, help="seed of every random generator")
+
+
+def _add_data_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--coco_path", metavar="FOLDER", default="data/coco", help="a data set in COCO layout")
     group.add_argument("--batch_size", type=whole(1), default=2, help="images in a batch of one process")
     group.add_argument("--num_workers", type=whole(0), default=2, help="processes that read images, 0 for none")
     group.add_argument("--image_size", type=whole(32), default=800, help="short side at evaluation, in pixels")
-    group.add_argument("--device", default=None, help="cpu, cuda or cuda:N; None takes cuda where there is one")
+
+
+def _add_log_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--amp", nargs="?", choices=tuple(engine.AMP_DTYPES), const="bf16", default="off", help="mixed precision"
+        "--print_freq",
+        type=whole(0),
+        default=100,
+        help="training batches between lines of the log with losses, rate and time left; 0 for a progress bar alone",
     )
-    group.add_argument("--seed", type=whole(0), default=42, help="seed of every random generator")
-    group.add_argument("--use_dn", action=yes_no, default=True, help="train with denoising queries")
+    group.add_argument(
+        "--tensorboard", action="store_true", help="write losses, rates, AP and widths to OUTPUT_DIR/tensorboard"
+    )
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
     yes_no = argparse.BooleanOptionalAction
+    group.add_argument("-m", "--modelname", choices=MODEL_NAMES, default="dn_dab_detr", help="variant")
     group.add_argument(
         "--cfgs", nargs="+", default=None, help="widths [[[attention, ffn], ...], [[self, cross, ffn], ...]] or a file"
     )
@@ -95,6 +158,9 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_loss_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--use_dn", action=argparse.BooleanOptionalAction, default=True, help="train with denoising queries"
+    )
     group.add_argument("--scalar", type=whole(1), default=5, help="denoising groups, copies of every target")
     group.add_argument(
         "--label_noise_scale", type=real(0, at_most=1), default=0.2, help="probability that a label flips"

@@ -84,6 +84,18 @@ def build_detector(
     return built
 
 
+def arguments_for(args: argparse.Namespace, checkpoint: Checkpoint, typed: Collection[str] = ()) -> argparse.Namespace:
+    """Options to build a checkpoint's own detector: `args`, which stay as they are, completed from it alone.
+
+    Raises:
+        UserError: a typed option differs from what the checkpoint was made with.
+    """
+    theirs = argparse.Namespace(**{**vars(args), "pretrained_backbone": False})
+    take_from_checkpoint(theirs, typed, checkpoint)
+    theirs.num_classes = checkpoint.num_classes
+    return theirs
+
+
 def build_distillation(args: argparse.Namespace, student: Detector) -> Distillation | None:
     """What `--distill` asks for, its teacher on the student's device; None without it.
 
@@ -111,9 +123,7 @@ def _build_teacher(args: argparse.Namespace, student: Detector) -> Detector:
     checkpoint = read_checkpoint(args.distill)
     if checkpoint.is_search:
         raise UserError(f"{args.distill}: found the output of a search, expected the detector that it pruned")
-    theirs = argparse.Namespace(**{**vars(args), "cfgs": None, "pretrained_backbone": False})
-    take_from_checkpoint(theirs, (), checkpoint)
-    theirs.num_classes = checkpoint.num_classes
+    theirs = arguments_for(argparse.Namespace(**{**vars(args), "cfgs": None}), checkpoint)
     differing = [name for name in SHARED_WITH_TEACHER if getattr(theirs, name) != getattr(args, name)]
     if differing:
         found, expected = (", ".join(f"{name} {getattr(of, name)}" for name in differing) for of in (theirs, args))
