@@ -82,6 +82,23 @@ def module_table(decisions: Sequence[Decision]) -> str:
     return table(("module", "before", "after", "mAP after", "seconds", "images", "whole passes"), rows)
 
 
+def decision_scalars(decision: Decision) -> dict[str, float]:
+    """What TensorBoard shows of a step: mAP in [0, 1], and the widths where they are now."""
+    measured = {"search/mAP": decision.full_ap, "search/subset_mAP": decision.subset_ap}
+    return {
+        **{name: value for name, value in measured.items() if value is not None},
+        "search/target_mAP": decision.target_ap,
+        "search/transformer_params": decision.transformer_params,
+        f"width/{decision.module}": decision.width,
+    }
+
+
+def trial_scalars(trial: Trial) -> dict[str, float]:
+    """What TensorBoard shows of a division of a budget: mAP and the cost kept, each in [0, 1], and all widths."""
+    widths = {f"width/{name}": width for name, width in trial.widths.items()}
+    return {"search/mAP": trial.full_ap, "search/cost_kept": trial.kept_fraction, **widths}
+
+
 def trial_line(trial: Trial) -> str:
     """One line of the log for a division of a budget."""
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from pruning.search import Search
 from pruning.transplant import widths_after
 from pruning.workbench import DetectorBench
 from util import distributed
+from util.board import Board
 from util.checkpoint import plain_arguments, save_checkpoint
 from util.errors import UserError
 from util.files import file_digest, move_aside
@@ -44,7 +46,8 @@ WIDTHS_PICTURE = "widths.png"
 AP_PICTURE = "ap_params.png"
 # What a search may be resumed with in another way: where things lie, and how fast they go.
 NOT_DECIDING = ("output_dir", "coco_path", "resume", "resume_search", "device", "num_workers", "images_at_once",
-                "cache_device", "cache_gb", "eval", "start_fresh", "use_dn")  # fmt: skip
+                "cache_device", "cache_gb", "eval", "start_fresh", "use_dn",
+                "print_freq", "tensorboard")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class SearchRun:
         self.log = get_logger()
         self.decisions: list[Decision] = []
         self.trials: list[Trial] = []
+        self.board = Board(output_dir, args.tensorboard)
 
     def prepare(self, criterion: Criterion, postprocess: Any) -> None:
         """Read the images once and keep what the backbone makes of them."""
@@ -142,12 +146,15 @@ class SearchRun:
         if is_global:
             self.budget_search = self._build_budget_search(base_ap)
         base_ap, past = self._open_journal(self._facts(base_ap))
+        self.board.open(len(past))
+        self.board.add({"search/mAP": base_ap}, 0)
         hint = f"stopped; go on with the same command and --resume_search, from {self.journal.path}"
         with stop_after_step(hint) as self.stop_if_asked:
             kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
             self.stop_if_asked()
         result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
         distributed.on_main(lambda: self._write(result))
+        self.board.close()
         return result
 
     def _open_journal(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
@@ -188,6 +195,7 @@ class SearchRun:
             def record(decision: Decision) -> None:
                 self.decisions.append(decision)
                 distributed.on_main(lambda: self.journal.decision(decision))
+                self.board.add(report.decision_scalars(decision), len(self.decisions))
                 bar.show(decision)
                 if decision.accepted:
                     self.log.info("%s", report.module_line(decision))
@@ -211,9 +219,11 @@ class SearchRun:
         sweeps = 1 + (EVALUATIONS if args.keep is None else len(POWERS))
         threshold_ap = self.schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1)
         with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
+            numbers = itertools.count(len(past) + 1)
 
             def record(trial: Trial) -> None:
                 distributed.on_main(lambda: self.journal.trial(trial))
+                self.board.add(report.trial_scalars(trial), next(numbers))
                 self.log.info("%s", report.trial_line(trial))
                 bar.set_postfix_str(report.trial_summary(trial, None if args.keep else threshold_ap))
                 self.stop_if_asked()

@@ -43,6 +43,8 @@ OF_THE_RUN = (
     "device",
     "num_workers",
     "cfgs",
+    "print_freq",
+    "tensorboard",
 )
 
 

@@ -4,6 +4,8 @@ import errno
 import sys
 from collections.abc import Callable
 
+from util.colour import paint
+
 # What a disk or its owner refuses; any other error of the system is a defect, and its traceback helps.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
@@ -12,18 +14,22 @@ class UserError(Exception):
     """A mistake in what the user gave: one sentence that names file, key or option, what was found and expected."""
 
 
+def _error_mark() -> str:
+    return paint("error:", "red", sys.stderr, attrs=("bold",))
+
+
 def run_cli(main: Callable[[], object]) -> None:
     """Run an entry script; a `UserError`, or a disk that takes no more, becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_error_mark()} {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}, expected a file that can be read and written", file=sys.stderr)
+        print(f"{_error_mark()} {where}{error.strerror}, expected a file that can be read and written", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What a run says: a text log on the screen and in a file, and tables of figures."""
 
 import logging
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,8 +9,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from util import distributed
+from util.colour import paint
 
 LOGGER_NAME = "dn_detr_pruning"
+HEADING = re.compile(r"^.+(?=\n-+(  -+)*$)", re.MULTILINE)  # the line above a table's rule
+
+
+class _ScreenFormatter(logging.Formatter):
+    """Colours for terminals: warnings, errors, headings of tables. Messages have none, so files have none either."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno >= logging.WARNING:
+            return paint(text, "red" if record.levelno >= logging.ERROR else "yellow", sys.stdout)
+        return HEADING.sub(lambda heading: paint(heading[0], None, sys.stdout, attrs=("bold",)), text)
 
 
 class _TqdmHandler(logging.Handler):
@@ -25,7 +38,7 @@ def get_logger() -> logging.Logger:
     logger = logging.getLogger(LOGGER_NAME)
     if not logger.handlers:
         handler = _TqdmHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_ScreenFormatter("%(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from datasets.coco_eval import GroundTruth
 from pruning.cost import cost_of
 from util import distributed
 from util.arguments import full_widths
+from util.batch_log import BatchLog
+from util.board import Board
 from util.checkpoint import Checkpoint, plain_arguments, save_checkpoint
 from util.files import append_json_line, move_aside, write_json
 from util.logging import get_logger, table
@@ -42,6 +45,7 @@ class Run:
         dataset = build_dataset("val2017", args, augment=False)
         self.val_loader = build_loader(dataset, args.batch_size, shuffle=False, **self.loader_options)
         self.log = get_logger()
+        self.board = Board(output_dir, args.tensorboard and not args.eval)
 
     def prepare_training(self, checkpoint: Checkpoint | None, continuing: bool) -> None:
         """Training data, optimizer, and the state of an unfinished training run if it goes on."""
@@ -105,6 +109,7 @@ class Run:
         self.log.info("%s", table(["network", ""], figures.items()))
         if distributed.is_main():
             write_json(self.output_dir / "args.json", plain_arguments(args))
+        self.board.open(state.epoch * len(self.train_loader))
         stats: dict[str, float] = {}
         lines: list[dict[str, Any]] = []
         while state.epoch < args.epochs:
@@ -118,6 +123,8 @@ class Run:
                 line["test_seconds"] = round(time.perf_counter() - start, 3)
             lines.append({**line, "n_parameters": figures["params"]})
             self._save(lines[-1])
+            self.board.add(_epoch_scalars(line), state.epoch * len(self.train_loader))
+        self.board.close()
         self.log.info("%s", _summary(lines))
         return stats
 
@@ -141,10 +148,16 @@ class Run:
             accumulate=args.accumulate,
             weight_average=state.weight_average,
             distillation=self.distillation,
+            on_batch=BatchLog(args.print_freq, state.epoch, args.epochs, len(self.train_loader), self._show_batches),
         )
         seconds = round(time.perf_counter() - start, 3)
         named = {f"train_{name}": value for name, value in losses.items()}
         return {"lr": rates[0], "lr_backbone": rates[1], **named, "train_seconds": seconds}
+
+    def _show_batches(self, scalars: Mapping[str, float], done: int) -> None:
+        """Losses and rates of the last batches, by the batches of all epochs."""
+        step = self.state.epoch * len(self.train_loader) + done
+        self.board.add({f"batch/{name}": value for name, value in scalars.items()}, step)
 
     def _save(self, line: dict[str, Any]) -> None:
         """Checkpoint, best checkpoint, a line of log.txt; training can go on from here."""
@@ -181,6 +194,17 @@ class Run:
         if any(moved):
             names = ", ".join(path.name for path in moved if path is not None)
             self.log.info("%s held an older run; its files are now %s", self.output_dir, names)
+
+
+def _epoch_scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """An epoch's figures by the names that TensorBoard groups them by."""
+    groups = {"train_": "epoch/", "test_": "val/"}
+    scalars = {"epoch/lr": line["lr"], "epoch/lr_backbone": line["lr_backbone"]}
+    for name, value in line.items():
+        for prefix, group in groups.items():
+            if name.startswith(prefix):
+                scalars[group + name.removeprefix(prefix)] = value
+    return scalars
 
 
 def _summary(lines: list[dict[str, Any]]) -> str:

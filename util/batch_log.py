@@ -1,0 +1,76 @@
+"""What a training run says between two epochs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+
+from torch import Tensor
+
+from engine import Means
+from util import distributed
+from util.logging import get_logger
+
+SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error")
+
+
+class BatchLog:
+    """Every so many batches of an epoch a line of the log: mean losses since the last one, rate, time left.
+
+    Call it behind each batch, in every process.
+
+    Args:
+        every: batches between two lines, 0 for none.
+        epoch: number of the epoch, from 0.
+        epochs: epochs of the run.
+        batches: batches of an epoch, of one process.
+        show: gets what a line says: losses, `lr` and `images_per_second` by name, and the batches done in this epoch.
+    """
+
+    def __init__(
+        self, every: int, epoch: int, epochs: int, batches: int, show: Callable[[Mapping[str, float], int], None]
+    ) -> None:
+        self.every, self.epoch, self.epochs, self.batches, self.show = every, epoch, epochs, batches, show
+        self._done = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._means, self._images, self._since = Means(), 0, time.perf_counter()
+
+    def __call__(self, losses: Mapping[str, Tensor], images: int, lr: float) -> None:
+        """Count in one batch.
+
+        Args:
+            losses: of the batch, averaged over all processes.
+            images: in the batch of this process.
+            lr: learning rate of the transformer behind it.
+        """
+        if not self.every:
+            return
+        self._done += 1
+        self._means.add(losses)
+        self._images += images
+        if self._done % self.every and self._done < self.batches:
+            return
+        means = self._means.read()
+        seconds = time.perf_counter() - self._since
+        rate = self._images * distributed.world_size() / seconds
+        counted = (self._done - 1) % self.every + 1
+        left = [seconds / counted * n for n in (self.batches - self._done, self._batches_of_run_left())]
+        get_logger().info("%s", self._line(means, lr, rate, *left))
+        self.show({**means, "lr": lr, "images_per_second": rate}, self._done)
+        self._start()
+
+    def _batches_of_run_left(self) -> int:
+        return (self.epochs - self.epoch) * self.batches - self._done
+
+    def _line(self, means: Mapping[str, float], lr: float, rate: float, left: float, left_of_run: float) -> str:
+        done = f"epoch {self.epoch} [{self._done:{len(str(self.batches))}}/{self.batches}]"
+        losses = [f"{name} {means[name]:.4f}" for name in SHOWN if name in means]
+        times = f"{_time(left)} left, of all epochs {_time(left_of_run)}"
+        return "  ".join([done, *losses, f"lr {lr:.2e}", f"{rate:.1f} images/s", times])
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

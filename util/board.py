@@ -1,0 +1,63 @@
+"""Scalars for TensorBoard, where it is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from util import distributed
+from util.errors import UserError
+from util.files import move_aside
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FOLDER = "tensorboard"
+
+
+class Board:
+    """Writes event files to `output_dir/tensorboard`, in the first process; switched off it does nothing.
+
+    Args:
+        output_dir: the run's folder.
+        enabled: whether anything is written.
+
+    Raises:
+        UserError: the package is missing; in every process, and before anything is written.
+    """
+
+    def __init__(self, output_dir: Path, enabled: bool) -> None:
+        if enabled and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--tensorboard: found no package tensorboard, expected it (pip install tensorboard)")
+        self.folder = output_dir / FOLDER
+        self.enabled = enabled and distributed.is_main()
+        self._writer: SummaryWriter | None = None
+
+    def open(self, done: int = 0) -> None:
+        """Begin to write behind step `done` of an older run that goes on; with 0 older event files are moved aside."""
+        if not self.enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        if not done:
+            move_aside(self.folder)
+        # What a run that was killed wrote behind its last checkpoint comes again.
+        self._writer = SummaryWriter(str(self.folder), purge_step=done + 1 if done else None)
+
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
+        """One point on the curve of each name; what is not finite is left out."""
+        if self._writer is None:
+            return
+        for name, value in scalars.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
