@@ -6,6 +6,7 @@ DEMO_OUTPUT ?= output/demo
 .PHONY: help demo test lint gpu-check checkpoint tables clean
 
 help:
+	@echo "make help        list what make can do here"
 	@echo "make demo        prune the demo detector from end to end; results in $(DEMO_OUTPUT)"
 	@echo "make test        run the tests"
 	@echo "make lint        check format, style and types"
