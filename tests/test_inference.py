@@ -14,7 +14,8 @@ from datasets.coco import annotation_path
 from pruning.kept import all_kept
 from tests.pruning.tiny import tiny_detector
 from tests.tiny_run import TINY, options, write_self_annotated
-from util.checkpoint import read_checkpoint, save_checkpoint
+from util import predict
+from util.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from util.errors import UserError, run_cli
 from util.options import parse
 
@@ -95,6 +96,22 @@ def test_a_foreign_checkpoint_takes_its_network_from_the_command_line(root, tmp_
     detect(tmp_path / "foreign", root / "val2017", network, "--resume", root / "foreign.pth")
     detect(tmp_path / "ours", root / "val2017", "--batch_size 2 --resume", root / "dense.pth")
     assert read(tmp_path / "foreign" / "results.json") == read(tmp_path / "ours" / "results.json")
+
+
+def test_names_are_those_of_the_annotations_given_or_else_of_the_checkpoint_or_else_ids(root, tmp_path, monkeypatch):
+    def names(*words: str | Path) -> dict[int, str]:
+        detect(tmp_path / "out", root / "val2017/1.jpg", "--resume", root / "dense.pth", *words)
+        return {entry["id"]: entry["name"] for entry in read(tmp_path / "out" / "images.json")["categories"]}
+
+    def with_names(path: str | Path) -> Checkpoint:
+        checkpoint = read_checkpoint(path)
+        object.__setattr__(checkpoint, "categories", {1: "one", 2: "two"})
+        return checkpoint
+
+    assert names() == {number: str(number) for number in range(7)}
+    monkeypatch.setattr(predict, "read_checkpoint", with_names)
+    assert names() == {1: "one", 2: "two"}
+    assert names("--names", annotation_path(root, "val2017"))[1] == "kind 1"
 
 
 def test_a_damaged_image_is_named_and_the_others_keep_their_ids(root, tmp_path, capsys):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from util import distributed
 from util.errors import UserError
 from util.files import move_aside
+from util.logging import get_logger
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -51,10 +52,14 @@ class Board:
         """One point on the curve of each name; what is not finite is left out."""
         if self._writer is None:
             return
-        for name, value in scalars.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        try:
+            for name, value in scalars.items():
+                if math.isfinite(value):
+                    self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        except OSError as error:  # curves are no reason to end a run, least of all in one process of several
+            get_logger().warning("--tensorboard: %s cannot be written (%s); no more curves", self.folder, error)
+            self._writer = None
 
     def close(self) -> None:
         """Finish the file."""

@@ -109,14 +109,10 @@ class Prediction:
         for path in self.paths:
             if path.resolve().parent == folder:
                 raise UserError(f"{path}: found an input where pictures go, expected another --output_dir")
-        # By what COCO's ids are: numbers from 1.
-        self.image_ids: Sequence[int] = range(1, len(self.paths) + 1)
-        self.own_names: dict[int, str] = {}
-        if args.names is not None:
-            self.own_names = category_names(args.names)
-            listed = image_ids_of(self.paths, args.names)
-            self.image_ids = listed or self.image_ids
-            self.unlisted = listed is None
+        names = {} if args.names is None else category_names(args.names)
+        listed = None if args.names is None else image_ids_of(self.paths, args.names)
+        self.are_places = listed is None
+        self.image_ids: Sequence[int] = listed or range(1, len(self.paths) + 1)
         sources = {"detector": args.resume} if args.compare is None else dict(zip(COMPARED, args.compare, strict=True))
         self.detectors = [load_detector(title, path, args, typed, device) for title, path in sources.items()]
         sizes = sorted({detector.image_size for detector in self.detectors})
@@ -125,7 +121,7 @@ class Prediction:
                 f"--compare: found detectors for the image sizes {sizes}, expected one --image_size for both"
             )
         self.dataset = ImageFiles(self.paths, eval_transforms(sizes[0]))
-        self.names = self.own_names or next((d.names for d in self.detectors if d.names), {})
+        self.names = names or next((d.names for d in self.detectors if d.names), {})
 
     def run(self) -> None:
         """Write a picture of each image, results, and the table of what was found.
@@ -133,7 +129,7 @@ class Prediction:
         Raises:
             UserError: none of the images can be read.
         """
-        if self.args.names is not None and self.unlisted:
+        if self.args.names is not None and self.are_places:
             self.log.info(
                 "--names %s does not tell an id for each of these images: their ids are their places, from 1",
                 self.args.names,
