@@ -21,7 +21,9 @@ CAPTION_FONT_SIZE = 14
 FONT_SHARE = 45  # the longer side of a picture in heights of its letters
 LINE_SHARE = 400  # and in widths of a box's line
 LABEL_SHARE = 0.4  # of a picture's width for a label that is wider than its box
-LEAST_LONG_SIDE = 640  # pixels that small images are enlarged to, about
+LABEL_LETTERS = 12  # and room for about twice as many letters in narrow pictures
+LEAST_LONG_SIDE, LEAST_SHORT_SIDE = 640, 160  # pixels that small images are enlarged to, about,
+MOST_LONG_SIDE = 2560  # but strips not beyond this
 
 Rectangle = tuple[float, float, float, float]
 
@@ -51,15 +53,17 @@ def draw_detections(
     canvas = to_pil_image(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)
     found = _chosen(result, names, threshold)
     draw = ImageDraw.Draw(canvas)
-    font = _font(max(LEAST_FONT_SIZE, round(max(canvas.size) / FONT_SHARE)))
-    line = max(2, round(max(canvas.size) / LINE_SHARE))
+    side = min(max(canvas.size), 2 * min(canvas.size))  # a long strip is looked at in parts
+    font = _font(max(LEAST_FONT_SIZE, round(side / FONT_SHARE)))
+    line = max(2, round(side / LINE_SHARE))
     boxes = [_within(box, scale, canvas.size) for _, _, box in found]
     colours = [PALETTE[label % len(PALETTE)] for _, label, _ in found]
     for box, colour in zip(boxes, colours, strict=True):
         # A dark line below the coloured one shows where the image has that colour, too.
         draw.rectangle(box, outline="black", width=line + max(1, line // 2))
         draw.rectangle(box, outline=colour, width=line)
-    rooms = [max(right - left, LABEL_SHARE * canvas.width) for left, _, right, _ in boxes]
+    least_room = min(canvas.width, max(LABEL_SHARE * canvas.width, LABEL_LETTERS * font.size))
+    rooms = [max(right - left, least_room) for left, _, right, _ in boxes]
     texts = [_shortened(text, font, room) for (text, _, _), room in zip(found, rooms, strict=True)]
     places = _place_labels(boxes[::-1], texts[::-1], font, canvas.size)[::-1]
     for place, text, colour in zip(places, texts, colours, strict=True):
@@ -82,7 +86,9 @@ def _chosen(
 
 def scale_to_read(width: int, height: int) -> int:
     """The whole factor by which a picture of that many pixels is enlarged, so that its labels can be read."""
-    return max(1, round(LEAST_LONG_SIDE / max(width, height)))
+    short, long = sorted((width, height))
+    wanted = max(round(LEAST_LONG_SIDE / long), round(LEAST_SHORT_SIDE / short))
+    return max(1, min(wanted, MOST_LONG_SIDE // long))
 
 
 def write_picture(path: str | Path, picture: Image.Image) -> None:

@@ -72,7 +72,8 @@ def test_better_scores_are_drawn_on_top_and_boxes_off_the_image_are_drawn_too():
 
 
 def test_small_pictures_are_enlarged_and_large_ones_are_not():
-    assert [scale_to_read(*size) for size in ((64, 48), (320, 200), (640, 480), (4000, 3000))] == [10, 2, 1, 1]
+    sizes = ((64, 48), (320, 200), (640, 480), (4000, 3000), (60, 600), (4, 1000))
+    assert [scale_to_read(*size) for size in sizes] == [10, 2, 1, 1, 3, 2]
 
 
 @pytest.mark.parametrize("name", ["grid.png", "grid.jpg"])
