@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
@@ -26,32 +27,49 @@ def draw_detections(
     *,
     threshold: float = 0.5,
     scale: int = 1,
+    font_size: int | None = None,
 ) -> Image.Image:
     """A picture of `image` with its boxes, names and scores.
 
     Args:
         image: RGB, uint8 3 x H x W.
-        result: `scores` (K), `labels` (K, category ids), `boxes` (K x 4 xyxy in the image's pixels).
+        result: `scores` (K), `labels` (K, category ids), `boxes` (K x 4 xyxy in the image's pixels); annotated objects
+            come without scores.
         names: category name by id; an id without one is shown as a number.
         threshold: least score that is drawn.
         scale: whole factor that the picture is enlarged by, so that small ones can be read.
+        font_size: height of the names in pixels of the picture, on a ground of their box's colour; None for small ones.
     """
     height, width = image.shape[1:]
     canvas = to_pil_image(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)
-    keep = result["scores"] >= threshold
+    labels, scores = result["labels"], result.get("scores")
+    keep = torch.ones_like(labels, dtype=torch.bool) if scores is None else scores >= threshold
     if not bool(keep.any()):
         return canvas
-    labels = result["labels"][keep].tolist()
-    texts = [
-        f"{names.get(label, label)} {score:.2f}"
-        for label, score in zip(labels, result["scores"][keep].tolist(), strict=True)
-    ]
+    labels = labels[keep].tolist()
+    numbers = [""] * len(labels) if scores is None else [f" {score:.2f}" for score in scores[keep].tolist()]
+    texts = [f"{names.get(label, label)}{number}" for label, number in zip(labels, numbers, strict=True)]
     limits = torch.tensor([canvas.width - 1, canvas.height - 1] * 2)
     boxes = torch.minimum((result["boxes"][keep].cpu() * scale).clamp(min=0), limits)
     # A box that a clamp left without area cannot be drawn.
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2])
     colours = [PALETTE[label % len(PALETTE)] for label in labels]
-    return to_pil_image(draw_bounding_boxes(pil_to_tensor(canvas), boxes, texts, colours, width=2))
+    style = {} if font_size is None else _legible(colours, font_size)
+    return to_pil_image(draw_bounding_boxes(pil_to_tensor(canvas), boxes, texts, colours, width=2, **style))
+
+
+def _legible(colours: Sequence[str], font_size: int) -> dict[str, Any]:
+    """Options of `draw_bounding_boxes` for names in the font that comes with matplotlib, dark or light on `colours`."""
+    import matplotlib
+
+    luminances = [ImageColor.getcolor(colour, "L") for colour in colours]
+    return {
+        "font": str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")),
+        "font_size": font_size,
+        "label_colors": ["black" if luminance > 128 else "white" for luminance in luminances],
+        "label_background_colors": list(colours),
+        "fill_labels": True,
+    }
 
 
 def write_grid(path: str | Path, columns: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
