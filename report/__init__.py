@@ -41,7 +41,8 @@ def write_report(folder: Path, kind: str, samples: Samples) -> None:
     try:
         write_text(folder / REPORT_NAME, render(folder, kind, samples))
     except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
         get_logger().warning(
             "%s was not written (%s: %s); python -m report %s tries again",
-            folder / REPORT_NAME, type(error).__name__, error, folder,
+            folder / REPORT_NAME, type(error).__name__, reason, folder,
         )  # fmt: skip

@@ -46,9 +46,12 @@ def widths_plots(before: Widths, after: Widths) -> list[tuple[str, str]]:
 
 def ap_plot(points: Sequence[tuple[int, float, bool]], base_ap: float, base_params: int) -> str:
     """AP against the transformer's parameters along a search; see `pruning.plots.plot_ap_against_parameters`."""
-    return svg(
-        lambda axes: draw_ap_against_parameters(axes, points, base_ap, base_params), "AP against transformer parameters"
-    )
+
+    def draw(axes: Axes) -> None:
+        draw_ap_against_parameters(axes, points, base_ap, base_params)
+        axes.locator_params(axis="x", nbins=6)  # a phone has no room for more
+
+    return svg(draw, "AP against transformer parameters")
 
 
 def curves(

@@ -15,7 +15,7 @@ from datasets.coco import build_dataset
 from models import build_model
 from models.widths import Widths
 from pruning.arguments import get_pruning_parser
-from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost, cost_of
+from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost, cost_of, cost_rows
 from pruning.schedule import MGP
 from report import page
 from util.environment import ARGUMENTS_NAME
@@ -104,22 +104,19 @@ def cost_at(args: argparse.Namespace, widths: Widths, image_size_hw: tuple[int, 
     return cost_of(model, image_size_hw or PAPER_IMAGE_SIZE_HW)
 
 
-def cost_rows(before: Cost, after: Cost, image_size_hw: tuple[int, int] | None) -> list[tuple[str, ...]]:
-    """Rows of name, before, after, change in percent; without GMACs where no image size is known."""
-    kinds = [("transformer parameters", "transformer_params"), ("all parameters", "params")]
-    if image_size_hw is not None:
+def cost_section(name: str, before: Cost, after: Cost | None, image_size_hw: tuple[int, int] | None) -> str:
+    """The table of costs, of one detector where there is no `after`; without GMACs where no image size is known.
+
+    `name`: what the first one is called.
+    """
+    rows = cost_rows([before] if after is None else [before, after])
+    header = ["", name] if after is None else ["", name, "slim", "change"]
+    if image_size_hw is None:
+        rows, note = [row for row in rows if "GMACs" not in row[0]], ""
+    else:
         size = " x ".join(map(str, image_size_hw))
-        kinds += [
-            (f"transformer GMACs at {size}, all products", "gmacs"),
-            ("GMACs without attention products", "gmacs_without_attention_products"),
-            ("GMACs as nn.Linear hooks count", "gmacs_linear_modules"),
-        ]
-    rows = []
-    for name, key in kinds:
-        was, now = getattr(before, key), getattr(after, key)
-        texts = [f"{v:,}" if isinstance(v, int) else f"{v:.2f}" if v >= 1 else f"{v:.3g}" for v in (was, now)]
-        rows.append((name, *texts, change(was, now)))
-    return rows
+        note = page.paragraph(f"GMACs of the transformer for one image of {size} pixels.", "faint")
+    return page.section("Cost", page.table(header, rows), note)
 
 
 def change(before: float, after: float) -> str:

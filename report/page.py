@@ -72,13 +72,13 @@ def plots(items: Iterable[tuple[str, str]]) -> str:
 
 
 def pictures(items: Iterable[tuple[str, Image.Image]]) -> str:
-    """One row of pictures with their captions; on a narrow page it scrolls sideways."""
+    """Two or three pictures beside each other with their captions; on a phone the first of three above the others."""
     found = [
         f'<figure><img src="{data_uri(picture)}" width="{picture.width}" height="{picture.height}" '
         f'alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
         for caption, picture in items
     ]
-    return '<div class="scroll pictures" tabindex="0">\n' + "\n".join(found) + "\n</div>"
+    return '<div class="pictures">\n' + "\n".join(found) + "\n</div>"
 
 
 def data_uri(picture: Image.Image) -> str:

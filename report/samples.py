@@ -24,7 +24,7 @@ SPLIT = "val2017"
 IMAGES = 4
 OBJECTS = range(2, 9)  # in an image that shows something and can still be read
 THRESHOLD = 0.4
-SIDE = 400  # pixels of a picture's longer side
+SIDE = 320  # pixels of a picture's longer side
 FONT_SIZE = 13
 
 Result = Mapping[str, Tensor]
@@ -114,7 +114,7 @@ def _column(
     if threshold is not None:
         keep = result["scores"] >= threshold
         result = {name: value[keep] for name, value in result.items()}
-    counts = Counter(names.get(label, str(label)) for label in result["labels"].tolist())
+    counts = Counter(names.get(label, f"category {label}") for label in result["labels"].tolist())
     objects = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
     scale = SIDE / max(picture.shape[1:])
     size = [max(1, round(scale * side)) for side in picture.shape[1:]]

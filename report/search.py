@@ -17,7 +17,7 @@ from report.folder import (
     RunFolder,
     change,
     cost_at,
-    cost_rows,
+    cost_section,
     duration,
     environment_section,
     image_size_of,
@@ -135,9 +135,7 @@ def search_page(path: Path, samples: Samples) -> str:
     return page.page(
         title,
         _lead(facts, before, after),
-        page.section(
-            "Cost", page.table(("", "before", "after", "change"), cost_rows(before, after, facts.image_size_hw))
-        ),
+        cost_section("before", before, after, facts.image_size_hw),
         page.section("Width of each module", page.plots(charts.widths_plots(facts.before, facts.after))),
         page.section("AP against parameters", _ap_plot(facts, before.transformer_params)),
         _steps(facts),

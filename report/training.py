@@ -13,9 +13,8 @@ from report import charts, page
 from report.folder import (
     LOG_NAME,
     RunFolder,
-    change,
     cost_at,
-    cost_rows,
+    cost_section,
     duration,
     environment_section,
     image_size_of,
@@ -121,15 +120,12 @@ def _costs(folder: RunFolder, full: Widths, widths: Widths) -> str:
     """What the detector costs beside a dense one of its kind, and its widths."""
     size = image_size_of(folder.args, SPLIT)
     before, after = (cost_at(folder.args, of, size) for of in (full, widths))
-    rows = cost_rows(before, after, size)
     if widths == full:
-        return page.section("Cost", page.table(("", "this detector"), [row[:2] for row in rows]))
-    text = f"{change(before.transformer_params, after.transformer_params)} of the transformer's parameters."
+        return cost_section("dense", before, None, size)
     plots = page.plots(charts.widths_plots(full, widths))
-    return (
-        page.section("Cost", page.paragraph(text), page.table(("", "dense", "this detector", "change"), rows))
-        + page.section("Width of each module", plots, page.code(f"--cfgs '{widths}'"))
-    )  # fmt: skip
+    return cost_section("dense", before, after, size) + page.section(
+        "Width of each module", plots, page.code(f"--cfgs '{widths}'")
+    )
 
 
 def _detectors(folder: RunFolder, best: Mapping[str, Any] | None) -> list[tuple[str, Path]]:

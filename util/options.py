@@ -27,7 +27,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 def _add_run_options(group: argparse._ArgumentGroup) -> None:
     yes_no = argparse.BooleanOptionalAction
     group.add_argument("-m", "--modelname", choices=MODEL_NAMES, default="dn_dab_detr", help="network")
-    group.add_argument("--output_dir", default="output/run", help="folder for checkpoints and logs")
+    group.add_argument(
+        "--output_dir",
+        default="output/run",
+        help="folder for checkpoints, logs and report.html, which `python -m report OUTPUT_DIR` makes anew",
+    )
     group.add_argument("--coco_path", default="data/coco", help="folder of a data set in COCO layout")
     group.add_argument("--resume", default=None, help="checkpoint to start from, of any format the README lists")
     group.add_argument(

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import random
 import re
 import shutil
 import sys
 from html.parser import HTMLParser
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +65,11 @@ def run_search(root, out, more="", argv=COMMAND):
     words = f"{UNITS} --coco_path {root} --resume {root}/dense.pth --output_dir {out} {more}"
     with mock.patch.object(sys, "argv", argv):
         return search(MGP, *parse(get_pruning_parser(MGP, "a test"), words.split()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def draw_reports():
+    """In place of the one for all tests: here they are drawn."""
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +244,10 @@ def test_a_report_that_cannot_be_drawn_loses_nothing(root, tmp_path, monkeypatch
 
 
 def test_drawing_draws_nothing_at_random(trained):
-    before = torch.get_rng_state()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     report.render(trained, "training", Samples(torch.device("cpu")))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
 def test_detections_are_kept_until_the_checkpoint_changes(trained, root, tmp_path):
