@@ -108,8 +108,7 @@ class Run:
         args, state = self.args, self.state
         figures = self.costs()
         self.log.info("%s", table(["network", ""], figures.items()))
-        if distributed.is_main():
-            record_run(self.output_dir, args, self.device, continuing=not self.move_aside)
+        distributed.on_main(lambda: record_run(self.output_dir, args, self.device, continuing=not self.move_aside))
         stats: dict[str, float] = {}
         lines: list[dict[str, Any]] = []
         while state.epoch < args.epochs:

@@ -214,6 +214,17 @@ def test_a_killed_training_run_has_a_report_of_its_epochs(trained, tmp_path):
         report_main([str(tmp_path / "run")])
 
 
+def test_a_student_stands_beside_its_teacher(root, trained, tmp_path):
+    for name in ("log.txt", "checkpoint_best.pth"):
+        shutil.copy(trained / name, tmp_path)
+    args = json.loads((trained / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps({**args, "distill": str(root / "dense.pth")}))
+    report_main([str(tmp_path), "--device", "cpu"])
+    text = read(tmp_path).text
+    assert "teacher: " in text and "trained, epoch" in text and "before fine-tuning: " not in text
+    assert f"with {root}/dense.pth as its teacher" in text
+
+
 def test_what_is_gone_is_told_and_the_rest_is_there(searched, tmp_path):
     for name in ("search.jsonl", "args.json"):
         shutil.copy(searched[0] / name, tmp_path)
