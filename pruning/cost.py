@@ -120,7 +120,12 @@ def count_parameters(module: nn.Module) -> int:
 
 def cost_table(costs: Sequence[tuple[str, Cost]]) -> str:
     """A text table of named costs, with the change from the first in percent."""
-    first = costs[0][1]
+    header = [column for index, (name, _) in enumerate(costs) for column in ([name, "change"] if index else [name])]
+    return table(["", *header], cost_rows([cost for _, cost in costs]))
+
+
+def cost_rows(costs: Sequence[Cost]) -> list[list[str]]:
+    """A row for each way of counting: its name, the first cost, and each other one with its change from the first."""
     figures = {
         "transformer parameters": "transformer_params",
         "all parameters": "params",
@@ -130,16 +135,15 @@ def cost_table(costs: Sequence[tuple[str, Cost]]) -> str:
     }
     rows = []
     for title, key in figures.items():
-        reference = getattr(first, key)
+        reference = getattr(costs[0], key)
         cells: list[str] = []
-        for index, (_, cost) in enumerate(costs):
+        for index, cost in enumerate(costs):
             value = getattr(cost, key)
             cells.append(f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if value >= 1 else f"{value:.3g}")
             if index:
                 cells.append(f"{100 * (value / reference - 1):+.1f}%")
         rows.append([title, *cells])
-    header = [column for index, (name, _) in enumerate(costs) for column in ([name, "change"] if index else [name])]
-    return table(["", *header], rows)
+    return rows
 
 
 def _feature_pixels(model: Detector, image_size_hw: tuple[int, int]) -> int:

@@ -14,6 +14,8 @@ from pruning.kept import Kept, from_lists, to_lists
 from util.errors import UserError
 from util.files import append_json_line, move_aside, write_atomic
 
+OUTPUT_NAME = "pruned.pth"
+JOURNAL_NAME = "search.jsonl"
 BASE_AP_TOLERANCE = 1e-3  # of mAP in [0, 1]: more than rounding on another device moves it
 
 
@@ -151,7 +153,7 @@ class Journal:
         """
         if not self.path.exists():
             return facts["base_ap"], []
-        lines, whole_bytes = self._read()
+        lines, whole_bytes = self.read()
         if not lines:
             return facts["base_ap"], []
         start, *others = lines
@@ -174,8 +176,8 @@ class Journal:
         self.begun = True
         return wanted["base_ap"], others
 
-    def _read(self) -> tuple[list[dict[str, Any]], int]:
-        """The whole lines of the file, and how many bytes they are.
+    def read(self) -> tuple[list[dict[str, Any]], int]:
+        """The whole lines of the file, the search's start first, and how many bytes they are.
 
         Raises:
             UserError: the file is no journal.

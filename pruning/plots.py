@@ -11,6 +11,7 @@ from pruning.schedule import role_of
 from util.files import write_atomic
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = {
@@ -28,16 +29,27 @@ def plot_widths(path: str | Path, before: Widths, after: Widths) -> None:
     figure = new_figure(10, 6)
     panels = figure.subplots(2, 1)
     for axes, title, is_ffn in zip(panels, ("attention channels", "FFN channels"), (False, True), strict=True):
-        names = [name for name in before.names() if name.endswith("ffn") == is_ffn]
-        axes.bar(names, [before.of(name) for name in names], color=WHOLE, label="before")
-        bars = axes.bar(names, [after.of(name) for name in names], color=[COLOURS[role_of(name)] for name in names])
-        axes.bar_label(bars, fontsize=7)
-        axes.margins(y=0.12)
+        draw_widths(axes, before, after, is_ffn=is_ffn)
         axes.set_title(title, loc="left", fontsize=10)
-        axes.tick_params(axis="x", labelrotation=35, labelsize=7)
-        for label in axes.get_xticklabels():
-            label.set_horizontalalignment("right")
     save_figure(figure, path)
+
+
+def draw_widths(axes: Axes, before: Widths, after: Widths, *, is_ffn: bool, horizontal: bool = False) -> None:
+    """Bars of the attentions' widths, or of the FFNs', before (grey) and after; `horizontal` from the top down."""
+    names = [name for name in before.names() if name.endswith("ffn") == is_ffn]
+    draw = axes.barh if horizontal else axes.bar
+    draw(names, [before.of(name) for name in names], color=WHOLE, label="before")
+    bars = draw(names, [after.of(name) for name in names], color=[COLOURS[role_of(name)] for name in names])
+    if horizontal:
+        axes.bar_label(bars, padding=3)
+        axes.margins(x=0.12, y=0.01)
+        axes.invert_yaxis()
+        return
+    axes.bar_label(bars, fontsize=7)
+    axes.margins(y=0.12)
+    axes.tick_params(axis="x", labelrotation=35, labelsize=7)
+    for label in axes.get_xticklabels():
+        label.set_horizontalalignment("right")
 
 
 def plot_ap_against_parameters(
@@ -50,10 +62,19 @@ def plot_ap_against_parameters(
         base_ap: mAP in [0, 1] before the search, with `base_params` transformer parameters.
         caption: title, such as the schedule and the split that was looked at.
     """
-    tried = [point for point in points if not point[2]]
-    accepted = [(base_params, base_ap), *(point[:2] for point in points if point[2])]
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
+    draw_ap_against_parameters(axes, points, base_ap, base_params)
+    axes.set_title(caption, fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_ap_against_parameters(
+    axes: Axes, points: Sequence[tuple[int, float, bool]], base_ap: float, base_params: int
+) -> None:
+    """What `plot_ap_against_parameters` shows, without its title."""
+    tried = [point for point in points if not point[2]]
+    accepted = [(base_params, base_ap), *(point[:2] for point in points if point[2])]
     axes.plot([params / 1e6 for params, _ in accepted], [100 * ap for _, ap in accepted], "o-", label="accepted")
     if tried:
         axes.plot([p / 1e6 for p, *_ in tried], [100 * ap for _, ap, _ in tried], "x", label="tried")
@@ -61,9 +82,7 @@ def plot_ap_against_parameters(
     axes.set_xlabel("transformer parameters (millions)")
     axes.set_ylabel("AP (points)")
     axes.invert_xaxis()
-    axes.set_title(caption, fontsize=10)
     axes.legend()
-    save_figure(figure, path)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -17,6 +17,9 @@ from pruning.method import Method
 from pruning.search import Units
 from util.logging import table
 
+MODULE_COLUMNS = ("module", "before", "after", "mAP after", "seconds", "images", "whole passes")
+TRIAL_COLUMNS = ("taken", "cost kept", "power", "mAP", "seconds", "images", "whole passes")
+
 
 class ProgressBar:
     """A bar over all steps that a search could take; a module that is done early skips the rest of its steps.
@@ -62,8 +65,14 @@ def module_line(decision: Decision) -> str:
 
 
 def module_table(decisions: Sequence[Decision]) -> str:
-    """The table of modules: width before and after, mAP after, seconds and passes through the network."""
-    rows, seconds, passes, images = [], 0.0, 0.0, 0
+    """`module_rows` as text."""
+    return table(MODULE_COLUMNS, module_rows(decisions))
+
+
+def module_rows(decisions: Sequence[Decision]) -> list[tuple[object, ...]]:
+    """A row of `MODULE_COLUMNS` for each module that is done; seconds and passes are those of its own visit."""
+    rows: list[tuple[object, ...]] = []
+    seconds, passes, images = 0.0, 0.0, 0
     for decision in decisions:
         if not decision.accepted:
             continue
@@ -79,7 +88,7 @@ def module_table(decisions: Sequence[Decision]) -> str:
             )
         )
         seconds, passes, images = decision.seconds, decision.whole_passes, decision.image_passes
-    return table(("module", "before", "after", "mAP after", "seconds", "images", "whole passes"), rows)
+    return rows
 
 
 def decision_scalars(decision: Decision) -> dict[str, float]:
@@ -114,8 +123,13 @@ def trial_summary(trial: Trial, threshold_ap: float | None) -> str:
 
 
 def trial_table(trials: Sequence[Trial], best: Trial) -> str:
-    """The table of the divisions measured, the one that was taken marked."""
-    rows = [
+    """`trial_rows` as text."""
+    return table(TRIAL_COLUMNS, trial_rows(trials, best))
+
+
+def trial_rows(trials: Sequence[Trial], best: Trial | None) -> list[tuple[object, ...]]:
+    """A row of `TRIAL_COLUMNS` for each division measured, the one that was taken marked."""
+    return [
         (
             "*" if trial is best else "",
             f"{100 * trial.kept_fraction:.1f} %",
@@ -127,7 +141,6 @@ def trial_table(trials: Sequence[Trial], best: Trial) -> str:
         )
         for trial in trials
     ]
-    return table(("taken", "cost kept", "power", "mAP", "seconds", "images", "whole passes"), rows)
 
 
 def width_table(before: Widths, after: Widths) -> str:

@@ -26,7 +26,7 @@ from pruning import plots, report
 from pruning.arguments import method_of, units_of
 from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
 from pruning.cost import Cost, cost_of, cost_table, macs_per_channel, params_per_channel, step_shares
-from pruning.journal import Decision, Journal, Trial, read_events
+from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
 from pruning.kept import Kept
 from pruning.schedule import Schedule
 from pruning.search import Search
@@ -35,13 +35,14 @@ from pruning.workbench import DetectorBench
 from util import distributed
 from util.board import Board
 from util.checkpoint import plain_arguments, save_checkpoint
+from util.environment import record_run
 from util.errors import UserError
 from util.files import file_digest, move_aside
 from util.interrupt import stop_after_step
 from util.logging import bar_off, get_logger
+from util.report import REPORT_NAME, write_report
+from util.report.samples import Samples
 
-OUTPUT_NAME = "pruned.pth"
-JOURNAL_NAME = "search.jsonl"
 WIDTHS_PICTURE = "widths.png"
 AP_PICTURE = "ap_params.png"
 # What a search may be resumed with in another way: where things lie, and how fast they go.
@@ -170,10 +171,11 @@ class SearchRun:
             if self.args.resume_search:
                 base_ap, past = self.journal.resume(facts)
             if not past:
-                for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE):
+                for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE, REPORT_NAME):
                     move_aside(self.output_dir / name)
                 if not self.journal.begun:
                     self.journal.start(facts)
+            record_run(self.output_dir, self.args, self.device, continuing=self.args.resume_search)
             return base_ap, past
 
         base_ap, past = distributed.on_main(begin)
@@ -277,6 +279,8 @@ class SearchRun:
         return {
             "ap": result.ap,
             "widths": result.widths.to_list(),
+            "images": self.num_images,
+            "image_size_hw": list(self.image_size_hw),
             **self.effort.so_far(),
             "passes_since_resume": self.bench.counter.to_dict(),
         }
@@ -302,7 +306,7 @@ class SearchRun:
         )
 
     def _write(self, result: Result) -> None:
-        """The output file, pictures, tables, and the command to type next."""
+        """The output file, pictures, tables, the command to type next, and at last the report."""
         self._save(result.kept)
         before, after = self._costs(result.widths)
         caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
@@ -328,6 +332,7 @@ class SearchRun:
         self.log.info("--cfgs '%s'", result.widths)
         self.log.info("next: %s", report.next_command(self.args, result.path))
         self.journal.end(self._outcome(result))
+        write_report(self.output_dir, "search", Samples(self.device))
 
     def _params_at(self, widths: Mapping[str, int]) -> int:
         per_channel = params_per_channel(self.model)

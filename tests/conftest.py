@@ -1,6 +1,7 @@
 """Fixtures that several tests share."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,13 @@ from tests.tiny_run import write_coco
 def coco(tmp_path_factory) -> Path:
     """A data set of 4 + 4 images; not to be changed."""
     return write_coco(tmp_path_factory.mktemp("coco"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def draw_reports():
+    """Reports stay empty where tests are not about them: drawing one takes longer than many a tiny run."""
+    with mock.patch("util.report.render", return_value=""):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

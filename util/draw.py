@@ -35,6 +35,7 @@ def draw_detections(
     *,
     threshold: float = 0.5,
     scale: int = 1,
+    font_size: int | None = None,
 ) -> Image.Image:
     """A picture of `image` with its boxes, names and scores.
 
@@ -48,6 +49,7 @@ def draw_detections(
         names: category name by id; an id without one is shown as a number.
         threshold: least score that is drawn.
         scale: whole factor that the picture is enlarged by, so that small ones can be read.
+        font_size: height of the names in pixels of the picture, on a ground of their box's colour; None for small ones.
     """
     height, width = image.shape[1:]
     canvas = to_pil_image(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)

@@ -72,7 +72,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def _add_run_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output_dir", metavar="FOLDER", default="output/run", help="for checkpoints, results and logs")
+    group.add_argument(
+        "--output_dir",
+        metavar="FOLDER",
+        default="output/run",
+        help="for checkpoints, results, logs and report.html, which `python -m util.report FOLDER` makes anew",
+    )
     group.add_argument(
         "--resume", metavar="FILE", default=None, help="checkpoint to start from, of any format the README lists"
     )

@@ -19,9 +19,13 @@ from util import distributed
 from util.arguments import full_widths
 from util.batch_log import BatchLog
 from util.board import Board
-from util.checkpoint import Checkpoint, plain_arguments, save_checkpoint
+from util.checkpoint import Checkpoint, save_checkpoint
+from util.environment import record_run
 from util.files import append_json_line, move_aside, write_json
 from util.logging import get_logger, table
+from util.report import REPORT_NAME, write_report
+from util.report.samples import Samples
+from util.report.training import EPOCH_COLUMNS, epoch_rows
 from util.setup import build_distillation
 from util.training_state import TrainingState
 
@@ -59,6 +63,7 @@ class Run:
             unused = args.dec_layers == 1
             self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
         self.distillation = build_distillation(args, self.model)
+        self.samples = Samples(self.device)
         self.move_aside = not continuing
         self.state = TrainingState(self.model, args, math.ceil(len(self.train_loader) / args.accumulate))
         if continuing:
@@ -107,8 +112,7 @@ class Run:
         args, state = self.args, self.state
         figures = self.costs()
         self.log.info("%s", table(["network", ""], figures.items()))
-        if distributed.is_main():
-            write_json(self.output_dir / "args.json", plain_arguments(args))
+        distributed.on_main(lambda: record_run(self.output_dir, args, self.device, continuing=not self.move_aside))
         self.board.open(state.epoch * len(self.train_loader))
         stats: dict[str, float] = {}
         lines: list[dict[str, Any]] = []
@@ -184,13 +188,15 @@ class Run:
         found = "not evaluated" if ap is None else f"AP {ap:.4f}{' (best)' if is_best else ''}"
         seconds = line["train_seconds"] + line.get("test_seconds", 0)
         self.log.info("epoch %d: loss %.4f, %s, %.1f s", line["epoch"], line["train_loss"], found, seconds)
+        write_report(self.output_dir, "training", self.samples)
 
     def _move_older_files_aside(self) -> None:
         """Once, before the first files of a run that does not go on with an older one."""
         if not self.move_aside:
             return
         self.move_aside = False
-        moved = [move_aside(self.output_dir / name) for name in ("checkpoint.pth", "checkpoint_best.pth", "log.txt")]
+        older = ("checkpoint.pth", "checkpoint_best.pth", "log.txt", REPORT_NAME)
+        moved = [move_aside(self.output_dir / name) for name in older]
         if any(moved):
             names = ", ".join(path.name for path in moved if path is not None)
             self.log.info("%s held an older run; its files are now %s", self.output_dir, names)
@@ -209,6 +215,4 @@ def _epoch_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 def _summary(lines: list[dict[str, Any]]) -> str:
     """Table of a run's epochs."""
-    columns = ("epoch", "lr", "train_loss", "test_loss", "test_AP", "test_AP50", "train_seconds")
-    rows = [[f"{line['lr']:.1e}" if name == "lr" else line.get(name, "") for name in columns] for line in lines]
-    return table(columns, rows)
+    return table(EPOCH_COLUMNS, epoch_rows(lines))

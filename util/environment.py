@@ -1,0 +1,98 @@
+"""What a run was made with: date, versions, machine, the program's commit and the command, as JSON takes them."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from util import distributed
+from util.checkpoint import plain_arguments
+from util.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+ARGUMENTS_NAME = "args.json"
+GIT_SECONDS = 10  # a file system that hangs must not hold up a run
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Date, versions and machine, as JSON takes them."""
+    device = torch.device(device)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def program_commit(root: Path = ROOT) -> str | None:
+    """The commit of the clone at `root`, with `+changes` where tracked files differ from it; None for no clone."""
+    if not (root / ".git").exists():  # a repository around the program says nothing of it
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=GIT_SECONDS
+            ).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}+changes" if changes else commit
+
+
+def typed_command() -> str:
+    """The command line of this process, quoted for a shell; under torchrun with the processes of this machine."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = ["python"] if processes is None else ["torchrun", "--nproc_per_node", processes]
+    return shlex.join([*launcher, *sys.argv])
+
+
+def record_run(output_dir: Path, args: argparse.Namespace, device: torch.device, *, continuing: bool) -> None:
+    """Write args.json: the options, and under `runs` how the program was started, once more where a run goes on.
+
+    None of it is what an interrupted search is compared by: another machine or command may go on with it.
+    """
+    path = output_dir / ARGUMENTS_NAME
+    earlier = _earlier_runs(path) if continuing else []
+    run = {
+        "command": typed_command(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "resume": args.resume,
+        "commit": program_commit(),
+        "processes": distributed.world_size(),
+        "environment": environment(device),
+    }
+    write_json(path, {**plain_arguments(args), "runs": [*earlier, run]})
+
+
+def _earlier_runs(path: Path) -> list[dict[str, Any]]:
+    """What `record_run` wrote before; nothing where there is none or it cannot be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return []
+    runs = found.get("runs") if isinstance(found, dict) else None
+    return [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
+
+
+def _processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
