@@ -202,14 +202,21 @@ def cases_of(group: Group, mode_name: str, batch: int, seconds: Mapping[str, Seq
     return cases
 
 
-def run(groups: Sequence[Group], modes: Sequence[str], batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """All cases, mode by mode."""
+def run(
+    groups: Sequence[Group],
+    modes: Sequence[str],
+    batches: Sequence[int],
+    repeats: int,
+    on_cases: Callable[[list[dict[str, Any]]], Any],
+) -> list[dict[str, Any]]:
+    """All cases, mode by mode; `on_cases` is called with those so far behind each group."""
     todo = [(group, mode, batch) for mode in modes for batch in batches for group in groups]
     cases = []
     with tqdm(total=len(todo) * (1 + repeats), unit="turn", disable=bar_off(), leave=False) as bar:
         for group, mode, batch in todo:
             bar.set_description(f"{mode}, batch {batch}, {', '.join(group.slim)}")
             cases += cases_of(group, mode, batch, measure(group, MODES[mode], batch, repeats, lambda: bar.update()))
+            on_cases(cases)
     return cases
 
 
@@ -262,25 +269,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         groups.append(coco_group(published, device))
     if "demo" in args.subjects:
         groups.append(demo_group(args.checkpoint, ROOT / "bench" / "results" / "demo_summary.json", device))
-    cases = run(groups, args.modes, args.batches, args.repeats)
-    print(result_table(cases))
+    path, told = args.output / f"latency_{device.type}.json", environment(device)
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"latency_{device.type}.json"
-    told = environment(device)
-    write_json(path, {"environment": told, "cases": [*_cases_to_keep(path, told, cases), *cases]})
+    before = _cases_before(path, told)
+
+    def save(cases: Sequence[dict[str, Any]]) -> None:
+        new = {_key(case) for case in cases}
+        write_json(path, {"environment": told, "cases": [*(c for c in before if _key(c) not in new), *cases]})
+
+    print(result_table(run(groups, args.modes, args.batches, args.repeats, save)))
     print(path)
 
 
-def _cases_to_keep(path: Path, told: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Cases of an earlier run with the same versions and machine that are not among the new ones."""
+def _cases_before(path: Path, told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cases that an earlier run with the same versions and machine left."""
     try:
         before = json.loads(path.read_text())
     except FileNotFoundError:
         return []
-    if {**before["environment"], "date": told["date"]} != told:
-        return []
-    new = {_key(case) for case in cases}
-    return [case for case in before["cases"] if _key(case) not in new]
+    return before["cases"] if {**before["environment"], "date": told["date"]} == told else []
 
 
 def _key(case: Mapping[str, Any]) -> tuple:
