@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.latency import COCO_IMAGE_HW
 from bench.quality import FRACTIONS
 from util.errors import UserError, run_cli
 from util.files import write_text
@@ -136,9 +137,29 @@ def ops(results: Path) -> str:
     return markdown(titles, list(rows.values()))
 
 
+def latency(results: Path) -> str:
+    """How much faster the transformers of slim detectors are than the dense one's, and of how many times fewer GMACs.
+
+    On CUDA too, where its figures are there.
+    """
+    subjects = ("GP", "MGP", "demo")
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for device in ("cpu", *(("cuda",) if (results / "latency_cuda.json").exists() else ())):
+        for case in _read(results, f"latency_{device}.json")["cases"]:
+            cells = rows.setdefault((f"{device.upper()}, {case['mode']}", case["batch"]), {})
+            if case["subject"] in subjects:
+                cells[case["subject"]] = f"{case['speed_up']:.2f} of {case['gmacs_ratio']:.2f} ({case['share']:.2f})"
+            elif case["image_size_hw"] == list(COCO_IMAGE_HW):  # the demo has a dense detector of its own
+                cells["ms"] = f"{case['ms_transformer']:.0f} / {case['ms_detector']:.0f}"
+    titles = ("", "images at once", "dense: ms of transformer / detector", *subjects)
+    return markdown(titles, [
+        (mode, batch, *(cells.get(name, "") for name in ("ms", *subjects))) for (mode, batch), cells in rows.items()
+    ])  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     function.__name__: function
-    for function in (demo, quality, search_cost, search_parts, coco_eval, demo_deformable, ops)
+    for function in (demo, quality, search_cost, search_parts, coco_eval, demo_deformable, ops, latency)
 }
 
 

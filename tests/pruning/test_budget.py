@@ -261,3 +261,19 @@ def test_trials_that_lose_alike_tell_no_slope():
     search = search_of(tables, {"encoder.0.ffn": 1.0})
     for losses in ({1.0: 0.0020, 10.0: 0.00202}, {1.0: 0.0, 3.0: 0.0001003}):
         assert 0.3 < search._guess(losses, 0.06, 0.3, 0.9) < 0.9
+
+
+@quick
+@given(st.floats(0.3, 1), st.integers(1, 12), st.integers(1, 50))
+def test_widths_are_multiples_of_the_units_or_whole(keep, attention_unit, ffn_unit):
+    modules = {
+        "encoder.0.attention": FakeModule("encoder.0.attention", 4 * 32, 4, True),
+        "encoder.0.ffn": FakeModule("encoder.0.ffn", 200, 1, False),
+    }
+    units = {"encoder.0.attention": 4 * attention_unit, "encoder.0.ffn": ffn_unit}
+    bench = FakeBench(modules, lambda w, whole: sum(w.values()) / 400, damage=lambda n, w: 1 / w)
+    search = BudgetSearch(bench, dict.fromkeys(modules, 1.0), 328.0, units, 0.82)
+    for asked in (keep, None):
+        kept, _ = search.run(asked, 0.82 * keep)
+        for name, width in widths_of(kept).items():
+            assert width % units[name] == 0 or width == modules[name].width

@@ -255,3 +255,20 @@ def test_decisions_of_another_search_are_refused(change):
     _, _, history = run(constant(0.5))
     with pytest.raises(UserError, match="journal: found step"):
         run(constant(0.5), replayed=[dataclasses.replace(history[0], **change)])
+
+
+@pytest.mark.parametrize("method", [PAPER, VISIT], ids=["paper", "visit"])
+@pytest.mark.parametrize("needed", [1, 5, 9, 16, 21])
+def test_widths_are_multiples_of_the_units_or_whole(method, needed):
+    """So that `--attention_unit 4 --ffn_unit 8` finds head widths that every kernel likes."""
+    units = Units(attention_unit=3, ffn_unit=5, attention_candidates=5, ffn_candidates=7, seed=0)
+    modules = {ATTENTION: FakeModule(ATTENTION, 2 * 11, 2, True), FFN: FakeModule(FFN, 22, 1, False)}
+    ap = lambda w, whole: 0.5 if min(w.values()) >= needed else 0.0  # noqa: E731
+    _, kept, decisions = run(ap, units=units, modules=modules, method=method)
+    assert equal_heads(kept[ATTENTION], 11)
+    assert {d.width for d in decisions if d.module == ATTENTION} <= {6, 12, 18, 22}
+    assert {d.width for d in decisions if d.module == FFN} <= {5, 10, 15, 20, 22}
+    assert widths(kept) == {
+        ATTENTION: min(w for w in (6, 12, 18, 22) if w >= needed),
+        FFN: min(w for w in (5, 10, 15, 20, 22) if w >= needed),
+    }

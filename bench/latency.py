@@ -1,0 +1,298 @@
+"""How much of the multiply-accumulates saved turns into time: dense and slim detectors side by side.
+
+    python -m bench.latency [--device cuda] [--subjects gp mgp demo] [--modes eager bf16] [--batches 1 8]
+
+The subjects are the paper's GP and MGP widths (ResNet-50, 300 queries, 91 classes, 800 x 1066 pixels) and the demo's,
+each beside its dense detector; weights are random, time does not depend on them. What stands in front of the
+transformer is the same in all and is timed apart: a detector's time is the sum. The forms take turns, so that a busy
+moment of the machine hits all alike, and ratios are medians over the turns. Writes latency_cpu.json or
+latency_cuda.json to --output; cases that it holds from the same machine stay unless they are measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bench.environment import environment
+from bench.timing import seconds_side_by_side
+from engine import autocast
+from models import build_model
+from models.state import Features
+from models.widths import Widths
+from pruning.cost import cost_of
+from util.arguments import take_from_checkpoint
+from util.checkpoint import read_checkpoint
+from util.errors import UserError, run_cli
+from util.files import write_json
+from util.logging import bar_off, table
+from util.options import get_args_parser, whole
+
+ROOT = Path(__file__).resolve().parent.parent
+COCO_CLASSES = 91
+COCO_IMAGE_HW = (800, 1066)  # a photograph of 480 x 640
+GP_WIDTHS = (
+    "[[[152,416],[232,1408],[216,1504],[232,1248],[224,1472],[248,1344]],"
+    "[[8,136,544],[184,192,1216],[240,168,1920],[232,256,800],[256,192,960],[256,216,1216]]]"
+)
+MGP_WIDTHS = (
+    "[[[160,32],[176,672],[216,608],[224,1344],[248,1248],[248,1152]],"
+    "[[8,96,640],[120,120,1248],[224,160,1120],[176,144,576],[224,256,672],[216,152,1472]]]"
+)
+SUBJECTS = ("gp", "mgp", "demo")
+FRONT = "front"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a detector is run.
+
+    Attributes:
+        amp: key of `engine.AMP_DTYPES`.
+        compiled: by `torch.compile`, on CUDA with its graphs (`reduce-overhead`).
+        padded: head widths padded to those of the kernels, see `models.attention.fused_widths`.
+    """
+
+    amp: str = "off"
+    compiled: bool = False
+    padded: bool = True
+
+
+MODES = {
+    "eager": Mode(),
+    "bf16": Mode("bf16"),
+    "compiled": Mode(compiled=True),
+    "compiled-bf16": Mode("bf16", compiled=True),
+    "eager-unpadded": Mode(padded=False),
+    "bf16-unpadded": Mode("bf16", padded=False),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Detectors that differ in the widths of their transformers alone.
+
+    Attributes:
+        image_size_hw: pixels of the images.
+        dense: the whole detector, whose front all share.
+        slim: the others by the name that the table shows.
+    """
+
+    image_size_hw: tuple[int, int]
+    dense: nn.Module
+    slim: Mapping[str, nn.Module]
+
+    def detectors(self) -> dict[str, nn.Module]:
+        """All by name, the dense one first."""
+        return {"dense": self.dense, **self.slim}
+
+
+def coco_group(widths: Mapping[str, str], device: torch.device) -> Group:
+    """The paper's detector, whole and with the named widths (`--cfgs` grammar)."""
+    args = get_args_parser().parse_args(["--no-pretrained_backbone"])
+    args.num_classes = COCO_CLASSES
+    return _group(args, {name: Widths.parse(given) for name, given in widths.items()}, COCO_IMAGE_HW, device)
+
+
+def demo_group(checkpoint: Path, summary: Path, device: torch.device) -> Group:
+    """The demo's detector as its checkpoint says, and with the widths of its summary."""
+    read = read_checkpoint(checkpoint)
+    args = get_args_parser().parse_args(["--no-pretrained_backbone"])
+    take_from_checkpoint(args, (), read)
+    args.num_classes = read.num_classes
+    try:
+        widths = json.loads(summary.read_text())["rows"][-1]["widths"]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{summary}: found no widths ({error!r:.60}), expected what `make demo` writes") from None
+    return _group(args, {"demo": Widths.parse(widths)}, (args.image_size,) * 2, device)
+
+
+def _group(args: argparse.Namespace, slim: Mapping[str, Widths], image_hw: tuple[int, int], device: Any) -> Group:
+    def build(widths: Widths | None) -> nn.Module:
+        torch.manual_seed(0)
+        return build_model(argparse.Namespace(**{**vars(args), "cfgs": widths}))[0].eval().to(device)
+
+    return Group(image_hw, build(args.cfgs), {name: build(widths) for name, widths in slim.items()})
+
+
+def transformer_of(detector: nn.Module, mode: Mode) -> Callable[[Features], dict]:
+    """From features to outputs, as a function that is run in that mode."""
+
+    def run(features: Features) -> dict:
+        return detector.outputs(detector.run_steps(detector.first_state(features)))
+
+    return _in_mode(run, mode, next(detector.parameters()).device)
+
+
+def _in_mode(function: Callable[[Any], Any], mode: Mode, device: torch.device) -> Callable[[Any], Any]:
+    if mode.compiled:
+        # Graphs take away the starting of each kernel, which is most of the time of small ones.
+        options = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+        function = torch.compile(function, dynamic=False, **options)
+
+    def run(given: Any) -> Any:
+        if mode.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        with autocast(device, mode.amp):
+            return function(given)
+
+    return run
+
+
+def _padding(mode: Mode) -> contextlib.AbstractContextManager:
+    if mode.padded:
+        return contextlib.nullcontext()
+    return mock.patch("models.attention.fused_widths", lambda query, value, *_: (query, value))
+
+
+@torch.no_grad()
+def measure(
+    group: Group, mode: Mode, batch: int, repeats: int, on_turn: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of the front and of each transformer for a batch of images, turn by turn."""
+    device = next(group.dense.parameters()).device
+    images = torch.randn(batch, 3, *group.image_size_hw, generator=torch.Generator().manual_seed(0)).to(device)
+    torch.compiler.reset()
+    with _padding(mode):
+        with autocast(device, mode.amp):
+            features = group.dense.features(images)
+        front = _in_mode(group.dense.features, mode, device)
+        calls = {FRONT: functools.partial(front, images)}
+        for name, detector in group.detectors().items():
+            calls[name] = functools.partial(transformer_of(detector, mode), features)
+        return seconds_side_by_side(calls, device, rounds=repeats, on_turn=on_turn)
+
+
+def cases_of(group: Group, mode_name: str, batch: int, seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """The figures of each detector of a group, from what `measure` gives.
+
+    `speed_up` is the transformer's; `share` is that of the saving in multiply-accumulates which it amounts to.
+    """
+    front, dense = seconds[FRONT], seconds["dense"]
+    gmacs = {name: cost_of(detector, group.image_size_hw).gmacs for name, detector in group.detectors().items()}
+    cases = []
+    for name in group.detectors():
+        speed_up = statistics.median(a / b for a, b in zip(dense, seconds[name], strict=True))
+        of_detector = [(f + a) / (f + b) for f, a, b in zip(front, dense, seconds[name], strict=True)]
+        ratio = gmacs["dense"] / gmacs[name]
+        cases.append(
+            {
+                "mode": mode_name, "batch": batch, "subject": name, "image_size_hw": list(group.image_size_hw),
+                "repeats": len(dense), "gmacs": gmacs[name], "gmacs_ratio": ratio,
+                "ms_transformer": 1000 * statistics.median(seconds[name]),
+                "ms_detector": 1000 * statistics.median(f + s for f, s in zip(front, seconds[name], strict=True)),
+                "speed_up": speed_up, "share": speed_up / ratio,
+                "speed_up_detector": statistics.median(of_detector),
+            }
+        )  # fmt: skip
+    return cases
+
+
+def run(
+    groups: Sequence[Group],
+    modes: Sequence[str],
+    batches: Sequence[int],
+    repeats: int,
+    on_cases: Callable[[list[dict[str, Any]]], Any],
+) -> list[dict[str, Any]]:
+    """All cases, mode by mode; `on_cases` is called with those so far behind each group."""
+    todo = [(group, mode, batch) for mode in modes for batch in batches for group in groups]
+    cases = []
+    with tqdm(total=len(todo) * (1 + repeats), unit="turn", disable=bar_off(), leave=False) as bar:
+        for group, mode, batch in todo:
+            bar.set_description(f"{mode}, batch {batch}, {', '.join(group.slim)}")
+            cases += cases_of(group, mode, batch, measure(group, MODES[mode], batch, repeats, lambda: bar.update()))
+            on_cases(cases)
+    return cases
+
+
+def result_table(cases: Sequence[Mapping[str, Any]]) -> str:
+    """The figures as text; one line for each detector."""
+    titles = ("mode", "batch", "detector", "ms, detector", "ms, transformer", "GMACs", "fewer", "faster", "share")
+    return table(titles, [
+        (
+            case["mode"], case["batch"], case["subject"], f"{case['ms_detector']:.1f}",
+            f"{case['ms_transformer']:.1f}", f"{case['gmacs']:.3g}", f"{case['gmacs_ratio']:.2f} x",
+            f"{case['speed_up']:.2f} x", f"{case['share']:.2f}",
+        )
+        for case in cases
+    ])  # fmt: skip
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of the benchmark."""
+    parser = argparse.ArgumentParser(
+        "python -m bench.latency",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="slim detectors to measure")
+    add("--modes", nargs="+", choices=tuple(MODES), default=["eager", "bf16"],
+        help="float32 as it is, bfloat16 by autocast, compiled by torch.compile (on a CPU minutes for each detector "
+        "and batch), or without padded head widths")  # fmt: skip
+    add("--batches", nargs="+", type=whole(1), default=[1, 8], help="images at once")
+    add("--repeats", type=whole(1), default=5, help="turns of each form, behind one to warm up")
+    add("--threads", type=whole(1), default=1, help="of the CPU; time of one alone leaves out waiting for other work")
+    add("--checkpoint", type=Path, default=ROOT / "checkpoints" / "demo.pth", help="the demo's detector")
+    add("--output", type=Path, default=Path("bench/results"), help="folder for the figures")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for."""
+    torch.set_flush_denormal(True)
+    args = get_parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: found no CUDA device, expected cpu")
+    if any(MODES[mode].compiled for mode in args.modes) and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--modes: found no C++ compiler for torch.compile, expected g++, or the name of one in CXX")
+    groups = []
+    if published := {n: w for n, w in (("GP", GP_WIDTHS), ("MGP", MGP_WIDTHS)) if n.lower() in args.subjects}:
+        groups.append(coco_group(published, device))
+    if "demo" in args.subjects:
+        groups.append(demo_group(args.checkpoint, ROOT / "bench" / "results" / "demo_summary.json", device))
+    path, told = args.output / f"latency_{device.type}.json", environment(device)
+    args.output.mkdir(parents=True, exist_ok=True)
+    before = _cases_before(path, told)
+
+    def save(cases: Sequence[dict[str, Any]]) -> None:
+        new = {_key(case) for case in cases}
+        write_json(path, {"environment": told, "cases": [*(c for c in before if _key(c) not in new), *cases]})
+
+    print(result_table(run(groups, args.modes, args.batches, args.repeats, save)))
+    print(path)
+
+
+def _cases_before(path: Path, told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cases that an earlier run with the same versions and machine left."""
+    try:
+        before = json.loads(path.read_text())
+    except FileNotFoundError:
+        return []
+    return before["cases"] if {**before["environment"], "date": told["date"]} == told else []
+
+
+def _key(case: Mapping[str, Any]) -> tuple:
+    return case["mode"], case["batch"], case["subject"], case["image_size_hw"][0]
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,142 @@
+"""The latency benchmark measures what it says, and its figures follow from the seconds."""
+
+import json
+
+import pytest
+import torch
+
+import bench.latency as latency
+from bench import tables
+from bench.latency import GP_WIDTHS, MGP_WIDTHS, MODES
+from bench.timing import seconds_side_by_side
+from models import attention
+from pruning.cost import cost_of, count_parameters
+from util.errors import UserError
+
+SUMMARY = latency.ROOT / "bench" / "results" / "demo_summary.json"
+CHECKPOINT = latency.ROOT / "checkpoints" / "demo.pth"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return latency.demo_group(CHECKPOINT, SUMMARY, CPU)
+
+
+def run(folder, *words):
+    latency.main(["--device", "cpu", "--subjects", "demo", "--batches", "1", "--repeats", "1", "--output", str(folder),
+                  *words])  # fmt: skip
+    return json.loads((folder / "latency_cpu.json").read_text())
+
+
+def test_the_published_widths_are_those_of_the_paper():
+    with torch.device("meta"):
+        group = latency.coco_group({"GP": GP_WIDTHS, "MGP": MGP_WIDTHS}, torch.device("meta"))
+    found = {name: count_parameters(detector.transformer) for name, detector in group.detectors().items()}
+    assert found == {"dense": 19_667_474, "GP": 12_863_330, "MGP": 10_467_714}
+    assert next(iter(found)) == "dense"
+
+
+def test_the_demos_detectors_are_those_of_its_summary(demo):
+    rows = json.loads(SUMMARY.read_text())["rows"]
+    for detector, row in zip(demo.detectors().values(), (rows[0], rows[-1]), strict=True):
+        assert count_parameters(detector) == row["params"]
+        assert cost_of(detector, demo.image_size_hw).gmacs == pytest.approx(row["gmacs"], abs=1e-4)
+
+
+def test_a_run_leaves_its_figures_and_keeps_those_of_other_cases(tmp_path, monkeypatch, capsys):
+    first = run(tmp_path, "--modes", "eager")
+    assert [(case["mode"], case["subject"]) for case in first["cases"]] == [("eager", "dense"), ("eager", "demo")]
+    assert {"date", "torch", "device", "threads"} <= first["environment"].keys()
+    assert all(0 < case["ms_transformer"] < case["ms_detector"] for case in first["cases"])
+    both = run(tmp_path, "--modes", "bf16")
+    assert both["cases"][:2] == first["cases"]
+    assert [case["mode"] for case in both["cases"][2:]] == ["bf16", "bf16"]
+    assert "share" in capsys.readouterr().out
+    # Measured again, and on another machine.
+    assert len(run(tmp_path, "--modes", "bf16")["cases"]) == 4
+    monkeypatch.setattr(latency, "environment", lambda device: {"date": "today", "device": "another"})
+    assert len(run(tmp_path, "--modes", "bf16")["cases"]) == 2
+
+
+def test_figures_are_medians_of_ratios_turn_by_turn(demo):
+    seconds = {"front": [1.0, 1.0, 2.0], "dense": [2.0, 9.0, 4.0], "demo": [1.0, 3.0, 8.0]}
+    dense, slim = latency.cases_of(demo, "eager", 1, seconds)
+    assert (dense["speed_up"], dense["share"], dense["gmacs_ratio"]) == (1, 1, 1)
+    assert slim["speed_up"] == 2
+    assert slim["speed_up_detector"] == 1.5
+    assert (slim["ms_transformer"], slim["ms_detector"]) == (3000, 4000)
+    assert slim["gmacs_ratio"] == pytest.approx(dense["gmacs"] / slim["gmacs"])
+    assert slim["share"] == pytest.approx(2 / slim["gmacs_ratio"])
+
+
+def test_calls_take_turns_and_the_first_is_not_counted():
+    seen = []
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    seconds = seconds_side_by_side(calls, CPU, rounds=3, warm_up=1, on_turn=lambda: seen.append("|"))
+    assert "".join(seen) == "ab|ab|ab|ab|"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_modes_compute_the_same(demo):
+    """That of bfloat16 as far as 8 bits go; compiled ones are left out, for they need a compiler."""
+    features = demo.dense.features(torch.randn(1, 3, 128, 128))
+    with torch.no_grad():
+        expected = latency.transformer_of(demo.dense, MODES["eager"])(features)
+        for name, mode in MODES.items():
+            if not mode.compiled:
+                found = latency.transformer_of(demo.dense, mode)(features)
+                tolerance = 1e-5 if mode.amp == "off" else 0.2
+                torch.testing.assert_close(found["pred_logits"].float(), expected["pred_logits"],
+                                           atol=tolerance, rtol=tolerance, msg=name)  # fmt: skip
+                assert (found["pred_logits"].dtype == torch.bfloat16) == (mode.amp == "bf16")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_compiled_mode_is_compiled_with_graphs_on_cuda(demo, device, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    latency._in_mode(len, MODES["compiled"], torch.device(device))
+    assert asked == [{"dynamic": False} | ({"mode": "reduce-overhead"} if device == "cuda" else {})]
+    latency._in_mode(len, MODES["eager"], torch.device(device))
+    assert len(asked) == 1
+
+
+def test_unpadded_modes_pad_nothing(demo, monkeypatch):
+    widths, kernel = set(), attention.F.scaled_dot_product_attention
+
+    def note(query, key, value, **options):
+        widths.add(query.shape[-1] == value.shape[-1])
+        return kernel(query, key, value, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", note)
+    for name, expected in (("eager-unpadded", {True, False}), ("eager", {True})):
+        widths.clear()
+        latency.measure(demo, MODES[name], 1, 1)
+        assert widths == expected
+
+
+def test_what_is_missing_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: found no CUDA device"):
+        latency.main(["--device", "cuda"])
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="--modes: found no C\\+\\+ compiler"):
+        latency.main(["--device", "cpu", "--modes", "compiled"])
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"summary\.json: found no widths"):
+        latency.demo_group(CHECKPOINT, tmp_path / "summary.json", CPU)
+
+
+def test_the_readmes_table_is_made_of_the_cases(tmp_path):
+    def case(subject, size, **more):
+        return {"mode": "eager", "batch": 1, "subject": subject, "image_size_hw": size, "speed_up": 1.5,
+                "gmacs_ratio": 2.0, "share": 0.75, "ms_transformer": 300.0, "ms_detector": 800.0, **more}  # fmt: skip
+
+    cases = [case("dense", [800, 1066]), case("MGP", [800, 1066]), case("dense", [128, 128], ms_transformer=7.0)]
+    (tmp_path / "latency_cpu.json").write_text(json.dumps({"cases": [*cases, case("demo", [128, 128], share=0.5)]}))
+    assert tables.latency(tmp_path).splitlines()[2:] == [
+        "| CPU, eager | 1 | 300 / 800 |  | 1.50 of 2.00 (0.75) | 1.50 of 2.00 (0.50) |"
+    ]
+    (tmp_path / "latency_cuda.json").write_text(json.dumps({"cases": cases}))
+    assert tables.latency(tmp_path).splitlines()[3].startswith("| CUDA, eager | 1 | 300 / 800 |")
