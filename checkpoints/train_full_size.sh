@@ -1,18 +1,22 @@
 # The recipe of a detector of full size (6 + 6 layers, 256 / 2048 channels, 300 queries, ResNet-18 to layer3, 320 pixels)
 # to measure a search on: the demo's detector is taught larger images, grown (bench/full_size.py) and fine-tuned.
-# Run from the project's root. The weights are too big to come with the project; full_size_log.txt is the log of a run
-# of one process with a quarter of a CPU core, whose first part was ended after one epoch for want of time.
+# Run from the project's root. The weights are too big to come with the project; full_size_log.txt joins the logs of
+# the three trainings below, each from epoch 0. Its run had a part of a CPU core: the first training was ended after one
+# epoch for want of time.
 set -e
 OUT=output/full_size
 export OMP_NUM_THREADS=1
-TRAINING="--image_size 320 --label_noise_scale 1 --cls_loss_coef 2 --augmentation flip --num_workers 0 --amp"
-TRAINING="$TRAINING --lr_schedule cosine"
-python -m datasets.demo $OUT/data --images 1000 --val-images 60 --seed 42 --size 320
+COMMON="--image_size 320 --label_noise_scale 1 --cls_loss_coef 2 --augmentation flip --num_workers 0 --amp \
+    --lr_schedule cosine"
+LARGE="$COMMON --scalar 3 --batch_size 5 --lr 2e-4 --lr_backbone 3e-4 --warmup_iters 10 --ema_decay 0.97 --epochs 3"
 # The small detector learns the scale of the larger images at a quarter of the cost.
-python main.py --output_dir $OUT/small --coco_path $OUT/data --resume checkpoints/demo.pth $TRAINING --scalar 5 \
+python -m datasets.demo $OUT/data --images 1000 --val-images 60 --seed 42 --size 320
+python main.py --output_dir $OUT/small --coco_path $OUT/data --resume checkpoints/demo.pth $COMMON --scalar 5 \
     --batch_size 6 --lr 3e-4 --lr_backbone 5e-4 --warmup_iters 20 --ema_decay 0.98 --epochs 2
 python -m bench.full_size --checkpoint $OUT/small/checkpoint.pth --output $OUT/grown.pth
-python -m datasets.demo $OUT/data_short --images 260 --val-images 40 --seed 42 --size 320
-python main.py --output_dir $OUT/run --coco_path $OUT/data_short --resume $OUT/grown.pth $TRAINING --scalar 3 \
-    --batch_size 5 --lr 2e-4 --lr_backbone 3e-4 --warmup_iters 10 --ema_decay 0.97 --epochs 3
-python -m util.checkpoint slim-down $OUT/run/checkpoint.pth $OUT/full.pth --half
+python -m datasets.demo $OUT/data_large --images 260 --val-images 40 --seed 42 --size 320
+python main.py --output_dir $OUT/large --coco_path $OUT/data_large --resume $OUT/grown.pth $LARGE
+# Further images, and the learning rate up once more.
+python -m datasets.demo $OUT/data_more --images 300 --val-images 40 --seed 43 --size 320
+python main.py --output_dir $OUT/more --coco_path $OUT/data_more --resume $OUT/large/checkpoint.pth --start_fresh $LARGE
+python -m util.checkpoint slim-down $OUT/more/checkpoint.pth $OUT/full.pth --half
