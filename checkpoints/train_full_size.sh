@@ -1,8 +1,7 @@
 # The recipe of a detector of full size (6 + 6 layers, 256 / 2048 channels, 300 queries, ResNet-18 to layer3, 320 pixels)
 # to measure a search on: the demo's detector is taught larger images, grown (bench/full_size.py) and fine-tuned.
-# Run from the project's root. The weights are too big to come with the project; full_size_log.txt joins the logs of
-# the three trainings below, each from epoch 0. Its run had a part of a CPU core: the first training was ended after one
-# epoch for want of time.
+# Run from the project's root. The weights are too big to come with the project; full_size_log.txt is the log of
+# the second training below, in a run with a part of one CPU core, whose first training was ended after one epoch.
 set -e
 OUT=output/full_size
 export OMP_NUM_THREADS=1
@@ -16,7 +15,4 @@ python main.py --output_dir $OUT/small --coco_path $OUT/data --resume checkpoint
 python -m bench.full_size --checkpoint $OUT/small/checkpoint.pth --output $OUT/grown.pth
 python -m datasets.demo $OUT/data_large --images 260 --val-images 40 --seed 42 --size 320
 python main.py --output_dir $OUT/large --coco_path $OUT/data_large --resume $OUT/grown.pth $LARGE
-# Further images, and the learning rate up once more.
-python -m datasets.demo $OUT/data_more --images 300 --val-images 40 --seed 43 --size 320
-python main.py --output_dir $OUT/more --coco_path $OUT/data_more --resume $OUT/large/checkpoint.pth --start_fresh $LARGE
-python -m util.checkpoint slim-down $OUT/more/checkpoint.pth $OUT/full.pth --half
+python -m util.checkpoint slim-down $OUT/large/checkpoint.pth $OUT/full.pth --half
