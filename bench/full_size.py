@@ -27,6 +27,18 @@ from util.setup import build_detector
 
 SIZES = ("hidden_dim", "dim_feedforward", "enc_layers", "dec_layers", "num_queries")
 SPREAD = 0.25  # standard deviation of the shares in which copies of a channel carry its weight, about their mean
+# The projections into the heads of a decoder layer's attentions, and what each of them makes.
+DECODER_PROJECTIONS = {
+    "self_attn": {
+        "sa_qcontent_proj": "query", "sa_qpos_proj": "query", "sa_kcontent_proj": "key", "sa_kpos_proj": "key",
+        "sa_v_proj": "value",
+    },
+    "cross_attn": {
+        "ca_qcontent_proj": "query", "ca_qpos_proj": "query", "ca_qpos_sine_proj": "query", "ca_kcontent_proj": "key",
+        "ca_kpos_proj": "key", "ca_v_proj": "value",
+    },
+}  # fmt: skip
+READING_SINES = ("ca_qpos_sine_proj", "ca_kpos_proj")
 
 State = dict[str, Tensor]
 Columns = Callable[[Tensor], Tensor]
@@ -220,17 +232,16 @@ class Growth:
         """A wider copy of a layer; what only a first layer has is left out of the others."""
         stack, nheads, wide = "transformer.decoder.layers", self.source.nheads, self.wide
         old, new = f"{stack}.{self.decoder_from[index]}", f"{stack}.{index}"
-        for prefix in ("sa", "ca"):
+        for attention, projections in DECODER_PROJECTIONS.items():
             keys, values = wide.rotations(nheads), wide.rotations(nheads)
-            for letter, role, rotations in (("q", "query", keys), ("k", "key", keys), ("v", "value", values)):
-                for name in (f"{prefix}_{letter}{part}_proj" for part in ("content", "pos", "pos_sine", "")):
-                    if f"{old}.{name}.weight" not in self.state or (name == "ca_qpos_proj" and index > 0):
-                        continue
-                    columns = wide.place if name in ("ca_kpos_proj", "ca_qpos_sine_proj") else wide.split
-                    weight, bias = columns(self.state[f"{old}.{name}.weight"]), self.state[f"{old}.{name}.bias"]
-                    weight, bias = wide.rows_of_heads(weight, bias, rotations, role)
-                    self.grown[f"{new}.{name}.weight"], self.grown[f"{new}.{name}.bias"] = weight, bias
-            attention = {"sa": "self_attn", "ca": "cross_attn"}[prefix]
+            for name, role in projections.items():
+                if name == "ca_qpos_proj" and index > 0:
+                    continue
+                columns = wide.place if name in READING_SINES else wide.split
+                weight, bias = columns(self.state[f"{old}.{name}.weight"]), self.state[f"{old}.{name}.bias"]
+                rotations = values if role == "value" else keys
+                weight, bias = wide.rows_of_heads(weight, bias, rotations, role)
+                self.grown[f"{new}.{name}.weight"], self.grown[f"{new}.{name}.bias"] = weight, bias
             self._output_projection(f"{old}.{attention}.out_proj", f"{new}.{attention}.out_proj", values)
         self._ffn(old, new)
         for norm in ("norm1", "norm2", "norm3"):
@@ -272,8 +283,8 @@ class Growth:
 
 
 def spread_layers(old: int, new: int) -> list[int]:
-    """For each of `new` layers the one of `old` that it copies, in order: further ones copy the last."""
-    return [min(index, old - 1) for index in range(new)]
+    """For each of `new` decoder layers the one of `old` that it copies, in order: any but the first as often."""
+    return [0, *(1 + (index * (old - 1) - 1) // (new - 1) for index in range(1, new))]
 
 
 def grow(checkpoint_path: str | Path, output: Path, sizes: dict[str, int], decoder_from: Sequence[int] | None,
@@ -352,9 +363,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--decoder_from",
         type=whole(0),
         nargs="+",
-        help="for each decoder layer the one that it copies, counted from 0; None lets further ones copy the last",
+        help="for each decoder layer the one that it copies, counted from 0; None spreads them",
     )
-    add("--jitter", type=real(0), default=0.5, help="of the anchors of further queries, in logits")
+    add("--jitter", type=real(0), default=3, help="of the anchors of further queries, in logits")
     add("--seed", type=whole(0), default=0, help="of whatever is drawn")
     return parser
 

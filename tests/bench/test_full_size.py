@@ -78,7 +78,13 @@ def test_decoder_layers_are_wider_copies_of_the_named_ones(tmp_path):
     load_weights(tall, state)
     large = grown(tmp_path, small, decoder_from=[0, 1, 1, 1], dec_layers=4)
     torch.testing.assert_close(outputs(large), outputs(tall), rtol=1e-4, atol=1e-4)
+
+
+def test_decoder_layers_to_copy_are_spread():
+    assert spread_layers(3, 6) == [0, 1, 1, 2, 2, 2]
     assert spread_layers(2, 4) == [0, 1, 1, 1]
+    assert spread_layers(1, 2) == [0, 0]
+    assert all(spread_layers(count, count) == list(range(count)) for count in (1, 2, 3, 6))
 
 
 def test_a_first_layer_can_be_copied_further_down(tmp_path):
