@@ -297,6 +297,7 @@ class SearchRun:
             full_widths=self.model.widths,
             arguments=self.args,
             num_classes=self.args.num_classes,
+            categories=self.args.categories,
             kept=kept,
             trace=trace,
         )

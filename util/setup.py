@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import torch
 
-from datasets.coco import annotation_path, check_coco_path, num_classes_of
+from datasets.coco import annotation_path, category_names, check_coco_path
 from models import build_model
 from models.criterion import Criterion
 from models.detector import Detector
@@ -28,7 +28,8 @@ LARGEST_ANCHOR_DISTANCE = 0.1
 def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> tuple[Checkpoint | None, bool]:
     """Read `--resume`, complete `args` from it and from the annotations, and decide whether a training run goes on.
 
-    Afterwards `args.cfgs` is a `Widths` or None and `args.num_classes` is set: what `build_model` reads.
+    Afterwards `args.cfgs` is a `Widths` or None and `args.num_classes` is set: what `build_model` reads. The names of
+    the detector's categories by id are in `args.categories`.
 
     Raises:
         UserError: options, checkpoint and annotations do not agree.
@@ -44,12 +45,18 @@ def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> t
         take_from_checkpoint(args, typed, checkpoint, continuing=continuing)
         args.pretrained_backbone = False
     splits = ["val2017"] if args.eval else ["val2017", "train2017"]
-    args.num_classes = max(num_classes_of(annotation_path(args.coco_path, split)) for split in splits)
+    # The last of them wins: what is trained is called what the training images call it.
+    args.categories = {}
+    for split in splits:
+        args.categories |= category_names(annotation_path(args.coco_path, split))
+    args.num_classes = max(args.categories) + 1
     if checkpoint is not None:
         searching = hasattr(args, "search_split")
         # A split need not name all the classes that a detector was trained for, to be measured with it.
         if (args.eval or searching) and checkpoint.num_classes > args.num_classes:
             args.num_classes = checkpoint.num_classes
+        if args.eval or searching:
+            args.categories |= checkpoint.categories or {}
         if checkpoint.num_classes != args.num_classes:
             raise UserError(
                 f"{checkpoint.path}: found a checkpoint for {checkpoint.num_classes} classes, expected "

@@ -176,6 +176,7 @@ class Run:
             "full_widths": full_widths(self.args),
             "arguments": self.args,
             "num_classes": self.args.num_classes,
+            "categories": self.args.categories,
         }
         save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
         if is_best:
