@@ -44,7 +44,8 @@ LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
 BOX_HEADS = ("bbox_embed.", "transformer.decoder.bbox_embed.")
 DEFORMABLE_KEY = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
 CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # of the dense variant, of the deformable one
-LOCAL_ARGUMENTS = ("output_dir", "coco_path", "resume", "device", "distill")
+LOCAL_ARGUMENTS = ("output_dir", "coco_path", "train_json", "val_json", "train_images", "val_images", "resume",
+                   "device", "distill")  # fmt: skip
 
 
 @dataclass(frozen=True)

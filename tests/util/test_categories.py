@@ -5,10 +5,8 @@ import torch
 
 from models.widths import Widths
 from tests.pruning.tiny import tiny_args, tiny_detector
-from tests.tiny_run import options, write_self_annotated
 from util.checkpoint import read_checkpoint, save_checkpoint, slim_down
 from util.errors import UserError
-from util.setup import settle_arguments
 
 FULL = Widths.dense(1, 2, 32, 32)
 NAMES = {1: "cat", 6: "dog"}
@@ -46,12 +44,3 @@ def test_what_are_no_names_by_id_is_told(categories, tmp_path):
     torch.save({**content, "categories": categories}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"a\.pth: found .* under `categories`, expected names by id"):
         read_checkpoint(tmp_path / "a.pth")
-
-
-def test_the_arguments_of_a_run_have_the_names_of_both_splits(tmp_path):
-    root = write_self_annotated(tmp_path / "coco")
-    path = root / "annotations" / "instances_train2017.json"
-    path.write_text(path.read_text().replace("kind 2", "kind two"))
-    args, typed = options("--coco_path", root, "--resume", root / "dense.pth")
-    settle_arguments(args, typed)
-    assert args.categories == {i: "kind two" if i == 2 else f"kind {i}" for i in range(1, 7)}
