@@ -17,6 +17,7 @@ import engine
 from util import distributed
 from util.errors import run_cli
 from util.files import check_output_dir
+from util.finetune import find_new_parts
 from util.logging import log_to_file, stop_logging_to_file
 from util.options import get_args_parser, parse, script_parser
 from util.setup import build_detector, settle_arguments
@@ -39,16 +40,19 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
     torch.set_flush_denormal(True)
     device = distributed.choose_device(args.device)
     output_dir = check_output_dir(args.output_dir)
-    checkpoint, continuing = settle_arguments(args, typed)
+    checkpoint, continuing = settle_arguments(args, typed, new_classes=not args.eval)
+    new_parts = find_new_parts(args, checkpoint, continuing)
     distributed.start(device)
     seed_everything(args.seed)
     handler = None
     try:
-        run = Run(args, build_detector(args, checkpoint), device, output_dir)
+        run = Run(args, build_detector(args, checkpoint, new_parts), device, output_dir)
         if not args.eval:
             run.prepare_training(checkpoint, continuing)
         # From here on the inputs are known to be good, and files are written.
         handler = log_to_file(output_dir / "run.log")
+        if new_parts is not None:
+            run.log.info("%s", new_parts.told)
         if checkpoint is not None and checkpoint.is_search:
             run.log.info("widths found by the search: --cfgs '%s'", args.cfgs or checkpoint.widths)
             if checkpoint.trace and checkpoint.trace[-1].get("unfinished"):

@@ -24,7 +24,7 @@ from torch import nn
 
 from bench.environment import environment
 from bench.timing import milliseconds_per_image
-from datasets.coco import CocoDataset, annotation_path, build_dataset, category_names
+from datasets.coco import CocoDataset, build_dataset
 from util.draw import draw_detections, write_grid
 from util.errors import UserError, run_cli
 from util.files import write_json
@@ -148,16 +148,15 @@ def summarise(output: Path, checkpoint: Path) -> list[dict]:
 @torch.no_grad()
 def _write_detections(output: Path, dataset: CocoDataset, detectors: dict) -> None:
     """detections.png: validation images with the boxes of each detector, side by side."""
-    names = category_names(annotation_path(output / "data", "val2017"))
     # The images with most objects show most; ties are broken by the order in the file.
     busiest = sorted(range(len(dataset)), key=lambda index: -len(dataset[index][1]["labels"]))
     columns = []
-    for name, (model, postprocess, _) in detectors.items():
+    for name, (model, postprocess, args) in detectors.items():
         pictures = []
         for index in spread(busiest, PICTURES):
             image, target = dataset[index]
             result = postprocess(model([image]), target["orig_size"][None])[0]
-            pictures.append(draw_detections(dataset.picture(index), result, names, threshold=0.4, scale=2))
+            pictures.append(draw_detections(dataset.picture(index), result, args.categories, threshold=0.4, scale=2))
         columns.append((ROWS[name], pictures))
     write_grid(output / "detections.png", fold_columns(columns))
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 import engine
-from datasets.coco import annotation_path, build_dataset, build_loader
+from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import GroundTruth
 from models.widths import Widths
 from pruning.arguments import CALIBRATION_IMAGES
@@ -79,10 +79,10 @@ class Subject:
         self.seen = build_loader(Subset(seen, range(min(search_images, len(seen)))), batch_size, shuffle=False)
         images, targets = next(iter(self.seen))
         self.paper_batches = [(images[:PAPER_BATCH_SIZE], targets[:PAPER_BATCH_SIZE])]
-        self.seen_truth = GroundTruth(annotation_path(coco_path, "train2017"))
+        self.seen_truth = GroundTruth(split_of(self.args, "train2017").annotation_file)
         self.image_size_hw = tuple(seen[0][0].shape[-2:])
         self.val = build_loader(build_dataset("val2017", self.args, augment=False), BATCH_SIZE, shuffle=False)
-        self.val_truth = GroundTruth(annotation_path(coco_path, "val2017"))
+        self.val_truth = GroundTruth(split_of(self.args, "val2017").annotation_file)
         with torch.no_grad():
             self.val_states = [(self.dense.prepare(images), targets) for images, targets in self.val]
         self.params = count_parameters(self.dense.transformer)

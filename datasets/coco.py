@@ -1,12 +1,15 @@
-"""Data sets in COCO layout: `{train2017,val2017}/*.jpg` and `annotations/instances_{train,val}2017.json`."""
+"""Data sets in COCO layout: `{train2017,val2017}/*.jpg` and `annotations/instances_{train,val}2017.json`.
+
+Options of their own take the place of each of the four: see `split_of`.
+"""
 
 import contextlib
 import functools
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset
 from torchvision.transforms.v2 import functional
 
-from datasets.annotations import check_annotations
+from datasets.annotations import read_annotations
 from datasets.transforms import TRAINING_TRANSFORMS, eval_transforms
 from util.errors import UserError
 
@@ -39,17 +42,60 @@ def image_folder(coco_path: str | Path, split: str) -> Path:
     return Path(coco_path) / split
 
 
-def check_coco_path(coco_path: str | Path) -> None:
-    """Raise `UserError` unless `coco_path` is a folder that can be looked into."""
+@dataclass(frozen=True)
+class Split:
+    """Where the files of one split are.
+
+    Attributes:
+        name: train2017 or val2017.
+        annotation_file: COCO annotations.
+        image_folder: the images that they list.
+    """
+
+    name: str
+    annotation_file: Path
+    image_folder: Path
+
+
+def split_of(args: Any, name: str) -> Split:
+    """Where the files of the split `name` are: in the COCO layout, but for those that an option of their own names.
+
+    Args:
+        args: reads coco_path, and train_json and train_images or val_json and val_images.
+
+    Raises:
+        UserError: what an option names is not there; coco_path is of no concern where both others are given.
+    """
+    if name not in SPLITS:
+        raise ValueError(f"split {name!r}, expected one of {SPLITS}")
+    prefix = name.removesuffix("2017")
+    json_file, folder = (getattr(args, f"{prefix}_{kind}") for kind in ("json", "images"))
+    if json_file is None or folder is None:
+        _check_folder("--coco_path", args.coco_path, "annotations and images")
+    if json_file is not None and not os.path.isfile(json_file):
+        raise UserError(f"--{prefix}_json {json_file}: no such file, expected COCO annotations")
+    if folder is not None:
+        _check_folder(f"--{prefix}_images", folder, "images")
+    return Split(
+        name,
+        annotation_path(args.coco_path, name) if json_file is None else Path(json_file),
+        image_folder(args.coco_path, name) if folder is None else Path(folder),
+    )
+
+
+def _check_folder(option: str, folder: str | Path, content: str) -> None:
+    """Raise `UserError` unless `folder` can be looked into and is not empty."""
     try:
-        found = any(Path(coco_path).iterdir())
+        if not str(folder):
+            raise ValueError("an empty name")  # and not the current folder
+        found = any(Path(folder).iterdir())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--coco_path {coco_path} is no folder that can be read ({getattr(error, 'strerror', error)}); "
-            "expected one with annotations and images"
+            f"{option} {folder} is no folder that can be read ({getattr(error, 'strerror', error)}); "
+            f"expected one with {content}"
         ) from None
     if not found:
-        raise UserError(f"--coco_path {coco_path} is an empty folder; expected one with annotations and images")
+        raise UserError(f"{option} {folder} is an empty folder; expected one with {content}")
 
 
 def load_annotations(annotation_file: str | Path) -> COCO:
@@ -59,31 +105,17 @@ def load_annotations(annotation_file: str | Path) -> COCO:
         UserError: the file is missing, no JSON, lacks a table, or an annotation points to a missing image or category.
     """
     path = Path(annotation_file)
-    try:
-        return _load_annotations(path, path.stat().st_mtime_ns)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; expected a COCO annotation file") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected a COCO annotation file") from None
+    # What is not there is told by the reading.
+    return _load_annotations(path, path.stat().st_mtime_ns if os.path.isfile(path) else None)
 
 
 @functools.lru_cache(maxsize=4)
-def _load_annotations(path: Path, _modified: int) -> COCO:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); expected a COCO annotation file") from None
-    check_annotations(content, path)
+def _load_annotations(path: Path, _modified: int | None) -> COCO:
     coco = COCO()
-    coco.dataset = content
+    coco.dataset = read_annotations(path)
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-def num_classes_of(annotation_file: str | Path) -> int:
-    """Number of class logits that the labels need: the largest category id + 1 (91 for COCO)."""
-    return max(category_names(annotation_file)) + 1
 
 
 def category_names(annotation_file: str | Path) -> dict[int, str]:
@@ -242,15 +274,13 @@ def build_dataset(image_set: str, args: Any, *, augment: bool) -> CocoDataset:
 
     Args:
         image_set: "train2017" or "val2017".
-        args: reads coco_path, image_size (pixels), augmentation and seed.
+        args: reads what `split_of` does, image_size (pixels), augmentation and seed.
         augment: the random training transforms of args.augmentation, or the fixed resize of evaluation.
     """
-    if image_set not in SPLITS:
-        raise ValueError(f"image set {image_set!r}, expected one of {SPLITS}")
-    check_coco_path(args.coco_path)
+    split = split_of(args, image_set)
     return CocoDataset(
-        image_folder(args.coco_path, image_set),
-        annotation_path(args.coco_path, image_set),
+        split.image_folder,
+        split.annotation_file,
         (TRAINING_TRANSFORMS[args.augmentation] if augment else eval_transforms)(args.image_size),
         min_side=MIN_TRAIN_SIDE if augment else 0.0,
         seed=args.seed,

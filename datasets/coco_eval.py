@@ -103,6 +103,38 @@ def coco_stats(
     Raises:
         ValueError: an unknown backend, another shape of detections, or an image id that is not in the ground truth.
     """
+    evaluator, _ = _evaluate(ground_truth, detections, image_ids, backend)
+    if evaluator is None:
+        return dict.fromkeys(STAT_NAMES, -1.0)
+    return dict(zip(STAT_NAMES, (float(value) for value in evaluator.stats[:12]), strict=True))
+
+
+def ap_by_category(
+    ground_truth: GroundTruth,
+    detections: np.ndarray,
+    image_ids: Iterable[int] | None = None,
+    backend: str | None = None,
+) -> dict[int, dict[str, float]]:
+    """AP and AP50 of each category that has a box in the images; arguments as for `coco_stats`.
+
+    The mean over the categories is the AP of `coco_stats`. A category of crowds alone has -1, as COCO has it.
+    """
+    evaluator, categories = _evaluate(ground_truth, detections, image_ids, backend)
+    if evaluator is None:
+        return {}
+    precision = np.asarray(evaluator.eval["precision"])[..., 0, -1]  # IoU x recall x category, all areas, 100 an image
+    halves = precision[:1]  # the first IoU is 0.5
+    # One category's entries are all there, or all -1.
+    return {
+        category: {"AP": float(precision[..., index].mean()), "AP50": float(halves[..., index].mean())}
+        for index, category in enumerate(categories)
+    }
+
+
+def _evaluate(
+    ground_truth: GroundTruth, detections: np.ndarray, image_ids: Iterable[int] | None, backend: str | None
+) -> tuple[Any, list[int]]:
+    """An evaluator that has run, None where there are no boxes; and the categories that it counted, sorted."""
     backend = backend or default_backend()
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r}, expected one of {sorted(_BACKENDS)}")
@@ -114,10 +146,10 @@ def coco_stats(
     # A category without boxes has no precision and no part in any mean: leave it out, and its detections.
     categories = ground_truth.categories_in(images)
     if not len(categories):
-        return dict.fromkeys(STAT_NAMES, -1.0)
+        return None, []
     counted = np.isin(detections[:, 0], images) & np.isin(detections[:, 6], categories)
-    stats = _BACKENDS[backend](ground_truth, detections[counted], images.tolist(), categories.tolist())
-    return dict(zip(STAT_NAMES, (float(value) for value in stats), strict=True))
+    run = _BACKENDS[backend]
+    return run(ground_truth, detections[counted], images.tolist(), categories.tolist()), categories.tolist()
 
 
 def default_backend() -> str:
@@ -144,9 +176,9 @@ def _result_tables(ground_truth: GroundTruth, detections: np.ndarray) -> dict[st
     return {"images": ground_truth.images, "annotations": annotations, "categories": ground_truth.categories}
 
 
-def _stats_by_faster(
+def _run_faster(
     ground_truth: GroundTruth, detections: np.ndarray, image_ids: list[int], category_ids: list[int]
-) -> Iterable[float]:
+) -> Any:
     from faster_coco_eval import COCO, COCOeval_faster
 
     truth = ground_truth.prepared("faster", COCO)
@@ -154,12 +186,12 @@ def _stats_by_faster(
     evaluator = COCOeval_faster(truth, found, "bbox", print_function=lambda *_: None)
     evaluator.params.imgIds, evaluator.params.catIds = image_ids, category_ids
     evaluator.run()
-    return evaluator.stats[:12]
+    return evaluator
 
 
-def _stats_by_pycocotools(
+def _run_pycocotools(
     ground_truth: GroundTruth, detections: np.ndarray, image_ids: list[int], category_ids: list[int]
-) -> Iterable[float]:
+) -> Any:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -176,12 +208,12 @@ def _stats_by_pycocotools(
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-    return evaluator.stats
+    return evaluator
 
 
-def _stats_by_hotcoco(
+def _run_hotcoco(
     ground_truth: GroundTruth, detections: np.ndarray, image_ids: list[int], category_ids: list[int]
-) -> Iterable[float]:
+) -> Any:
     from hotcoco import COCO, COCOeval
 
     truth = ground_truth.prepared("hotcoco", COCO)
@@ -189,7 +221,7 @@ def _stats_by_hotcoco(
     evaluator.params.imgIds, evaluator.params.catIds = image_ids, category_ids
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.run()
-    return evaluator.stats
+    return evaluator
 
 
-_BACKENDS = {"faster": _stats_by_faster, "pycocotools": _stats_by_pycocotools, "hotcoco": _stats_by_hotcoco}
+_BACKENDS = {"faster": _run_faster, "pycocotools": _run_pycocotools, "hotcoco": _run_hotcoco}

@@ -7,12 +7,13 @@ from collections.abc import Collection
 
 from util.arguments import ARCHITECTURE, PREFERRED
 from util.errors import UserError
-from util.options import get_args_parser
+from util.options import DATA_OPTIONS, get_args_parser
 
 READ_BY_SEARCH = frozenset(
     {
         *ARCHITECTURE,
         *PREFERRED,
+        *DATA_OPTIONS,
         *("output_dir", "coco_path", "resume", "cfgs", "batch_size", "num_workers", "device", "amp", "seed"),
         "tensorboard",
         # The weights of the loss that ranks channels.

@@ -16,6 +16,7 @@ from pruning.journal import Decision, Trial
 from pruning.method import Method
 from pruning.search import Units
 from util.logging import table
+from util.options import DATA_OPTIONS
 
 MODULE_COLUMNS = ("module", "before", "after", "mAP after", "seconds", "images", "whole passes")
 TRIAL_COLUMNS = ("taken", "cost kept", "power", "mAP", "seconds", "images", "whole passes")
@@ -151,5 +152,9 @@ def width_table(before: Widths, after: Widths) -> str:
 def next_command(args: Namespace, pruned: Path) -> str:
     """The command that transplants and fine-tunes what a search has found."""
     words = ["python", "main.py", "-m", args.modelname, "--output_dir", str(pruned.parent / "finetuned")]
-    words += ["--coco_path", args.coco_path, "--resume", str(pruned), "--batch_size", str(args.batch_size)]
+    words += ["--coco_path", args.coco_path]
+    for name in DATA_OPTIONS:
+        if getattr(args, name) is not None:
+            words += [f"--{name}", getattr(args, name)]
+    words += ["--resume", str(pruned), "--batch_size", str(args.batch_size)]
     return shlex.join([*words, "--use_dn" if args.use_dn else "--no-use_dn"])

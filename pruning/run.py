@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from datasets.coco import annotation_path, build_dataset, build_loader
+from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import GroundTruth
 from models import build_model
 from models.criterion import Criterion
@@ -40,6 +40,7 @@ from util.errors import UserError
 from util.files import file_digest, move_aside
 from util.interrupt import stop_after_step
 from util.logging import bar_off, get_logger
+from util.options import DATA_OPTIONS
 from util.report import REPORT_NAME, write_report
 from util.report.samples import Samples
 
@@ -48,7 +49,7 @@ AP_PICTURE = "ap_params.png"
 # What a search may be resumed with in another way: where things lie, and how fast they go.
 NOT_DECIDING = ("output_dir", "coco_path", "resume", "resume_search", "device", "num_workers", "images_at_once",
                 "cache_device", "cache_gb", "eval", "start_fresh", "use_dn",
-                "print_freq", "tensorboard")  # fmt: skip
+                "print_freq", "tensorboard", *DATA_OPTIONS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class SearchRun:
     def prepare(self, criterion: Criterion, postprocess: Any) -> None:
         """Read the images once and keep what the backbone makes of them."""
         args = self.args
-        ground_truth = GroundTruth(annotation_path(args.coco_path, args.search_split))
+        ground_truth = GroundTruth(split_of(args, args.search_split).annotation_file)
         dataset = build_dataset(args.search_split, args, augment=False)
         self.num_images = min(args.search_images or len(dataset), len(dataset))
         numbers = batch_numbers(self.num_images, args.batch_size)
@@ -120,8 +121,8 @@ class SearchRun:
             raise UserError(f"--search_split {args.search_split}: found no boxes in its annotations, expected some")
         if base_ap == 0:
             raise UserError(
-                f"--resume {args.resume}: found mAP 0 on {args.search_split} of {args.coco_path}, expected a detector "
-                "that finds its objects"
+                f"--resume {args.resume}: found mAP 0 on {args.search_split}, expected a detector that finds the "
+                f"objects of {split_of(args, args.search_split).annotation_file}"
             )
         return base_ap
 
@@ -267,7 +268,7 @@ class SearchRun:
         return {
             "args": {name: value for name, value in args.items() if name not in NOT_DECIDING},
             "weights": file_digest(self.args.resume),
-            "annotations": file_digest(annotation_path(self.args.coco_path, self.args.search_split)),
+            "annotations": file_digest(split_of(self.args, self.args.search_split).annotation_file),
             "schedule": dataclasses.asdict(self.schedule),
             "method": dataclasses.asdict(self.bench.method),
             "units": dataclasses.asdict(units_of(self.args)),
@@ -301,6 +302,7 @@ class SearchRun:
             full_widths=self.model.widths,
             arguments=self.args,
             num_classes=self.args.num_classes,
+            categories=self.args.categories,
             kept=kept,
             trace=trace,
         )

@@ -118,7 +118,9 @@ def test_a_new_run_keeps_the_files_of_an_older_one(coco, trained, tmp_path):
     assert best.kind == "ours" and (tmp_path / "checkpoint_best.1.pth").read_text() == "older checkpoint_best.pth"
 
 
-def test_a_detector_of_more_classes_than_val_names_is_evaluated_but_not_trained(coco, trained, tmp_path):
+def test_a_detector_of_more_classes_than_val_names_is_evaluated_but_its_training_does_not_go_on(
+    coco, trained, tmp_path
+):
     def fewer(tables):
         tables["categories"] = [{"id": 1, "name": "kind 1"}]
         tables["annotations"] = [item for item in tables["annotations"] if item["category_id"] == 1]
@@ -130,8 +132,8 @@ def test_a_detector_of_more_classes_than_val_names_is_evaluated_but_not_trained(
     assert args.num_classes == 4
     path = root / "annotations" / "instances_train2017.json"
     path.write_text((root / "annotations" / "instances_val2017.json").read_text())
-    with pytest.raises(UserError, match="a checkpoint for 4 classes, expected 2"):
-        main.settle_arguments(*options(*words, "--start_fresh"))
+    with pytest.raises(UserError, match=r"a checkpoint for 4 classes, expected 2.*; --start_fresh trains its weights"):
+        main.main(*options(*words))
 
 
 def test_a_halved_checkpoint_evaluates_and_trains_from_epoch_0(coco, trained, tmp_path):

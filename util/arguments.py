@@ -8,7 +8,7 @@ from typing import Any
 from models.widths import Widths
 from util.checkpoint import Checkpoint
 from util.errors import UserError
-from util.options import get_args_parser
+from util.options import DATA_OPTIONS, get_args_parser
 
 # They decide the shapes or the function of the network; a typed one must agree with the checkpoint's.
 ARCHITECTURE = (
@@ -35,9 +35,11 @@ PREFERRED = ("image_size", "num_select", "batch_norm_type")
 # They belong to one run and are never taken from a checkpoint.
 OF_THE_RUN = (
     "coco_path",
+    *DATA_OPTIONS,
     "output_dir",
     "resume",
     "start_fresh",
+    "finetune_ignore",
     "eval",
     "save_results",
     "device",

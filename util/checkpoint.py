@@ -31,6 +31,7 @@ from util.files import save_torch
 FORMAT = "dn-detr-pruning"
 VERSION = 1
 REQUIRED = {"model": dict, "widths": list, "full_widths": list, "args": dict, "num_classes": int}
+OPTIONAL = ("kept", "categories")  # beside them an unfinished training run's, and a search's trace
 SHOWN_KEYS = 3
 FOREIGN_ARGUMENTS = (
     "backbone", "dilation", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "num_queries",
@@ -43,7 +44,8 @@ LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
 BOX_HEADS = ("bbox_embed.", "transformer.decoder.bbox_embed.")
 DEFORMABLE_KEY = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
 CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # of the dense variant, of the deformable one
-LOCAL_ARGUMENTS = ("output_dir", "coco_path", "resume", "device", "distill")
+LOCAL_ARGUMENTS = ("output_dir", "coco_path", "train_json", "val_json", "train_images", "val_images", "resume",
+                   "device", "distill")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Checkpoint:
         training: optimizer and so on of an unfinished run, or None.
         trace: decisions of a search.
         full_widths: of a search, channels of each module before the cut, those of the weights.
+        categories: id -> name of what it was trained to find; None where the file does not tell.
     """
 
     path: Path
@@ -73,6 +76,7 @@ class Checkpoint:
     training: dict[str, Any] | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
     full_widths: Widths | None = None
+    categories: dict[int, str] | None = None
 
     @property
     def is_search(self) -> bool:
@@ -108,6 +112,7 @@ def save_checkpoint(
     kept: Mapping[str, Mapping[str, Tensor]] | None = None,
     training: Mapping[str, Any] | None = None,
     trace: list[dict[str, Any]] | None = None,
+    categories: Mapping[int, str] | None = None,
 ) -> None:
     """Write a checkpoint of ours, atomically; with `kept` it is a search's output and `state_dict` the full weights."""
     content = {
@@ -119,6 +124,7 @@ def save_checkpoint(
         "kept": None if kept is None else {name: dict(parts) for name, parts in kept.items()},
         "args": plain_arguments(arguments),
         "num_classes": num_classes,
+        "categories": None if categories is None else dict(categories),
         **(training or {}),
     }
     if trace is not None:
@@ -198,7 +204,7 @@ def slim_down(source: str | Path, target: str | Path, half: bool = False) -> Non
             halved = value.half() if half and value.is_floating_point() else value
             shared[identity] = halved if halved.isfinite().all() else value
         weights[key] = shared[identity]
-    kept = {key: content[key] for key in (*REQUIRED, "format", "version", "kept", "trace") if key in content}
+    kept = {key: content[key] for key in (*REQUIRED, *OPTIONAL, "format", "version", "trace") if key in content}
     # What is handed to others says nothing of the folders of the machine it was made on.
     arguments = {name: value for name, value in content["args"].items() if name not in LOCAL_ARGUMENTS}
     save_torch(target, {**kept, "args": arguments, "model": weights})
@@ -254,7 +260,8 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         _check_kept(path, kept)
     training = None
     if "optimizer" in content:
-        training = {key: value for key, value in content.items() if key not in {*REQUIRED, "format", "version", "kept"}}
+        others = {*REQUIRED, *OPTIONAL, "format", "version"}
+        training = {key: value for key, value in content.items() if key not in others}
     return Checkpoint(
         path,
         "ours" if kept is None else "search",
@@ -266,6 +273,7 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         training,
         content.get("trace") or [],
         _parse_widths(path, content["full_widths"]),
+        _check_categories(path, content.get("categories")),
     )
 
 
@@ -273,6 +281,18 @@ def _check_keys(path: Path, name: str, values: dict) -> None:
     for key in values:
         if not isinstance(key, str):
             raise UserError(f"{path}: found the key {key!r:.40} under `{name}`, expected names alone")
+
+
+def _check_categories(path: Path, categories: Any) -> dict[int, str] | None:
+    """The names by id, or None, as the file has them; older ones of ours have none."""
+    if categories is None:
+        return None
+    if not isinstance(categories, dict) or not categories:
+        raise UserError(f"{path}: found {type(categories).__name__} under `categories`, expected names by id")
+    for number, name in categories.items():
+        if type(number) is not int or number < 0 or not isinstance(name, str):
+            raise UserError(f"{path}: found {number!r:.40}: {name!r:.40} under `categories`, expected names by id")
+    return categories
 
 
 def _check_kept(path: Path, kept: Any) -> None:

@@ -10,6 +10,7 @@ from datasets.transforms import TRAINING_TRANSFORMS
 from util.errors import UserError
 
 MODEL_NAMES = ("dn_dab_detr", "dn_dab_deformable_detr")
+DATA_OPTIONS = ("train_json", "val_json", "train_images", "val_images")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
@@ -86,6 +87,13 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="take only the weights of --resume, even if its training is unfinished",
     )
+    group.add_argument(
+        "--finetune_ignore",
+        nargs="+",
+        metavar="KEY",
+        default=None,
+        help="begin anew with the weights of --resume that have one of these in their names",
+    )
     group.add_argument("--eval", action="store_true", help="evaluate on val2017 and stop")
     group.add_argument(
         "--save_results", action="store_true", help="write the detections on val2017 as COCO results JSON"
@@ -100,6 +108,7 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--coco_path", metavar="FOLDER", default="data/coco", help="a data set in COCO layout")
+    add_split_options(group)
     group.add_argument("--batch_size", type=whole(1), default=2, help="images in a batch of one process")
     group.add_argument("--num_workers", type=whole(0), default=2, help="processes that read images, 0 for none")
     group.add_argument("--image_size", type=whole(32), default=800, help="short side at evaluation, in pixels")
@@ -115,6 +124,15 @@ def _add_log_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tensorboard", action="store_true", help="write losses, rates, AP and widths to OUTPUT_DIR/tensorboard"
     )
+
+
+def add_split_options(group: argparse._ActionsContainer) -> None:
+    """The options that take the place of parts of the COCO layout; `datasets.coco.split_of` reads them."""
+    for prefix in ("train", "val"):
+        group.add_argument(f"--{prefix}_json", metavar="FILE", default=None,
+                           help=f"COCO annotations in place of annotations/instances_{prefix}2017.json")  # fmt: skip
+        group.add_argument(f"--{prefix}_images", metavar="FOLDER", default=None,
+                           help=f"images in place of those in {prefix}2017")  # fmt: skip
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:

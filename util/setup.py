@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import torch
 
-from datasets.coco import annotation_path, check_coco_path, num_classes_of
+from datasets.coco import category_names, split_of
 from models import build_model
 from models.criterion import Criterion
 from models.detector import Detector
@@ -14,6 +14,7 @@ from models.post_process import PostProcess
 from util.arguments import take_from_checkpoint, take_from_command_line
 from util.checkpoint import Checkpoint, load_weights, read_checkpoint, slim_state_dict
 from util.errors import UserError
+from util.finetune import NewParts, class_difference
 
 # Without these in common a teacher's classes, queries, pixels or layers are not the student's.
 SHARED_WITH_TEACHER = (
@@ -25,10 +26,16 @@ SHARED_WITH_TEACHER = (
 LARGEST_ANCHOR_DISTANCE = 0.1
 
 
-def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> tuple[Checkpoint | None, bool]:
+def settle_arguments(
+    args: argparse.Namespace, typed: Collection[str] = (), *, new_classes: bool = False
+) -> tuple[Checkpoint | None, bool]:
     """Read `--resume`, complete `args` from it and from the annotations, and decide whether a training run goes on.
 
-    Afterwards `args.cfgs` is a `Widths` or None and `args.num_classes` is set: what `build_model` reads.
+    Afterwards `args.cfgs` is a `Widths` or None and `args.num_classes` is set: what `build_model` reads. The names of
+    the detector's categories by id are in `args.categories`.
+
+    Args:
+        new_classes: whether a checkpoint may be of other classes than the annotations; one to go on with never may.
 
     Raises:
         UserError: options, checkpoint and annotations do not agree.
@@ -36,7 +43,6 @@ def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> t
     if args.resume == "":
         raise UserError("--resume: found an empty name, expected the path of a checkpoint, or no --resume")
     checkpoint = None if args.resume is None else read_checkpoint(args.resume)
-    check_coco_path(args.coco_path)
     continuing = checkpoint is not None and checkpoint.training is not None and not args.eval and not args.start_fresh
     if checkpoint is None:
         take_from_command_line(args)
@@ -44,17 +50,19 @@ def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> t
         take_from_checkpoint(args, typed, checkpoint, continuing=continuing)
         args.pretrained_backbone = False
     splits = ["val2017"] if args.eval else ["val2017", "train2017"]
-    args.num_classes = max(num_classes_of(annotation_path(args.coco_path, split)) for split in splits)
+    args.categories = _categories_of(args, splits)
+    args.num_classes = max(args.categories) + 1  # 91 for COCO, whose ids have gaps
     if checkpoint is not None:
         searching = hasattr(args, "search_split")
         # A split need not name all the classes that a detector was trained for, to be measured with it.
         if (args.eval or searching) and checkpoint.num_classes > args.num_classes:
             args.num_classes = checkpoint.num_classes
-        if checkpoint.num_classes != args.num_classes:
-            raise UserError(
-                f"{checkpoint.path}: found a checkpoint for {checkpoint.num_classes} classes, expected "
-                f"{args.num_classes}, the largest category id + 1 in the annotations of {args.coco_path}"
-            )
+        difference = class_difference(checkpoint, args.num_classes, args.categories)
+        if difference is not None and (continuing or not new_classes):
+            hint = "--start_fresh trains its weights" if continuing else "fine-tune it on them (main.py without --eval)"
+            raise UserError(f"{checkpoint.path}: {difference}; {hint} with new class heads")
+        if args.eval or searching:
+            args.categories |= checkpoint.categories or {}
     if continuing and checkpoint.training.get("epoch", 0) >= args.epochs:
         raise UserError(
             f"{checkpoint.path}: its training of {args.epochs} epochs is complete; expected more --epochs to go on, "
@@ -63,10 +71,24 @@ def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> t
     return checkpoint, continuing
 
 
+def _categories_of(args: argparse.Namespace, splits: Collection[str]) -> dict[int, str]:
+    """Category id -> name of all splits together."""
+    found: dict[int, str] = {}
+    for split in splits:
+        path = split_of(args, split).annotation_file
+        for number, name in category_names(path).items():
+            if found.setdefault(number, name) != name:
+                raise UserError(f"{path}: found the name {name!r} for category {number}, expected {found[number]!r} as "
+                                f"in {split_of(args, splits[0]).annotation_file}")  # fmt: skip
+    return found
+
+
 def build_detector(
-    args: argparse.Namespace, checkpoint: Checkpoint | None
+    args: argparse.Namespace, checkpoint: Checkpoint | None, new_parts: NewParts | None = None
 ) -> tuple[Detector, Criterion, dict[str, PostProcess]]:
     """Model with the checkpoint's weights, cut if it is a search's output; criterion and postprocessors.
+
+    `new_parts` are those that begin anew, if any.
 
     Raises:
         UserError: the weights do not fit.
@@ -76,10 +98,12 @@ def build_detector(
     state_dict = checkpoint.state_dict
     if checkpoint.is_search:
         # What was pruned before is smaller than the dense network already.
-        full_widths = checkpoint.full_widths
-        whole_model, _, _ = build_model(argparse.Namespace(**{**vars(args), "cfgs": full_widths}))
+        whole = {"cfgs": checkpoint.full_widths, "num_classes": checkpoint.num_classes}
+        whole_model, _, _ = build_model(argparse.Namespace(**{**vars(args), **whole}))
         state_dict = slim_state_dict(checkpoint, whole_model)
     built = build_model(args)
+    if new_parts is not None:
+        state_dict = new_parts.fill(state_dict, built[0])
     load_weights(built[0], state_dict, checkpoint.path)
     return built
 
@@ -128,6 +152,8 @@ def _build_teacher(args: argparse.Namespace, student: Detector) -> Detector:
     if differing:
         found, expected = (", ".join(f"{name} {getattr(of, name)}" for name in differing) for of in (theirs, args))
         raise UserError(f"{args.distill}: found {found}, expected {expected} as the student has")
+    if difference := class_difference(checkpoint, args.num_classes, args.categories):
+        raise UserError(f"{args.distill}: {difference}")
     teacher, _, _ = build_detector(theirs, checkpoint)
     with torch.no_grad():
         anchors, expected = (model.refpoint_embed.weight.cpu().sigmoid() for model in (teacher, student))

@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import engine
-from datasets.coco import annotation_path, build_dataset, build_loader
-from datasets.coco_eval import GroundTruth
+from datasets.coco import build_dataset, build_loader, split_of
+from datasets.coco_eval import GroundTruth, ap_by_category
 from pruning.cost import cost_of
 from util import distributed
 from util.arguments import full_widths
@@ -45,7 +46,7 @@ class Run:
             "distributed": distributed.is_distributed(),
             "pin_memory": device.type == "cuda",
         }
-        self.ground_truth = GroundTruth(annotation_path(args.coco_path, "val2017"))
+        self.ground_truth = GroundTruth(split_of(args, "val2017").annotation_file)
         dataset = build_dataset("val2017", args, augment=False)
         self.val_loader = build_loader(dataset, args.batch_size, shuffle=False, **self.loader_options)
         self.log = get_logger()
@@ -102,10 +103,23 @@ class Run:
             self.log.warning("no --resume: these are the figures of a network that has not been trained")
         result = self.evaluate(self.model)
         figures = {**result.stats, **self.costs()}
+        categories = self._by_category(result)
+        self.log.info("%s", _category_table(categories))
         self.log.info("%s", table(["val2017", ""], figures.items()))
         if distributed.is_main():
-            write_json(self.output_dir / "eval.json", {**figures, "widths": self.model.widths.to_list()})
+            content = {**figures, "widths": self.model.widths.to_list(), "categories": categories}
+            write_json(self.output_dir / "eval.json", content)
         return result.stats
+
+    def _by_category(self, result: engine.EvalResult) -> list[dict[str, Any]]:
+        """Id, name, boxes (crowds left out), AP and AP50 of each category; -1 where there are no boxes."""
+        boxes = Counter(item["category_id"] for item in self.ground_truth.annotations if not item["iscrowd"])
+        found = ap_by_category(self.ground_truth, result.detections, result.image_ids)
+        nothing = {"AP": -1.0, "AP50": -1.0}
+        return [
+            {"id": number, "name": name, "boxes": boxes[number], **found.get(number, nothing)}
+            for number, name in sorted(self.args.categories.items())
+        ]
 
     def train(self) -> dict[str, float]:
         """Train the epochs that are left; returns the figures of the last evaluation."""
@@ -180,6 +194,7 @@ class Run:
             "full_widths": full_widths(self.args),
             "arguments": self.args,
             "num_classes": self.args.num_classes,
+            "categories": self.args.categories,
         }
         save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
         if is_best:
@@ -211,6 +226,14 @@ def _epoch_scalars(line: Mapping[str, Any]) -> dict[str, float]:
             if name.startswith(prefix):
                 scalars[group + name.removeprefix(prefix)] = value
     return scalars
+
+
+def _category_table(categories: list[dict[str, Any]]) -> str:
+    """Table of the categories that have boxes; the others are counted."""
+    rows = [[c["name"], c["id"], c["boxes"], c["AP"], c["AP50"]] for c in categories if c["boxes"]]
+    without = len(categories) - len(rows)
+    left_out = f"\n(and {without} categories without boxes)" if without else ""
+    return table(["category", "id", "boxes", "AP", "AP50"], rows) + left_out
 
 
 def _summary(lines: list[dict[str, Any]]) -> str:

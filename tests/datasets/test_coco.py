@@ -18,11 +18,11 @@ from datasets.coco import (
     category_names,
     collate,
     image_folder,
-    num_classes_of,
     read_image,
 )
 from datasets.transforms import eval_transforms
 from util.errors import UserError
+from util.options import DATA_OPTIONS
 
 SPLIT = "train2017"
 
@@ -69,7 +69,8 @@ def edited(root, **changes):
 
 def options(root, image_size=20, seed=0):
     """What the factories read of the command line."""
-    return SimpleNamespace(coco_path=str(root), image_size=image_size, augmentation="detr", seed=seed)
+    data = dict.fromkeys(DATA_OPTIONS) | {"coco_path": str(root)}
+    return SimpleNamespace(**data, image_size=image_size, augmentation="detr", seed=seed)
 
 
 def test_targets_are_relative_and_leave_out_crowds_and_empty_boxes(folder):
@@ -89,7 +90,7 @@ def test_targets_are_relative_and_leave_out_crowds_and_empty_boxes(folder):
 
 def test_classes_come_from_the_annotations(folder):
     path = annotation_path(folder, SPLIT)
-    assert num_classes_of(path) == 8 and category_names(path) == {3: "cat", 7: "dog"}
+    assert category_names(path) == {3: "cat", 7: "dog"}
 
 
 def test_collate_keeps_sizes():
@@ -232,7 +233,7 @@ def test_missing_files_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"a\.jpg is no folder that can be read \(Not a directory\)"):
         build_dataset(SPLIT, options(image_folder(folder, SPLIT) / "a.jpg"), augment=False)
     with pytest.raises(UserError, match=r"cannot be read \(Not a directory\)"):
-        num_classes_of(annotation_path(folder, SPLIT) / "deeper.json")
+        category_names(annotation_path(folder, SPLIT) / "deeper.json")
     image_folder(folder, SPLIT).rename(folder / "elsewhere")
     with pytest.raises(UserError, match="train2017 is no folder"):
         build_dataset(SPLIT, options(folder), augment=False)

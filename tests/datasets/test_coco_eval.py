@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from datasets.coco_eval import COLUMNS, STAT_NAMES, GroundTruth, coco_stats, default_backend, to_detections
+from datasets.coco_eval import (
+    COLUMNS,
+    STAT_NAMES,
+    GroundTruth,
+    ap_by_category,
+    coco_stats,
+    default_backend,
+    to_detections,
+)
 
 PACKAGES = {"faster": "faster_coco_eval", "hotcoco": "hotcoco", "pycocotools": "pycocotools"}
 BACKENDS = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package)]
@@ -31,7 +39,7 @@ def tables(annotations, image_ids=(3, 7, 20), category_ids=CATEGORY_IDS):
     }
 
 
-def judge(content, detections, image_ids=None):
+def judge(content, detections, image_ids=None, category_ids=None):
     """The figures as pycocotools' own documentation computes them, with nothing left out."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
@@ -46,6 +54,8 @@ def judge(content, detections, image_ids=None):
         evaluator = COCOeval(truth, found, "bbox")
         if image_ids is not None:
             evaluator.params.imgIds = list(image_ids)
+        if category_ids is not None:
+            evaluator.params.catIds = list(category_ids)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
@@ -62,6 +72,16 @@ def check_all(content, detections, image_ids=None):
             assert list(found) == list(STAT_NAMES)
             for name in STAT_NAMES:
                 assert abs(found[name] - wanted[name]) <= 1e-6, (backend, name, found[name], wanted[name])
+    seen = set(image_ids or [image["id"] for image in content["images"]])
+    alone = {
+        category: judge(content, detections, image_ids, [category])
+        for category in sorted({item["category_id"] for item in content["annotations"] if item["image_id"] in seen})
+    }
+    for backend in BACKENDS:
+        found = ap_by_category(ground_truth, np.array(detections), image_ids, backend=backend)
+        assert list(found) == list(alone)
+        for category, figures in found.items():
+            assert figures == pytest.approx({name: alone[category][name] for name in ("AP", "AP50")}, abs=1e-6)
     return wanted
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from datasets.coco import CocoDataset, annotation_path, build_dataset, category_names
+from datasets.coco import CocoDataset, build_dataset, category_names, split_of
 from util.arguments import ARCHITECTURE, take_from_checkpoint
 from util.checkpoint import read_checkpoint
 from util.draw import draw_detections
@@ -51,7 +51,7 @@ class Samples:
             dataset = build_dataset(SPLIT, args, augment=False)
             indices = _choose(dataset)
             results = [(caption, self._detect(path, args, dataset, indices)) for caption, path in detectors]
-            names = category_names(annotation_path(args.coco_path, SPLIT))
+            names = category_names(split_of(args, SPLIT).annotations)
             rows = []
             for number, index in enumerate(indices):
                 columns = [("annotated", _annotated(dataset, index), None)]

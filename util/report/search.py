@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets.coco import annotation_path, load_annotations
+from datasets.coco import load_annotations, split_of
 from models.widths import Widths
 from pruning.cost import Cost
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
@@ -217,7 +217,7 @@ def _count_images(folder: RunFolder) -> int | None:
     """How many images an older search looked at: the whole split or its first ones."""
     args = folder.args
     try:
-        there = len(load_annotations(annotation_path(args.coco_path, args.search_split)).imgs)
+        there = len(load_annotations(split_of(args, args.search_split).annotations).imgs)
     except UserError:
         return args.search_images
     return min(args.search_images or there, there)

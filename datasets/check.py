@@ -1,0 +1,330 @@
+"""Check a data set before it is trained on: all that is wrong with it, with counts, not the first thing alone.
+
+    python -m datasets.check COCODIR [--json findings.json]
+    python -m datasets.check --val_json a.json --val_images images
+
+Exit code 0: nothing stops a training run; 1: something does; 2: there is no data set to check.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from datasets.annotations import entries_of, find_problems, is_box, read_tables
+from datasets.coco import SPLITS, Split, read_image, split_of
+from util.errors import UserError, run_cli
+from util.files import write_json
+from util.logging import bar_off, table
+from util.options import DATA_OPTIONS, add_split_options, script_parser, whole
+
+SHOWN_EXAMPLES = 3
+KEPT_EXAMPLES = 20  # in the JSON
+SLACK = 0.01  # pixels by which rounding may carry a box over its image's edge
+STOPS = "stops"
+# What a training run does with a finding of each kind.
+KINDS = {
+    "malformed entries": STOPS,
+    "no images": STOPS,
+    "no categories": STOPS,
+    "malformed image ids": STOPS,
+    "duplicate image ids": STOPS,
+    "malformed category ids": STOPS,
+    "duplicate category ids": STOPS,
+    "images without a file name": STOPS,
+    "malformed annotations": STOPS,
+    "unknown images": STOPS,
+    "unknown categories": STOPS,
+    "missing image files": STOPS,
+    "broken image files": STOPS,
+    "categories of two names": STOPS,
+    "images of another size than stated": "takes the file's size",
+    "duplicate file names": "sees them as often",
+    "duplicate annotations": "counts each",
+    "duplicate annotation ids": "numbers them anew",
+    "boxes partly outside": "clips them",
+    "boxes wholly outside": "leaves them out",
+    "boxes without area": "leaves them out",
+    "crowd boxes": "leaves them out",
+    "images without annotations": "takes them as empty",
+    "categories that never occur": "cannot learn them",
+    "categories of one split alone": "cannot learn or cannot measure them",
+}
+
+
+@dataclass
+class Finding:
+    """One kind of finding: how often it was met, and the first examples."""
+
+    kind: str
+    total: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def stops(self) -> bool:
+        """Whether it stops a training run."""
+        return KINDS[self.kind] == STOPS
+
+
+@dataclass
+class SplitReport:
+    """What was found in one split; `categories` have `id`, `name` and the number of `boxes` (crowds left out)."""
+
+    name: str
+    annotation_file: str
+    image_folder: str
+    images: int
+    boxes: int
+    categories: list[dict[str, Any]]
+    findings: list[Finding]
+
+
+def collect(found: Iterable[tuple[str, str]]) -> list[Finding]:
+    """(kind, example) pairs as findings, in the order of `KINDS`."""
+    findings = {kind: Finding(kind) for kind in KINDS}
+    for kind, example in found:
+        findings[kind].total += 1
+        if len(findings[kind].examples) < KEPT_EXAMPLES:
+            findings[kind].examples.append(example)
+    return [finding for finding in findings.values() if finding.total]
+
+
+def check_split(split: Split, workers: int = 0) -> SplitReport:
+    """Read all of a split, its images with `workers` processes (0 for none).
+
+    Raises:
+        UserError: there is no annotation file with its three lists.
+    """
+    content = read_tables(split.annotation_file)
+    images, items, categories = (entries_of(content, name) for name in ("images", "annotations", "categories"))
+    paths = {name: split.image_folder / name for image in images if (name := _file_name(image)) is not None}
+    sizes = read_sizes(paths, split.name, workers)
+    found = [(kind, problem.removeprefix(":").strip()) for kind, problem in find_problems(content)]
+    found += [] if images else [("no images", "")]
+    found += check_images(images, sizes)
+    found += check_boxes(images, items, sizes)
+    counts = Counter(_hashable(item.get("category_id")) for item in items if not item.get("iscrowd"))
+    named = [
+        {"id": category.get("id"), "name": name_of(category), "boxes": counts[_hashable(category.get("id"))]}
+        for category in categories
+    ]
+    found += [("categories that never occur", category["name"]) for category in named if not category["boxes"]]
+    return SplitReport(
+        split.name,
+        str(split.annotation_file),
+        str(split.image_folder),
+        len(images),
+        sum(counts.values()),
+        named,
+        collect(found),
+    )
+
+
+def read_sizes(paths: Mapping[str, Path], name: str, workers: int) -> dict[str, tuple[int, int] | str | None]:
+    """Decode all images: file name -> width and height, or what is wrong with it, or None where it is missing."""
+    bar = tqdm(total=len(paths), desc=f"{name}: images", unit="image", disable=bar_off(), leave=False)
+    sizes: dict[str, tuple[int, int] | str | None] = {}
+    with bar, contextlib.ExitStack() as stack:
+        read = map(_read_size, paths.values())
+        if workers:
+            pool = ProcessPoolExecutor(workers)
+            stack.callback(pool.shutdown, cancel_futures=True)  # so that Ctrl-C does not wait for all images
+            read = pool.map(_read_size, paths.values(), chunksize=8)
+        for file_name, size in zip(paths, read, strict=True):
+            sizes[file_name] = size
+            bar.update()
+    return sizes
+
+
+def _read_size(path: Path) -> tuple[int, int] | str | None:
+    if not os.path.isfile(path):
+        return None
+    try:
+        height, width = read_image(path).shape[-2:]
+    except UserError as error:
+        return str(error)
+    return width, height
+
+
+def check_images(images: Sequence[Mapping], sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the image files, by what `read_sizes` found."""
+    for name, size in sizes.items():
+        if size is None:
+            yield "missing image files", name
+        elif isinstance(size, str):
+            yield "broken image files", size
+    names = Counter(name for image in images if (name := _file_name(image)) is not None)
+    for name, count in names.items():
+        if count > 1:
+            yield "duplicate file names", f"{name} ({count} times)"
+    for image in images:
+        size, stated = sizes.get(_file_name(image)), (image.get("width"), image.get("height"))
+        if isinstance(size, tuple) and None not in stated and size != stated:
+            told = " x ".join(map(str, stated))
+            yield "images of another size than stated", f"{image['file_name']} is {size[0]} x {size[1]}, stated {told}"
+
+
+def check_boxes(
+    images: Sequence[Mapping], items: Sequence[Mapping], sizes: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with boxes that are four numbers, and images without any annotation."""
+    by_id = {_hashable(image.get("id")): image for image in images}
+    seen: set[tuple] = set()
+    annotated: set[Any] = set()
+    ids: set[Any] = set()
+    for number, item in enumerate(items, start=1):
+        image_id, category_id = _hashable(item.get("image_id")), _hashable(item.get("category_id"))
+        told = f"annotation {item.get('id', f'number {number}')!r:.40} of image {image_id!r:.40}"
+        annotated.add(image_id)
+        if "id" in item:
+            if _hashable(item["id"]) in ids:
+                yield "duplicate annotation ids", told
+            ids.add(_hashable(item["id"]))
+        if item.get("iscrowd"):
+            yield "crowd boxes", told
+        if not is_box(item.get("bbox")):
+            continue
+        box = tuple(item["bbox"])
+        if (key := (image_id, category_id, box)) in seen:
+            yield "duplicate annotations", f"{told}: {list(box)}"
+        seen.add(key)
+        if image_id in by_id and (place := _place(box, _size(by_id[image_id], sizes))):
+            yield place, f"{told}: {list(box)}"
+    for number, image in by_id.items():
+        if number not in annotated:
+            yield "images without annotations", f"image {number!r:.40}, {image.get('file_name')!r:.80}"
+
+
+def _place(box: tuple[float, ...], size: tuple[float, float] | None) -> str | None:
+    """The kind of finding that a box x, y, w, h is in an image of that width and height; None if it is none."""
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        return "boxes without area"
+    if size is None:
+        return None
+    width, height = size
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        return "boxes wholly outside"
+    inside = min(x, y) >= -SLACK and x + w <= width + SLACK and y + h <= height + SLACK
+    return None if inside else "boxes partly outside"
+
+
+def _size(image: Mapping, sizes: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Width and height of an image: the file's, else the stated one."""
+    size = sizes.get(_file_name(image))
+    stated = image.get("width"), image.get("height")
+    if isinstance(size, tuple):
+        return size
+    return stated if all(type(side) in (int, float) for side in stated) else None
+
+
+def _file_name(image: Mapping) -> str | None:
+    name = image.get("file_name")
+    return name if isinstance(name, str) and name else None
+
+
+def _hashable(value: Any) -> Any:
+    """An id as it is, or a list or dict in its place as text."""
+    return repr(value) if isinstance(value, list | dict) else value
+
+
+def name_of(category: Mapping) -> str:
+    """A category's name, or its id as text."""
+    return str(category.get("name", category.get("id")))
+
+
+def check_between(reports: Sequence[SplitReport]) -> list[Finding]:
+    """Categories that two splits do not have in common."""
+    if len(reports) < 2:
+        return []
+    one, other = ({_hashable(c["id"]): c["name"] for c in report.categories} for report in reports)
+    names = [report.name for report in reports]
+    found = [
+        ("categories of two names", f"category {number} is {one[number]!r} and {other[number]!r}")
+        for number in one
+        if number in other and one[number] != other[number]
+    ]
+    for mine, theirs, name in ((one, other, names[0]), (other, one, names[1])):
+        missing = [number for number in mine if number not in theirs]
+        found += [("categories of one split alone", f"{mine[number]!r} ({number}) of {name}") for number in missing]
+    return collect(found)
+
+
+def splits_to_check(args: argparse.Namespace) -> list[Split]:
+    """Both splits of a COCO folder; without one, those that options name.
+
+    Raises:
+        UserError: there is nothing to check, or not where an option says.
+    """
+    named = {name for name in DATA_OPTIONS if getattr(args, name) is not None}
+    if args.coco_path is not None:
+        return [split_of(args, name) for name in SPLITS]
+    if not named:
+        raise UserError("COCODIR: found none, expected the folder of a data set in COCO layout")
+    splits = [name for name in SPLITS if any(option.startswith(name.removesuffix("2017")) for option in named)]
+    needed = [f"{name.removesuffix('2017')}_{kind}" for name in splits for kind in ("json", "images")]
+    for option in needed:
+        if option not in named:
+            raise UserError(f"--{option}: found none, expected it or the folder of a data set in COCO layout")
+    return [split_of(args, name) for name in splits]
+
+
+def show(report: SplitReport) -> str:
+    """The tables of one split."""
+    title = f"{report.name}: {report.images} images, {report.boxes} boxes ({report.annotation_file})"
+    rows = [(category["name"], category["id"], category["boxes"]) for category in report.categories]
+    return "\n\n".join([title, table(("category", "id", "boxes"), rows), show_findings(report.findings)])
+
+
+def show_findings(findings: Sequence[Finding]) -> str:
+    """The table of findings, those that stop a run first, and below it the first of each."""
+    if not findings:
+        return "nothing found"
+    lines = [table(("found", "total", "a run"), [(f.kind, f.total, KINDS[f.kind]) for f in findings])]
+    for finding in findings:
+        shown = [example for example in finding.examples[:SHOWN_EXAMPLES] if example]
+        more = ["..."] if finding.total > SHOWN_EXAMPLES else []
+        lines += [f"{finding.kind}:", *(f"  {example}" for example in shown + more)] if shown else []
+    return "\n".join(lines)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = script_parser(__doc__, prog="python -m datasets.check")
+    parser.add_argument("coco_path", metavar="COCODIR", nargs="?", help="folder of a data set in COCO layout")
+    add_split_options(parser)
+    workers = min(8, os.cpu_count() or 1)
+    parser.add_argument("--num_workers", type=whole(0), default=workers, help="processes that read images, 0 for none")
+    parser.add_argument("--json", metavar="FILE", default=None, help="write the findings there, too")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the data set that the command line names; returns the exit code."""
+    args = get_args_parser().parse_args(argv)
+    reports = []
+    for split in splits_to_check(args):
+        reports.append(check_split(split, args.num_workers))
+        print(f"{show(reports[-1])}\n", flush=True)
+    between = check_between(reports)
+    if between:
+        print(f"between the splits:\n\n{show_findings(between)}\n")
+    findings = [*between, *(finding for report in reports for finding in report.findings)]
+    stopping = sum(finding.total for finding in findings if finding.stops)
+    if args.json is not None:
+        content = {"stops": stopping > 0, "splits": [asdict(report) for report in reports]}
+        write_json(args.json, {**content, "between": [asdict(finding) for finding in between]})
+    print(f"{stopping} findings stop a training run" if stopping else "nothing stops a training run")
+    return 1 if stopping else 0
+
+
+if __name__ == "__main__":
+    run_cli(lambda: sys.exit(main()))
