@@ -26,7 +26,9 @@ READ_BY_SEARCH = frozenset(
 READ_BY_INFERENCE = frozenset(
     {*ARCHITECTURE, *PREFERRED, "output_dir", "resume", "cfgs", "batch_size", "num_workers", "device", "amp"}
 )
-READ_BY_COST = frozenset({*ARCHITECTURE, "batch_norm_type", "cfgs"} - {"pe_temperatureH", "pe_temperatureW"})
+READ_BY_COST = frozenset(
+    {*ARCHITECTURE, "batch_norm_type", "cfgs"} - {"pe_temperatureH", "pe_temperatureW", "anchor_eps"}
+)
 
 
 def hide_unread(parser: argparse.ArgumentParser, read: Collection[str]) -> None:
