@@ -15,6 +15,7 @@ READ_BY_SEARCH = frozenset(
         *PREFERRED,
         *("output_dir", "coco_path", "resume", "cfgs", "batch_size", "num_workers", "device", "amp", "seed"),
         "tensorboard",
+        "save_safetensors",
         # The weights of the loss that ranks channels.
         *("set_cost_class", "set_cost_bbox", "set_cost_giou", "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
         "focal_alpha",

@@ -41,13 +41,14 @@ from util.interrupt import stop_after_step
 from util.logging import bar_off, get_logger
 
 OUTPUT_NAME = "pruned.pth"
+SAFETENSORS_NAME = "pruned.safetensors"
 JOURNAL_NAME = "search.jsonl"
 WIDTHS_PICTURE = "widths.png"
 AP_PICTURE = "ap_params.png"
 # What a search may be resumed with in another way: where things lie, and how fast they go.
 NOT_DECIDING = ("output_dir", "coco_path", "resume", "resume_search", "device", "num_workers", "images_at_once",
                 "cache_device", "cache_gb", "eval", "start_fresh", "use_dn",
-                "print_freq", "tensorboard")  # fmt: skip
+                "print_freq", "tensorboard", "save_safetensors")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class SearchRun:
             if self.args.resume_search:
                 base_ap, past = self.journal.resume(facts)
             if not past:
-                for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE):
+                for name in (OUTPUT_NAME, SAFETENSORS_NAME, WIDTHS_PICTURE, AP_PICTURE):
                     move_aside(self.output_dir / name)
                 if not self.journal.begun:
                     self.journal.start(facts)
@@ -299,6 +300,7 @@ class SearchRun:
             num_classes=self.args.num_classes,
             kept=kept,
             trace=trace,
+            safetensors=self.args.save_safetensors,
         )
 
     def _write(self, result: Result) -> None:

@@ -44,6 +44,7 @@ OF_THE_RUN = (
     "start_fresh",
     "eval",
     "save_results",
+    "save_safetensors",
     "device",
     "num_workers",
     "cfgs",

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ from util.checkpoint_formats import (
 )
 from util.errors import UserError, run_cli
 from util.files import save_torch
+from util.huggingface import weights_file
+from util.safetensors_files import SUFFIX, load_safetensors, save_safetensors
 
 SHOWN_KEYS = 3
 UNSAFE = re.compile(r"Unsupported (?:global|class|operand|operator):?\s*(?:GLOBAL )?(\S+)", re.IGNORECASE)
@@ -45,6 +48,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         UserError: missing, unreadable, truncated, of unsafe content, or no detector's weights.
     """
     path = Path(path)
+    if os.path.isdir(path):  # unlike Path.is_dir it takes any name
+        path = weights_file(path)
     content = _load(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         return recognise_ours(path, content)
@@ -66,8 +71,12 @@ def save_checkpoint(
     kept: Mapping[str, Mapping[str, Tensor]] | None = None,
     training: Mapping[str, Any] | None = None,
     trace: list[dict[str, Any]] | None = None,
+    safetensors: bool = False,
 ) -> None:
-    """Write a checkpoint of ours, atomically; with `kept` it is a search's output and `state_dict` the full weights."""
+    """Write a checkpoint of ours, atomically; with `kept` it is a search's output and `state_dict` the full weights.
+
+    With `safetensors` all but the training state is also written beside it, under the suffix `.safetensors`.
+    """
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -77,11 +86,12 @@ def save_checkpoint(
         "kept": None if kept is None else {name: dict(parts) for name, parts in kept.items()},
         "args": plain_arguments(arguments),
         "num_classes": num_classes,
-        **(training or {}),
     }
     if trace is not None:
         content["trace"] = trace
-    save_torch(path, content)
+    save_torch(path, {**content, **(training or {})})
+    if safetensors:
+        save_safetensors(Path(path).with_suffix(SUFFIX), content)
 
 
 def plain_arguments(arguments: argparse.Namespace | Mapping[str, Any]) -> dict[str, Any]:
@@ -157,12 +167,15 @@ def slim_down(source: str | Path, target: str | Path, half: bool = False) -> Non
 
 
 def _load(path: Path) -> Any:
-    """`torch.load` of plain data, tensors and argparse namespaces; all that can go wrong becomes a `UserError`."""
+    """`torch.load` of plain data, tensors and argparse namespaces, or the content of a safetensors file.
+
+    All that can go wrong becomes a `UserError`.
+    """
     try:
-        if path.is_dir():
-            raise UserError(f"{path}: found a folder, expected a checkpoint file")
         if not path.exists():
             raise UserError(f"{path}: no such file, expected a checkpoint")
+        if path.suffix == SUFFIX:
+            return load_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, UserError):

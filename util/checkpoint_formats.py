@@ -7,6 +7,7 @@
 | `release` | `encoder.layers.N.self_attn.in_proj_weight` (DN-DETR, arXiv 2203.01305), or `.sampling_offsets.weight` |
 | `paper_search` | `encoder.layers.N.in_proj_weight` and `selectN.prune_a`, 1 x 1 x C, kept where positive |
 | `paper_slim` | `encoder.layers.N.in_proj_weight` alone, widths read off the shapes |
+| `huggingface` | `decoder.layers.N.cross_attn.cross_attn_query_content_proj.weight`: DAB-DETR of transformers |
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from models.widths import Widths
 from pruning.transplant import paper_masks_to_kept
+from util import huggingface
 from util.errors import UserError
 
 FORMAT = "dn-detr-pruning"
@@ -44,7 +46,7 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        kind: ours, search, release, paper_search or paper_slim.
+        kind: ours, search, release, paper_search, paper_slim or huggingface.
         state_dict: weights, named as in the file without the `module.` of DistributedDataParallel.
         widths: channels of each module.
         kept: for a search, module name -> part (query, value, hidden) -> sorted channel indices; else None.
@@ -104,6 +106,9 @@ def recognise_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         )
     if kept is not None:
         _check_kept(path, kept)
+    trace = content.get("trace") or []
+    if not isinstance(trace, list) or not all(isinstance(entry, dict) for entry in trace):
+        raise UserError(f"{path}: found {type(trace).__name__} under `trace`, expected a list of dicts")
     training = None
     if "optimizer" in content:
         training = {key: value for key, value in content.items() if key not in {*REQUIRED, "format", "version", "kept"}}
@@ -116,7 +121,7 @@ def recognise_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         content["num_classes"],
         content["args"],
         training,
-        content.get("trace") or [],
+        trace,
         _parse_widths(path, content["full_widths"]),
     )
 
@@ -167,6 +172,12 @@ def recognise_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict
     Raises:
         UserError: they are no DN-DETR detector's.
     """
+    if huggingface.is_huggingface(state_dict):
+        state_dict, arguments = huggingface.convert(path, state_dict)
+        arguments["modelname"] = "dn_dab_detr"
+        widths = _widths_of(path, state_dict)
+        num_classes = len(_class_bias(state_dict))
+        return Checkpoint(path, "huggingface", state_dict, widths, None, num_classes, arguments, full_widths=widths)
     arguments["modelname"] = "dn_dab_deformable_detr" if DEFORMABLE_KEY in state_dict else "dn_dab_detr"
     if DEFORMABLE_KEY in state_dict or "transformer.encoder.layers.0.self_attn.in_proj_weight" in state_dict:
         kind = "release"

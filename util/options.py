@@ -86,6 +86,11 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--save_results", action="store_true", help="write the detections on val2017 as COCO results JSON"
     )
+    group.add_argument(
+        "--save_safetensors",
+        action="store_true",
+        help="write the weights of each checkpoint as .safetensors beside it, too, which --resume also reads",
+    )
     group.add_argument("--device", default=None, help="cpu, cuda or cuda:N, by default cuda where there is one")
     group.add_argument(
         "--amp", nargs="?", choices=tuple(engine.AMP_DTYPES), const="bf16", default="off",

@@ -14,6 +14,7 @@ from models.post_process import PostProcess
 from util.arguments import take_from_checkpoint, take_from_command_line
 from util.checkpoint import Checkpoint, load_weights, read_checkpoint, slim_state_dict
 from util.errors import UserError
+from util.safetensors_files import require_safetensors
 
 # Without these in common a teacher's classes, queries, pixels or layers are not the student's.
 SHARED_WITH_TEACHER = (
@@ -35,6 +36,8 @@ def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> t
     """
     if args.resume == "":
         raise UserError("--resume: found an empty name, expected the path of a checkpoint, or no --resume")
+    if args.save_safetensors:
+        require_safetensors()
     checkpoint = None if args.resume is None else read_checkpoint(args.resume)
     check_coco_path(args.coco_path)
     continuing = checkpoint is not None and checkpoint.training is not None and not args.eval and not args.start_fresh
@@ -42,6 +45,7 @@ def settle_arguments(args: argparse.Namespace, typed: Collection[str] = ()) -> t
         take_from_command_line(args)
     else:
         take_from_checkpoint(args, typed, checkpoint, continuing=continuing)
+        args.resume = str(checkpoint.path)  # of a folder the file in it
         args.pretrained_backbone = False
     splits = ["val2017"] if args.eval else ["val2017", "train2017"]
     args.num_classes = max(num_classes_of(annotation_path(args.coco_path, split)) for split in splits)

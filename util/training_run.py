@@ -22,6 +22,7 @@ from util.board import Board
 from util.checkpoint import Checkpoint, plain_arguments, save_checkpoint
 from util.files import append_json_line, move_aside, write_json
 from util.logging import get_logger, table
+from util.safetensors_files import SUFFIX
 from util.setup import build_distillation
 from util.training_state import TrainingState
 
@@ -176,6 +177,7 @@ class Run:
             "full_widths": full_widths(self.args),
             "arguments": self.args,
             "num_classes": self.args.num_classes,
+            "safetensors": self.args.save_safetensors,
         }
         save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
         if is_best:
@@ -190,7 +192,8 @@ class Run:
         if not self.move_aside:
             return
         self.move_aside = False
-        moved = [move_aside(self.output_dir / name) for name in ("checkpoint.pth", "checkpoint_best.pth", "log.txt")]
+        checkpoints = [f"{name}{suffix}" for name in ("checkpoint", "checkpoint_best") for suffix in (".pth", SUFFIX)]
+        moved = [move_aside(self.output_dir / name) for name in (*checkpoints, "log.txt")]
         if any(moved):
             names = ", ".join(path.name for path in moved if path is not None)
             self.log.info("%s held an older run; its files are now %s", self.output_dir, names)
