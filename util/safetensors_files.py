@@ -79,6 +79,8 @@ def load_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: found no JSON under {METADATA_KEY} in its metadata ({str(error)[:80]})") from None
     if not isinstance(about, dict):
         raise UserError(f"{path}: found {type(about).__name__} under {METADATA_KEY} in its metadata, expected dict")
+    if isinstance(names := about.get("categories"), dict):  # JSON has no keys but texts
+        about["categories"] = {int(key) if key.isdecimal() else key: value for key, value in names.items()}
     about.pop("optimizer", None)  # a file without training state starts no run in the middle
     return {**about, "model": weights, "kept": _indices(path, about.get("kept"))}
 

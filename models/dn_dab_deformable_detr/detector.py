@@ -136,7 +136,7 @@ class DnDabDeformableDetr(Detector):
             memory_mask=mask if features.is_padded else None,
             levels=LevelSizes(tuple((padding.shape[1], padding.shape[2]) for padding in features.paddings)),
             valid_ratios=torch.stack([_valid_ratio(padding) for padding in features.paddings], dim=1),
-            **self._queries(len(features.memory), targets),
+            **self._queries(features.memory.shape[0], targets),
         )
 
     def _levels(self, batch: Tensor) -> list[Tensor]:

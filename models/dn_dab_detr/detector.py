@@ -112,7 +112,7 @@ class DnDabDetr(Detector):
             patterns = self.transformer.patterns.weight.repeat_interleave(self.num_queries, dim=0)
             content = content.repeat(self.num_patterns, 1) + patterns
             anchor_logits = anchor_logits.repeat(self.num_patterns, 1)
-        content, anchor_logits = (t.expand(len(features.memory), -1, -1) for t in (content, anchor_logits))
+        content, anchor_logits = (t.expand(features.memory.shape[0], -1, -1) for t in (content, anchor_logits))
         queries = self.queries(content, anchor_logits, targets)
         return DetectorState(features.memory, memory_pos, memory_mask, **queries)
 
