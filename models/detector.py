@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.denoising import DenoisingSettings, noised_queries, query_mask
+from models.padding import PaddedImages
 from models.prunable import KINDS, ParameterSlice, PrunableModule
 from models.state import DetectorState, Features, QueryFields
 from models.widths import Widths
@@ -55,7 +56,7 @@ class Detector(nn.Module, ABC):
         self.step_names = widths.names()
 
     @abstractmethod
-    def features(self, images: list[Tensor] | Tensor) -> Features:
+    def features(self, images: list[Tensor] | Tensor | PaddedImages) -> Features:
         """What the backbone and the projections behind it make of images; see `forward`."""
 
     @abstractmethod
@@ -70,11 +71,13 @@ class Detector(nn.Module, ABC):
     def layer_slices(self, stack: str, index: int) -> dict[str, tuple[ParameterSlice, ...]]:
         """How the parameters of one layer of `encoder` or `decoder` shrink with each of its blocks."""
 
-    def forward(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> dict:
+    def forward(
+        self, images: list[Tensor] | Tensor | PaddedImages, targets: list[dict[str, Tensor]] | None = None
+    ) -> dict:
         """Detect objects.
 
         Args:
-            images: list of 3 x H x W, or one B x 3 x H x W, normalised.
+            images: list of 3 x H x W, or one B x 3 x H x W, or padded ones; normalised.
             targets: in training, a dict for each image with `boxes` (N x 4 cxcywh in [0, 1]) and `labels` (N);
                 they add the denoising queries.
 
@@ -85,7 +88,9 @@ class Detector(nn.Module, ABC):
         """
         return self.outputs(self.run_steps(self.prepare(images, targets)))
 
-    def prepare(self, images: list[Tensor] | Tensor, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
+    def prepare(
+        self, images: list[Tensor] | Tensor | PaddedImages, targets: list[dict[str, Tensor]] | None = None
+    ) -> DetectorState:
         """The state in front of the first step: features, positions and queries."""
         return self.first_state(self.features(images), targets)
 

@@ -13,6 +13,8 @@ Observer = Callable[[str, dict[str, Any]], None]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+# What DN-DETR bounds the coordinates of anchors and noised boxes by before it takes their logits.
+ANCHOR_EPS = 1e-3
 ACTIVATIONS: dict[str, type[nn.Module]] = {"prelu": nn.PReLU, "relu": nn.ReLU}
 
 
@@ -101,6 +103,6 @@ def gated(x: Tensor, gate: Tensor | None) -> Tensor:
     return x if gate is None else x * gate
 
 
-def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
+def inverse_sigmoid(x: Tensor, eps: float = ANCHOR_EPS) -> Tensor:
     """log(x / (1 - x)) with both terms bounded below by `eps`, for x in [0, 1]."""
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

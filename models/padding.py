@@ -1,21 +1,32 @@
 """Images of different sizes as one batch."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def pad_images(images: list[Tensor] | Tensor) -> tuple[Tensor, Tensor, bool]:
+class PaddedImages(NamedTuple):
+    """Images that are padded already: B x 3 x H x W, and their padding B x H x W (bool, True on padding)."""
+
+    batch: Tensor
+    padding: Tensor
+
+
+def pad_images(images: list[Tensor] | Tensor | PaddedImages) -> tuple[Tensor, Tensor, bool]:
     """Pad images at the right and bottom to the largest height and width among them.
 
     Args:
-        images: list of 3 x H x W, or one B x 3 x H x W, which needs no padding.
+        images: list of 3 x H x W, or one B x 3 x H x W, which needs no padding; or what is padded
+            already, of which it is not asked whether its padding is empty.
 
     Returns:
         The batch B x 3 x H x W, its padding B x H x W (bool, True on padding), and whether there is any.
     """
+    if isinstance(images, PaddedImages):
+        return images.batch, images.padding, True
     if isinstance(images, Tensor):
         batch_size, _, height, width = images.shape
         return images, images.new_zeros(batch_size, height, width, dtype=torch.bool), False

@@ -23,14 +23,21 @@ class PostProcess:
             For each image `scores` (K), `labels` (K, category ids) and `boxes` (K x 4, absolute xyxy), with
             K = min(num_select, Q * C).
         """
-        scores = outputs["pred_logits"].float().sigmoid()
-        num_classes = scores.shape[-1]
-        scores, index = scores.flatten(1).topk(min(self.num_select, scores[0].numel()), dim=1)
-        boxes = box_convert(outputs["pred_boxes"].float(), "cxcywh", "xyxy")
-        boxes = boxes.gather(1, (index // num_classes).unsqueeze(-1).expand(-1, -1, 4))
+        scores, labels, boxes = self.select(outputs["pred_logits"], outputs["pred_boxes"])
         height, width = sizes_hw.to(boxes).unbind(1)
         boxes = boxes * torch.stack((width, height, width, height), dim=1)[:, None]
-        return [
-            {"scores": s, "labels": label, "boxes": b}
-            for s, label, b in zip(scores, index % num_classes, boxes, strict=True)
-        ]
+        return [{"scores": s, "labels": label, "boxes": b} for s, label, b in zip(scores, labels, boxes, strict=True)]
+
+    def select(self, logits: Tensor, boxes_cxcywh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best pairs, best first: scores B x K, labels B x K, boxes B x K x 4 (xyxy, in the boxes' unit).
+
+        Args:
+            logits: B x Q x C.
+            boxes_cxcywh: B x Q x 4.
+        """
+        scores = logits.float().sigmoid()
+        num_queries, num_classes = scores.shape[1:]
+        scores, index = scores.flatten(1).topk(min(self.num_select, num_queries * num_classes), dim=1)
+        boxes = box_convert(boxes_cxcywh.float(), "cxcywh", "xyxy")
+        boxes = boxes.gather(1, (index // num_classes).unsqueeze(-1).expand(-1, -1, 4))
+        return scores, index % num_classes, boxes

@@ -16,6 +16,7 @@ READ_BY_SEARCH = frozenset(
         *DATA_OPTIONS,
         *("output_dir", "coco_path", "resume", "cfgs", "batch_size", "num_workers", "device", "amp", "seed"),
         "tensorboard",
+        "save_safetensors",
         # The weights of the loss that ranks channels.
         *("set_cost_class", "set_cost_bbox", "set_cost_giou", "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
         "focal_alpha",
@@ -27,7 +28,9 @@ READ_BY_SEARCH = frozenset(
 READ_BY_INFERENCE = frozenset(
     {*ARCHITECTURE, *PREFERRED, "output_dir", "resume", "cfgs", "batch_size", "num_workers", "device", "amp"}
 )
-READ_BY_COST = frozenset({*ARCHITECTURE, "batch_norm_type", "cfgs"} - {"pe_temperatureH", "pe_temperatureW"})
+READ_BY_COST = frozenset(
+    {*ARCHITECTURE, "batch_norm_type", "cfgs"} - {"pe_temperatureH", "pe_temperatureW", "anchor_eps"}
+)
 
 
 def hide_unread(parser: argparse.ArgumentParser, read: Collection[str]) -> None:

@@ -44,12 +44,13 @@ from util.options import DATA_OPTIONS
 from util.report import REPORT_NAME, write_report
 from util.report.samples import Samples
 
+SAFETENSORS_NAME = "pruned.safetensors"
 WIDTHS_PICTURE = "widths.png"
 AP_PICTURE = "ap_params.png"
 # What a search may be resumed with in another way: where things lie, and how fast they go.
 NOT_DECIDING = ("output_dir", "coco_path", "resume", "resume_search", "device", "num_workers", "images_at_once",
                 "cache_device", "cache_gb", "eval", "start_fresh", "use_dn",
-                "print_freq", "tensorboard", *DATA_OPTIONS)  # fmt: skip
+                "print_freq", "tensorboard", "save_safetensors", *DATA_OPTIONS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class SearchRun:
             if self.args.resume_search:
                 base_ap, past = self.journal.resume(facts)
             if not past:
-                for name in (OUTPUT_NAME, WIDTHS_PICTURE, AP_PICTURE, REPORT_NAME):
+                for name in (OUTPUT_NAME, SAFETENSORS_NAME, WIDTHS_PICTURE, AP_PICTURE, REPORT_NAME):
                     move_aside(self.output_dir / name)
                 if not self.journal.begun:
                     self.journal.start(facts)
@@ -305,6 +306,7 @@ class SearchRun:
             categories=self.args.categories,
             kept=kept,
             trace=trace,
+            safetensors=self.args.save_safetensors,
         )
 
     def _write(self, result: Result) -> None:

@@ -2,16 +2,18 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 import main
 from datasets.coco import annotation_path, build_dataset
 from tests.pruning.tiny import tiny_args, tiny_detector
-from util.checkpoint import save_checkpoint
+from util.checkpoint import load_weights, save_checkpoint
 from util.options import parse
 
 CATEGORIES = (1, 3)  # a gap in the ids, as COCO has
@@ -57,12 +59,14 @@ def write_coco(root: Path, images: int = 4) -> Path:
     return root
 
 
-def write_self_annotated(root: Path, network: str = "") -> Path:
+def write_self_annotated(root: Path, network: str = "", weights: Mapping[str, Tensor] | None = None) -> Path:
     """2 + 7 images annotated with what a tiny detector finds in them, its AP is high; its checkpoint is dense.pth.
 
-    `network`: options that the detector has beyond those of `tiny_detector`.
+    `network`: options that the detector has beyond those of `tiny_detector`; `weights`: its weights, else its own.
     """
     model, _, postprocessors = tiny_detector(network)
+    if weights is not None:
+        load_weights(model, weights)
     args = tiny_args(f"{network} --image_size 64 --augmentation flip --num_workers 0 --device cpu --coco_path {root}")
     root.mkdir(exist_ok=True)
     save_checkpoint(root / "dense.pth", state_dict=model.state_dict(), widths=model.widths, full_widths=model.widths,

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from models.layers import ANCHOR_EPS
 from models.widths import Widths
 from util.checkpoint import Checkpoint
 from util.errors import UserError
@@ -29,7 +30,10 @@ ARCHITECTURE = (
     "transformer_activation",
     "pe_temperatureH",
     "pe_temperatureW",
+    "anchor_eps",
 )
+# What checkpoints mean that do not tell it.
+OF_OLDER_CHECKPOINTS = {"anchor_eps": ANCHOR_EPS}
 # They come with the checkpoint, but another value typed is a wish, not a mistake.
 PREFERRED = ("image_size", "num_select", "batch_norm_type")
 # They belong to one run and are never taken from a checkpoint.
@@ -42,6 +46,7 @@ OF_THE_RUN = (
     "finetune_ignore",
     "eval",
     "save_results",
+    "save_safetensors",
     "device",
     "num_workers",
     "cfgs",
@@ -60,7 +65,7 @@ def take_from_checkpoint(
     Raises:
         UserError: a typed option, or `--cfgs`, differs from what the checkpoint was made with.
     """
-    stored = checkpoint.arguments
+    stored = {**OF_OLDER_CHECKPOINTS, **checkpoint.arguments}
     options = {action.dest: action for action in get_args_parser()._actions}
     # What foreign files tell of themselves may be wrong, so what is typed wins; if it does not fit, the weights tell.
     binding = ARCHITECTURE if checkpoint.kind in ("ours", "search") else ()

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import engine
 from datasets.transforms import TRAINING_TRANSFORMS
+from models.layers import ANCHOR_EPS
 from util.errors import UserError
 
 MODEL_NAMES = ("dn_dab_detr", "dn_dab_deformable_detr")
@@ -98,6 +99,11 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--save_results", action="store_true", help="write the detections on val2017 as COCO results JSON"
     )
+    group.add_argument(
+        "--save_safetensors",
+        action="store_true",
+        help="write the weights of each checkpoint as .safetensors beside it, too, which --resume also reads",
+    )
     group.add_argument("--device", default=None, help="cpu, cuda or cuda:N, by default cuda where there is one")
     group.add_argument(
         "--amp", nargs="?", choices=tuple(engine.AMP_DTYPES), const="bf16", default="off",
@@ -161,6 +167,13 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--pe_temperatureW", type=real(1e-6), default=20, help="temperature of the position's sine, width"
+    )
+    group.add_argument(
+        "--anchor_eps",
+        type=real(1e-12, 0.5),
+        default=ANCHOR_EPS,
+        help="least coordinate of an anchor, and least distance from 1, whose logit is taken; transformers' DAB-DETR "
+        "has 1e-5, which comes with its weights",
     )
     group.add_argument("--transformer_activation", choices=("prelu", "relu"), default="prelu", help="of the FFNs")
     group.add_argument("--dropout", type=real(0, 1), default=0.0, help="fraction dropped in the transformer")

@@ -15,6 +15,7 @@ from util.arguments import take_from_checkpoint, take_from_command_line
 from util.checkpoint import Checkpoint, load_weights, read_checkpoint, slim_state_dict
 from util.errors import UserError
 from util.finetune import NewParts, class_difference
+from util.safetensors_files import require_safetensors
 
 # Without these in common a teacher's classes, queries, pixels or layers are not the student's.
 SHARED_WITH_TEACHER = (
@@ -42,12 +43,15 @@ def settle_arguments(
     """
     if args.resume == "":
         raise UserError("--resume: found an empty name, expected the path of a checkpoint, or no --resume")
+    if args.save_safetensors:
+        require_safetensors()
     checkpoint = None if args.resume is None else read_checkpoint(args.resume)
     continuing = checkpoint is not None and checkpoint.training is not None and not args.eval and not args.start_fresh
     if checkpoint is None:
         take_from_command_line(args)
     else:
         take_from_checkpoint(args, typed, checkpoint, continuing=continuing)
+        args.resume = str(checkpoint.path)  # of a folder the file in it
         args.pretrained_backbone = False
     splits = ["val2017"] if args.eval else ["val2017", "train2017"]
     args.categories = _categories_of(args, splits)

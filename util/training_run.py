@@ -27,6 +27,7 @@ from util.logging import get_logger, table
 from util.report import REPORT_NAME, write_report
 from util.report.samples import Samples
 from util.report.training import EPOCH_COLUMNS, epoch_rows
+from util.safetensors_files import SUFFIX
 from util.setup import build_distillation
 from util.training_state import TrainingState
 
@@ -195,6 +196,7 @@ class Run:
             "arguments": self.args,
             "num_classes": self.args.num_classes,
             "categories": self.args.categories,
+            "safetensors": self.args.save_safetensors,
         }
         save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
         if is_best:
@@ -210,8 +212,8 @@ class Run:
         if not self.move_aside:
             return
         self.move_aside = False
-        older = ("checkpoint.pth", "checkpoint_best.pth", "log.txt", REPORT_NAME)
-        moved = [move_aside(self.output_dir / name) for name in older]
+        checkpoints = [f"{name}{suffix}" for name in ("checkpoint", "checkpoint_best") for suffix in (".pth", SUFFIX)]
+        moved = [move_aside(self.output_dir / name) for name in (*checkpoints, "log.txt", REPORT_NAME)]
         if any(moved):
             names = ", ".join(path.name for path in moved if path is not None)
             self.log.info("%s held an older run; its files are now %s", self.output_dir, names)

@@ -39,5 +39,6 @@ def build(args: Namespace, backbone: Backbone, denoising: DenoisingSettings | No
         encoder_points=args.enc_n_points,
         decoder_points=args.dec_n_points,
         dropout=args.dropout,
+        anchor_eps=args.anchor_eps,
         denoising=denoising,
     )

@@ -64,10 +64,14 @@ class Decoder(nn.Module):
         layers: the layers in order.
         hidden_dim: channels of the queries.
         bbox_embed: the detector's box heads, one for each layer, shared with it.
+        anchor_eps: bound of `inverse_sigmoid`.
     """
 
-    def __init__(self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: Sequence[MLP]) -> None:
+    def __init__(
+        self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: Sequence[MLP], anchor_eps: float
+    ) -> None:
         super().__init__()
+        self.anchor_eps = anchor_eps
         self.layers = module_list(layers)
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim)
         self.ref_point_head = MLP(2 * hidden_dim, hidden_dim, hidden_dim)
@@ -94,7 +98,7 @@ class Decoder(nn.Module):
     def _finish_layer(self, index: int, state: DeformableState) -> DeformableState:
         """Read the layer's boxes off; the next one starts from them, without gradient."""
         x = state.queries
-        boxes = (self.bbox_embed[index](x) + inverse_sigmoid(state.anchors)).sigmoid()
+        boxes = (self.bbox_embed[index](x) + inverse_sigmoid(state.anchors, self.anchor_eps)).sigmoid()
         state = state.replace(hidden=(*state.hidden, x), boxes=(*state.boxes, boxes))
         return state if index == len(self.layers) - 1 else state.replace(anchors=boxes.detach())
 

@@ -13,8 +13,8 @@ from models.dn_dab_deformable_detr.decoder import Decoder, DecoderLayer, decoder
 from models.dn_dab_deformable_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
 from models.dn_dab_deformable_detr.state import DeformableState, LevelSizes
 from models.initialisation import initialise_detector
-from models.layers import MLP, module_list
-from models.padding import pad_images, resize_padding
+from models.layers import ANCHOR_EPS, MLP, module_list
+from models.padding import PaddedImages, pad_images, resize_padding
 from models.position_encoding import pixel_encoding
 from models.prunable import ParameterSlice
 from models.state import Features, QueryFields
@@ -44,6 +44,7 @@ class DnDabDeformableDetr(Detector):
         num_classes: largest category id + 1.
         num_levels: levels of the features; those beyond the backbone's come from convolutions of stride 2.
         encoder_points, decoder_points: points that a head reads on each level.
+        anchor_eps: lower bound of an anchor's coordinate and of its distance from 1 where its logit is taken.
         denoising: how targets are noised in training; None trains without denoising queries.
     """
 
@@ -62,6 +63,7 @@ class DnDabDeformableDetr(Detector):
         encoder_points: int = 4,
         decoder_points: int = 4,
         dropout: float = 0.0,
+        anchor_eps: float = ANCHOR_EPS,
         denoising: DenoisingSettings | None = None,
     ) -> None:
         super().__init__(
@@ -84,6 +86,7 @@ class DnDabDeformableDetr(Detector):
                 [DecoderLayer(hidden_dim, w, *common, decoder_points, dropout) for w in widths.decoder],
                 hidden_dim,
                 self.bbox_embed,
+                anchor_eps,
             ),
             num_levels,
             hidden_dim,
@@ -111,7 +114,7 @@ class DnDabDeformableDetr(Detector):
                 nn.init.xavier_uniform_(convolution.weight)
                 nn.init.zeros_(convolution.bias)
 
-    def features(self, images: list[Tensor] | Tensor) -> Features:
+    def features(self, images: list[Tensor] | Tensor | PaddedImages) -> Features:
         """What the backbone and the projections behind it make of images, the pixels of all levels; see `forward`."""
         batch, padding, is_padded = pad_images(images)
         maps = self._levels(batch)
@@ -133,7 +136,7 @@ class DnDabDeformableDetr(Detector):
             memory_mask=mask if features.is_padded else None,
             levels=LevelSizes(tuple((padding.shape[1], padding.shape[2]) for padding in features.paddings)),
             valid_ratios=torch.stack([_valid_ratio(padding) for padding in features.paddings], dim=1),
-            **self._queries(len(features.memory), targets),
+            **self._queries(features.memory.shape[0], targets),
         )
 
     def _levels(self, batch: Tensor) -> list[Tensor]:

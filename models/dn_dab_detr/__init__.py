@@ -23,6 +23,7 @@ def build(args: Namespace, backbone: Backbone, denoising: DenoisingSettings | No
         num_patterns=args.num_patterns,
         activation=args.transformer_activation,
         dropout=args.dropout,
+        anchor_eps=args.anchor_eps,
         slim_names=args.cfgs is not None,
         temperatures=(args.pe_temperatureH, args.pe_temperatureW),
         denoising=denoising,

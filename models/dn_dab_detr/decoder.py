@@ -100,10 +100,12 @@ class Decoder(nn.Module):
         layers: the layers in order.
         hidden_dim: channels of the queries.
         bbox_embed: the detector's box head, shared with it, which refines the anchors.
+        anchor_eps: bound of `inverse_sigmoid`.
     """
 
-    def __init__(self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: MLP) -> None:
+    def __init__(self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: MLP, anchor_eps: float) -> None:
         super().__init__()
+        self.anchor_eps = anchor_eps
         self.layers = module_list(layers)
         self.norm = nn.LayerNorm(hidden_dim)
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim)
@@ -139,11 +141,11 @@ class Decoder(nn.Module):
         """Read the layer's boxes off and refine the anchors for the next one."""
         x = state.queries
         hidden = self.norm(x)
-        boxes = (self.bbox_embed(hidden) + inverse_sigmoid(state.live_anchors)).sigmoid()
+        boxes = (self.bbox_embed(hidden) + inverse_sigmoid(state.live_anchors, self.anchor_eps)).sigmoid()
         state = state.replace(hidden=(*state.hidden, hidden), boxes=(*state.boxes, boxes))
         if index == len(self.layers) - 1:
             return state
-        refined = (self.bbox_embed(x) + inverse_sigmoid(state.anchors)).sigmoid()
+        refined = (self.bbox_embed(x) + inverse_sigmoid(state.anchors, self.anchor_eps)).sigmoid()
         return state.replace(anchors=refined.detach(), live_anchors=refined)
 
 

@@ -11,8 +11,8 @@ from models.detector import Detector
 from models.dn_dab_detr.decoder import Decoder, DecoderLayer, decoder_layer_slices
 from models.dn_dab_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
 from models.initialisation import initialise_detector
-from models.layers import MLP, module_list
-from models.padding import pad_images
+from models.layers import ANCHOR_EPS, MLP, module_list
+from models.padding import PaddedImages, pad_images
 from models.position_encoding import pixel_encoding
 from models.prunable import ParameterSlice
 from models.state import DetectorState, Features
@@ -39,6 +39,7 @@ class DnDabDetr(Detector):
         num_classes: largest category id + 1.
         slim_names: name the encoder's attention as the paper's slim models do.
         temperatures: of the pixel encoding, for height and width.
+        anchor_eps: lower bound of an anchor's coordinate and of its distance from 1 where its logit is taken.
         denoising: how targets are noised in training; None trains without denoising queries.
     """
 
@@ -56,6 +57,7 @@ class DnDabDetr(Detector):
         num_patterns: int = 0,
         activation: str = "prelu",
         dropout: float = 0.0,
+        anchor_eps: float = ANCHOR_EPS,
         slim_names: bool = False,
         temperatures: tuple[float, float] = (20, 20),
         denoising: DenoisingSettings | None = None,
@@ -78,7 +80,7 @@ class DnDabDetr(Detector):
         decoder_layers = [DecoderLayer(hidden_dim, w, *common, is_first=i == 0) for i, w in enumerate(widths.decoder)]
         self.transformer = Transformer(
             Encoder(encoder_layers, hidden_dim),
-            Decoder(decoder_layers, hidden_dim, self.bbox_embed),
+            Decoder(decoder_layers, hidden_dim, self.bbox_embed, anchor_eps),
             num_patterns,
             hidden_dim,
         )
@@ -90,7 +92,7 @@ class DnDabDetr(Detector):
         self.backbone = module_list([backbone])
         initialise_detector(self.transformer, [self.class_embed], [self.bbox_embed])
 
-    def features(self, images: list[Tensor] | Tensor) -> Features:
+    def features(self, images: list[Tensor] | Tensor | PaddedImages) -> Features:
         """What the backbone and the projection behind it make of images; see `forward`."""
         batch, padding, is_padded = pad_images(images)
         features, padding = self.backbone[0](batch, padding)
@@ -110,7 +112,7 @@ class DnDabDetr(Detector):
             patterns = self.transformer.patterns.weight.repeat_interleave(self.num_queries, dim=0)
             content = content.repeat(self.num_patterns, 1) + patterns
             anchor_logits = anchor_logits.repeat(self.num_patterns, 1)
-        content, anchor_logits = (t.expand(len(features.memory), -1, -1) for t in (content, anchor_logits))
+        content, anchor_logits = (t.expand(features.memory.shape[0], -1, -1) for t in (content, anchor_logits))
         queries = self.queries(content, anchor_logits, targets)
         return DetectorState(features.memory, memory_pos, memory_mask, **queries)
 

@@ -8,6 +8,7 @@ import torch
 from main import get_args_parser
 from models import build_model
 from models.denoising import DenoisingSettings, add_noise, noised_queries, query_mask, slot_indices
+from models.padding import PaddedImages, pad_images
 from models.state import DenoisingQueries, DetectorState
 from models.widths import Widths
 from util.errors import UserError
@@ -87,6 +88,15 @@ def test_a_tensor_of_images_equals_a_list_of_them(options):
     images = images_of((64, 64), (64, 64))
     with torch.no_grad():
         assert_same(model(torch.stack(images)), model(images), atol=0)
+
+
+@each_variant
+def test_images_padded_by_the_caller_equal_a_list_of_them(options):
+    model, _, _ = build(options)
+    images = images_of((64, 96), (80, 64))
+    batch, padding, _ = pad_images(images)
+    with torch.no_grad():
+        assert_same(model(PaddedImages(batch, padding)), model(images))
 
 
 def test_outputs_have_the_documented_shapes():
@@ -173,6 +183,19 @@ def test_the_next_layers_box_loss_reaches_the_layer_before():
     state = model.run_steps(model.prepare(images), stop="decoder.1.self_attention")
     assert state.live_anchors.requires_grad
     assert not state.anchors.requires_grad
+
+
+@each_variant
+@pytest.mark.parametrize("eps", [1e-3, 1e-5])
+def test_anchors_at_the_border_are_bounded_as_anchor_eps_says(options, eps):
+    """An anchor of sides near 0 whose box heads say nothing is moved to the bound."""
+    model, _, _ = build(f"{options} --anchor_eps {eps}")
+    with torch.no_grad():
+        model.refpoint_embed.weight.fill_(-20.0)
+        for parameter in model.bbox_embed.parameters():
+            parameter.zero_()
+        boxes = model(images_of((96, 96)))["pred_boxes"]
+    torch.testing.assert_close(boxes, torch.full_like(boxes, eps / (1 + eps)), rtol=1e-3, atol=0)
 
 
 def test_widths_name_the_encoder_as_slim_models_do():

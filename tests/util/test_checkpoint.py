@@ -12,11 +12,11 @@ from util.checkpoint import (
     load_weights,
     plain_arguments,
     read_checkpoint,
-    rename_encoder_attention,
     save_checkpoint,
     slim_down,
     slim_state_dict,
 )
+from util.checkpoint_formats import rename_encoder_attention
 from util.errors import UserError
 from util.options import get_args_parser, parse
 

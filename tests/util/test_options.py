@@ -87,6 +87,17 @@ def test_typed_preferences_win_and_a_typed_architecture_must_agree():
         take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 6, 256, 2048), enc_layers=1))
 
 
+def test_the_bound_of_anchors_comes_with_the_checkpoint_and_is_dn_detrs_where_it_tells_none():
+    one_layer = {"enc_layers": 1, "dec_layers": 1}
+    for stored, expected in ({}, 1e-3), ({"anchor_eps": 1e-5}, 1e-5):
+        args, typed = read("")
+        take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 1, 256, 2048), **one_layer, **stored))
+        assert args.anchor_eps == expected
+        args, typed = read("--anchor_eps 1e-4")
+        with pytest.raises(UserError, match=f"anchor_eps 0.0001: a.pth was made with {expected}"):
+            take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 1, 256, 2048), **one_layer, **stored))
+
+
 def test_a_build_with_slim_names_is_built_so_again():
     full = Widths.dense(6, 6, 256, 2048)
     for stored, cfgs in ((full.to_list(), full), (None, None)):

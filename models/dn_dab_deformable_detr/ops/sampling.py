@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +41,17 @@ def sample(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Te
         return torch.ops.dn_detr.sample(value, level_sizes, locations, weights)
     check_arguments(value, level_sizes, locations, weights)
     return sample_in_pytorch(value, level_sizes, locations, weights)
+
+
+@contextlib.contextmanager
+def without_operator() -> Iterator[None]:
+    """Let `sample` use PyTorch's own operations alone, so that what is traced meanwhile needs no compiled operator."""
+    global _compiled_for
+    before, _compiled_for = _compiled_for, frozenset()
+    try:
+        yield
+    finally:
+        _compiled_for = before
 
 
 def sample_in_pytorch(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:

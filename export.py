@@ -1,0 +1,156 @@
+"""Export a detector as ONNX and as a torch.export program, and check them against it in the same run.
+
+    python export.py --resume CKPT --output_dir out
+    python export.py --resume out/pruned.pth --output_dir out --format onnx --detections --image_size_hw 480 640
+
+The files are OUT/NAME.onnx and OUT/NAME.pt2, with the name of the checkpoint. Inputs: `images` B x 3 x H x W (float32,
+RGB in [0, 1], normalised by the mean and std in the metadata) and `mask` B x H x W (bool, True on padding; --no-mask
+leaves it out, which is faster where no image is padded). Outputs: `pred_logits` B x Q x C (one sigmoid for each class)
+and `pred_boxes` B x Q x 4 (centre x, centre y, width, height, in [0, 1] of the image without its padding). Batch,
+height and width may be any.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Collection
+
+import torch
+from tqdm import tqdm
+
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from pruning.options import hide_unread, refuse_unread
+from util.arguments import ARCHITECTURE, take_from_checkpoint
+from util.checkpoint import Checkpoint, read_checkpoint
+from util.errors import UserError, run_cli
+from util.export import FORMATS, LEAST_OPSET, ExportResult, export, require_packages
+from util.export_check import BATCH_SIZES, TOLERANCE
+from util.files import check_output_dir
+from util.logging import bar_off, get_logger, table
+from util.options import get_args_parser, parse, whole
+from util.setup import build_detector
+
+READ_BY_EXPORT = frozenset({*ARCHITECTURE, "num_select", "batch_norm_type", "cfgs", "resume", "output_dir"})
+
+
+def get_export_parser() -> argparse.ArgumentParser:
+    """The options of `main.py` that shape a network, and those of an export."""
+    parser = argparse.ArgumentParser(
+        "export.py",
+        description=__doc__,
+        parents=[get_args_parser()],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_argument_group("export")
+    group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="what to write; default both")
+    group.add_argument(
+        "--opset", type=whole(LEAST_OPSET), default=LEAST_OPSET, help=f"operator set of ONNX; default {LEAST_OPSET}"
+    )
+    group.add_argument(
+        "--image_size_hw",
+        type=whole(1),
+        nargs=2,
+        action="append",
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels of the images that the files are checked on, as often as wanted; default: the checkpoint's image "
+        "size by 4/3 of it, and 3/4 of it square",
+    )
+    group.add_argument(
+        "--mask",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take the mask of padded images as the second input; default yes",
+    )
+    group.add_argument(
+        "--detections",
+        action="store_true",
+        help="also give the best --num_select pairs of query and class of each image, best first: scores, labels "
+        "(category ids) and boxes (x0, y0, x1, y1 in [0, 1] of the image)",
+    )
+    hide_unread(parser, READ_BY_EXPORT)
+    return parser
+
+
+def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportResult]:
+    """Export as the options of `get_export_parser` say; print the table of files and differences.
+
+    Raises:
+        UserError: options or checkpoint that do not fit together, or a package that is missing.
+        SystemExit: with code 1, if a file computes something else than the detector; it does not stay.
+    """
+    torch.set_flush_denormal(True)
+    refuse_unread(typed, READ_BY_EXPORT, "an export")
+    if not args.resume:
+        raise UserError("--resume: found none, expected the checkpoint of the detector to export")
+    require_packages(args.format)
+    output_dir = check_output_dir(args.output_dir)
+    checkpoint = read_checkpoint(args.resume)
+    take_from_checkpoint(args, typed, checkpoint)
+    args.num_classes, args.pretrained_backbone = checkpoint.num_classes, False
+    model, _, postprocessors = build_detector(args, checkpoint)
+    short = args.image_size
+    sizes_hw = [tuple(size) for size in args.image_size_hw or ((short, short * 4 // 3), (short * 3 // 4,) * 2)]
+    name = f"{checkpoint.path.stem}.{{}}"
+    paths = {format_: output_dir / name.format(format_) for format_ in FORMATS if format_ in args.format}
+    steps = 1 + len(paths) * (2 + len(sizes_hw) * len(BATCH_SIZES))
+    with tqdm(total=steps, disable=bar_off(), leave=False) as bar:
+
+        def show(stage: str) -> None:
+            bar.set_description(stage, refresh=False)
+            bar.update()
+
+        results = export(
+            model,
+            postprocessors["bbox"],
+            paths,
+            sizes_hw,
+            opset=args.opset,
+            with_mask=args.mask,
+            with_detections=args.detections,
+            metadata=metadata_of(args, model, checkpoint),
+            progress=show,
+        )
+    get_logger().info("%s", results_table(results))
+    failed = [str(result.path) for result in results if not result.passed]
+    if failed:
+        sys.exit(f"error: {', '.join(failed)}: found a difference above {TOLERANCE:g}, and wrote no such file")
+    return results
+
+
+def metadata_of(args: argparse.Namespace, model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """What the files tell of themselves, each a text or JSON."""
+    names = getattr(checkpoint, "categories", None)
+    return {
+        **({"class_names": json.dumps(names)} if names else {}),
+        "model": args.modelname,
+        "checkpoint": checkpoint.path.name,
+        "num_classes": str(args.num_classes),
+        "widths": json.dumps(model.widths.to_list()),
+        "mean": json.dumps(IMAGENET_MEAN),
+        "std": json.dumps(IMAGENET_STD),
+        "mask": "True on padding" if args.mask else "none",
+    }
+
+
+def results_table(results: list[ExportResult]) -> str:
+    """A row for each file; the columns behind its opset are greatest absolute differences of any output."""
+    cases = results[0].cases
+    header = ["file", "MB", "opset", *(f"{c.batch_size} x {c.size_hw[0]} x {c.size_hw[1]}" for c in cases), ""]
+    rows = [
+        [
+            result.path,
+            f"{result.megabytes:.1f}",
+            result.opset or "-",
+            *(f"{case.difference:.1e}" for case in result.cases),
+            "ok" if result.passed else "FAILED",
+        ]
+        for result in results
+    ]
+    return (
+        f"{table(header, rows)}\ngreatest difference from PyTorch, by images x height x width; {TOLERANCE:g} is allowed"
+    )
+
+
+if __name__ == "__main__":
+    command_line = get_export_parser()
+    run_cli(lambda: main(*parse(command_line)) and None)

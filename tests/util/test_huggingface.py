@@ -1,0 +1,175 @@
+"""DAB-DETR of transformers: the same weights compute the same here, and what does not fit is told by name."""
+
+import argparse
+import json
+import os
+
+import pytest
+import torch
+
+from models import build_model
+from models.padding import PaddedImages
+from pruning.arguments import get_pruning_parser
+from pruning.cli import search
+from pruning.schedule import MGP
+from tests.pruning.tiny import pictures
+from tests.tiny_run import options, write_self_annotated
+from util.arguments import take_from_checkpoint
+from util.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from util.errors import UserError
+from util.options import get_args_parser, parse
+from util.setup import build_detector, settle_arguments
+
+pytest.importorskip("timm")
+pytest.importorskip("safetensors")
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "hidden_size": 32,
+         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 5, "num_labels": 7,
+         "backbone": "resnet18", "use_pretrained_backbone": False}  # fmt: skip
+
+
+def tiny(**changes) -> torch.nn.Module:
+    """A tiny detector of transformers, everything in it drawn at random."""
+    torch.manual_seed(0)
+    model = transformers.DabDetrForObjectDetection(transformers.DabDetrConfig(**{**SIZES, **changes})).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2)
+            elif tensor.dim() == 1:
+                tensor.normal_(1 if "norm" in name or ".bn" in name else 0, 0.2)
+        model.bbox_predictor.layers[-1].weight.normal_(0, 0.2)  # zero as built
+        # Anchors beyond either bound on the logits, where DN-DETR's bound and transformers' differ.
+        model.model.query_refpoint_embeddings.weight[0] = torch.tensor([-9.0, 9.0, -8.0, 8.0])
+    return model
+
+
+def detector_of(path) -> tuple[torch.nn.Module, argparse.Namespace]:
+    """The detector of a checkpoint with its weights, and its options."""
+    checkpoint = read_checkpoint(path)
+    args = get_args_parser().parse_args(["--no-pretrained_backbone"])
+    take_from_checkpoint(args, (), checkpoint)
+    args.num_classes = checkpoint.num_classes
+    model, _, _ = build_model(args)
+    load_weights(model, checkpoint.state_dict, path)
+    return model.eval(), args
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_patterns": 2, "activation_function": "relu", "encoder_layers": 2},
+        {"dilation": True, "backbone": "resnet50", "temperature_height": 7, "encoder_ffn_dim": 24},
+    ],
+    ids=["plain", "patterns", "dilated"],
+)
+def test_outputs_agree_with_transformers_on_a_padded_batch(tmp_path, changes):
+    theirs = tiny(**changes)
+    theirs.save_pretrained(tmp_path)
+    ours, args = detector_of(tmp_path)
+    assert args.anchor_eps == 1e-5 and args.num_patterns == changes.get("num_patterns", 0)
+    batch = torch.stack([torch.nn.functional.pad(image, (0, 96 - image.shape[2])) for image in pictures()[0]])
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[0, :, 64:] = True
+    with torch.no_grad():
+        expected = theirs(batch, pixel_mask=(~padding).long())
+        found = ours(PaddedImages(batch, padding))
+    torch.testing.assert_close(found["pred_logits"], expected.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["pred_boxes"], expected.pred_boxes, rtol=0, atol=1e-4)
+    assert expected.pred_boxes.std() > 0.05 and expected.logits.std() > 0.05
+
+
+def test_every_file_of_the_same_weights_reads_alike(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "folder")
+    torch.save(model.state_dict(), tmp_path / "folder" / "pytorch_model.bin")
+    whole = read_checkpoint(tmp_path / "folder")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        other = read_checkpoint(tmp_path / "folder" / name)
+        assert (other.kind, other.arguments, other.widths) == (whole.kind, whole.arguments, whole.widths)
+        assert all(torch.equal(other.state_dict[key], value) for key, value in whole.state_dict.items())
+    torch.save(model.state_dict(), tmp_path / "alone.pth")
+    alone = read_checkpoint(tmp_path / "alone.pth").arguments
+    differing = {name: (value, alone[name]) for name, value in whole.arguments.items() if value != alone[name]}
+    assert differing == {"nheads": (4, 8)}
+
+
+def test_a_search_prunes_it_and_its_output_keeps_the_bound(tmp_path):
+    tiny().save_pretrained(tmp_path / "theirs")
+    whole = read_checkpoint(tmp_path / "theirs")
+    data = write_self_annotated(tmp_path / "data", "--anchor_eps 1e-5", whole.state_dict)
+    words = (
+        f"--resume {tmp_path / 'theirs'} --coco_path {data} --output_dir {tmp_path / 'out'} --keep 0.5 --image_size 64 "
+        "--num_workers 0 --device cpu --calibration_images 2 --batch_size 2 --save_safetensors"
+    )
+    result = search(MGP, *parse(get_pruning_parser(MGP, ""), words.split()))
+    assert sum(width for _, width in result.widths.items()) < sum(width for _, width in whole.widths.items())
+    pruned = read_checkpoint(result.path)
+    assert pruned.is_search and pruned.arguments["anchor_eps"] == 1e-5
+    args, typed = options(f"--resume {result.path} --coco_path {data} --eval --device cpu")
+    checkpoint, _ = settle_arguments(args, typed)
+    found = []
+    for again in (checkpoint, read_checkpoint(tmp_path / "out" / "pruned.safetensors")):
+        slim = build_detector(args, again)[0].eval()
+        assert slim.widths == result.widths
+        with torch.no_grad():
+            found.append(slim(pictures()[0])["pred_boxes"])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("model.encoder.layers.0.self_attn.k_proj.bias", "no model.encoder.layers.0.self_attn.k_proj.bias, expected"),
+        ("class_embed.bias", "found no class_embed.bias"),
+        ("model.query_refpoint_embeddings.weight", "no model.query_refpoint_embeddings.weight"),
+        ("model.backbone.conv_encoder.model._backbone.layer3.0.conv1.weight", r"blocks under .*conv_encoder"),
+    ],
+)
+def test_a_file_that_lacks_keys_is_told_with_their_names(tmp_path, missing, told):
+    weights = tiny().state_dict()
+    del weights[missing]
+    torch.save(weights, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"a.pth: .*{told}"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"keep_query_pos": True}, "keep_query_pos"),
+        ({"model_type": "detr"}, "model type 'detr'"),
+        ({"decoder_attention_heads": 2}, "decoder_attention_heads"),
+        ({"temperature_height": "hot"}, "pe_temperatureH"),
+    ],
+)
+def test_a_config_that_is_none_of_ours_is_told(tmp_path, change, told):
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=told):
+        detector_of(tmp_path)
+
+
+def test_another_key_and_a_folder_without_weights_are_told(tmp_path):
+    weights = {**tiny().state_dict(), "model.encoder.norm.weight": torch.ones(32)}
+    torch.save(weights, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"the key encoder.norm.weight"):
+        read_checkpoint(tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"expected a checkpoint file, or model.safetensors"):
+        read_checkpoint(tmp_path)
+
+
+def test_what_was_loaded_is_saved_as_a_checkpoint_of_ours_with_its_bound(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    model, args = detector_of(tmp_path)
+    save_checkpoint(tmp_path / "ours.pth", state_dict=model.state_dict(), widths=model.widths,
+                    full_widths=model.widths, arguments=args, num_classes=7)  # fmt: skip
+    again, args = detector_of(tmp_path / "ours.pth")
+    assert args.anchor_eps == 1e-5
+    with torch.no_grad():
+        for key in ("pred_logits", "pred_boxes"):
+            assert torch.equal(again(pictures()[0])[key], model(pictures()[0])[key])

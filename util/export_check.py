@@ -1,0 +1,98 @@
+"""Whether an exported detector computes what the detector does, on several image sizes and batch sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.padding import pad_images
+from models.post_process import PostProcess
+
+TOLERANCE = 1e-3
+BATCH_SIZES = (1, 3)
+# Closer scores may come in either order.
+SCORE_GAP = 1e-5
+
+# From the inputs by name to the outputs by name.
+Runner = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: height and width in pixels, images, and the greatest difference of any output (inf: not finite)."""
+
+    size_hw: tuple[int, int]
+    batch_size: int
+    difference: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is tolerated."""
+        return self.difference <= TOLERANCE
+
+
+def check_export(
+    run: Runner,
+    model: nn.Module,
+    postprocess: PostProcess,
+    sizes_hw: Sequence[tuple[int, int]],
+    *,
+    with_mask: bool,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Case]:
+    """Compare an exported detector with the detector itself.
+
+    Args:
+        run: the exported one; takes `images` and, `with_mask`, `mask`, gives `pred_logits`, `pred_boxes` and, if it
+            selects detections, `scores`, `labels`, `boxes`.
+        model: the detector in eval mode.
+        postprocess: what `scores`, `labels` and `boxes` are held against, on the exported one's own logits and boxes.
+        sizes_hw: height and width of the images in pixels, each tried with every one of `BATCH_SIZES`; with a mask
+            the images behind the first are smaller and padded.
+        progress: called after each case.
+    """
+    cases = []
+    generator = torch.Generator().manual_seed(0)
+    for height, width in sizes_hw:
+        for batch_size in BATCH_SIZES:
+            shrink = [i if with_mask else 0 for i in range(batch_size)]
+            images = [
+                torch.randn(3, height - i * height // 5, width - i * width // 7, generator=generator) for i in shrink
+            ]
+            batch, padding, _ = pad_images(images)
+            found = run({"images": batch, **({"mask": padding} if with_mask else {})})
+            with torch.no_grad():
+                expected = model(images)
+            differences = [greatest_difference(found[k], expected[k]) for k in ("pred_logits", "pred_boxes")]
+            if "scores" in found:
+                differences.append(_difference_of_detections(found, postprocess))
+            cases.append(Case((height, width), batch_size, max(differences)))
+            progress()
+    return cases
+
+
+def greatest_difference(found: Tensor, expected: Tensor) -> float:
+    """Greatest absolute difference; infinite for other shapes and where one is not finite."""
+    if found.shape != expected.shape:
+        return math.inf
+    difference = (found.double() - expected.double()).abs()
+    return float(difference.max()) if difference.numel() and difference.isfinite().all() else math.inf
+
+
+def _difference_of_detections(found: dict[str, Tensor], postprocess: PostProcess) -> float:
+    """Of the selected detections from those that PyTorch selects of the same logits and boxes."""
+    scores, labels, boxes = postprocess.select(found["pred_logits"], found["pred_boxes"])
+    difference = greatest_difference(found["scores"], scores)
+    if found["labels"].shape != labels.shape or found["boxes"].shape != boxes.shape:
+        return math.inf
+    gaps = scores[:, :-1] - scores[:, 1:] > SCORE_GAP
+    before = torch.cat((torch.ones_like(gaps[:, :1]), gaps), dim=1)
+    behind = torch.cat((gaps, torch.zeros_like(gaps[:, :1])), dim=1)  # what follows the last is not known
+    alone = before & behind
+    if not torch.equal(found["labels"][alone], labels[alone]):
+        return math.inf
+    return max(difference, greatest_difference(found["boxes"][alone], boxes[alone]) if alone.any() else 0.0)

@@ -1,0 +1,262 @@
+"""DAB-DETR weights under the names of `transformers` (`DabDetrForObjectDetection`), as weights of `dn_dab_detr`.
+
+Such a detector is one of ours without denoising: its queries' content begins at zero, which is a zero last row of
+`label_enc` (arXiv 2201.12329). What the shapes do not tell (heads, temperatures, dilation) comes from the config.json
+beside the file; without one they are transformers' defaults.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.errors import UserError
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+MODEL_TYPE = "dab-detr"
+ANCHOR_EPS = 1e-5  # of `inverse_sigmoid` in transformers
+SHOWN_KEYS = 3
+EXPECTED = "expected the weights of transformers' DabDetrForObjectDetection"
+
+MARK = ".cross_attn_query_content_proj."
+PREFIXES = {
+    "backbone.conv_encoder.model._backbone.": "backbone.0.body.",
+    "input_projection.": "input_proj.",
+    "query_refpoint_embeddings.": "refpoint_embed.",
+    "patterns.": "transformer.patterns.",
+    "encoder.query_scale.": "transformer.encoder.query_scale.",
+    "decoder.query_scale.": "transformer.decoder.query_scale.",
+    "decoder.ref_point_head.": "transformer.decoder.ref_point_head.",
+    "decoder.ref_anchor_head.": "transformer.decoder.ref_anchor_head.",
+    "decoder.layernorm.": "transformer.decoder.norm.",
+    "decoder.bbox_embed.": "bbox_embed.",
+    "bbox_predictor.": "bbox_embed.",
+    "class_embed.": "class_embed.",
+}
+ENCODER_LAYER = {
+    "self_attn.q_proj": "self_attn.q",
+    "self_attn.k_proj": "self_attn.k",
+    "self_attn.v_proj": "self_attn.v",
+    "self_attn.out_proj": "self_attn.out_proj",
+    "self_attn_layer_norm": "norm1",
+    "fc1": "linear1",
+    "fc2": "linear2",
+    "final_layer_norm": "norm2",
+}
+DECODER_LAYER = {
+    "self_attn.self_attn_query_content_proj": "sa_qcontent_proj",
+    "self_attn.self_attn_query_pos_proj": "sa_qpos_proj",
+    "self_attn.self_attn_key_content_proj": "sa_kcontent_proj",
+    "self_attn.self_attn_key_pos_proj": "sa_kpos_proj",
+    "self_attn.self_attn_value_proj": "sa_v_proj",
+    "self_attn.self_attn.output_proj": "self_attn.out_proj",
+    "self_attn.self_attn_layer_norm": "norm1",
+    "cross_attn.cross_attn_query_content_proj": "ca_qcontent_proj",
+    "cross_attn.cross_attn_key_content_proj": "ca_kcontent_proj",
+    "cross_attn.cross_attn_key_pos_proj": "ca_kpos_proj",
+    "cross_attn.cross_attn_value_proj": "ca_v_proj",
+    "cross_attn.cross_attn_query_pos_sine_proj": "ca_qpos_sine_proj",
+    "cross_attn.cross_attn.output_proj": "cross_attn.out_proj",
+    "cross_attn.cross_attn_layer_norm": "norm2",
+    "mlp.fc1": "linear1",
+    "mlp.fc2": "linear2",
+    "mlp.final_layer_norm": "norm3",
+}
+FIRST_DECODER_LAYER = {"cross_attn.cross_attn_query_pos_proj": "ca_qpos_proj"}
+ACTIVATIONS = {"encoder": {"activation_fn": "activation"}, "decoder": {"mlp.activation_fn": "activation"}}
+LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+# Bottleneck blocks or not, and blocks of the four stages.
+BACKBONES = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+}
+
+
+def is_huggingface(state_dict: Mapping[str, Any]) -> bool:
+    """Whether these are a DAB-DETR's weights as transformers names them."""
+    return any(MARK in key for key in state_dict)
+
+
+def weights_file(folder: Path) -> Path:
+    """The file in a folder of `save_pretrained` that has the weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: found a folder, expected a checkpoint file, or {' or '.join(WEIGHT_FILES)} in it")
+
+
+def convert(path: Path, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights under our names, and the options of the detector that they are for.
+
+    Args:
+        path: the file, which errors name, and beside which config.json is looked for.
+
+    Raises:
+        UserError: a key is missing or unknown, or the architecture is none of ours.
+    """
+    weights = {key.removeprefix("model."): value for key, value in state_dict.items()}
+    config = _read_config(path)
+    _check_config(path, config)
+    layers = _count_layers(weights)
+    _check_complete(path, weights, layers)
+    found = {_our_name(path, key): value for key, value in weights.items()}
+    for index in range(layers["encoder"]):
+        holder = f"transformer.encoder.layers.{index}.self_attn"
+        for leaf in ("weight", "bias"):
+            parts = [found.pop(f"{holder}.{part}.{leaf}") for part in "qkv"]
+            if any(part.shape != parts[0].shape for part in parts):
+                raise UserError(f"{path}: found q_proj, k_proj and v_proj of different shapes in encoder layer {index}")
+            found[f"{holder}.in_proj_{leaf}"] = torch.cat(parts)
+    arguments = _arguments(path, weights, layers, config)
+    num_classes = len(found["class_embed.bias"])
+    found["label_enc.weight"] = torch.zeros(num_classes + 1, arguments["hidden_dim"] - 1)
+    return found, arguments
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The config.json beside the weights, empty where there is none."""
+    file = path.parent / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: found no JSON ({str(error)[:80]}), expected transformers' config.json") from None
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != MODEL_TYPE:
+        raise UserError(f"{file}: found the model type {found!r:.40}, expected {MODEL_TYPE!r}")
+    return config
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what would load and compute something else."""
+    heads = config.get("encoder_attention_heads", 8)
+    expected = {
+        "decoder_attention_heads": (heads,),
+        "sine_position_embedding_scale": (None, 2 * math.pi),
+        "keep_query_pos": (False,),
+        "normalize_before": (False,),
+        "activation_function": ("prelu", "relu"),
+    }
+    for name, values in expected.items():
+        if name in config and config[name] not in values:
+            raise UserError(
+                f"{path.parent / 'config.json'}: found {config[name]!r:.40} under {name}, expected "
+                f"{' or '.join(map(repr, values))}, as DN-DETR has it"
+            )
+
+
+def _count_layers(weights: Mapping[str, Any]) -> dict[str, int]:
+    """Layers of encoder and decoder that the keys speak of."""
+    numbers = {"encoder": [-1], "decoder": [-1]}
+    for match in filter(None, map(LAYER.match, weights)):
+        numbers[match[1]].append(int(match[2]))
+    return {stack: max(found) + 1 for stack, found in numbers.items()}
+
+
+def _names_in_layer(stack: str, index: int, with_activation: bool) -> dict[str, str]:
+    """Names of a layer's modules, theirs -> ours."""
+    names = dict(ENCODER_LAYER if stack == "encoder" else DECODER_LAYER)
+    if stack == "decoder" and index == 0:
+        names |= FIRST_DECODER_LAYER
+    return names | (ACTIVATIONS[stack] if with_activation else {})
+
+
+def _check_complete(path: Path, weights: Mapping[str, Any], layers: Mapping[str, int]) -> None:
+    """Raise a `UserError` that names the first keys that are missing in front of the backbone's."""
+    has_slopes = any(".activation_fn." in key for key in weights)
+    expected = ["query_refpoint_embeddings.weight"]
+    for stack, count in layers.items():
+        for index in range(max(count, 1)):
+            for name in _names_in_layer(stack, index, has_slopes):
+                leaves = ("weight",) if name.endswith("activation_fn") else ("weight", "bias")
+                expected += [f"{stack}.layers.{index}.{name}.{leaf}" for leaf in leaves]
+    heads = {"encoder.query_scale": 2, "decoder.query_scale": 2, "decoder.ref_point_head": 2}
+    for name, depth in {**heads, "decoder.ref_anchor_head": 2, "bbox_predictor": 3}.items():
+        expected += [f"{name}.layers.{index}.{leaf}" for index in range(depth) for leaf in ("weight", "bias")]
+    for name in ("input_projection", "decoder.layernorm", "class_embed"):
+        expected += [f"{name}.weight", f"{name}.bias"]
+    # The box head has two names, of which files have one or both.
+    tied = {key.replace("bbox_predictor.", "decoder.bbox_embed."): key for key in expected if "bbox_predictor" in key}
+    present = {*weights, *(key for other, key in tied.items() if other in weights)}
+    missing = [
+        key if key.startswith(("class_embed", "bbox_predictor")) else f"model.{key}"
+        for key in expected
+        if key not in present
+    ]
+    if missing:
+        more = f" and {len(missing) - SHOWN_KEYS} more" if len(missing) > SHOWN_KEYS else ""
+        raise UserError(f"{path}: found no {', '.join(missing[:SHOWN_KEYS])}{more}, {EXPECTED}")
+
+
+def _our_name(path: Path, key: str) -> str:
+    if match := LAYER.match(key):
+        stack, index, name, leaf = match.groups()
+        ours = _names_in_layer(stack, int(index), with_activation=True).get(name)
+        if ours is not None:
+            return f"transformer.{stack}.layers.{index}.{ours}.{leaf}"
+    for theirs, ours in PREFIXES.items():
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    raise UserError(f"{path}: found the key {key}, {EXPECTED} with a ResNet of timm")
+
+
+def _arguments(
+    path: Path, weights: Mapping[str, Tensor], layers: Mapping[str, int], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options as shapes and config.json tell them."""
+    ranks = {
+        "input_projection.weight": 4,
+        "query_refpoint_embeddings.weight": 2,
+        "class_embed.bias": 1,
+        "patterns.weight": 2,
+    }
+    feed_forward = [key for key in weights if LAYER.match(key) and key.endswith("fc1.bias")]
+    for key, rank in {**ranks, **dict.fromkeys(feed_forward, 1)}.items():
+        if key in weights and weights[key].ndim != rank:
+            raise UserError(f"{path}: found {weights[key].ndim} axes in {key}, expected {rank}")
+    backbone_config = config.get("backbone_config")
+    stride = backbone_config.get("output_stride") if isinstance(backbone_config, dict) else None
+    return {
+        "backbone": _backbone_name(path, weights),
+        "dilation": bool(config.get("dilation")) or stride == 16,
+        "hidden_dim": len(weights["input_projection.weight"]),
+        "nheads": config.get("encoder_attention_heads", 8),
+        "enc_layers": layers["encoder"],
+        "dec_layers": layers["decoder"],
+        "dim_feedforward": max(len(weights[key]) for key in feed_forward),
+        "num_queries": len(weights["query_refpoint_embeddings.weight"]),
+        "num_patterns": len(weights["patterns.weight"]) if "patterns.weight" in weights else 0,
+        "transformer_activation": "prelu" if any(".activation_fn." in key for key in weights) else "relu",
+        "pe_temperatureH": config.get("temperature_height", 20),
+        "pe_temperatureW": config.get("temperature_width", 20),
+        "anchor_eps": ANCHOR_EPS,
+    }
+
+
+def _backbone_name(path: Path, weights: Mapping[str, Any]) -> str:
+    """The ResNet of torchvision that has as many blocks."""
+    prefix = next(iter(PREFIXES))
+    blocks = re.compile(re.escape(prefix) + r"layer([1-4])\.(\d+)\.conv1\.weight$")
+    numbers = [set() for _ in range(4)]
+    for match in filter(None, map(blocks.match, weights)):
+        numbers[int(match[1]) - 1].add(int(match[2]))
+    shape = (f"{prefix}layer1.0.conv3.weight" in weights, tuple(map(len, numbers)))
+    if shape not in BACKBONES:
+        raise UserError(
+            f"{path}: found stages of {shape[1]} blocks under model.{prefix}, expected one of "
+            f"{', '.join(BACKBONES.values())} of timm"
+        )
+    return BACKBONES[shape]
