@@ -17,6 +17,7 @@ from pruning.cost import cost_of
 from util import distributed
 from util.arguments import full_widths
 from util.checkpoint import Checkpoint, plain_arguments, save_checkpoint
+from util.errors import NonFiniteLossError
 from util.files import append_json_line, move_aside, write_json
 from util.logging import get_logger, table
 from util.setup import build_distillation
@@ -112,7 +113,10 @@ class Run:
             state.epoch += 1
             if state.epoch % args.eval_every == 0 or state.epoch == args.epochs:
                 start = time.perf_counter()
-                result = self.evaluate(state.best_model)
+                try:
+                    result = self.evaluate(state.best_model)
+                except NonFiniteLossError as error:
+                    raise NonFiniteLossError(f"epoch {state.epoch - 1}: {error}") from None
                 stats = result.stats
                 line |= {f"test_{name}": value for name, value in {**stats, **result.losses}.items()}
                 line["test_seconds"] = round(time.perf_counter() - start, 3)
