@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv/bin
 DEMO_OUTPUT ?= output/demo
 
-.PHONY: help demo test lint gpu-check checkpoint tables clean
+.PHONY: help demo test lint coverage mutants gpu-check checkpoint tables clean
 
 help:
 	@echo "make help        list what make can do here"
 	@echo "make demo        prune the demo detector from end to end; results in $(DEMO_OUTPUT)"
 	@echo "make test        run the tests"
 	@echo "make lint        check format, style and types"
+	@echo "make coverage    run the tests and tell which lines of pruning/ and util/ they do not reach"
+	@echo "make mutants     do small wrongs to a copy of the program and see that tests notice (10 minutes)"
 	@echo "make gpu-check   run all that needs a GPU"
 	@echo "make checkpoint  train checkpoints/demo.pth anew (about 70 minutes on two CPU cores)"
 	@echo "make tables      make the README's tables anew of the figures in bench/results"
@@ -35,6 +37,12 @@ lint: .venv/installed-tests
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/mypy
+
+coverage: .venv/installed-tests
+	$(VENV)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+mutants: .venv/installed-tests
+	$(VENV)/python -m tests.trust.mutants
 
 gpu-check: .venv/installed-tests
 	$(VENV)/python -m pytest -m gpu

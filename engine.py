@@ -18,6 +18,7 @@ from models.criterion import Criterion
 from models.distillation import Distillation
 from util import distributed
 from util.ema import WeightAverage
+from util.errors import NonFiniteLossError
 from util.logging import bar_off, get_logger, table
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,10 +30,6 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]: ...
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN; the message holds the table of losses and the images of the batch."""
 
 
 @dataclass
@@ -133,7 +130,7 @@ def train_one_epoch(
         Mean of each loss over the epoch and all processes, and `loss`, the weighted sum.
 
     Raises:
-        NonFiniteLossError: before the optimizer sees it.
+        NonFiniteLossError: a loss or the gradient is not finite, before the optimizer sees it, in all processes.
     """
     model.train()
     criterion.train()
@@ -141,19 +138,24 @@ def train_one_epoch(
     batches = len(loader)
     bar = tqdm(total=batches, desc=f"epoch {epoch}", disable=bar_off(progress), leave=False)
     optimizer.zero_grad(set_to_none=True)
+    pending: list[dict[str, Tensor]] = []  # targets of the batches that the next optimizer step is made of
     for number, (images, targets) in enumerate(loader):
+        pending += targets
+        place = f"epoch {epoch}, step {number + 1} of {batches}"
         images, targets = move_to(images, device), move_to(targets, device)
         group = min(accumulate, batches - number // accumulate * accumulate)
         stepping = (number + 1) % accumulate == 0 or number + 1 == batches
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not stepping else nullcontext():
-            loss, losses = _losses(model, criterion, images, targets, autocast(device, amp), distillation)
+            loss, losses = _losses(model, criterion, images, targets, autocast(device, amp), distillation, place)
             (loss / group if scaler is None else scaler.scale(loss / group)).backward()
         means.add(losses)
-        if stepping and _optimizer_step(model, optimizer, scaler, clip_max_norm):
-            if weight_average is not None:
-                weight_average.update()
-            if scheduler is not None:
-                scheduler.step()
+        if stepping:
+            if _optimizer_step(model, optimizer, scaler, clip_max_norm, pending, place):
+                if weight_average is not None:
+                    weight_average.update()
+                if scheduler is not None:
+                    scheduler.step()
+            pending = []
         lr = optimizer.param_groups[0]["lr"]
         bar.set_postfix(loss=f"{float(losses['loss']):.3f}", lr=f"{lr:.1e}", refresh=False)
         bar.update()
@@ -188,6 +190,9 @@ def evaluate(
 
     With several processes each gives its own part; the parts are gathered, an image seen twice counts once, and every
     process gets the same result.
+
+    Raises:
+        NonFiniteLossError: a score or a box is not finite; in all processes.
     """
     rows: dict[int, np.ndarray] = {}
     means = Means()
@@ -207,6 +212,9 @@ def evaluate(
         merged.update(part)
     image_ids = sorted(merged)
     detections = np.concatenate([merged[i] for i in image_ids]) if image_ids else np.zeros((0, 7))
+    if not np.isfinite(detections).all():
+        bad = sorted({int(row[0]) for row in detections[~np.isfinite(detections).all(axis=1)]})
+        raise NonFiniteLossError(f"evaluation: scores or boxes are not finite, on the images {bad}")
     options = {} if backend is None else {"backend": backend}
     stats = coco_stats(ground_truth, detections, image_ids=image_ids, **options)
     return EvalResult(stats, means.read(), detections, image_ids)
@@ -244,11 +252,12 @@ def _losses(
     targets: list[dict[str, Tensor]],
     precision: contextlib.AbstractContextManager,
     distillation: Distillation | None,
+    place: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch to go backward from, and every loss averaged over the processes.
 
     Raises:
-        NonFiniteLossError: the average is not finite.
+        NonFiniteLossError: the average is not finite; `place` says where in the training that is.
     """
     with precision:
         outputs = model(images, targets)
@@ -260,23 +269,35 @@ def _losses(
         distilled = distillation(outputs, lesson)
         loss = loss + distillation.weighted_sum(distilled)
         losses = losses | distilled
-    losses = distributed.average({**losses, "loss": loss})
-    _check_finite(losses, targets)
+    own = {**losses, "loss": loss}
+    losses = distributed.average(own)
+    _check_finite(losses, own, targets, place)
     return loss, losses
 
 
 def _optimizer_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_max_norm: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    clip_max_norm: float,
+    targets: Sequence[Mapping[str, Tensor]],
+    place: str,
 ) -> bool:
     """Clip, step and clear the gradients; with a scaler an overflow skips the step and lowers the scale.
 
     Returns:
         Whether the step was taken.
+
+    Raises:
+        NonFiniteLossError: the gradient is not finite, without a scaler; the weights are as they were.
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    if scaler is None and not math.isfinite(float(norm)):
+        raise NonFiniteLossError(f"{place}: the gradient is not finite, on the images {_image_ids(targets)}")
     if clip_max_norm > 0:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_max_norm)
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip_max_norm, norm)
     stepped = True
     if scaler is None:
         optimizer.step()
@@ -289,14 +310,29 @@ def _optimizer_step(
     return stepped
 
 
-def _check_finite(losses: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
-    """Raise in every process at once: the losses given are those averaged over all of them."""
+def _check_finite(
+    losses: Mapping[str, Tensor], own: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]], place: str
+) -> None:
+    """Raise in every process at once, each naming the images of all whose `own` losses are not finite.
+
+    Args:
+        losses: averaged over the processes.
+        own: those of this process, in the order in which they are computed.
+    """
     if math.isfinite(float(losses["loss"])):
         return
-    image_ids = [int(target["image_id"]) for target in targets]
-    values = table(["loss", "value"], [(name, float(value)) for name, value in sorted(losses.items())])
-    get_logger().error("the loss is not finite on a batch with the images %s\n%s", image_ids, values)
-    raise NonFiniteLossError(f"the loss is not finite on a batch with the images {image_ids}")
+    values = {name: float(value.detach()) for name, value in own.items()}
+    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    parts = distributed.gather_objects((bad, _image_ids(targets)))
+    parts = [part for part in parts if part[0]] or [(["the average of loss is not finite"], part[1]) for part in parts]
+    message = f"{place}: {parts[0][0][0]}, on the images {sorted(i for _, ids in parts for i in ids)}"
+    averages = table(["loss", "value"], [(name, float(value)) for name, value in sorted(losses.items())])
+    get_logger().error("%s\n%s", message, averages)
+    raise NonFiniteLossError(message)
+
+
+def _image_ids(targets: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    return sorted(int(target["image_id"]) for target in targets)
 
 
 def _to_float32(value: Any) -> Any:

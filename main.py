@@ -8,12 +8,10 @@ Paper: DN-DETR (arXiv 2203.01305); greedy pruning, J. Donghua Univ. (Eng.) 42(1)
 """
 
 import argparse
-import sys
 from collections.abc import Collection
 
 import torch
 
-import engine
 from util import distributed
 from util.errors import run_cli
 from util.files import check_output_dir
@@ -67,7 +65,4 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
 
 if __name__ == "__main__":
     command_line = script_parser(__doc__, parents=[get_args_parser()])
-    try:
-        run_cli(lambda: main(*parse(command_line)))
-    except engine.NonFiniteLossError as error:
-        sys.exit(f"error: {error}")
+    run_cli(lambda: main(*parse(command_line)))

@@ -18,13 +18,22 @@ def _error_mark() -> str:
     return paint("error:", "red", sys.stderr, attrs=("bold",))
 
 
+class NonFiniteLossError(RuntimeError):
+    """A loss, a gradient or a detection is infinite or NaN; the message names it, where it came, and the images."""
+
+
 def run_cli(main: Callable[[], object]) -> None:
-    """Run an entry script; a `UserError`, or a disk that takes no more, becomes one line on stderr and exit code 2."""
+    """Run an entry script; a `UserError`, or a disk that takes no more, becomes one line on stderr and exit code 2.
+
+    A `NonFiniteLossError` is one line, too, and exit code 1.
+    """
     try:
         main()
     except UserError as error:
         print(f"{_error_mark()} {error}", file=sys.stderr)
         sys.exit(2)
+    except NonFiniteLossError as error:
+        sys.exit(f"{_error_mark()} {error}")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -22,6 +22,7 @@ from util.batch_log import BatchLog
 from util.board import Board
 from util.checkpoint import Checkpoint, save_checkpoint
 from util.environment import record_run
+from util.errors import NonFiniteLossError
 from util.files import append_json_line, move_aside, write_json
 from util.logging import get_logger, table
 from util.report import REPORT_NAME, write_report
@@ -136,7 +137,10 @@ class Run:
             state.epoch += 1
             if state.epoch % args.eval_every == 0 or state.epoch == args.epochs:
                 start = time.perf_counter()
-                result = self.evaluate(state.best_model)
+                try:
+                    result = self.evaluate(state.best_model)
+                except NonFiniteLossError as error:
+                    raise NonFiniteLossError(f"epoch {state.epoch - 1}: {error}") from None
                 stats = result.stats
                 line |= {f"test_{name}": value for name, value in {**stats, **result.losses}.items()}
                 line["test_seconds"] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,99 @@
+"""Two processes train like one on as many images, and a search finds the same on one, two and four."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from tests.pruning.test_end_to_end import SMALL, write_folder
+from tests.tiny_run import TINY, write_split
+from util.checkpoint import read_checkpoint
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+
+# Batches of two in each of two processes hold the images of a batch of four in one: a step's sums are the same up to
+# rounding (float32, 1e-7 of each term), which eight steps carry on.
+LOSS_TOLERANCE = 2e-5  # relative, of the mean loss of an epoch; measured 1.4e-6
+WEIGHT_TOLERANCE = 1e-3  # of the distance that training has moved the weights by; measured 1.3e-5
+SEARCHES = {
+    "fast": "--map_tol 0.1 --attention_unit 2 --ffn_unit 8",
+    "visit": "--search visit --map_tol 0.1 --skip_eval_converge 0.05 --attention_unit 4 --ffn_unit 16",
+}
+
+
+def run_jobs(path: Path, jobs: list[dict]) -> None:
+    """Do the jobs of `tests.trust.forked` in a process of their own."""
+    path.write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.trust.forked", path],
+        cwd=Path(main.__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def job(processes: int, script: str, words: str) -> dict:
+    """One of `run_jobs`."""
+    return {"processes": processes, "script": script, "words": words.split()}
+
+
+def moved(out: Path, start: Path) -> torch.Tensor:
+    """By how much training has moved the weights, as one vector."""
+    after, before = (torch.load(path / "checkpoint.pth", weights_only=True)["model"] for path in (out, start))
+    return torch.cat([(after[name] - before[name]).flatten() for name in sorted(after)])
+
+
+def test_two_processes_train_like_one_on_the_same_batches(tmp_path):
+    """Equal are all losses but `class_error`, a mean over matched queries that each process takes of its own.
+
+    Denoising is on with noise 0 and dropout off, for their draws come from each process's own generator; images are of
+    one size, since padding is a batch's own; batch norm is frozen, since it looks at the images of one process.
+    """
+    root = tmp_path / "coco"
+    for seed, split in enumerate(("train2017", "val2017")):
+        write_split(root, split, 8, seed, (64, 64))
+    common = f"{TINY} --coco_path {root} --augmentation flip --label_noise_scale 0 --box_noise_scale 0"
+    untrained = "--epochs 1 --lr 0 --lr_backbone 0 --weight_decay 0"
+    train = f"--epochs 4 --warmup_iters 2 --lr 1e-3 --start_fresh --resume {tmp_path}/start/checkpoint.pth"
+    jobs = [job(1, "main", f"{common} {untrained} --output_dir {tmp_path}/start")]
+    for processes in (1, 2):
+        batches = f"--batch_size {4 // processes} --output_dir {tmp_path}/{processes}"
+        jobs.append(job(processes, "main", f"{common} {train} {batches}"))
+    run_jobs(tmp_path / "jobs.json", jobs)
+    one, two = ([json.loads(line) for line in (tmp_path / n / "log.txt").read_text().splitlines()] for n in "12")
+    assert len(one) == len(two) == 4
+    assert one[-1]["train_loss"] < one[0]["train_loss"]
+    for alone, together in zip(one, two, strict=True):
+        names = {name for name in alone if name.startswith("train_") and "class_error" not in name} - {"train_seconds"}
+        assert {"train_loss", "train_loss_ce_0", "train_tgt_loss_giou", "train_cardinality_error"} <= names
+        assert {n: together[n] for n in names} == pytest.approx({n: alone[n] for n in names}, rel=LOSS_TOLERANCE)
+        assert together["lr"] == alone["lr"]
+    alone, together = (moved(tmp_path / n, tmp_path / "start") for n in "12")
+    assert float((alone - together).norm()) < WEIGHT_TOLERANCE * float(alone.norm())
+
+
+def test_a_search_finds_the_same_widths_and_channels_on_one_two_and_four_processes(tmp_path):
+    folder = write_folder(tmp_path / "data", "")
+    common = f"{SMALL} --coco_path {folder} --resume {folder}/dense.pth"
+    jobs = [
+        job(processes, "mgp", f"{common} {words} --output_dir {tmp_path}/{kind}{processes}")
+        for processes in (1, 2, 4)
+        for kind, words in SEARCHES.items()
+    ]
+    run_jobs(tmp_path / "jobs.json", jobs)
+    for kind in SEARCHES:
+        alone = read_checkpoint(tmp_path / f"{kind}1" / "pruned.pth")
+        assert alone.widths != alone.full_widths
+        for processes in (2, 4):
+            together = read_checkpoint(tmp_path / f"{kind}{processes}" / "pruned.pth")
+            assert together.widths == alone.widths, (kind, processes)
+            for name, kept in alone.kept.items():
+                assert all(torch.equal(indices, together.kept[name][part]) for part, indices in kept.items())
