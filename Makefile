@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv/bin
 DEMO_OUTPUT ?= output/demo
 
-.PHONY: help demo test lint gpu-check checkpoint tables clean
+.PHONY: help demo test soak lint gpu-check checkpoint tables clean
 
 help:
 	@echo "make demo        prune the demo detector from end to end; results in $(DEMO_OUTPUT)"
 	@echo "make test        run the tests"
+	@echo "make soak        kill runs 100 times and more, and fuzz for longer (about 15 minutes)"
 	@echo "make lint        check format, style and types"
 	@echo "make gpu-check   run all that needs a GPU"
 	@echo "make checkpoint  train checkpoints/demo.pth anew (about 70 minutes on two CPU cores)"
@@ -29,6 +30,9 @@ demo: .venv/installed
 
 test: .venv/installed-tests
 	$(VENV)/python -m pytest
+
+soak: .venv/installed-tests
+	SOAK=1 $(VENV)/python -m pytest -m "soak or not soak" tests/trust
 
 lint: .venv/installed-tests
 	$(VENV)/ruff format --check .

@@ -8,6 +8,7 @@ Paper: DN-DETR (arXiv 2203.01305); greedy pruning, J. Donghua Univ. (Eng.) 42(1)
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Collection
 
@@ -17,6 +18,7 @@ import engine
 from util import distributed
 from util.errors import run_cli
 from util.files import check_output_dir
+from util.lock import hold_folder
 from util.logging import log_to_file, stop_logging_to_file
 from util.options import get_args_parser, parse
 from util.setup import build_detector, settle_arguments
@@ -42,8 +44,9 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
     checkpoint, continuing = settle_arguments(args, typed)
     distributed.start(device)
     seed_everything(args.seed)
-    handler = None
+    handler, lock = None, contextlib.ExitStack()
     try:
+        lock.enter_context(hold_folder(output_dir))
         run = Run(args, build_detector(args, checkpoint), device, output_dir)
         if not args.eval:
             run.prepare_training(checkpoint, continuing)
@@ -58,6 +61,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
         return run.evaluate_only() if args.eval else run.train()
     finally:
         stop_logging_to_file(handler)
+        lock.close()
         distributed.stop()
 
 
