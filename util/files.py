@@ -124,15 +124,18 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def move_aside(path: str | Path) -> Path | None:
-    """Rename an existing `a.txt` to the first free one of `a.1.txt`, `a.2.txt`, ...; returns that, None without one."""
-    path = Path(path)
-    if not path.exists():
-        return None
-    number = 1
+def free_name(path: str | Path) -> Path:
+    """The first of `a.1.txt`, `a.2.txt`, ... that is not there, for `a.txt`."""
+    path, number = Path(path), 1
     while (older := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
-    return path.rename(older)
+    return older
+
+
+def move_aside(path: str | Path) -> Path | None:
+    """Rename an existing file to its `free_name`; returns that, None without one."""
+    path = Path(path)
+    return path.rename(free_name(path)) if path.exists() else None
 
 
 def check_output_dir(path: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """A training or evaluation run of `main.py`: the detector, its data, and the files that come of it."""
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from pruning.cost import cost_of
 from util import distributed
 from util.arguments import full_widths
 from util.checkpoint import Checkpoint, plain_arguments, save_checkpoint
-from util.files import append_json_line, move_aside, write_json
+from util.files import append_json_line, copy_file, free_name, move_aside, write_atomic, write_json
 from util.logging import get_logger, table
 from util.setup import build_distillation
 from util.training_state import TrainingState
@@ -55,7 +56,7 @@ class Run:
             unused = args.dec_layers == 1
             self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
         self.distillation = build_distillation(args, self.model)
-        self.move_aside = not continuing
+        self.continuing, self.begun = continuing, False
         self.state = TrainingState(self.model, args, math.ceil(len(self.train_loader) / args.accumulate))
         if continuing:
             self.state.load(checkpoint.training, self.state.best_model.state_dict(), str(checkpoint.path))
@@ -156,7 +157,7 @@ class Run:
         training = state.state_dict()
         if not distributed.is_main():
             return
-        self._move_older_files_aside()
+        self._make_way(line["epoch"])
         content = {
             "state_dict": state.best_model.state_dict(),
             "widths": self.model.widths,
@@ -164,23 +165,55 @@ class Run:
             "arguments": self.args,
             "num_classes": self.args.num_classes,
         }
-        save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
+        # An epoch counts once checkpoint.pth has it: killed before, a run does it again, and writes the rest again.
         if is_best:
             save_checkpoint(self.output_dir / "checkpoint_best.pth", **content)
         append_json_line(self.output_dir / "log.txt", line)
+        save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
         found = "not evaluated" if ap is None else f"AP {ap:.4f}{' (best)' if is_best else ''}"
         seconds = line["train_seconds"] + line.get("test_seconds", 0)
         self.log.info("epoch %d: loss %.4f, %s, %.1f s", line["epoch"], line["train_loss"], found, seconds)
 
-    def _move_older_files_aside(self) -> None:
-        """Once, before the first files of a run that does not go on with an older one."""
-        if not self.move_aside:
+    def _make_way(self, epoch: int) -> None:
+        """Once, before the first files of a run: those of an older one are moved aside, those it goes on with taken up.
+
+        `epoch` is the one about to be written.
+        """
+        if self.begun:
             return
-        self.move_aside = False
+        self.begun = True
+        if self.continuing:
+            take_up_log(self.output_dir / "log.txt", epoch)
+            return
         moved = [move_aside(self.output_dir / name) for name in ("checkpoint.pth", "checkpoint_best.pth", "log.txt")]
         if any(moved):
             names = ", ".join(path.name for path in moved if path is not None)
             self.log.info("%s held an older run; its files are now %s", self.output_dir, names)
+
+
+def take_up_log(path: Path, epoch: int) -> None:
+    """Drop from a log.txt what is done again: a line that a crash cut short, and those from `epoch` on.
+
+    Where that is more than the line of an epoch that a crash kept from its checkpoint, the old file is kept beside it.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    kept = [line for line in lines if _epoch_of(line) < epoch]
+    if b"".join(kept) == content:
+        return
+    if lines[: len(kept)] != kept or any(_epoch_of(line) > epoch for line in lines) or len(lines) > len(kept) + 1:
+        copy_file(path, free_name(path))
+    write_atomic(path, lambda stream: stream.write(b"".join(kept)))
+
+
+def _epoch_of(line: bytes) -> float:
+    """The epoch of a line of log.txt; below all others for a line that tells none."""
+    try:
+        return float(json.loads(line)["epoch"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return -math.inf
 
 
 def _summary(lines: list[dict[str, Any]]) -> str:
