@@ -195,10 +195,10 @@ def draw_set(out: Path, *, images: int, val_images: int, seed: int, size: int = 
         UserError: `out` holds something else.
     """
     settings = {"version": DRAWING_VERSION, "images": images, "val_images": val_images, "seed": seed, "size": size}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        _refuse_other_content(out, settings)
-        return False
     with hold_name(out, "the folder"):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            _refuse_other_content(out, settings)
+            return False
         scratch = temporary_of(out)
         try:
             with naming(out):

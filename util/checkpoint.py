@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from models.widths import Widths
 from pruning.transplant import check_kept_sets, cut_state_dict, paper_masks_to_kept, slices_of
-from util.errors import UserError, run_cli
+from util.errors import UserError, run_cli, shorten
 from util.files import save_torch
+from util.tensor_checks import check_archive, check_finite, check_tensor, check_training, tensors_in
 
 FORMAT = "dn-detr-pruning"
 VERSION = 1
@@ -39,7 +40,7 @@ FOREIGN_ARGUMENTS = (
 )  # fmt: skip
 ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:in_proj_|out_proj\.)(?:weight|bias))$")
 UNSAFE = re.compile(r"Unsupported (?:global|class|operand|operator):?\s*(?:GLOBAL )?(\S+)", re.IGNORECASE)
-LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
+LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d{1,4})\.")  # not more: each layer is looked for
 BOX_HEADS = ("bbox_embed.", "transformer.decoder.bbox_embed.")
 DEFORMABLE_KEY = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
 CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # of the dense variant, of the deformable one
@@ -88,12 +89,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     content = _load(path)
+    try:
+        for name, tensor in tensors_in(content, ""):
+            check_tensor(path, name.lstrip("."), tensor)
+    except RecursionError:
+        raise UserError(f"{path}: found values nested too deeply, expected a checkpoint") from None
     if isinstance(content, dict) and content.get("format") == FORMAT:
         return _read_ours(path, content)
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path}: found no weights in it, expected a checkpoint with a state dict under `model`")
     _check_keys(path, "model", weights)
+    check_finite(path, weights)
     return _read_foreign(path, _strip_module(weights), _foreign_arguments(content))
 
 
@@ -137,6 +144,8 @@ def plain_arguments(arguments: argparse.Namespace | Mapping[str, Any]) -> dict[s
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path = "checkpoint") -> None:
     """Load weights of any format into `model`, of any floating type; nothing is changed if they do not fit.
 
+    A model on the meta device takes none: they are only held against it.
+
     Dense and slim names of the encoder's attention serve either model, one of the box head's two names is enough, and
     BatchNorm's batch counters may be missing or too many.
 
@@ -156,7 +165,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
             elif key not in found:
                 found[key] = expected[key]
     _check_fit(found, expected, source)
-    model.load_state_dict(found)
+    if not any(value.is_meta for value in expected.values()):
+        model.load_state_dict(found)
 
 
 def rename_encoder_attention(state_dict: Mapping[str, Tensor], slim: bool) -> dict[str, Tensor]:
@@ -211,6 +221,9 @@ def _load(path: Path) -> Any:
             raise UserError(f"{path}: found a folder, expected a checkpoint file")
         if not path.exists():
             raise UserError(f"{path}: no such file, expected a checkpoint")
+        if not path.is_file():
+            raise UserError(f"{path}: found no regular file, expected a checkpoint")
+        check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, UserError):
@@ -237,23 +250,30 @@ def _strip_module(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
-    if content.get("version") != VERSION:
-        raise UserError(f"{path}: found format version {content.get('version')!r}, expected {VERSION}")
+    if type(content.get("version")) is not int or content["version"] != VERSION:
+        raise UserError(f"{path}: found format version {shorten(content.get('version'))}, expected {VERSION}")
     for key, kind in REQUIRED.items():
         if not isinstance(content.get(key), kind):
             raise UserError(f"{path}: found {type(content.get(key)).__name__} under `{key}`, expected {kind.__name__}")
     kept = content.get("kept")
     _check_keys(path, "args", content["args"])
+    for name, _ in tensors_in(content["args"], "args"):
+        raise UserError(f"{path}: found a tensor under `{name:.80}`, expected an option's value")
     _check_tensors(path, "model", content["model"])
     bias = _class_bias(content["model"])
     if bias is not None and bias.shape != (content["num_classes"],):
         raise UserError(
-            f"{path}: found {content['num_classes']} under `num_classes`, expected {_shape(bias)} as biases"
+            f"{path}: found {shorten(content['num_classes'])} under `num_classes`, expected {_shape(bias)} as biases"
         )
+    check_finite(path, content["model"])
     if kept is not None:
         _check_kept(path, kept)
+    trace = [] if content.get("trace") is None else content["trace"]
+    if not isinstance(trace, list) or not all(isinstance(step, dict) for step in trace) or any(tensors_in(trace, "")):
+        raise UserError(f"{path}: found {shorten(trace)} under `trace`, expected the steps of a search")
     training = None
     if "optimizer" in content:
+        check_training(path, content)
         training = {key: value for key, value in content.items() if key not in {*REQUIRED, "format", "version", "kept"}}
     return Checkpoint(
         path,
@@ -264,7 +284,7 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         content["num_classes"],
         content["args"],
         training,
-        content.get("trace") or [],
+        trace,
         _parse_widths(path, content["full_widths"]),
     )
 
@@ -272,7 +292,7 @@ def _read_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
 def _check_keys(path: Path, name: str, values: dict) -> None:
     for key in values:
         if not isinstance(key, str):
-            raise UserError(f"{path}: found the key {key!r:.40} under `{name}`, expected names alone")
+            raise UserError(f"{path}: found the key {shorten(key)} under `{name}`, expected names alone")
 
 
 def _check_kept(path: Path, kept: Any) -> None:
@@ -305,7 +325,8 @@ def _foreign_arguments(content: dict[str, Any]) -> dict[str, Any]:
     """Options that fix the network, where a foreign file tells them under `args` by the names they have here."""
     stored = content.get("args") if "model" in content else None
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
-    return {name: stored[name] for name in FOREIGN_ARGUMENTS if name in stored} if isinstance(stored, dict) else {}
+    told = stored if isinstance(stored, dict) else {}
+    return {name: told[name] for name in FOREIGN_ARGUMENTS if isinstance(told.get(name), str | int | float)}
 
 
 def _read_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict[str, Any]) -> Checkpoint:
@@ -375,6 +396,11 @@ def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sour
         f"{key} has the shape {_shape(found[key])}, expected {_shape(value)}"
         for key, value in expected.items()
         if key in found and found[key].shape != value.shape
+    ]
+    faults += [
+        f"{key} holds {found[key].dtype}, expected floating point numbers"
+        for key, value in expected.items()
+        if key in found and value.is_floating_point() and not found[key].is_floating_point()
     ]
     faults += [f"{key} is missing, expected {_shape(value)}" for key, value in expected.items() if key not in found]
     faults += [f"{key} ({_shape(value)}) is not in the model" for key, value in found.items() if key not in expected]

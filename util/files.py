@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from util.errors import UserError
 
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
+PROBE_SECONDS = 600  # older ones are of processes that were killed: one is there for a millisecond
 PROBE = re.compile(r"\.probe-(?P<pid>\d+)-.*")
 
 
@@ -152,6 +154,7 @@ def check_output_dir(path: str | Path) -> Path:
             nearest = nearest.parent
         if not nearest.is_dir():
             raise UserError(f"--output_dir {path}: {nearest} is a file, expected a folder")
+        _remove_old_probes(nearest)
         # Permissions do not tell all, so the missing folders are made once: under a name of this process alone.
         with tempfile.TemporaryDirectory(prefix=f".probe-{os.getpid()}-", dir=nearest) as probe:
             Path(probe, *missing).mkdir(parents=True, exist_ok=True)
@@ -159,3 +162,9 @@ def check_output_dir(path: str | Path) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--output_dir {path}: found no way to write there ({reason}), expected a folder") from None
     return path
+
+
+def _remove_old_probes(folder: Path) -> None:
+    for path in folder.iterdir():
+        if PROBE.fullmatch(path.name) and time.time() - path.stat().st_mtime > PROBE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)

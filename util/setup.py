@@ -74,14 +74,32 @@ def build_detector(
     if checkpoint is None:
         return build_model(args)
     state_dict = checkpoint.state_dict
+    # What was pruned before is smaller than the dense network already.
+    whole = argparse.Namespace(**{**vars(args), "cfgs": checkpoint.full_widths}) if checkpoint.is_search else args
+    _check_describes(whole, checkpoint)
     if checkpoint.is_search:
-        # What was pruned before is smaller than the dense network already.
-        full_widths = checkpoint.full_widths
-        whole_model, _, _ = build_model(argparse.Namespace(**{**vars(args), "cfgs": full_widths}))
+        whole_model, _, _ = build_model(whole)
         state_dict = slim_state_dict(checkpoint, whole_model)
     built = build_model(args)
     load_weights(built[0], state_dict, checkpoint.path)
     return built
+
+
+def _check_describes(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Raise a `UserError` unless the weights fit the detector that `args` describe, before any memory is taken for it.
+
+    Sizes may come out of the file, and a wrong one can ask for all the memory there is.
+    """
+    try:
+        with torch.device("meta"):
+            load_weights(build_model(args)[0], checkpoint.state_dict, checkpoint.path)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{checkpoint.path}: found options of no detector ({reason:.80}), expected those it was made with"
+        ) from None
 
 
 def build_distillation(args: argparse.Namespace, student: Detector) -> Distillation | None:

@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +78,16 @@ class Job:
     """One process that does one of the things above to a folder."""
 
     def __init__(
-        self, what: Callable, data: Path, out: Path, kill: Kill | None = None, largest_file: int | None = None
+        self,
+        what: Callable,
+        data: Path,
+        out: Path,
+        kill: Kill | None = None,
+        *,
+        largest_file: int | None = None,
+        said: Path | None = None,
     ) -> None:
-        self.out, self.kill, self.said = out, kill or Kill(), out.parent / f"{out.name}.said.txt"
+        self.out, self.kill, self.said = out, kill or Kill(), said or out.parent / f"{out.name}.said.txt"
         self.touched = SERVER.Value("i", 0)
         at = self.kill.nth if kill is not None and not self.kill.temporary else None
         arguments = (what, data, out, self.said, self.touched, at, largest_file)
@@ -145,18 +151,10 @@ def assert_whole(folder: Path) -> None:
         elif path.suffix in (".png", ".jpg"):
             with Image.open(path) as image:
                 image.load()
-        elif path.suffix == ".jsonl" or path.name == "log.txt":
+        elif path.suffix == ".jsonl" or path.match("log*.txt"):
             for line in path.read_bytes().split(b"\n")[:-1]:
                 json.loads(line)
         elif path.suffix == ".html":
             assert path.read_text().rstrip().endswith("</html>")
         else:
             assert path.name == "run.log", f"a kind of file that this test cannot read: {path}"
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for something that must come."""
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "it did not come"
-        time.sleep(0.01)

@@ -122,7 +122,9 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(name, data,
             job = Job(JOBS[name], data[name], out)
             assert job.finish() == 0, job.said.read_text()
         assert_same(out, reference)
-        assert not any(out.glob(".*")) and not any(tmp_path.glob(".*"))
+        # A probe of the folder above may be another run's: it goes when it is old.
+        left = {path.name for path in (*out.glob(".*"), *tmp_path.glob(".*")) if not path.name.startswith(".probe-")}
+        assert left == set()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pruning.schedule import GP, MGP
 from tests.tiny_run import tiny_options
 from util import distributed, lock
 from util.errors import UserError
-from util.files import remove_leftovers
+from util.files import check_output_dir, remove_leftovers
 from util.lock import LOCK_NAME, hold_folder, hold_name
 
 ROOT = Path(main.__file__).parent
@@ -224,6 +224,14 @@ def test_what_dead_processes_were_writing_is_removed_and_nothing_else(tmp_path):
     with hold_folder(tmp_path):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {*stay, f".probe-{running}-x"}
+
+
+def test_an_old_probe_of_a_folder_is_removed_by_the_next(tmp_path):
+    for name in (".probe-1-old", ".probe-1-new"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    os.utime(tmp_path / ".probe-1-old", (0, 0))
+    check_output_dir(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [".probe-1-new"]
 
 
 def test_a_run_leaves_no_lock_behind(coco, tmp_path):
