@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv/bin
 DEMO_OUTPUT ?= output/demo
 
-.PHONY: help demo test lint coverage mutants gpu-check checkpoint tables clean
+.PHONY: help demo test soak lint coverage mutants gpu-check checkpoint tables clean
 
 help:
 	@echo "make help        list what make can do here"
 	@echo "make demo        prune the demo detector from end to end; results in $(DEMO_OUTPUT)"
 	@echo "make test        run the tests"
+	@echo "make soak        kill runs 100 times and more, and fuzz for longer (about 15 minutes)"
 	@echo "make lint        check format, style and types"
 	@echo "make coverage    run the tests and tell which lines of pruning/ and util/ they do not reach"
 	@echo "make mutants     do small wrongs to a copy of the program and see that tests notice (10 minutes)"
@@ -32,6 +33,9 @@ demo: .venv/installed
 
 test: .venv/installed-tests
 	$(VENV)/python -m pytest
+
+soak: .venv/installed-tests
+	SOAK=1 $(VENV)/python -m pytest -m "soak or not soak" tests/trust
 
 lint: .venv/installed-tests
 	$(VENV)/ruff format --check .

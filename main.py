@@ -8,6 +8,7 @@ Paper: DN-DETR (arXiv 2203.01305); greedy pruning, J. Donghua Univ. (Eng.) 42(1)
 """
 
 import argparse
+import contextlib
 from collections.abc import Collection
 
 import torch
@@ -16,6 +17,7 @@ from util import distributed
 from util.errors import run_cli
 from util.files import check_output_dir
 from util.finetune import find_new_parts
+from util.lock import hold_folder
 from util.logging import log_to_file, stop_logging_to_file
 from util.options import get_args_parser, parse, script_parser
 from util.setup import build_detector, settle_arguments
@@ -42,8 +44,9 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
     new_parts = find_new_parts(args, checkpoint, continuing)
     distributed.start(device)
     seed_everything(args.seed)
-    handler = None
+    handler, lock = None, contextlib.ExitStack()
     try:
+        lock.enter_context(hold_folder(output_dir))
         run = Run(args, build_detector(args, checkpoint, new_parts), device, output_dir)
         if not args.eval:
             run.prepare_training(checkpoint, continuing)
@@ -60,6 +63,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
         return run.evaluate_only() if args.eval else run.train()
     finally:
         stop_logging_to_file(handler)
+        lock.close()
         distributed.stop()
 
 

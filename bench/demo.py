@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +26,8 @@ from bench.timing import milliseconds_per_image
 from datasets.coco import CocoDataset, build_dataset
 from util.draw import draw_detections, write_grid
 from util.errors import UserError, run_cli
-from util.files import write_json
+from util.files import copy_file, write_json
+from util.lock import hold_folder
 from util.logging import table
 from util.options import get_args_parser, parse, script_parser, whole
 from util.setup import build_detector, settle_arguments
@@ -140,7 +140,7 @@ def summarise(output: Path, checkpoint: Path) -> list[dict]:
             }
         )
     for picture in ("widths.png", "ap_params.png"):
-        shutil.copyfile(output / "search" / picture, output / picture)
+        copy_file(output / "search" / picture, output / picture)
     _write_detections(output, dataset, {name: detectors[name] for name in ("dense", "fine-tuned")})
     return rows
 
@@ -181,10 +181,11 @@ def main() -> None:
     if not args.checkpoint.is_file():
         raise UserError(f"--checkpoint {args.checkpoint}: found no such file, expected a detector's checkpoint")
     start = time.perf_counter()
-    run_stages(args)
-    rows = summarise(args.output, args.checkpoint)
-    seconds = round(time.perf_counter() - start)
-    write_json(args.output / "summary.json", {"environment": environment(), "seconds": seconds, "rows": rows})
+    with hold_folder(args.output, "--output"):
+        run_stages(args)
+        rows = summarise(args.output, args.checkpoint)
+        seconds = round(time.perf_counter() - start)
+        write_json(args.output / "summary.json", {"environment": environment(), "seconds": seconds, "rows": rows})
     keys = ("name", "ap", "ap50", "transformer_params", "params", "gmacs", "ms_per_image")
     titles = ("", "AP", "AP50", "transformer parameters", "all parameters", "GMACs", "ms an image")
     cells = [[f"{row[k]:,}" if isinstance(row[k], int) else row[k] for k in keys] for row in rows]

@@ -26,9 +26,11 @@ from torchvision.transforms.v2 import functional
 
 from datasets.annotations import read_annotations
 from datasets.transforms import TRAINING_TRANSFORMS, eval_transforms
-from util.errors import UserError
+from util.errors import UserError, shorten
 
 SPLITS = ("train2017", "val2017")
+# Of pictures alone: for others Pillow starts programs (EPS) or reads what the file points to.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
 MIN_TRAIN_SIDE = 1.0  # pixels; what a crop or a small scale leaves of a box below this is no target to learn
 
 
@@ -213,7 +215,9 @@ class CocoDataset(CocoDetection):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The pixels as they are stored, as data sets count their boxes in them."""
+    """The pixels as they are stored, as data sets count their boxes in them; 16 bits are brought to 8."""
+    if image.mode.startswith("I;16"):  # convert() would cut off all above 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -224,7 +228,8 @@ def read_image(path: Path, convert: Callable[[Image.Image], Image.Image] = to_rg
         UserError: the file cannot be read as an image.
     """
     try:
-        with Image.open(io.BytesIO(path.read_bytes())) as image:  # one read; Pillow would make dozens of small ones
+        content = io.BytesIO(path.read_bytes())  # one read; Pillow would make dozens of small ones
+        with Image.open(content, formats=FORMATS) as image:
             return functional.pil_to_tensor(convert(image))
     except MemoryError:
         raise
@@ -260,7 +265,8 @@ def _check_images(folder: Path, annotation_file: Path, images: list[dict]) -> No
     ]
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} of the {len(images)} images of {annotation_file}, first {missing[0]}"
+            f"{folder} lacks {len(missing)} of the {len(images)} images of {annotation_file}, "
+            f"first {shorten(missing[0], 80)}"
         )
 
 

@@ -9,7 +9,6 @@ gives the same pictures on every platform (see `datasets.shapes`); train and val
 import argparse
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,8 @@ from datasets.shapes import (
     shape_grid,
 )
 from util.errors import UserError, run_cli
+from util.files import naming, temporary_of
+from util.lock import hold_name
 from util.options import script_parser
 
 MARKER = "demo_set.json"  # says that a folder is a demo set, and drawn with which settings
@@ -197,19 +198,19 @@ def draw_set(out: Path, *, images: int, val_images: int, seed: int, size: int = 
         UserError: `out` holds something else.
     """
     settings = {"version": DRAWING_VERSION, "images": images, "val_images": val_images, "seed": seed, "size": size}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        _refuse_other_content(out, settings)
-        return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        for split, number in zip(SPLITS, (images, val_images), strict=True):
-            draw_split(scratch, split, number, seed=seed, size=size)
-        (scratch / MARKER).write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
-        scratch.replace(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with hold_name(out, "the folder"):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            _refuse_other_content(out, settings)
+            return False
+        scratch = temporary_of(out)
+        try:
+            with naming(out):
+                for split, number in zip(SPLITS, (images, val_images), strict=True):
+                    draw_split(scratch, split, number, seed=seed, size=size)
+                (scratch / MARKER).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+                scratch.replace(out)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return True
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from util.errors import UserError
+from util.errors import UserError, shorten
 
 ENCODER_BLOCKS = ("attention", "ffn")
 DECODER_BLOCKS = ("self_attention", "cross_attention", "ffn")
+LARGEST_FILE = 1 << 20  # bytes
 GRAMMAR = "[[[attention, ffn], ...], [[self_attention, cross_attention, ffn], ...]]"
 
 
@@ -45,7 +46,7 @@ class Widths:
             given = " ".join(given)
         if isinstance(given, str):
             if not given.lstrip().startswith("["):
-                shown, given = f"--cfgs {given}", _read_file(given)
+                shown, given = f"--cfgs {given:.200}", _read_file(given)
             try:
                 given = json.loads(given)
             except (ValueError, RecursionError) as error:
@@ -103,9 +104,15 @@ def _locate(module_name: str) -> tuple[str, int, int]:
 
 def _read_file(path: str) -> str:
     try:
-        return Path(path).read_text()
+        with Path(path).open("rb") as stream:
+            content = stream.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ValueError
+        return content.decode()
     except (OSError, ValueError):
-        raise UserError(f"--cfgs: found {path!r}, expected {GRAMMAR} or the path of a file that holds it") from None
+        raise UserError(
+            f"--cfgs: found {shorten(path, 80)}, expected {GRAMMAR} or the path of a file that holds it"
+        ) from None
 
 
 def _stacks(nested: object, shown: str) -> list[tuple[tuple[int, ...], ...]]:
@@ -114,11 +121,13 @@ def _stacks(nested: object, shown: str) -> list[tuple[tuple[int, ...], ...]]:
     stacks = []
     for stack, blocks, layers in zip(("encoder", "decoder"), (ENCODER_BLOCKS, DECODER_BLOCKS), nested, strict=True):
         if not isinstance(layers, list | tuple):
-            raise UserError(f"{shown}: found {layers!r} for the {stack}, expected a list of layers, {GRAMMAR}")
+            raise UserError(f"{shown}: found {shorten(layers)} for the {stack}, expected a list of layers, {GRAMMAR}")
         for index, layer in enumerate(layers):
             if not (isinstance(layer, list | tuple) and len(layer) == len(blocks)):
-                raise UserError(f"{shown}: found {layer!r} for {stack} layer {index}, expected [{', '.join(blocks)}]")
+                raise UserError(
+                    f"{shown}: found {shorten(layer)} for {stack} layer {index}, expected [{', '.join(blocks)}]"
+                )
             if not all(type(width) is int for width in layer):
-                raise UserError(f"{shown}: found {layer!r} for {stack} layer {index}, expected whole numbers")
+                raise UserError(f"{shown}: found {shorten(layer)} for {stack} layer {index}, expected whole numbers")
         stacks.append(tuple(tuple(layer) for layer in layers))
     return stacks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Collection
 
 import torch
@@ -14,6 +15,7 @@ from pruning.schedule import Schedule
 from util import distributed
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
+from util.lock import hold_folder
 from util.logging import log_to_file, stop_logging_to_file
 from util.options import parse
 from util.setup import build_detector, settle_arguments
@@ -48,8 +50,9 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
     schedule = schedule_of(schedule, args)
     distributed.start(device)
     seed_everything(args.seed)
-    handler = None
+    handler, lock = None, contextlib.ExitStack()
     try:
+        lock.enter_context(hold_folder(output_dir))
         model, criterion, postprocessors = build_detector(args, checkpoint)
         run = SearchRun(schedule, args, model.to(device), output_dir, device)
         run.prepare(criterion.to(device), postprocessors["bbox"])
@@ -59,4 +62,5 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
         return run.search(base_ap)
     finally:
         stop_logging_to_file(handler)
+        lock.close()
         distributed.stop()

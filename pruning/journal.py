@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from util.files import append_json_line, move_aside, write_atomic
 
 OUTPUT_NAME = "pruned.pth"
 JOURNAL_NAME = "search.jsonl"
+LARGEST = 2**53  # of a number in a journal
 BASE_AP_TOLERANCE = 1e-3  # of mAP in [0, 1]: more than rounding on another device moves it
 
 
@@ -165,10 +166,10 @@ class Journal:
         if different:
             name, found, expected = different[0]
             raise UserError(
-                f"{self.path}: found a search with {name} {found}, expected {expected}: --resume_search goes on with "
-                "the arguments, data and weights that the search began with"
+                f"{self.path}: found a search with {name} {found!s:.80}, expected {expected!s:.80}: --resume_search "
+                "goes on with the arguments, data and weights that the search began with"
             )
-        if others and others[-1].get("event") == "end":
+        if any(line["event"] == "end" for line in others):
             raise UserError(f"{self.path}: found a search that has ended, expected one to go on with")
         if whole_bytes < self.path.stat().st_size:
             whole = self.path.read_bytes()[:whole_bytes]
@@ -192,10 +193,12 @@ class Journal:
         for number, line in enumerate(text.splitlines(), start=1):
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
             if not isinstance(value, dict) or value.get("event") not in ("start", "decision", "trial", "end"):
                 raise UserError(f"{self.path}: line {number} is no event of a search, expected a journal")
+            if number > 1 and value["event"] == "start":
+                raise UserError(f"{self.path}: line {number} is a start, expected the first line alone to be one")
             lines.append(value)
         if lines and lines[0]["event"] != "start":
             raise UserError(f"{self.path}: line 1 is a {lines[0]['event']}, expected the start of a search")
@@ -222,10 +225,44 @@ def read_events(lines: Sequence[Mapping[str, Any]], event: str, kind: type[T], s
         if line["event"] != event:
             continue
         try:
-            found.append(kind.from_dict({key: value for key, value in line.items() if key != "event"}))
+            values = {key: value for key, value in line.items() if key != "event"}
+            _check_types(values, kind)
+            found.append(kind.from_dict(values))
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise UserError(f"{source}: found a damaged {event} ({error}), expected those of a search") from None
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST  # no NaN either
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < LARGEST
+
+
+# What JSON may hold for a field of that annotation.
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "int": _is_whole,
+    "float": _is_number,
+    "float | None": lambda value: value is None or _is_number(value),
+    "bool": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "dict[str, int]": lambda value: isinstance(value, dict) and all(map(_is_whole, value.values())),
+    "Kept": lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(indices, list) and all(map(_is_whole, indices)) for indices in value.values())
+    ),
+}
+
+
+def _check_types(values: Mapping[str, Any], kind: type[Decision] | type[Trial]) -> None:
+    """Raise `ValueError` for a field whose value is not of its type, or an accepted decision without its mAP."""
+    for entry in fields(kind):
+        if entry.name in values and not TYPES[str(entry.type)](values[entry.name]):
+            raise ValueError(f"{entry.name} {values[entry.name]!r:.40}")
+    if values.get("accepted") and values.get("full_ap") is None:
+        raise ValueError("accepted without full_ap")
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 from models.layers import ANCHOR_EPS
 from models.widths import Widths
 from util.checkpoint import Checkpoint
-from util.errors import UserError
+from util.errors import UserError, shorten
 from util.options import DATA_OPTIONS, get_args_parser
 
 # They decide the shapes or the function of the network; a typed one must agree with the checkpoint's.
@@ -71,14 +71,21 @@ def take_from_checkpoint(
     binding = ARCHITECTURE if checkpoint.kind in ("ours", "search") else ()
     others = set(stored) - {*binding, *OF_THE_RUN} if continuing or not binding else PREFERRED
     for name in (*binding, *sorted(others)):
-        if name not in stored or not hasattr(args, name):
+        if name not in stored or name not in vars(args):
             continue
         if name not in typed:
             if name in options:
                 _check_stored(options[name], stored[name], checkpoint.path)
             setattr(args, name, stored[name])
         elif name in (*binding, "modelname") and getattr(args, name) != stored[name]:
-            raise UserError(f"--{name} {getattr(args, name)}: {checkpoint.path} was made with {stored[name]}")
+            theirs = shorten(stored[name]).strip("'")
+            raise UserError(f"--{name} {getattr(args, name)}: {checkpoint.path} was made with {theirs}")
+    for name, layers in (("enc_layers", checkpoint.widths.encoder), ("dec_layers", checkpoint.widths.decoder)):
+        if getattr(args, name) != len(layers):
+            raise UserError(
+                f"{checkpoint.path}: found {len(layers)} {'en' if name == 'enc_layers' else 'de'}coder layers, "
+                f"expected {getattr(args, name)} (--{name})"
+            )
     full = full_widths(args)
     if args.cfgs is not None:
         widths = Widths.parse(args.cfgs)
@@ -96,7 +103,7 @@ def take_from_checkpoint(
 
 def _check_stored(option: argparse.Action, value: Any, path: Path) -> None:
     """Raise a `UserError` unless `value` is one that the option could have got on a command line."""
-    shown = f"{path}: found {value!r:.40} under `args.{option.dest}`"
+    shown = f"{path}: found {shorten(value)} under `args.{option.dest}`"
     if option.choices is not None:
         if value not in option.choices:
             raise UserError(f"{shown}, expected one of {', '.join(map(str, option.choices))}")

@@ -35,6 +35,7 @@ from util.errors import UserError, run_cli
 from util.files import save_torch
 from util.huggingface import weights_file
 from util.safetensors_files import SUFFIX, load_safetensors, save_safetensors
+from util.tensor_checks import check_archive, check_finite, check_tensor, tensors_in
 
 SHOWN_KEYS = 3
 UNSAFE = re.compile(r"Unsupported (?:global|class|operand|operator):?\s*(?:GLOBAL )?(\S+)", re.IGNORECASE)
@@ -53,12 +54,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if os.path.isdir(path):  # unlike Path.is_dir it takes any name
         path = weights_file(path)
     content = _load(path)
+    try:
+        for name, tensor in tensors_in(content, ""):
+            check_tensor(path, name.lstrip("."), tensor)
+    except RecursionError:
+        raise UserError(f"{path}: found values nested too deeply, expected a checkpoint") from None
     if isinstance(content, dict) and content.get("format") == FORMAT:
         return recognise_ours(path, content)
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path}: found no weights in it, expected a checkpoint with a state dict under `model`")
     check_keys(path, "model", weights)
+    check_finite(path, weights)
     return recognise_foreign(path, strip_module(weights), foreign_arguments(content))
 
 
@@ -109,6 +116,8 @@ def plain_arguments(arguments: argparse.Namespace | Mapping[str, Any]) -> dict[s
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path = "checkpoint") -> None:
     """Load weights of any format into `model`, of any floating type; nothing is changed if they do not fit.
 
+    A model on the meta device takes none: they are only held against it.
+
     Dense and slim names of the encoder's attention serve either model, one of the box head's two names is enough, and
     BatchNorm's batch counters may be missing or too many.
 
@@ -128,7 +137,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
             elif key not in found:
                 found[key] = expected[key]
     _check_fit(found, expected, source)
-    model.load_state_dict(found)
+    if not any(value.is_meta for value in expected.values()):
+        model.load_state_dict(found)
 
 
 def slim_state_dict(checkpoint: Checkpoint, whole: nn.Module) -> dict[str, Tensor]:
@@ -178,8 +188,11 @@ def _load(path: Path) -> Any:
     try:
         if not path.exists():
             raise UserError(f"{path}: no such file, expected a checkpoint")
+        if not path.is_file():
+            raise UserError(f"{path}: found no regular file, expected a checkpoint")
         if path.suffix == SUFFIX:
             return load_safetensors(path)
+        check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, UserError):
@@ -207,6 +220,11 @@ def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sour
         f"{key} has the shape {shape_text(found[key])}, expected {shape_text(value)}"
         for key, value in expected.items()
         if key in found and found[key].shape != value.shape
+    ]
+    faults += [
+        f"{key} holds {found[key].dtype}, expected floating point numbers"
+        for key, value in expected.items()
+        if key in found and value.is_floating_point() and not found[key].is_floating_point()
     ]
     faults += [f"{key} is missing, expected {shape_text(value)}" for key, value in expected.items() if key not in found]
     faults += [

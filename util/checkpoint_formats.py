@@ -24,7 +24,8 @@ from torch import Tensor
 from models.widths import Widths
 from pruning.transplant import paper_masks_to_kept
 from util import huggingface
-from util.errors import UserError
+from util.errors import UserError, shorten
+from util.tensor_checks import check_finite, check_training, tensors_in
 
 FORMAT = "dn-detr-pruning"
 VERSION = 1
@@ -36,7 +37,7 @@ FOREIGN_ARGUMENTS = (
     "pe_temperatureH", "pe_temperatureW",
 )  # fmt: skip
 ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:in_proj_|out_proj\.)(?:weight|bias))$")
-LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
+LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d{1,4})\.")  # not more: each layer is looked for
 DEFORMABLE_KEY = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
 CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # of the dense variant, of the deformable one
 
@@ -94,26 +95,29 @@ def recognise_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
     Raises:
         UserError: naming the entry that is missing or of another type than expected.
     """
-    if content.get("version") != VERSION:
-        raise UserError(f"{path}: found format version {content.get('version')!r}, expected {VERSION}")
+    if type(content.get("version")) is not int or content["version"] != VERSION:
+        raise UserError(f"{path}: found format version {shorten(content.get('version'))}, expected {VERSION}")
     for key, kind in REQUIRED.items():
         if not isinstance(content.get(key), kind):
             raise UserError(f"{path}: found {type(content.get(key)).__name__} under `{key}`, expected {kind.__name__}")
     kept = content.get("kept")
     check_keys(path, "args", content["args"])
+    for name, _ in tensors_in(content["args"], "args"):
+        raise UserError(f"{path}: found a tensor under `{name:.80}`, expected an option's value")
     _check_tensors(path, "model", content["model"])
     bias = _class_bias(content["model"])
     if bias is not None and bias.shape != (content["num_classes"],):
-        raise UserError(
-            f"{path}: found {content['num_classes']} under `num_classes`, expected {shape_text(bias)} as biases"
-        )
+        found = shorten(content["num_classes"])
+        raise UserError(f"{path}: found {found} under `num_classes`, expected {shape_text(bias)} as biases")
+    check_finite(path, content["model"])
     if kept is not None:
         _check_kept(path, kept)
-    trace = content.get("trace") or []
-    if not isinstance(trace, list) or not all(isinstance(entry, dict) for entry in trace):
-        raise UserError(f"{path}: found {type(trace).__name__} under `trace`, expected a list of dicts")
+    trace = [] if content.get("trace") is None else content["trace"]
+    if not isinstance(trace, list) or not all(isinstance(step, dict) for step in trace) or any(tensors_in(trace, "")):
+        raise UserError(f"{path}: found {shorten(trace)} under `trace`, expected the steps of a search")
     training = None
     if "optimizer" in content:
+        check_training(path, content)
         others = {*REQUIRED, *OPTIONAL, "format", "version"}
         training = {key: value for key, value in content.items() if key not in others}
     return Checkpoint(
@@ -135,7 +139,7 @@ def check_keys(path: Path, name: str, values: dict) -> None:
     """Raise a `UserError` unless all keys of `values`, found under `name`, are text."""
     for key in values:
         if not isinstance(key, str):
-            raise UserError(f"{path}: found the key {key!r:.40} under `{name}`, expected names alone")
+            raise UserError(f"{path}: found the key {shorten(key)} under `{name}`, expected names alone")
 
 
 def _check_categories(path: Path, categories: Any) -> dict[int, str] | None:
@@ -180,7 +184,8 @@ def foreign_arguments(content: dict[str, Any]) -> dict[str, Any]:
     """Options that fix the network, where a foreign file tells them under `args` by the names they have here."""
     stored = content.get("args") if "model" in content else None
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
-    return {name: stored[name] for name in FOREIGN_ARGUMENTS if name in stored} if isinstance(stored, dict) else {}
+    told = stored if isinstance(stored, dict) else {}
+    return {name: told[name] for name in FOREIGN_ARGUMENTS if isinstance(told.get(name), str | int | float)}
 
 
 def recognise_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict[str, Any]) -> Checkpoint:

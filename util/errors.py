@@ -22,6 +22,14 @@ class NonFiniteLossError(RuntimeError):
     """A loss, a gradient or a detection is infinite or NaN; the message names it, where it came, and the images."""
 
 
+def shorten(value: object, length: int = 40) -> str:
+    """The `repr` of a value for a sentence, cut to `length` characters."""
+    try:
+        return repr(value)[:length]
+    except (ValueError, RecursionError):  # Python writes out no numbers of thousands of digits
+        return f"a {type(value).__name__}"
+
+
 def run_cli(main: Callable[[], object]) -> None:
     """Run an entry script; a `UserError`, or a disk that takes no more, becomes one line on stderr and exit code 2.
 

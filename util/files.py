@@ -4,8 +4,12 @@ import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,22 +17,64 @@ import torch
 
 from util.errors import UserError
 
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
+PROBE_SECONDS = 600  # older ones are of processes that were killed: one is there for a millisecond
+PROBE = re.compile(r"\.probe-(?P<pid>\d+)-.*")
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let an `OSError` of reading or writing name `path`, where the system does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def temporary_of(path: Path) -> Path:
+    """The name beside `path` under which this process makes what is then renamed to it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
+    """Remove what killed processes were writing in `folder` (of the file `name` alone); call it before writing."""
+    for path in Path(folder).iterdir():
+        match = TEMPORARY.fullmatch(path.name) or PROBE.fullmatch(path.name)
+        if match is None or (name is not None and match.groupdict().get("name") != name) or _is_running(match["pid"]):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: str) -> bool:
+    """Whether there is another process of that number."""
+    if int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Fill `path` by `write(binary stream)`; a crash, a full disk or a kill leaves the old file as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
-        with temporary.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)  # a write itself does not know it
-        raise
+        with naming(path):
+            with temporary.open("wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,19 +96,25 @@ def save_torch(path: str | Path, value: Any) -> None:
     write_atomic(path, lambda stream: stream.write(content.getbuffer()))
 
 
+def copy_file(source: str | Path, target: str | Path) -> None:
+    """Copy a file's bytes, atomically."""
+    write_atomic(target, lambda stream: stream.write(Path(source).read_bytes()))
+
+
 def append_json_line(path: str | Path, value: Any) -> None:
-    """Append `value` as one line of JSON and flush it to disk."""
+    """Append `value` as one line of JSON and flush it to disk; where that fails the file is as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(value) + "\n")
-            stream.flush()
+    line = (json.dumps(value) + "\n").encode()
+    with naming(path), path.open("ab", buffering=0) as stream:
+        length = stream.seek(0, os.SEEK_END)
+        try:
+            while line:  # a full disk may take a part
+                line = line[stream.write(line) :]
             os.fsync(stream.fileno())
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
+        except OSError:
+            stream.truncate(length)
+            raise
 
 
 def file_digest(path: str | Path) -> str:
@@ -74,15 +126,18 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def move_aside(path: str | Path) -> Path | None:
-    """Rename an existing `a.txt` to the first free one of `a.1.txt`, `a.2.txt`, ...; returns that, None without one."""
-    path = Path(path)
-    if not path.exists():
-        return None
-    number = 1
+def free_name(path: str | Path) -> Path:
+    """The first of `a.1.txt`, `a.2.txt`, ... that is not there, for `a.txt`."""
+    path, number = Path(path), 1
     while (older := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
-    return path.rename(older)
+    return older
+
+
+def move_aside(path: str | Path) -> Path | None:
+    """Rename an existing file to its `free_name`; returns that, None without one."""
+    path = Path(path)
+    return path.rename(free_name(path)) if path.exists() else None
 
 
 def check_output_dir(path: str | Path) -> Path:
@@ -99,10 +154,17 @@ def check_output_dir(path: str | Path) -> Path:
             nearest = nearest.parent
         if not nearest.is_dir():
             raise UserError(f"--output_dir {path}: {nearest} is a file, expected a folder")
+        _remove_old_probes(nearest)
         # Permissions do not tell all, so the missing folders are made once: under a name of this process alone.
-        with tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest) as probe:
+        with tempfile.TemporaryDirectory(prefix=f".probe-{os.getpid()}-", dir=nearest) as probe:
             Path(probe, *missing).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--output_dir {path}: found no way to write there ({reason}), expected a folder") from None
     return path
+
+
+def _remove_old_probes(folder: Path) -> None:
+    for path in folder.iterdir():
+        if PROBE.fullmatch(path.name) and time.time() - path.stat().st_mtime > PROBE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,5 +1,6 @@
 """What a run says: a text log on the screen and in a file, and tables of figures."""
 
+import contextlib
 import logging
 import re
 import sys
@@ -33,6 +34,18 @@ class _TqdmHandler(logging.Handler):
         sys.stdout.flush()
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short with one warning: the run's own files tell whether it can go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.handleError = lambda record: None
+        print(f"warning: {self.baseFilename} cannot be written ({sys.exc_info()[1]})", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written is tried once more
+            super().close()
+
+
 def get_logger() -> logging.Logger:
     """The run's logger: silent below warnings in every process but the first."""
     logger = logging.getLogger(LOGGER_NAME)
@@ -51,7 +64,7 @@ def log_to_file(path: str | Path) -> logging.Handler | None:
         return None
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     get_logger().addHandler(handler)
     return handler

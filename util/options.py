@@ -109,7 +109,7 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
         "--amp", nargs="?", choices=tuple(engine.AMP_DTYPES), const="bf16", default="off",
         help="mixed precision; --amp alone is bf16",
     )  # fmt: skip
-    group.add_argument("--seed", type=whole(0), default=42, help="seed of every random generator")
+    group.add_argument("--seed", type=whole(0, at_most=2**31), default=42, help="seed of every random generator")
 
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -117,7 +117,9 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     add_split_options(group)
     group.add_argument("--batch_size", type=whole(1), default=2, help="images in a batch of one process")
     group.add_argument("--num_workers", type=whole(0), default=2, help="processes that read images, 0 for none")
-    group.add_argument("--image_size", type=whole(32), default=800, help="short side at evaluation, in pixels")
+    group.add_argument(
+        "--image_size", type=whole(32, at_most=16384), default=800, help="short side at evaluation, in pixels"
+    )
 
 
 def _add_log_options(group: argparse._ArgumentGroup) -> None:
@@ -158,7 +160,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num_select", type=whole(1), default=300, help="detections kept for an image")
     group.add_argument("--num_patterns", type=whole(0), default=0, help="patterns for each anchor, 0 for none")
     group.add_argument(
-        "--num_feature_levels", type=whole(1), default=4, help="levels of the features, deformable variant"
+        "--num_feature_levels", type=whole(1, at_most=12), default=4, help="levels of the features, deformable variant"
     )
     group.add_argument("--enc_n_points", type=whole(1), default=4, help="points read on each level, deformable encoder")
     group.add_argument("--dec_n_points", type=whole(1), default=4, help="points read on each level, deformable decoder")
@@ -273,13 +275,14 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; see --help")
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    """Type of an option: a whole number from `minimum` up."""
+def whole(minimum: int, *, at_most: int | None = None) -> Callable[[str], int]:
+    """Type of an option: a whole number from `minimum` up, or to `at_most`."""
 
     def read(text: str) -> int:
         value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {minimum} up")
+        if value < minimum or (at_most is not None and value > at_most):
+            limits = "up" if at_most is None else f"to {at_most}"
+            raise argparse.ArgumentTypeError(f"{text:.40}: expected a whole number from {minimum} {limits}")
         return value
 
     read.__name__ = "whole number"  # argparse shows it in its error

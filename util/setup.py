@@ -100,10 +100,14 @@ def build_detector(
     if checkpoint is None:
         return build_model(args)
     state_dict = checkpoint.state_dict
+    whole = argparse.Namespace(**{**vars(args), "num_classes": checkpoint.num_classes})
     if checkpoint.is_search:
         # What was pruned before is smaller than the dense network already.
-        whole = {"cfgs": checkpoint.full_widths, "num_classes": checkpoint.num_classes}
-        whole_model, _, _ = build_model(argparse.Namespace(**{**vars(args), **whole}))
+        whole.cfgs = checkpoint.full_widths
+    if new_parts is None or checkpoint.is_search:
+        _check_describes(whole, checkpoint)
+    if checkpoint.is_search:
+        whole_model, _, _ = build_model(whole)
         state_dict = slim_state_dict(checkpoint, whole_model)
     built = build_model(args)
     if new_parts is not None:
@@ -122,6 +126,23 @@ def arguments_for(args: argparse.Namespace, checkpoint: Checkpoint, typed: Colle
     take_from_checkpoint(theirs, typed, checkpoint)
     theirs.num_classes = checkpoint.num_classes
     return theirs
+
+
+def _check_describes(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Raise a `UserError` unless the weights fit the detector that `args` describe, before any memory is taken for it.
+
+    Sizes may come out of the file, and a wrong one can ask for all the memory there is.
+    """
+    try:
+        with torch.device("meta"):
+            load_weights(build_model(args)[0], checkpoint.state_dict, checkpoint.path)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{checkpoint.path}: found options of no detector ({reason:.80}), expected those it was made with"
+        ) from None
 
 
 def build_distillation(args: argparse.Namespace, student: Detector) -> Distillation | None:

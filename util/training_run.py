@@ -1,6 +1,7 @@
 """A training or evaluation run of `main.py`: the detector, its data, and the files that come of it."""
 
 import argparse
+import json
 import math
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from util.board import Board
 from util.checkpoint import Checkpoint, save_checkpoint
 from util.environment import record_run
 from util.errors import NonFiniteLossError
-from util.files import append_json_line, move_aside, write_json
+from util.files import append_json_line, copy_file, free_name, move_aside, write_atomic, write_json
 from util.logging import get_logger, table
 from util.report import REPORT_NAME, write_report
 from util.report.samples import Samples
@@ -67,7 +68,7 @@ class Run:
             self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
         self.distillation = build_distillation(args, self.model)
         self.samples = Samples(self.device)
-        self.move_aside = not continuing
+        self.continuing, self.begun = continuing, False
         self.state = TrainingState(self.model, args, math.ceil(len(self.train_loader) / args.accumulate))
         if continuing:
             self.state.load(checkpoint.training, self.state.best_model.state_dict(), str(checkpoint.path))
@@ -128,7 +129,7 @@ class Run:
         args, state = self.args, self.state
         figures = self.costs()
         self.log.info("%s", table(["network", ""], figures.items()))
-        distributed.on_main(lambda: record_run(self.output_dir, args, self.device, continuing=not self.move_aside))
+        distributed.on_main(lambda: record_run(self.output_dir, args, self.device, continuing=self.continuing))
         self.board.open(state.epoch * len(self.train_loader))
         stats: dict[str, float] = {}
         lines: list[dict[str, Any]] = []
@@ -190,11 +191,12 @@ class Run:
         if is_best:
             state.best_ap = ap
         training = state.state_dict()
-        if not distributed.is_main():
-            return
-        self._move_older_files_aside()
+        distributed.on_main(lambda: self._write_epoch(line, training, is_best))
+
+    def _write_epoch(self, line: dict[str, Any], training: dict[str, Any], is_best: bool) -> None:
+        self._make_way(line["epoch"])
         content = {
-            "state_dict": state.best_model.state_dict(),
+            "state_dict": self.state.best_model.state_dict(),
             "widths": self.model.widths,
             "full_widths": full_widths(self.args),
             "arguments": self.args,
@@ -202,20 +204,28 @@ class Run:
             "categories": self.args.categories,
             "safetensors": self.args.save_safetensors,
         }
-        save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
+        # An epoch counts once checkpoint.pth has it: killed before, a run does it again, and writes the rest again.
         if is_best:
             save_checkpoint(self.output_dir / "checkpoint_best.pth", **content)
         append_json_line(self.output_dir / "log.txt", line)
+        save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
+        ap = line.get("test_AP")
         found = "not evaluated" if ap is None else f"AP {ap:.4f}{' (best)' if is_best else ''}"
         seconds = line["train_seconds"] + line.get("test_seconds", 0)
         self.log.info("epoch %d: loss %.4f, %s, %.1f s", line["epoch"], line["train_loss"], found, seconds)
         write_report(self.output_dir, "training", self.samples)
 
-    def _move_older_files_aside(self) -> None:
-        """Once, before the first files of a run that does not go on with an older one."""
-        if not self.move_aside:
+    def _make_way(self, epoch: int) -> None:
+        """Once, before the first files of a run: those of an older one are moved aside, those it goes on with taken up.
+
+        `epoch` is the one about to be written.
+        """
+        if self.begun:
             return
-        self.move_aside = False
+        self.begun = True
+        if self.continuing:
+            take_up_log(self.output_dir / "log.txt", epoch)
+            return
         checkpoints = [f"{name}{suffix}" for name in ("checkpoint", "checkpoint_best") for suffix in (".pth", SUFFIX)]
         moved = [move_aside(self.output_dir / name) for name in (*checkpoints, "log.txt", REPORT_NAME)]
         if any(moved):
@@ -240,6 +250,31 @@ def _category_table(categories: list[dict[str, Any]]) -> str:
     without = len(categories) - len(rows)
     left_out = f"\n(and {without} categories without boxes)" if without else ""
     return table(["category", "id", "boxes", "AP", "AP50"], rows) + left_out
+
+
+def take_up_log(path: Path, epoch: int) -> None:
+    """Drop from a log.txt what is done again: a line that a crash cut short, and those from `epoch` on.
+
+    Where that is more than the line of an epoch that a crash kept from its checkpoint, the old file is kept beside it.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    kept = [line for line in lines if _epoch_of(line) < epoch]
+    if b"".join(kept) == content:
+        return
+    if lines[: len(kept)] != kept or any(_epoch_of(line) > epoch for line in lines) or len(lines) > len(kept) + 1:
+        copy_file(path, free_name(path))
+    write_atomic(path, lambda stream: stream.write(b"".join(kept)))
+
+
+def _epoch_of(line: bytes) -> float:
+    """The epoch of a line of log.txt; below all others for a line that tells none."""
+    try:
+        return float(json.loads(line)["epoch"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return -math.inf
 
 
 def _summary(lines: list[dict[str, Any]]) -> str:

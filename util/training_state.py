@@ -80,7 +80,7 @@ class TrainingState:
         """
         try:
             self._load(state, averaged)
-        except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError, AttributeError) as error:
             raise UserError(
                 f"{source}: its training state does not fit this run ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else ''}), expected one written with the same options; "
@@ -88,12 +88,13 @@ class TrainingState:
             ) from None
 
     def _load(self, state: dict[str, Any], averaged: dict[str, torch.Tensor]) -> None:
-        wanted = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        self._check_moments()
         self.scheduler.last_epoch = state["lr_scheduler"]["last_epoch"]
         factor = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
-        for group, (lr, weight_decay) in zip(self.optimizer.param_groups, wanted, strict=True):
-            group.update(initial_lr=lr, lr=lr * factor, weight_decay=weight_decay)
+        for group, own in zip(self.optimizer.param_groups, wanted, strict=True):
+            group.update(own, lr=own["initial_lr"] * factor)
         if self.weight_average is not None and "raw_model" in state:
             self.weight_average.load_state_dict({"model": averaged, "steps": state["average_steps"]})
         if "raw_model" in state:
@@ -104,6 +105,14 @@ class TrainingState:
         self.best_ap = state["best_ap"]
         if len(state["generators"]) == distributed.world_size():
             self._set_generators(state["generators"][distributed.rank()])
+
+    def _check_moments(self) -> None:
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape or not moments[name].is_floating_point():
+                    raise ValueError(f"{name} of the shape {tuple(moments[name].shape)}, not {tuple(parameter.shape)}")
+            if moments["step"].shape != () or not math.isfinite(moments["step"]):
+                raise ValueError("a step that is no number")
 
     def _set_generators(self, state: dict[str, Any]) -> None:
         version, internal, gauss = state["python"]

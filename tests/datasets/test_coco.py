@@ -228,7 +228,7 @@ def test_missing_files_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"instances_val2017\.json does not exist"):
         build_dataset("val2017", options(folder), augment=False)
     (image_folder(folder, SPLIT) / "c.jpg").unlink()
-    with pytest.raises(UserError, match=r"lacks 1 of the 3 images .* first c\.jpg"):
+    with pytest.raises(UserError, match=r"lacks 1 of the 3 images .* first 'c\.jpg'"):
         build_dataset(SPLIT, options(folder), augment=False)
     with pytest.raises(UserError, match=r"a\.jpg is no folder that can be read \(Not a directory\)"):
         build_dataset(SPLIT, options(image_folder(folder, SPLIT) / "a.jpg"), augment=False)

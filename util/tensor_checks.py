@@ -1,0 +1,83 @@
+"""What the tensors of a file must be before anything is computed or allocated from them."""
+
+import math
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.errors import UserError, shorten
+
+WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
+
+
+def check_archive(path: Path) -> None:
+    """Raise `UserError` where a zip archive unpacks to more than it is: `torch.save` compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # of an older format, or damaged: torch.load tells
+    if claimed > path.stat().st_size:
+        raise UserError(
+            f"{path}: found an archive of {path.stat().st_size} bytes that unpacks to {claimed}, expected a file of "
+            "torch.save, which compresses nothing"
+        )
+
+
+def check_tensor(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise `UserError` for what is no block of real numbers, or claims more of them than it holds."""
+    kind = None
+    if tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a quantized, nested or sparse tensor"
+    elif tensor.device.type == "meta":
+        kind = "a tensor without values"
+    elif not tensor.is_floating_point() and tensor.dtype not in WHOLE:
+        kind = f"{tensor.dtype} numbers"
+    elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        kind = (
+            f"{tensor.numel()} numbers of which {tensor.untyped_storage().nbytes() // tensor.element_size()} are there"
+        )
+    if kind is not None:
+        raise UserError(f"{path}: found {kind} under `{name:.80}`, expected a dense tensor of real numbers")
+
+
+def check_finite(path: Path, weights: Mapping[str, Tensor], table: str = "model") -> None:
+    """Raise `UserError` for weights that are not finite as float32; call `check_tensor` before."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool((finite := tensor.float().isfinite()).all()):
+            raise UserError(
+                f"{path}: found {int((~finite).sum())} of {tensor.numel()} values under `{table}.{name:.80}` that "
+                "are NaN, infinite or beyond float32, expected finite weights"
+            )
+
+
+def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor inside dicts, lists and tuples, with the keys that lead to it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_in(item, f"{name}.{key}" if isinstance(key, str) else name)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from tensors_in(item, f"{name}.{index}")
+
+
+def check_training(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless what tells how far a training run has come is a number, and its weights are finite."""
+    scheduler = content.get("lr_scheduler")
+    counts = {"last_epoch": scheduler.get("last_epoch") if isinstance(scheduler, dict) else None}
+    for key, count in (counts | {key: content[key] for key in ("epoch", "average_steps") if key in content}).items():
+        if type(count) is not int or count < 0:
+            raise UserError(f"{path}: found {shorten(count)} under `{key}`, expected a whole number from 0 up")
+    best_ap = content.get("best_ap", 0.0)
+    if type(best_ap) not in (int, float) or math.isnan(best_ap):
+        raise UserError(f"{path}: found {shorten(best_ap)} under `best_ap`, expected a number")
+    raw = content.get("raw_model", {})
+    if not isinstance(raw, Mapping) or not all(isinstance(value, Tensor) for value in raw.values()):
+        raise UserError(f"{path}: found {type(raw).__name__} under `raw_model`, expected tensors by name")
+    check_finite(path, {str(key): value for key, value in raw.items()}, "raw_model")
