@@ -18,7 +18,7 @@ from datasets.coco import load_annotations, read_image
 from util.errors import UserError
 
 # What is taken out of a folder or a glob; a file that is named itself is tried whatever its name.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 WORD_LEVELS = 257  # 65535 / 255: from 16 bits to 8
 
 
