@@ -275,7 +275,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def save(cases: Sequence[dict[str, Any]]) -> None:
         new = {_key(case) for case in cases}
-        write_json(path, {"environment": told, "cases": [*(c for c in before if _key(c) not in new), *cases]})
+        kept = [case for case in before if _key(case) not in new]
+        in_order = sorted([*kept, *cases], key=lambda case: (list(MODES).index(case["mode"]), case["batch"]))
+        write_json(path, {"environment": told, "cases": in_order})
 
     print(result_table(run(groups, args.modes, args.batches, args.repeats, save)))
     print(path)
