@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from pruning.options import hide_unread, refuse_unread
-from util.arguments import ARCHITECTURE, take_from_checkpoint
+from util.arguments import ARCHITECTURE
 from util.checkpoint import Checkpoint, read_checkpoint
 from util.errors import UserError, run_cli
 from util.export import FORMATS, LEAST_OPSET, ExportResult, export, require_packages
@@ -28,7 +28,7 @@ from util.export_check import BATCH_SIZES, TOLERANCE
 from util.files import check_output_dir
 from util.logging import bar_off, get_logger, table
 from util.options import get_args_parser, parse, whole
-from util.setup import build_detector
+from util.setup import arguments_for, build_detector
 
 READ_BY_EXPORT = frozenset({*ARCHITECTURE, "num_select", "batch_norm_type", "cfgs", "resume", "output_dir"})
 
@@ -85,8 +85,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     require_packages(args.format)
     output_dir = check_output_dir(args.output_dir)
     checkpoint = read_checkpoint(args.resume)
-    take_from_checkpoint(args, typed, checkpoint)
-    args.num_classes, args.pretrained_backbone = checkpoint.num_classes, False
+    args = arguments_for(args, checkpoint, typed)
     model, _, postprocessors = build_detector(args, checkpoint)
     short = args.image_size
     sizes_hw = [tuple(size) for size in args.image_size_hw or ((short, short * 4 // 3), (short * 3 // 4,) * 2)]
