@@ -95,17 +95,24 @@ def run_variant(subject: Subject, variant: Mapping[str, Any], map_tol: float) ->
 
 
 def rank_correlations(subject: Subject) -> dict[str, float]:
-    """For each FFN, Spearman's correlation of first-order scores and exact losses of taking a channel away."""
-    scores = {}
+    """For each FFN, Spearman's correlation of how much the loss of one batch changes without a channel, and of the
+    first-order estimate of that, both without their sign.
+    """
+    changes, loss = {}, 0.0
     for ranking in ("first_order", "exact"):
-        bench: DetectorBench = Pruner(subject, Method("bisect", ranking, "once", "none", share_sets=False)).bench
+        method = Method("bisect", ranking, "once", "none", share_sets=False)
+        bench: DetectorBench = Pruner(subject, method, calibration_images=PAPER_BATCH_SIZE).bench
+        if ranking == "first_order":
+            loss = bench.loss  # of the whole detector, on that batch
         for name, module in bench.modules.items():
             if not module.is_attention:
                 bench.begin(name)
                 kept = all_kept(module)
-                scores[ranking, name] = bench.ranking(module, ("hidden",), kept, kept["hidden"])
-    names = [name for ranking, name in scores if ranking == "exact"]
-    return {name: float(spearmanr(scores["first_order", name], scores["exact", name])[0]) for name in names}
+                score = bench.ranking(module, ("hidden",), kept, kept["hidden"])
+                # An exact score of a kept channel is minus the loss without it.
+                changes[ranking, name] = score.abs() if ranking == "first_order" else (-score - loss).abs()
+    names = [name for ranking, name in changes if ranking == "exact"]
+    return {name: float(spearmanr(changes["first_order", name], changes["exact", name])[0]) for name in names}
 
 
 def get_parser() -> argparse.ArgumentParser:

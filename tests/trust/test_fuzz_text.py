@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets.coco import CocoDataset, annotation_path, image_folder, num_classes_of, read_image
+from datasets.coco import CocoDataset, annotation_path, category_names, image_folder, read_image
 from datasets.transforms import eval_transforms
 from models.widths import LARGEST_FILE, Widths
 from pruning.journal import Decision, Journal, Trial, read_events
@@ -94,7 +94,7 @@ def read_set(root, content):
     dataset = value_or_sentence(
         lambda: CocoDataset(image_folder(root, "val2017"), path, eval_transforms(32), min_side=0.0)
     )
-    value_or_sentence(lambda: num_classes_of(path))
+    value_or_sentence(lambda: category_names(path))
     if dataset is None:
         return None
     targets = [value_or_sentence(lambda index=index: dataset[index][1]) for index in range(len(dataset))]
