@@ -29,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.environment import environment
+from bench.published import COCO_CLASSES, GP_WIDTHS, MGP_WIDTHS
 from bench.timing import seconds_side_by_side
 from engine import autocast
 from models import build_model
@@ -43,16 +44,7 @@ from util.logging import bar_off, table
 from util.options import get_args_parser, whole
 
 ROOT = Path(__file__).resolve().parent.parent
-COCO_CLASSES = 91
 COCO_IMAGE_HW = (800, 1066)  # a photograph of 480 x 640
-GP_WIDTHS = (
-    "[[[152,416],[232,1408],[216,1504],[232,1248],[224,1472],[248,1344]],"
-    "[[8,136,544],[184,192,1216],[240,168,1920],[232,256,800],[256,192,960],[256,216,1216]]]"
-)
-MGP_WIDTHS = (
-    "[[[160,32],[176,672],[216,608],[224,1344],[248,1248],[248,1152]],"
-    "[[8,96,640],[120,120,1248],[224,160,1120],[176,144,576],[224,256,672],[216,152,1472]]]"
-)
 SUBJECTS = ("gp", "mgp", "demo")
 FRONT = "front"
 
@@ -101,11 +93,11 @@ class Group:
         return {"dense": self.dense, **self.slim}
 
 
-def coco_group(widths: Mapping[str, str], device: torch.device) -> Group:
-    """The paper's detector, whole and with the named widths (`--cfgs` grammar)."""
+def coco_group(widths: Mapping[str, Widths], device: torch.device) -> Group:
+    """The paper's detector, whole and with the named widths."""
     args = get_args_parser().parse_args(["--no-pretrained_backbone"])
     args.num_classes = COCO_CLASSES
-    return _group(args, {name: Widths.parse(given) for name, given in widths.items()}, COCO_IMAGE_HW, device)
+    return _group(args, widths, COCO_IMAGE_HW, device)
 
 
 def demo_group(checkpoint: Path, summary: Path, device: torch.device) -> Group:

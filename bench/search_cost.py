@@ -29,8 +29,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.environment import environment
+from bench.published import MGP_WIDTHS
 from bench.subject import PAPER_BATCH_SIZE, Pruner, Subject, get_subject_parser
-from models.widths import Widths
 from pruning.cost import count_parameters, products_of
 from pruning.method import METHODS
 from pruning.schedule import MGP, Schedule
@@ -41,10 +41,6 @@ from util.files import write_json
 from util.logging import table
 from util.options import parse, real, whole
 
-PUBLISHED_WIDTHS = Widths.parse(
-    "[[[160,32],[176,672],[216,608],[224,1344],[248,1248],[248,1152]],"
-    "[[8,96,640],[120,120,1248],[224,160,1120],[176,144,576],[224,256,672],[216,152,1472]]]"
-)  # of MGP, for 6 + 6 layers of 256 channels
 SUBSET_BATCHES = (40, 20)  # for an attention and for an FFN, as the paper's search looks at
 GIGA = 1e9
 
@@ -107,7 +103,7 @@ def _extrapolated(pruner: Pruner, schedule: Schedule, sample: Sequence[str], ste
     """CPU seconds and image passes of a search to the published widths, from the first steps of a few modules."""
     bench, counter, modules = pruner.bench, pruner.bench.counter, pruner.bench.modules
     kinds = {modules[name].is_attention for name in sample if name in modules}
-    if kinds != {True, False} or set(sample) - set(modules) or modules.keys() != dict(PUBLISHED_WIDTHS.items()).keys():
+    if kinds != {True, False} or set(sample) - set(modules) or modules.keys() != dict(MGP_WIDTHS.items()).keys():
         raise UserError(f"--sample: found {' '.join(sample)}, expected an attention and an FFN of 6 + 6 layers")
 
     def spent() -> np.ndarray:
@@ -125,7 +121,7 @@ def _extrapolated(pruner: Pruner, schedule: Schedule, sample: Sequence[str], ste
         modules[name].set_gate(None)
     bench.modules, total = modules, of_full_ap
     for name, module in modules.items():
-        count = PUBLISHED_WIDTHS.of(name) / pruner.units.channels(module)
+        count = MGP_WIDTHS.of(name) / pruner.units.channels(module)
         total = total + count * np.mean(of_a_step[module.is_attention], axis=0) + of_full_ap
     return float(total[0]), float(total[1])
 

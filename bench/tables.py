@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.latency import COCO_IMAGE_HW
 from bench.quality import FRACTIONS
+from pruning.cost import Cost, cost_rows
 from util.errors import UserError, run_cli
 from util.files import write_text
 
@@ -86,17 +87,40 @@ def quality(results: Path) -> str:
 
 
 def search_cost(results: Path) -> str:
-    """The searches of this package beside the paper's."""
-    found = _read(results, "search_cost_demo.json")["results"]
+    """The searches of this package beside the paper's, on the demo's detector."""
+    return _search_cost(_read(results, "search_cost_demo.json")["results"])
+
+
+def search_cost_full_size(results: Path) -> str:
+    """The same on a transformer of full size, the paper's search told from its first steps."""
+    return _search_cost(_read(results, "search_cost_full_size.json")["results"])
+
+
+def published(results: Path) -> str:
+    """Costs of the published widths."""
+    costs = [Cost(**values) for values in _read(results, "published_costs.json")["costs"].values()]
+    rows = []
+    for title, first, *others in cost_rows(costs):
+        rows.append((title, first, *(f"{value} ({change})" for value, change in zip(*[iter(others)] * 2, strict=True))))
+    return markdown(("", "dense", "GP of the paper", "MGP of the paper"), rows)
+
+
+def _search_cost(found: list[dict[str, Any]]) -> str:
+    several = len({row["seed"] for row in found}) > 1
     rows = []
     for row in found:
         paper = next(r for r in found if r["search"] == "paper" and r["seed"] == row["seed"])
+        name = f"`--search {row['search']}`" + (f", seed {row['seed']}" if several else "")
+        if row["sample"]:
+            name += f", from {row['sample_steps'] * len(row['sample'])} steps"
         quicker = paper["cpu_seconds"] / row["cpu_seconds"]
         rows.append(
             (
-                f"`--search {row['search']}`", f"{row['cpu_seconds']:.0f}", f"{quicker:.1f}",
-                f"{row['whole_passes']:,.0f}", f"{row['gmacs']:,.0f}", f"{paper['gmacs'] / row['gmacs']:.1f}",
-                f"{paper['gmacs_original'] / row['gmacs']:.0f}", f"{100 * row['removed']:.1f} %", points(row["ap"]),
+                name, f"{row['cpu_seconds']:,.0f}", f"{quicker:,.1f}",
+                f"{row['whole_passes']:,.0f}", f"{row['gmacs']:,.0f}", f"{paper['gmacs'] / row['gmacs']:,.1f}",
+                f"{paper['gmacs_original'] / row['gmacs']:,.0f}",
+                "" if row["removed"] is None else f"{100 * row['removed']:.1f} %",
+                "" if row["ap"] is None else points(row["ap"]),
             )
         )  # fmt: skip
     titles = ("", "CPU seconds", "times as fast", "whole passes", "GMACs", "times fewer", "by the original's count",
@@ -159,7 +183,18 @@ def latency(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     function.__name__: function
-    for function in (demo, quality, search_cost, search_parts, coco_eval, demo_deformable, ops, latency)
+    for function in (
+        demo,
+        quality,
+        search_cost,
+        search_cost_full_size,
+        search_parts,
+        coco_eval,
+        demo_deformable,
+        ops,
+        latency,
+        published,
+    )
 }
 
 

@@ -7,7 +7,8 @@ import torch
 
 import bench.latency as latency
 from bench import tables
-from bench.latency import GP_WIDTHS, MGP_WIDTHS, MODES
+from bench.latency import MODES
+from bench.published import GP_WIDTHS, MGP_WIDTHS
 from bench.timing import seconds_side_by_side
 from models import attention
 from pruning.cost import cost_of, count_parameters

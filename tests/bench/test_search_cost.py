@@ -28,7 +28,7 @@ def run(subject, search, sample=(), steps=1):
 
 
 def test_a_sampled_search_costs_its_steps_to_the_published_widths_and_a_map_for_each_module(subject, monkeypatch):
-    monkeypatch.setattr(search_cost, "PUBLISHED_WIDTHS", PUBLISHED)
+    monkeypatch.setattr(search_cost, "MGP_WIDTHS", PUBLISHED)
     found = run(subject, "paper", SAMPLE)
     # Each candidate is one image pass of the batch, then comes the subset's mAP; nothing passes after one unit.
     of_a_step = WIDTH * IMAGES + IMAGES
@@ -55,7 +55,7 @@ def test_a_search_of_our_own_counts_a_part_of_the_network_as_its_share(subject):
 
 @pytest.mark.parametrize("sample", [["encoder.0.ffn"], ["encoder.0.ffn", "encoder.0.attention", "encoder.9.ffn"]])
 def test_a_sample_needs_an_attention_and_an_ffn(subject, monkeypatch, sample):
-    monkeypatch.setattr(search_cost, "PUBLISHED_WIDTHS", PUBLISHED)
+    monkeypatch.setattr(search_cost, "MGP_WIDTHS", PUBLISHED)
     with pytest.raises(UserError, match="--sample"):
         run(subject, "paper", sample)
 

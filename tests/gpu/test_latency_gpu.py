@@ -9,8 +9,8 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import latency
+from bench.published import GP_WIDTHS, MGP_WIDTHS
 from models.attention import attend, fused_widths, padded_attention
-from models.widths import Widths
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -23,8 +23,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 def published():
     """(queries, keys, query width, value width) of one head for every attention of the paper's slim detectors."""
     found = set()
-    for given in (latency.GP_WIDTHS, latency.MGP_WIDTHS):
-        for name, width in Widths.parse(given).items():
+    for widths in (GP_WIDTHS, MGP_WIDTHS):
+        for name, width in widths.items():
             head = width // NHEADS
             if name.endswith("cross_attention"):
                 found.add((QUERIES, PIXELS, 2 * head, head))
