@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
+from pruning.journal import Trial
 from tests.pruning.fakes import FakeBench, FakeModule, constant, fake_modules
 from tests.pruning.samples import quick
 from util.errors import UserError
@@ -165,6 +166,23 @@ def test_every_trial_begins_with_the_whole_network_and_cuts_in_network_order():
     assert events[-1] == "load"  # the best one is put back, not made again
     for index in starts:
         assert [entry[1] for entry in bench.asked[index + 1 : index + 3]] == list(bench.modules)
+
+
+@pytest.mark.parametrize("aps", itertools.permutations((0.1, 0.2, 0.3)))
+def test_of_several_powers_the_trial_of_the_greatest_map_is_taken_and_its_cut_kept(aps):
+    class Told(BudgetSearch):
+        def _trial(self, keep, power):
+            self._last_cut = (POWERS.index(power),), None
+            return Trial(keep, power, {}, aps[POWERS.index(power)], keep)
+
+    search = search_of({"encoder.0.ffn": [1.0, 0.0]}, {"encoder.0.ffn": 1.0}, Told)
+    assert search._best_power(0.5).full_ap == 0.3
+    assert search._best_cut[0] == (aps.index(0.3),)
+
+
+def test_a_trial_of_just_the_map_that_is_asked_for_passes():
+    _, _, trials, _, best = run(constant(0.45), None)
+    assert best.full_ap == 0.45 and best in trials and best.kept_fraction < 1
 
 
 @pytest.mark.parametrize("needed", range(4, 15))

@@ -193,6 +193,13 @@ def test_a_bisection_tells_the_map_of_the_width_that_it_accepts():
     assert [d.full_ap for d in accepted] == pytest.approx([0.5, 0.5])
 
 
+@pytest.mark.parametrize("method", [PAPER, VISIT], ids=["grow", "bisect"])
+def test_an_map_that_is_just_what_is_asked_for_passes(method):
+    exact = dataclasses.replace(MGP, map_tol=0.0, skip=0.0)
+    _, kept, decisions = run(constant(0.5), exact, base_ap=0.5, method=method)
+    assert {d.target_ap for d in decisions} == {0.5} and widths(kept) == {ATTENTION: 2, FFN: 4}
+
+
 def test_a_bisection_leaves_the_bench_with_what_it_accepted():
     """The last width tried need not be the one that is taken."""
     seen = []
