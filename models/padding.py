@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,5 +43,12 @@ def pad_images(images: list[Tensor] | Tensor | PaddedImages) -> tuple[Tensor, Te
 
 
 def resize_padding(padding: Tensor, size_hw: Sequence[int]) -> Tensor:
-    """Padding B x H x W (bool) at the size of a feature map, nearest: B x h x w."""
-    return F.interpolate(padding[None].float(), size=size_hw)[0].bool()
+    """Padding B x H x W (bool) at the size of a feature map, nearest: B x h x w.
+
+    The places are whole numbers, for those that `F.interpolate` rounds come out one lower in other runtimes.
+    """
+    rows, columns = (
+        torch.arange(small, device=padding.device) * whole // small
+        for small, whole in zip(size_hw, padding.shape[1:], strict=True)
+    )
+    return padding[:, rows][:, :, columns]

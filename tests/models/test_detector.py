@@ -8,7 +8,7 @@ import torch
 from main import get_args_parser
 from models import build_model
 from models.denoising import DenoisingSettings, add_noise, noised_queries, query_mask, slot_indices
-from models.padding import PaddedImages, pad_images
+from models.padding import PaddedImages, pad_images, resize_padding
 from models.state import DenoisingQueries, DetectorState
 from models.widths import Widths
 from util.errors import UserError
@@ -253,3 +253,11 @@ def test_the_decoder_starts_on_a_ring_of_points_with_equal_weights():
     assert not attention.attention_weights.weight.any()
     assert float(model.bbox_embed[0].layers[-1].bias[2]) == -2
     assert float(model.bbox_embed[1].layers[-1].bias[2]) == 0
+
+
+def test_padding_is_resized_to_the_nearest_as_pytorch_does():
+    for height, width, stride in ((130, 97, 32), (800, 1333, 32), (61, 200, 16)):
+        padding = torch.rand(2, height, width) < 0.5
+        size = (-(-height // stride), -(-width // stride))
+        expected = torch.nn.functional.interpolate(padding[None].float(), size=size)[0].bool()
+        assert torch.equal(resize_padding(padding, size), expected)
