@@ -21,6 +21,7 @@ from util.ema import WeightAverage
 from util.errors import NonFiniteLossError
 from util.logging import bar_off, get_logger, table
 
+LEAST_SCALE = 2.0**-30  # of fp16's loss; one that has fallen below it was never too large: the gradient is NaN
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -289,13 +290,13 @@ def _optimizer_step(
         Whether the step was taken.
 
     Raises:
-        NonFiniteLossError: the gradient is not finite, without a scaler; the weights are as they were.
+        NonFiniteLossError: the gradient is not finite, with a scaler at any scale; the weights are as they were.
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
     if scaler is None and not math.isfinite(float(norm)):
-        raise NonFiniteLossError(f"{place}: the gradient is not finite, on the images {_image_ids(targets)}")
+        raise _bad_gradient(place, targets)
     if clip_max_norm > 0:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_max_norm, norm)
     stepped = True
@@ -306,8 +307,16 @@ def _optimizer_step(
         scaler.step(optimizer)
         scaler.update()
         stepped = scaler.get_scale() >= scale
+        if scaler.get_scale() < LEAST_SCALE:
+            raise _bad_gradient(place, targets)
     optimizer.zero_grad(set_to_none=True)
     return stepped
+
+
+def _bad_gradient(place: str, targets: Sequence[Mapping[str, Tensor]]) -> NonFiniteLossError:
+    """The error of a gradient, which is that of all processes together, with the images of all of them."""
+    images = sorted(image for part in distributed.gather_objects(_image_ids(targets)) for image in part)
+    return NonFiniteLossError(f"{place}: the gradient is not finite, on the images {images}")
 
 
 def _check_finite(

@@ -19,47 +19,38 @@ import torch
 from tqdm import tqdm
 
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
-from pruning.options import hide_unread, refuse_unread
-from util.arguments import ARCHITECTURE
+from pruning.options import READ_BY_EXPORT, hide_unread, refuse_unread
 from util.checkpoint import Checkpoint, read_checkpoint
 from util.errors import UserError, run_cli
 from util.export import FORMATS, LEAST_OPSET, ExportResult, export, require_packages
 from util.export_check import BATCH_SIZES, TOLERANCE
 from util.files import check_output_dir
+from util.lock import hold_folder
 from util.logging import bar_off, get_logger, table
-from util.options import get_args_parser, parse, whole
+from util.options import get_args_parser, parse, script_parser, whole
 from util.setup import arguments_for, build_detector
-
-READ_BY_EXPORT = frozenset({*ARCHITECTURE, "num_select", "batch_norm_type", "cfgs", "resume", "output_dir"})
 
 
 def get_export_parser() -> argparse.ArgumentParser:
     """The options of `main.py` that shape a network, and those of an export."""
-    parser = argparse.ArgumentParser(
-        "export.py",
-        description=__doc__,
-        parents=[get_args_parser()],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser(__doc__, parents=[get_args_parser()])
     group = parser.add_argument_group("export")
-    group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="what to write; default both")
-    group.add_argument(
-        "--opset", type=whole(LEAST_OPSET), default=LEAST_OPSET, help=f"operator set of ONNX; default {LEAST_OPSET}"
-    )
+    group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="what to write")
+    group.add_argument("--opset", type=whole(LEAST_OPSET), default=LEAST_OPSET, help="operator set of ONNX")
     group.add_argument(
         "--image_size_hw",
         type=whole(1),
         nargs=2,
         action="append",
         metavar=("HEIGHT", "WIDTH"),
-        help="pixels of the images that the files are checked on, as often as wanted; default: the checkpoint's image "
-        "size by 4/3 of it, and 3/4 of it square",
+        help="pixels of the images that the files are checked on, as often as wanted; by default the checkpoint's "
+        "image size by 4/3 of it, and 3/4 of it square",
     )
     group.add_argument(
         "--mask",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="take the mask of padded images as the second input; default yes",
+        help="take the mask of padded images as the second input",
     )
     group.add_argument(
         "--detections",
@@ -92,7 +83,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     name = f"{checkpoint.path.stem}.{{}}"
     paths = {format_: output_dir / name.format(format_) for format_ in FORMATS if format_ in args.format}
     steps = 1 + len(paths) * (2 + len(sizes_hw) * len(BATCH_SIZES))
-    with tqdm(total=steps, disable=bar_off(), leave=False) as bar:
+    with hold_folder(output_dir), tqdm(total=steps, disable=bar_off(), leave=False) as bar:
 
         def show(stage: str) -> None:
             bar.set_description(stage, refresh=False)
@@ -118,7 +109,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
 
 def metadata_of(args: argparse.Namespace, model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """What the files tell of themselves, each a text or JSON."""
-    names = getattr(checkpoint, "categories", None)
+    names = checkpoint.categories
     return {
         **({"class_names": json.dumps(names)} if names else {}),
         "model": args.modelname,

@@ -15,6 +15,7 @@ from pruning.options import READ_BY_INFERENCE, hide_unread, refuse_unread
 from util import distributed
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
+from util.lock import hold_folder
 from util.logging import log_to_file, stop_logging_to_file
 from util.options import get_args_parser, parse, real, script_parser, whole
 from util.predict import Prediction
@@ -57,11 +58,12 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> None:
         raise UserError("inference.py runs in one process, found torchrun with more; expected python inference.py")
     device = distributed.choose_device(args.device)
     prediction = Prediction(args, typed, device, check_output_dir(args.output_dir))
-    handler = log_to_file(prediction.output_dir / "run.log")
-    try:
-        prediction.run()
-    finally:
-        stop_logging_to_file(handler)
+    with hold_folder(prediction.output_dir):
+        handler = log_to_file(prediction.output_dir / "run.log")
+        try:
+            prediction.run()
+        finally:
+            stop_logging_to_file(handler)
 
 
 if __name__ == "__main__":

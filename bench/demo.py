@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from bench.environment import environment
-from bench.timing import milliseconds_per_image
 from datasets.coco import CocoDataset, build_dataset
 from util.draw import draw_detections, write_grid
 from util.errors import UserError, run_cli
@@ -31,6 +30,7 @@ from util.lock import hold_folder
 from util.logging import table
 from util.options import get_args_parser, parse, script_parser, whole
 from util.setup import build_detector, settle_arguments
+from util.timing import milliseconds_per_image
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "demo.pth"

@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from bench.environment import environment
 from bench.published import COCO_CLASSES, GP_WIDTHS, MGP_WIDTHS
-from bench.timing import seconds_side_by_side
 from engine import autocast
 from models import build_model
 from models.state import Features
@@ -42,6 +41,7 @@ from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import bar_off, table
 from util.options import get_args_parser, whole
+from util.timing import seconds_side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO_IMAGE_HW = (800, 1066)  # a photograph of 480 x 640

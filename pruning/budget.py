@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pruning.gates import Gated
 from pruning.journal import Effort, Trial
 from pruning.kept import Kept
 from pruning.moments import TINY
@@ -79,7 +80,7 @@ class BudgetSearch:
             UserError: one unit of every module costs more than that, or `replayed` are trials of another search.
         """
         if keep is not None:
-            self.check_affordable(keep)
+            check_affordable(keep, self.total_cost, self.bench.modules, self.cost_per_channel, self.units)
         self._past, self.effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
         if not self._damages:
             # A fraction that is asked for is met in few trials: more hangs on the prediction, so nothing is guessed.
@@ -115,7 +116,8 @@ class BudgetSearch:
                 best, passes, self._best_cut = trial, trial.keep, self._last_cut
             else:
                 fails = trial.keep
-            if passes - fails <= PRECISION or 0 <= trial.full_ap - threshold_ap <= NEAR * allowed > 0:
+            is_near = allowed > 0 and 0 <= trial.full_ap - threshold_ap <= NEAR * allowed
+            if is_near or passes - fails <= PRECISION:
                 break
         return best
 
@@ -132,7 +134,7 @@ class BudgetSearch:
         known = sorted(
             (abs(math.log(max(loss, MIN_LOSS) / allowed)), damage, max(loss, MIN_LOSS))
             for damage, loss in losses.items()
-            if damage > 0 < allowed
+            if damage > 0 and allowed > 0
         )
         if not known and self.bench.loss * self.base_ap * allowed > 0:
             known = [(0.0, self.bench.loss / AP_FALL_FOR_LOSS, self.base_ap)]
@@ -242,7 +244,7 @@ class BudgetSearch:
             UserError: there are no such widths.
         """
         budget = keep * self.total_cost
-        self.check_affordable(keep)
+        check_affordable(keep, self.total_cost, self.bench.modules, self.cost_per_channel, self.units)
         low, high = 1e-30, 1e30
         for _ in range(200):
             price = (low * high) ** 0.5
@@ -251,15 +253,6 @@ class BudgetSearch:
             else:
                 high = price
         return self._spend_rest(self._at_price(high, power), budget, power)
-
-    def check_affordable(self, keep: float) -> None:
-        """Raise a `UserError` if one unit of every module costs more than the fraction `keep`."""
-        least = self._cost_of(self._least_widths())
-        if least > keep * self.total_cost:
-            raise UserError(
-                f"--keep {keep:g}: found that one unit of every module keeps {least / self.total_cost:.3f} of the "
-                "transformer's cost, expected at least that"
-            )
 
     def _at_price(self, price: float, power: float) -> dict[str, int]:
         widths = {}
@@ -305,6 +298,23 @@ class BudgetSearch:
             self.bench.set_kept(name, kept[name])
             self.progress(name, widths[name])
         return kept
+
+
+def check_affordable(
+    keep: float,
+    total_cost: float,
+    modules: Mapping[str, Gated],
+    cost_per_channel: Mapping[str, float],
+    units: Mapping[str, int],
+) -> None:
+    """Raise a `UserError` if one unit of every module costs more than the fraction `keep` of the whole."""
+    gone = (cost_per_channel[name] * max(0, module.width - units[name]) for name, module in modules.items())
+    least = total_cost - sum(gone)
+    if least > keep * total_cost:
+        raise UserError(
+            f"--keep {keep:g}: found that one unit of every module keeps {least / total_cost:.3f} of the transformer's "
+            "cost, expected at least that"
+        )
 
 
 def between(measured: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:

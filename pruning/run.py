@@ -24,9 +24,9 @@ from models.detector import Detector
 from models.widths import Widths
 from pruning import plots, report
 from pruning.arguments import method_of, units_of
-from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
+from pruning.budget import EVALUATIONS, POWERS, BudgetSearch, check_affordable
 from pruning.cost import Cost, cost_of, cost_table, macs_per_channel, params_per_channel, step_shares
-from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
+from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, VERSION, Decision, Journal, Trial, read_events
 from pruning.kept import Kept
 from pruning.schedule import Schedule
 from pruning.search import Search
@@ -89,6 +89,7 @@ class SearchRun:
         loader = build_loader(own_images, args.batch_size, shuffle=False, num_workers=args.num_workers, seed=args.seed)
         height, width = dataset[0][0].shape[-2:]
         self.image_size_hw = (height, width)
+        self._price()
         self.bench = DetectorBench(
             self.model,
             criterion,
@@ -146,8 +147,6 @@ class SearchRun:
         if self.bench.method.is_calibrated and self.args.search_split == "val2017":
             self.log.warning("calibrating on val2017: a fair figure searches on train2017 (--search_split)")
         is_global = self.bench.method.search == "global"
-        if is_global:
-            self.budget_search = self._build_budget_search(base_ap)
         base_ap, past = self._open_journal(self._facts(base_ap))
         self.board.open(len(past))
         self.board.add({"search/mAP": base_ap}, 0)
@@ -218,8 +217,7 @@ class SearchRun:
 
         Without --keep the detector is held to what the schedule holds it to when its last module has been visited.
         """
-        args, search = self.args, self.budget_search
-        search.base_ap = base_ap
+        args, search = self.args, BudgetSearch(self.bench, self.per_channel, self.total_cost, self.steps, base_ap)
         sweeps = 1 + (EVALUATIONS if args.keep is None else len(POWERS))
         threshold_ap = self.schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1)
         with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
@@ -243,30 +241,32 @@ class SearchRun:
         self.trials, self.best_trial, self.effort = search.trials, best, search.effort
         return kept, best.full_ap
 
-    def _build_budget_search(self, base_ap: float) -> BudgetSearch:
-        """The search of all modules at once.
+    def _price(self) -> None:
+        """What the transformer and a channel of each module cost, by --cost, and the steps of the modules' widths.
 
         Raises:
             UserError: --keep asks for less than the least widths cost.
         """
-        units, keep = units_of(self.args), self.args.keep
-        cost = cost_of(self.model, self.image_size_hw)
-        total: float
-        per_channel: Mapping[str, float]
+        cost, units, modules = (
+            cost_of(self.model, self.image_size_hw),
+            units_of(self.args),
+            self.model.prunable_modules(),
+        )
+        self.total_cost: float
+        self.per_channel: Mapping[str, float]
         if self.args.cost == "params":
-            total, per_channel = cost.transformer_params, params_per_channel(self.model)
+            self.total_cost, self.per_channel = cost.transformer_params, params_per_channel(self.model)
         else:
-            total, per_channel = 1e9 * cost.gmacs, macs_per_channel(self.model, self.image_size_hw)
-        step = {name: units.channels(module) for name, module in self.bench.modules.items()}
-        search = BudgetSearch(self.bench, per_channel, total, step, base_ap)
-        if keep is not None:
-            search.check_affordable(keep)
-        return search
+            self.total_cost, self.per_channel = 1e9 * cost.gmacs, macs_per_channel(self.model, self.image_size_hw)
+        self.steps = {name: units.channels(module) for name, module in modules.items()}
+        if self.args.keep is not None:
+            check_affordable(self.args.keep, self.total_cost, modules, self.per_channel, self.steps)
 
     def _facts(self, base_ap: float) -> dict[str, Any]:
         """What the search depends on; one with other facts is another search."""
         args = plain_arguments(self.args)
         return {
+            "version": VERSION,
             "args": {name: value for name, value in args.items() if name not in NOT_DECIDING},
             "weights": file_digest(self.args.resume),
             "annotations": file_digest(split_of(self.args, self.args.search_split).annotation_file),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import export
 import inference
 import main
 import prune_greedy
@@ -22,6 +23,7 @@ PARSERS = {
     "prune_greedy.py": lambda: get_pruning_parser(GP, prune_greedy.__doc__),
     "prune_greedy_ad.py": lambda: get_pruning_parser(MGP, prune_greedy_ad.__doc__),
     "inference.py": inference.get_inference_parser,
+    "export.py": export.get_export_parser,
 }
 THEMES = {
     "run": {"output_dir", "resume", "eval", "device", "amp", "seed"},

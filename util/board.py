@@ -43,10 +43,13 @@ class Board:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        if not done:
-            move_aside(self.folder)
-        # What a run that was killed wrote behind its last checkpoint comes again.
-        self._writer = SummaryWriter(str(self.folder), purge_step=done + 1 if done else None)
+        try:
+            if not done:
+                move_aside(self.folder)
+            # What a run that was killed wrote behind its last checkpoint comes again.
+            self._writer = SummaryWriter(str(self.folder), purge_step=done + 1 if done else None)
+        except OSError as error:
+            self._give_up(error)
 
     def add(self, scalars: Mapping[str, float], step: int) -> None:
         """One point on the curve of each name; what is not finite is left out."""
@@ -57,9 +60,13 @@ class Board:
                 if math.isfinite(value):
                     self._writer.add_scalar(name, value, step)
             self._writer.flush()
-        except OSError as error:  # curves are no reason to end a run, least of all in one process of several
-            get_logger().warning("--tensorboard: %s cannot be written (%s); no more curves", self.folder, error)
-            self._writer = None
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Curves are no reason to end a run, least of all in one process of several."""
+        get_logger().warning("--tensorboard: %s cannot be written (%s); no more curves", self.folder, error)
+        self._writer = None
 
     def close(self) -> None:
         """Finish the file."""

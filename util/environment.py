@@ -18,7 +18,7 @@ import torchvision
 
 from util import distributed
 from util.checkpoint import plain_arguments
-from util.files import write_json
+from util.files import move_aside, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS_NAME = "args.json"
@@ -45,7 +45,11 @@ def program_commit(root: Path = ROOT) -> str | None:
     try:
         commit, changes = (
             subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=GIT_SECONDS
+                ["git", "--no-optional-locks", "-C", str(root), *words],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=GIT_SECONDS,
             ).stdout.strip()
             for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
@@ -67,6 +71,8 @@ def record_run(output_dir: Path, args: argparse.Namespace, device: torch.device,
     None of it is what an interrupted search is compared by: another machine or command may go on with it.
     """
     path = output_dir / ARGUMENTS_NAME
+    if not continuing:
+        move_aside(path)
     earlier = _earlier_runs(path) if continuing else []
     run = {
         "command": typed_command(),

@@ -148,8 +148,6 @@ def export(
         result = ExportResult(path, len(data) / 1e6, opset if format_ == "onnx" else None, cases)
         if result.passed:
             write_atomic(path, lambda stream, data=data: stream.write(data))
-        else:
-            path.unlink(missing_ok=True)
         results.append(result)
     return results
 

@@ -6,10 +6,11 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,6 +55,8 @@ def _is_running(pid: str) -> bool:
     """Whether there is another process of that number."""
     if int(pid) == os.getpid():
         return False
+    if sys.platform == "win32":  # where signal 0 is Ctrl-C
+        return True
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, OverflowError):
@@ -166,5 +169,8 @@ def check_output_dir(path: str | Path) -> Path:
 
 def _remove_old_probes(folder: Path) -> None:
     for path in folder.iterdir():
-        if PROBE.fullmatch(path.name) and time.time() - path.stat().st_mtime > PROBE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        if PROBE.fullmatch(path.name) is None:
+            continue
+        with suppress(FileNotFoundError):  # that of another process, which has just removed it
+            if time.time() - path.stat().st_mtime > PROBE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)

@@ -69,7 +69,7 @@ DECODER_LAYER = {
 }
 FIRST_DECODER_LAYER = {"cross_attn.cross_attn_query_pos_proj": "ca_qpos_proj"}
 ACTIVATIONS = {"encoder": {"activation_fn": "activation"}, "decoder": {"mlp.activation_fn": "activation"}}
-LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d{1,4})\.(.+)\.(weight|bias)$")  # not more: each is looked for
 # Bottleneck blocks or not, and blocks of the four stages.
 BACKBONES = {
     (False, (2, 2, 2, 2)): "resnet18",

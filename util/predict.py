@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import engine
-from bench.timing import milliseconds_per_image
 from datasets.coco import category_names
 from datasets.coco_eval import to_detections
 from datasets.transforms import eval_transforms
@@ -31,6 +30,7 @@ from util.files import write_json
 from util.image_files import ImageFiles, Sample, find_images, image_ids_of, picture_names
 from util.logging import bar_off, get_logger, table
 from util.setup import arguments_for, build_detector
+from util.timing import milliseconds_per_image
 
 PICTURES = "pictures"
 COMPARED = ("dense", "slim")
@@ -78,7 +78,7 @@ def load_detector(
     checkpoint = read_checkpoint(path)
     theirs = arguments_for(args, checkpoint, typed)
     model, _, postprocessors = build_detector(theirs, checkpoint)
-    names = getattr(checkpoint, "categories", None) or {}
+    names = checkpoint.categories or {}
     model = model.to(device).eval()
     return Detector(
         title, checkpoint.path, model, postprocessors["bbox"], theirs.image_size, checkpoint.num_classes, names

@@ -104,7 +104,8 @@ def build_detector(
     if checkpoint.is_search:
         # What was pruned before is smaller than the dense network already.
         whole.cfgs = checkpoint.full_widths
-    if new_parts is None or checkpoint.is_search:
+    # Of others' files, weights that are to begin anew need not fit what was typed.
+    if new_parts is None or checkpoint.kind in ("ours", "search"):
         _check_describes(whole, checkpoint)
     if checkpoint.is_search:
         whole_model, _, _ = build_model(whole)

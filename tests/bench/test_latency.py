@@ -9,10 +9,10 @@ import bench.latency as latency
 from bench import tables
 from bench.latency import MODES
 from bench.published import GP_WIDTHS, MGP_WIDTHS
-from bench.timing import seconds_side_by_side
 from models import attention
 from pruning.cost import cost_of, count_parameters
 from util.errors import UserError
+from util.timing import seconds_side_by_side
 
 SUMMARY = latency.ROOT / "bench" / "results" / "demo_summary.json"
 CHECKPOINT = latency.ROOT / "checkpoints" / "demo.pth"

@@ -51,7 +51,7 @@ class Samples:
             dataset = build_dataset(SPLIT, args, augment=False)
             indices = _choose(dataset)
             results = [(caption, self._detect(path, args, dataset, indices)) for caption, path in detectors]
-            names = category_names(split_of(args, SPLIT).annotations)
+            names = category_names(split_of(args, SPLIT).annotation_file)
             rows = []
             for number, index in enumerate(indices):
                 columns = [("annotated", _annotated(dataset, index), None)]

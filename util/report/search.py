@@ -217,7 +217,7 @@ def _count_images(folder: RunFolder) -> int | None:
     """How many images an older search looked at: the whole split or its first ones."""
     args = folder.args
     try:
-        there = len(load_annotations(split_of(args, args.search_split).annotations).imgs)
+        there = len(load_annotations(split_of(args, args.search_split).annotation_file).imgs)
     except UserError:
         return args.search_images
     return min(args.search_images or there, there)
