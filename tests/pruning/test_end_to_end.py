@@ -245,7 +245,7 @@ def test_a_fraction_that_cannot_be_kept_is_refused_before_older_results_are_touc
     with pytest.raises(UserError, match=r"--keep 0\.01: found that one unit"):
         search(MGP, *parse(get_pruning_parser(MGP, "a test"), words.split()))
     assert (tmp_path / "pruned.pth").read_text() == "older"
-    assert not (tmp_path / "search.jsonl").exists()
+    assert not (tmp_path / "search.jsonl").exists() and not (tmp_path / "run.log").exists()
 
 
 def test_a_killed_search_leaves_what_it_had_found(folder, tmp_path, monkeypatch):
