@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from datasets.annotations import entries_of, find_problems, is_box, read_tables
 from datasets.coco import SPLITS, Split, read_image, split_of
+from datasets.transforms import scaled
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import bar_off, table
@@ -45,6 +46,7 @@ KINDS = {
     "unknown categories": STOPS,
     "missing image files": STOPS,
     "broken image files": STOPS,
+    "images too thin to scale": STOPS,
     "categories of two names": STOPS,
     "images of another size than stated": "takes the file's size",
     "duplicate file names": "sees them as often",
@@ -97,8 +99,8 @@ def collect(found: Iterable[tuple[str, str]]) -> list[Finding]:
     return [finding for finding in findings.values() if finding.total]
 
 
-def check_split(split: Split, workers: int = 0) -> SplitReport:
-    """Read all of a split, its images with `workers` processes (0 for none).
+def check_split(split: Split, workers: int = 0, image_size: int = 800) -> SplitReport:
+    """Read all of a split, its images with `workers` processes (0 for none), to be scaled to `image_size` pixels.
 
     Raises:
         UserError: there is no annotation file with its three lists.
@@ -109,7 +111,7 @@ def check_split(split: Split, workers: int = 0) -> SplitReport:
     sizes = read_sizes(paths, split.name, workers)
     found = [(kind, problem.removeprefix(":").strip()) for kind, problem in find_problems(content)]
     found += [] if images else [("no images", "")]
-    found += check_images(images, sizes)
+    found += check_images(images, sizes, scaled(1333, image_size))
     found += check_boxes(images, items, sizes)
     counts = Counter(_hashable(item.get("category_id")) for item in items if not item.get("iscrowd"))
     named = [
@@ -154,13 +156,15 @@ def _read_size(path: Path) -> tuple[int, int] | str | None:
     return width, height
 
 
-def check_images(images: Sequence[Mapping], sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with the image files, by what `read_sizes` found."""
+def check_images(images: Sequence[Mapping], sizes: Mapping[str, Any], longest: int) -> Iterator[tuple[str, str]]:
+    """What is wrong with the image files, by what `read_sizes` found; long sides come out at most `longest` pixels."""
     for name, size in sizes.items():
         if size is None:
             yield "missing image files", name
         elif isinstance(size, str):
             yield "broken image files", size
+        elif min(size) * longest < max(size):  # the short side would have less than one pixel
+            yield "images too thin to scale", f"{name}, {size[0]} x {size[1]}"
     names = Counter(name for image in images if (name := _file_name(image)) is not None)
     for name, count in names.items():
         if count > 1:
@@ -303,6 +307,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_split_options(parser)
     workers = min(8, os.cpu_count() or 1)
     parser.add_argument("--num_workers", type=whole(0), default=workers, help="processes that read images, 0 for none")
+    parser.add_argument("--image_size", type=whole(32), default=800, help="short side in a run, in pixels")
     parser.add_argument("--json", metavar="FILE", default=None, help="write the findings there, too")
     return parser
 
@@ -312,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     reports = []
     for split in splits_to_check(args):
-        reports.append(check_split(split, args.num_workers))
+        reports.append(check_split(split, args.num_workers, args.image_size))
         print(f"{show(reports[-1])}\n", flush=True)
     between = check_between(reports)
     if between:

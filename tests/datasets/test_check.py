@@ -160,6 +160,21 @@ def loads(root) -> bool:
     return True
 
 
+@pytest.mark.parametrize(("height", "is_found"), [(1, True), (2, True), (3, False)])
+def test_images_that_cannot_be_scaled_are_told(root, tmp_path, height, is_found):
+    Image.new("RGB", (3000, height)).save(root / SPLIT / "0.jpg")
+    change(root, lambda tables: tables["images"][0].update(width=3000, height=height))
+    code, found = checked(root, tmp_path)
+    report = next(report for report in found["splits"] if report["name"] == SPLIT)
+    assert ("images too thin to scale" in totals(report)) == is_found == (code == 1)
+    try:
+        eval_transforms(800)(Image.new("RGB", (3000, height)))
+    except (RuntimeError, ValueError):
+        assert is_found
+    else:
+        assert not is_found
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_files_are_named_and_all_others_read(workers, root, tmp_path, capsys):
     whole = (root / SPLIT / "1.jpg").read_bytes()
