@@ -111,7 +111,7 @@ def test_without_a_mask_images_alone_go_in(tmp_path, checkpoint):
     torch.testing.assert_close(boxes, expected["pred_boxes"], rtol=0, atol=1e-4)
 
 
-def test_a_file_that_computes_something_else_does_not_stay_and_the_script_ends_with_1(
+def test_a_file_that_computes_something_else_is_not_written_and_the_script_ends_with_1(
     tmp_path, checkpoint, monkeypatch, capsys
 ):
     path, _, _ = checkpoint
@@ -127,7 +127,8 @@ def test_a_file_that_computes_something_else_does_not_stay_and_the_script_ends_w
         run_script("--resume", path, "--output_dir", tmp_path, "--format", "pt2")
     assert "dense.pt2: found a difference above 0.001" in str(end.value)  # sys.exit of a text is code 1
     assert "FAILED" in capsys.readouterr().out
-    assert {file.name for file in tmp_path.iterdir()} == {"dense.pth"}
+    assert (tmp_path / "dense.pt2").read_bytes() == b"of an earlier run"
+    assert not list(tmp_path.glob(".dense*"))
 
 
 def test_the_check_feels_boxes_of_other_queries_wrong_labels_and_what_is_not_finite():

@@ -143,6 +143,20 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_no_weight():
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+def test_a_gradient_that_no_scale_makes_finite_ends_training_under_fp16():
+    weight = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(weight.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4 * engine.LEAST_SCALE)
+    before = weight.weight.detach().clone()
+    targets = [{"image_id": torch.tensor(7)}]
+    stepped = []
+    with pytest.raises(engine.NonFiniteLossError, match=r"^here: the gradient is not finite, on the images \[7\]$"):
+        while len(stepped) < 10:
+            scaler.scale(float("nan") * weight(torch.ones(1, 1)).sum()).backward()
+            stepped.append(engine._optimizer_step(weight, optimizer, scaler, 0.1, targets, "here"))
+    assert stepped == [False, False] and torch.equal(weight.weight, before)
+
+
 @pytest.fixture(scope="module")
 def good(coco, tmp_path_factory) -> Path:
     """Folder of a run of one good epoch."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,13 @@ def test_an_output_folder_is_checked_but_not_made(tmp_path):
         with pytest.raises(UserError, match="found no way to write there"):
             check_output_dir(name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_probe_that_another_process_removes_meanwhile_is_no_fault(tmp_path, monkeypatch):
+    listed = [tmp_path / ".probe-1-abc", tmp_path / "other"]
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(listed) if path == tmp_path else iterdir(path))
+    assert check_output_dir(tmp_path / "run") == tmp_path / "run"
 
 
 def test_an_older_file_is_moved_to_the_first_free_name(tmp_path):

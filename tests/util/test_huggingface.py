@@ -154,6 +154,14 @@ def test_a_config_that_is_none_of_ours_is_told(tmp_path, change, told):
         detector_of(tmp_path)
 
 
+@pytest.mark.parametrize("digits", [7, 5000])
+def test_a_layer_of_a_huge_number_is_no_layer(tmp_path, digits):
+    key = f"model.encoder.layers.{'9' * digits}.fc1.weight"
+    torch.save({**tiny().state_dict(), key: torch.ones(32, 32)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"the key encoder.layers.99"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
 def test_another_key_and_a_folder_without_weights_are_told(tmp_path):
     weights = {**tiny().state_dict(), "model.encoder.norm.weight": torch.ones(32)}
     torch.save(weights, tmp_path / "a.pth")
