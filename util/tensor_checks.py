@@ -68,10 +68,13 @@ def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_training(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise `UserError` unless what tells how far a training run has come is a number, and its weights are finite."""
+    """Raise `UserError` unless what tells how far a training run has come is a number, and its weights are finite.
+
+    What is missing is told where a run goes on with it.
+    """
     scheduler = content.get("lr_scheduler")
-    counts = {"last_epoch": scheduler.get("last_epoch") if isinstance(scheduler, dict) else None}
-    for key, count in (counts | {key: content[key] for key in ("epoch", "average_steps") if key in content}).items():
+    entries = {**content, **(scheduler if isinstance(scheduler, dict) else {})}
+    for key, count in ((key, entries[key]) for key in ("last_epoch", "epoch", "average_steps") if key in entries):
         if type(count) is not int or count < 0:
             raise UserError(f"{path}: found {shorten(count)} under `{key}`, expected a whole number from 0 up")
     best_ap = content.get("best_ap", 0.0)

@@ -76,8 +76,8 @@ def metadata(**changes) -> dict[str, str]:
         (metadata(kept={"encoder.0.ffn": {"hidden": [10**30]}}), "expected a list of whole"),
         (metadata(kept={"encoder.0.ffn": {"hidden": "all"}}), "expected a list of whole"),
         (metadata(args=[]), "found list under `args`"),
-        (metadata(trace=5), "found int under `trace`"),
-        (metadata(trace=[5]), "expected a list of dicts"),
+        (metadata(trace=5), "found 5 under `trace`, expected the steps"),
+        (metadata(trace=[5]), "expected the steps of a search"),
         ({}, "no key transformer.encoder"),
     ],
 )
