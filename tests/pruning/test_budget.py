@@ -168,7 +168,7 @@ def test_every_trial_begins_with_the_whole_network_and_cuts_in_network_order():
         assert [entry[1] for entry in bench.asked[index + 1 : index + 3]] == list(bench.modules)
 
 
-@pytest.mark.parametrize("aps", itertools.permutations((0.1, 0.2, 0.3)))
+@pytest.mark.parametrize("aps", list(itertools.permutations((0.1, 0.2, 0.3))))
 def test_of_several_powers_the_trial_of_the_greatest_map_is_taken_and_its_cut_kept(aps):
     class Told(BudgetSearch):
         def _trial(self, keep, power):

@@ -17,7 +17,7 @@ from pruning import plots
 from pruning.arguments import get_pruning_parser
 from pruning.cli import search
 from pruning.journal import Journal
-from pruning.schedule import GP
+from pruning.schedule import GP, Schedule
 from tests.pruning.test_end_to_end import SMALL, write_folder
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 from util.ema import WeightAverage
@@ -87,7 +87,7 @@ def train(variant: str, warm_up: int, steps: int) -> tuple[float, int, int]:
 
 
 def decide(folder: Path, out: Path, warm_up: int, steps: int, network: str) -> tuple[float, int, int]:
-    """What `steps` decisions of a real search behind a warm-up add to the process."""
+    """What `steps` decisions of a real search behind a warm-up add to the process; every module grows until whole."""
     words = f"{SMALL} {network} --coco_path {folder} --resume {folder}/dense.pth --output_dir {out} --search paper "
     words += "--map_tol 0 --decay_points 0 --attention_unit 1 --ffn_unit 1 --num_candidates_attention 4 "
     words += "--num_candidates_ffn 2 --subset_batches_attention 1 --subset_batches_ffn 1"
@@ -105,6 +105,7 @@ def decide(folder: Path, out: Path, warm_up: int, steps: int, network: str) -> t
 
     with (
         mock.patch.object(Journal, "decision", watched),
+        mock.patch.object(Schedule, "full_threshold_ap", lambda *arguments: 1.1),
         mock.patch.multiple(plots, plot_widths=mock.DEFAULT, plot_ap_against_parameters=mock.DEFAULT),
     ):
         search(GP, args, typed)
