@@ -198,8 +198,11 @@ def test_ctrl_c_stops_behind_the_step_in_flight_and_says_how_to_go_on(folder, se
 def test_a_disk_that_is_full_is_one_sentence_and_the_journal_goes_on(folder, searched, tmp_path, monkeypatch):  # noqa: F811
     """A limit on the size of files stands for the full disk."""
     journal = tmp_path / "search.jsonl"
-    first = len(b"".join(lines_of(searched("fast"))[:2]))
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({first + 10}, resource.RLIM_INFINITY)); "
+    lines, arguments = lines_of(searched("fast")), searched("fast").path.with_name("args.json").stat().st_size
+    fitting = next(n for n in range(1, len(lines)) if len(b"".join(lines[:n])) > arguments + 500)
+    assert b'"trial"' in lines[fitting]  # the journal is what first outgrows the limit
+    most = len(b"".join(lines[:fitting])) + 10
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, resource.RLIM_INFINITY)); "
     line = words(folder, tmp_path, "fast", "--resume_search").split()
     script = f"{limit}import sys; sys.argv = {['prune_greedy_ad.py', *line]}; import runpy; "
     script += "runpy.run_path('prune_greedy_ad.py', run_name='__main__')"

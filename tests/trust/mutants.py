@@ -188,9 +188,12 @@ def _work(tree: Path, tests: Sequence[str]) -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(silence, stream)
-    names = {path.stem for path in ROOT.iterdir()}
-    for module in [module for module in sys.modules if module.split(".")[0] in names]:
-        del sys.modules[module]
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).is_relative_to(ROOT) and not Path(file).is_relative_to(ROOT / ".venv"):
+            del sys.modules[name]
+    for name in {path.stem for path in ROOT.iterdir()} & sys.modules.keys():
+        del sys.modules[name]  # packages without a file of their own
     os.chdir(tree)
     sys.path[:] = [str(tree), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
     sys.dont_write_bytecode = True
