@@ -9,7 +9,7 @@ help:
 	@echo "make help        list what make can do here"
 	@echo "make demo        prune the demo detector from end to end; results in $(DEMO_OUTPUT)"
 	@echo "make test        run the tests"
-	@echo "make soak        kill runs 100 times and more, and fuzz for longer (about 15 minutes)"
+	@echo "make soak        kill runs 100 times and more, fuzz for longer, 1,000 steps each (about half an hour)"
 	@echo "make lint        check format, style and types"
 	@echo "make coverage    run the tests and tell which lines of pruning/ and util/ they do not reach"
 	@echo "make mutants     do small wrongs to a copy of the program and see that tests notice (10 minutes)"
