@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.environment import environment
 from datasets.coco_eval import GroundTruth, coco_stats
+from util.environment import environment
 from util.errors import UserError, run_cli
 from util.options import script_parser
 

@@ -21,9 +21,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from bench.environment import environment
 from datasets.coco import CocoDataset, build_dataset
 from util.draw import draw_detections, write_grid
+from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import copy_file, write_json
 from util.lock import hold_folder

@@ -28,7 +28,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bench.environment import environment
 from bench.published import COCO_CLASSES, GP_WIDTHS, MGP_WIDTHS
 from engine import autocast
 from models import build_model
@@ -37,6 +36,7 @@ from models.widths import Widths
 from pruning.cost import cost_of
 from util.arguments import take_from_checkpoint
 from util.checkpoint import read_checkpoint
+from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import bar_off, table

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.environment import environment
 from models.dn_dab_deformable_detr.ops import sample_in_pytorch
 from models.dn_dab_deformable_detr.ops.sampling import load_operator
+from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table

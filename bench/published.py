@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from bench.environment import environment
 from models import build_model
 from models.widths import Widths
 from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost, cost_of, cost_table
+from util.environment import environment
 from util.errors import run_cli
 from util.files import write_json
 from util.options import get_args_parser

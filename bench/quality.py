@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from bench.environment import environment
 from bench.paper_baseline import prune_as_paper
 from bench.subject import Built, Pruner, Subject, get_subject_parser, uniform_widths
 from bench.torch_pruning_baseline import prune_with_torch_pruning
 from pruning.cost import count_parameters
 from pruning.method import FAST, VISIT, Method
 from pruning.schedule import GP, MGP
+from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import file_digest, write_json
 from util.logging import table

@@ -28,7 +28,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.environment import environment
 from bench.published import MGP_WIDTHS
 from bench.subject import PAPER_BATCH_SIZE, Pruner, Subject, get_subject_parser
 from pruning.cost import count_parameters, products_of
@@ -36,6 +35,7 @@ from pruning.method import METHODS
 from pruning.schedule import MGP, Schedule
 from pruning.search import Search
 from pruning.workbench import DetectorBench
+from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table

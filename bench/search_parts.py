@@ -18,7 +18,6 @@ from unittest import mock
 import torch
 from scipy.stats import spearmanr
 
-from bench.environment import environment
 from bench.subject import PAPER_BATCH_SIZE, Pruner, Subject, get_subject_parser
 from pruning import budget
 from pruning.budget import BudgetSearch
@@ -27,6 +26,7 @@ from pruning.kept import all_kept
 from pruning.method import FAST, Method
 from pruning.schedule import MGP
 from pruning.workbench import DetectorBench
+from util.environment import environment
 from util.errors import run_cli
 from util.files import write_json
 from util.logging import table

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +57,14 @@ def hold_folder(folder: str | Path, shown: str = "--output_dir") -> Iterator[Non
     Raises:
         UserError: in every process: another run has the folder.
     """
-    lock, problem = None, None
-    if distributed.is_main():
-        try:
-            lock = _Lock(Path(folder) / LOCK_NAME, f"{shown} {folder}")
+    with ExitStack() as held:
+
+        def take() -> None:
+            held.callback(_Lock(Path(folder) / LOCK_NAME, f"{shown} {folder}").release)
             remove_leftovers(folder)
-        except (UserError, OSError) as error:
-            problem = error  # the other processes wait for this one
-    problem = distributed.gather_objects(problem)[0]
-    try:
-        if problem is not None:
-            raise problem
+
+        distributed.on_main(take)
         yield
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 @contextmanager
