@@ -10,9 +10,10 @@ from models.denoising import DenoisingSettings
 from models.detector import Detector
 from models.matcher import HungarianMatcher
 from models.post_process import PostProcess
+from models.widths import Widths
 from util.errors import UserError
 
-MODELS: dict[str, Callable[[Namespace, Backbone, DenoisingSettings | None], Detector]] = {
+MODELS: dict[str, Callable[[Namespace, Widths | None, Backbone, DenoisingSettings | None], Detector]] = {
     "dn_dab_detr": dn_dab_detr.build,
     "dn_dab_deformable_detr": dn_dab_deformable_detr.build,
 }
@@ -23,7 +24,8 @@ LOGS_BOX_PARTS = ("dn_dab_detr",)
 def build_model(args: Namespace) -> tuple[Detector, Criterion, dict[str, PostProcess]]:
     """Model, criterion and postprocessors for the arguments of `main.get_args_parser`.
 
-    `args.num_classes` is set from the annotations or the checkpoint and `args.cfgs` is a `Widths` or None.
+    `args.num_classes` is set from the annotations or the checkpoint. `args.cfgs` is None for a dense detector, or its
+    widths as a `Widths` or as anything that `Widths.parse` takes, such as a nested list.
 
     Raises:
         UserError: where options do not fit together.
@@ -33,7 +35,8 @@ def build_model(args: Namespace) -> tuple[Detector, Criterion, dict[str, PostPro
             raise UserError(f"--{option}: found {getattr(args, option)}, expected a multiple of {divisor}")
     backbone = Backbone(args.backbone, args.return_layer, args.dilation, args.batch_norm_type, args.pretrained_backbone)
     denoising = DenoisingSettings(args.scalar, args.label_noise_scale, args.box_noise_scale) if args.use_dn else None
-    model = MODELS[args.modelname](args, backbone, denoising)
+    widths = args.cfgs if isinstance(args.cfgs, Widths | None) else Widths.parse(args.cfgs)
+    model = MODELS[args.modelname](args, widths, backbone, denoising)
     matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou, args.focal_alpha)
     weights = {
         "loss_ce": args.cls_loss_coef,

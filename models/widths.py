@@ -42,7 +42,7 @@ class Widths:
             UserError: where it is no JSON or no `[encoder, decoder]` of whole numbers.
         """
         shown = "--cfgs"
-        if not isinstance(given, str) and all(isinstance(word, str) for word in given):
+        if isinstance(given, list | tuple) and all(isinstance(word, str) for word in given):
             given = " ".join(given)
         if isinstance(given, str):
             if not given.lstrip().startswith("["):

@@ -9,7 +9,9 @@ from models.widths import Widths
 from util.errors import UserError
 
 
-def build(args: Namespace, backbone: Backbone, denoising: DenoisingSettings | None) -> DnDabDeformableDetr:
+def build(
+    args: Namespace, widths: Widths | None, backbone: Backbone, denoising: DenoisingSettings | None
+) -> DnDabDeformableDetr:
     """The detector that the arguments describe; its activation is ReLU and its positions' temperature 10000.
 
     Raises:
@@ -26,11 +28,11 @@ def build(args: Namespace, backbone: Backbone, denoising: DenoisingSettings | No
             f"from layer2 to {args.return_layer} (--return_layer)"
         )
     full = Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
-    if args.cfgs is not None:
-        args.cfgs.check(nheads=args.nheads, full=full)
+    if widths is not None:
+        widths.check(nheads=args.nheads, full=full)
     return DnDabDeformableDetr(
         backbone,
-        args.cfgs or full,
+        widths or full,
         num_classes=args.num_classes,
         hidden_dim=args.hidden_dim,
         nheads=args.nheads,

@@ -8,14 +8,14 @@ from models.dn_dab_detr.detector import DnDabDetr
 from models.widths import Widths
 
 
-def build(args: Namespace, backbone: Backbone, denoising: DenoisingSettings | None) -> DnDabDetr:
+def build(args: Namespace, widths: Widths | None, backbone: Backbone, denoising: DenoisingSettings | None) -> DnDabDetr:
     """The detector that the arguments describe."""
     full = Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
-    if args.cfgs is not None:
-        args.cfgs.check(nheads=args.nheads, full=full)
+    if widths is not None:
+        widths.check(nheads=args.nheads, full=full)
     return DnDabDetr(
         backbone,
-        args.cfgs or full,
+        widths or full,
         num_classes=args.num_classes,
         hidden_dim=args.hidden_dim,
         nheads=args.nheads,
@@ -24,7 +24,7 @@ def build(args: Namespace, backbone: Backbone, denoising: DenoisingSettings | No
         activation=args.transformer_activation,
         dropout=args.dropout,
         anchor_eps=args.anchor_eps,
-        slim_names=args.cfgs is not None,
+        slim_names=widths is not None,
         temperatures=(args.pe_temperatureH, args.pe_temperatureW),
         denoising=denoising,
     )

@@ -19,6 +19,7 @@ TINY = (
 )
 
 DEFORMABLE = "-m dn_dab_deformable_detr --num_feature_levels 4 --dec_n_points 2"
+WIDTHS = [[[8, 16], [32, 32]], [[16, 32, 8], [32, 8, 32]]]
 each_variant = pytest.mark.parametrize("options", ["", DEFORMABLE], ids=["dense", "deformable"])
 
 
@@ -205,6 +206,37 @@ def test_widths_name_the_encoder_as_slim_models_do():
     assert keys["transformer.encoder.layers.0.in_proj_weight"].shape == (24, 32)
     assert not any("encoder.layers.0.self_attn" in key for key in keys)
     assert {name: module.width for name, module in model.prunable_modules().items()} == dict(widths.items())
+
+
+@each_variant
+@pytest.mark.parametrize(
+    "cfgs",
+    [WIDTHS, [str(WIDTHS)], str(WIDTHS), ((((8, 16), (32, 32)), ((16, 32, 8), (32, 8, 32)))), Widths.parse(WIDTHS)],
+    ids=["lists", "words", "text", "tuples", "widths"],
+)
+def test_widths_may_be_anything_that_says_them(options, cfgs):
+    model, _, _ = build(options, cfgs=cfgs)
+    assert model.widths == Widths.parse(WIDTHS)
+    assert model.transformer.encoder.layers[0].linear1.out_features == 16
+    with torch.no_grad():
+        assert model(images_of((96, 96)))["pred_boxes"].shape == (1, 6, 4)
+
+
+@each_variant
+@pytest.mark.parametrize(
+    ("cfgs", "message"),
+    [
+        ([[[8, 16]], [[16, 32, 8], [32, 8, 32]]], "found 1 encoder layers, expected 2"),
+        ([[[6, 16], [32, 32]], WIDTHS[1]], "width 6 for encoder.0.attention, expected a multiple"),
+        ([[[8.0, 16], [32, 32]], WIDTHS[1]], "expected whole numbers"),
+        ([], "--cfgs: found"),
+        (5, "--cfgs: expected two lists"),
+        ({}, "--cfgs: expected two lists"),
+    ],
+)
+def test_widths_that_do_not_fit_are_a_users_mistake(options, cfgs, message):
+    with pytest.raises(UserError, match=message):
+        build(options, cfgs=cfgs)
 
 
 def test_dilation_keeps_stride_16_for_basic_and_bottleneck_blocks():
