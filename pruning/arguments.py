@@ -93,7 +93,8 @@ def _add_search_options(group: argparse._ArgumentGroup) -> None:
     add("--subset_batches_ffn", type=whole(1), default=20, help="batches of the subset for an FFN")
     add("--search_split", choices=("val2017", "train2017"), default="val2017",
         help="images the search looks at; a fair figure searches on train2017 and reports val2017")  # fmt: skip
-    add("--search_images", type=whole(1), default=None, help="first images of the split to look at, by default all")
+    add("--search_images", type=_images, metavar="N|all", default=None,
+        help="first images of the split to look at; by default all")  # fmt: skip
     add("--images_at_once", type=whole(1), default=32, help="most images in a forward that scores several candidates")
     add("--cache_device", choices=("cpu", "same"), default="same",
         help="where features are kept: RAM, or --device; RAM if they do not fit a GPU's free memory")  # fmt: skip
@@ -104,6 +105,16 @@ def _add_search_options(group: argparse._ArgumentGroup) -> None:
         help="precision in which features are kept: that in which they are computed, or half of it")  # fmt: skip
     add("--resume_search", action="store_true",
         help="go on with the search whose journal is in --output_dir, as if nothing had stopped it")  # fmt: skip
+
+
+def _images(text: str) -> int | str:
+    """Type of an option: a number of images, or "all"."""
+    if text == "all":
+        return text
+    try:
+        return whole(1)(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text:.40}: expected a whole number from 1 up, or all") from None
 
 
 def check_search_options(args: argparse.Namespace, typed: Collection[str]) -> None:

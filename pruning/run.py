@@ -82,7 +82,8 @@ class SearchRun:
         args = self.args
         ground_truth = GroundTruth(split_of(args, args.search_split).annotation_file)
         dataset = build_dataset(args.search_split, args, augment=False)
-        self.num_images = min(args.search_images or len(dataset), len(dataset))
+        asked = len(dataset) if args.search_images in (None, "all") else args.search_images
+        self.num_images = min(asked, len(dataset))
         numbers = batch_numbers(self.num_images, args.batch_size)
         batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, self.num_images)) for n in numbers]
         own_images: Subset = Subset(dataset, [index for batch in batches for index in batch])

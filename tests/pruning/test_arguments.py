@@ -98,3 +98,11 @@ def test_a_schedules_values_are_the_defaults_of_its_options(schedule):
 def test_units_follow_the_number_of_heads():
     assert units_of(read("--nheads 4 --hidden_dim 32")[0]).ffn_unit == 16
     assert units_of(read("--ffn_unit 3 --attention_unit 2")[0]).ffn_unit == 3
+
+
+def test_a_search_looks_at_a_number_of_images_or_at_all():
+    assert read("--search_images 5")[0].search_images == 5
+    assert read("--search_images all")[0].search_images == "all"
+    for words, found in [("--search_images 0", "0: expected"), ("--search_images al", "al: expected .*, or all")]:
+        with pytest.raises(UserError, match=found):
+            read(words)

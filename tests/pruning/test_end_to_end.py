@@ -231,6 +231,11 @@ def test_a_search_may_look_at_the_first_images_alone(folder, tmp_path):
     assert result.base_ap == pytest.approx(found.stats["AP"], abs=1e-9)
 
 
+def test_a_search_may_look_at_all_images(folder, tmp_path):
+    run(MGP, folder, tmp_path, "--search_images all --attention_unit 8 --ffn_unit 32")
+    assert json.loads((tmp_path / "search.jsonl").read_text().splitlines()[-1])["images"] == IMAGES
+
+
 def test_what_an_older_search_left_is_moved_aside(folder, tmp_path):
     for name in ("search.jsonl", "pruned.pth", "widths.png", "ap_params.png"):
         (tmp_path / name).write_text("older\n")

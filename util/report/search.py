@@ -219,5 +219,5 @@ def _count_images(folder: RunFolder) -> int | None:
     try:
         there = len(load_annotations(split_of(args, args.search_split).annotation_file).imgs)
     except UserError:
-        return args.search_images
-    return min(args.search_images or there, there)
+        return None if args.search_images == "all" else args.search_images
+    return there if args.search_images in (None, "all") else min(args.search_images, there)
