@@ -108,7 +108,7 @@ def train_one_epoch(
     weight_average: WeightAverage | None = None,
     distillation: Distillation | None = None,
     progress: bool = True,
-    on_batch: Callable[[Mapping[str, Tensor], int, float], None] | None = None,
+    on_batch: Callable[[Mapping[str, Tensor], int, Sequence[float]], None] | None = None,
 ) -> dict[str, float]:
     """Train `model` on every batch of `loader` once.
 
@@ -119,13 +119,13 @@ def train_one_epoch(
     Args:
         model: takes (images, targets) in training mode; a DistributedDataParallel of it too.
         criterion: takes (outputs, targets), gives the losses, and has `weighted_sum(losses)`.
-        scheduler: stepped once an optimizer step, not where fp16 skips one.
+        scheduler: stepped once an optimizer step, also where fp16 skips one: it counts how far the run is.
         clip_max_norm: largest norm of the gradient, 0 for no clipping.
         amp: off, bf16 or fp16; fp16 needs `scaler`.
         weight_average: updated after each optimizer step.
         distillation: adds its losses towards a teacher's outputs on the same images.
         on_batch: called behind each batch with its losses averaged over all processes, the number of its images in this
-            one, and the learning rate.
+            one, and the learning rates of its optimizer step, one for each group of parameters.
 
     Returns:
         Mean of each loss over the epoch and all processes, and `loss`, the weighted sum.
@@ -150,18 +150,18 @@ def train_one_epoch(
             loss, losses = _losses(model, criterion, images, targets, autocast(device, amp), distillation, place)
             (loss / group if scaler is None else scaler.scale(loss / group)).backward()
         means.add(losses)
+        rates = [group["lr"] for group in optimizer.param_groups]
         if stepping:
-            if _optimizer_step(model, optimizer, scaler, clip_max_norm, pending, place):
-                if weight_average is not None:
-                    weight_average.update()
-                if scheduler is not None:
-                    scheduler.step()
+            stepped = _optimizer_step(model, optimizer, scaler, clip_max_norm, pending, place)
+            if stepped and weight_average is not None:
+                weight_average.update()
+            if scheduler is not None:
+                scheduler.step()
             pending = []
-        lr = optimizer.param_groups[0]["lr"]
-        bar.set_postfix(loss=f"{float(losses['loss']):.3f}", lr=f"{lr:.1e}", refresh=False)
+        bar.set_postfix(loss=f"{float(losses['loss']):.3f}", lr=f"{rates[0]:.1e}", refresh=False)
         bar.update()
         if on_batch is not None:
-            on_batch(losses, len(images), lr)
+            on_batch(losses, len(images), rates)
     bar.close()
     return means.read()
 

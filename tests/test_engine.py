@@ -157,7 +157,8 @@ def test_averaged_weights_follow_after_every_step():
     assert torch.allclose(average.model.weight, start + (model.weight.detach() - start) * 9 / 11, atol=1e-7)
 
 
-def test_a_step_that_overflows_moves_neither_schedule_nor_average():
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # AdamW, fused, is called in any case
+def test_a_step_that_overflows_moves_the_schedule_but_no_average():
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
@@ -167,7 +168,17 @@ def test_a_step_that_overflows_moves_neither_schedule_nor_average():
     engine.train_one_epoch(model, MeanSquare(), batches(4, 2), optimizer, device=CPU, scaler=scaler,
                            scheduler=scheduler, weight_average=average, progress=False)  # fmt: skip
     assert scaler.get_scale() == 1 and not torch.equal(model.weight, Linear().weight)
-    assert (scheduler.last_epoch, average.steps) == (1, 1)
+    assert (scheduler.last_epoch, average.steps) == (2, 1)
+
+
+def test_each_batch_is_reported_with_the_rates_of_its_step():
+    model, seen = Linear(), []
+    optimizer = torch.optim.SGD([{"params": [model.weight], "lr": 0.1}, {"params": [], "lr": 0.01}])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    engine.train_one_epoch(model, MeanSquare(), batches(6, 2), optimizer, device=CPU, accumulate=2,
+                           scheduler=scheduler, progress=False,
+                           on_batch=lambda losses, images, rates: seen.append((images, rates)))  # fmt: skip
+    assert seen == [(2, [0.1, 0.01]), (2, [0.1, 0.01]), (2, [0.05, 0.005])]
 
 
 GROUND_TRUTH = {

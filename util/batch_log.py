@@ -44,7 +44,7 @@ class BatchLog:
         Args:
             losses: of the batch, averaged over all processes.
             images: in the batch of this process.
-            lr: learning rate of the transformer behind it.
+            lr: learning rate of the transformer in its optimizer step.
         """
         if not self.every:
             return

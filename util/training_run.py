@@ -3,14 +3,15 @@
 import argparse
 import json
 import math
+import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import engine
@@ -31,7 +32,7 @@ from util.report.samples import Samples
 from util.report.training import EPOCH_COLUMNS, epoch_rows
 from util.safetensors_files import SUFFIX
 from util.setup import build_distillation
-from util.training_state import TrainingState
+from util.training_state import TrainingState, resume_changes
 
 
 class Run:
@@ -69,9 +70,12 @@ class Run:
         self.distillation = build_distillation(args, self.model)
         self.samples = Samples(self.device)
         self.continuing, self.begun = continuing, False
-        self.state = TrainingState(self.model, args, math.ceil(len(self.train_loader) / args.accumulate))
+        steps = math.ceil(len(self.train_loader) / args.accumulate)
+        self.state = TrainingState(self.model, args, steps, len(dataset))
+        self.changes: list[str] = []
         if continuing:
             self.state.load(checkpoint.training, self.state.best_model.state_dict(), str(checkpoint.path))
+            self.changes = resume_changes(checkpoint, args, self.state)
 
     def costs(self) -> dict[str, int | float]:
         """Parameters, and GMACs of the transformer for an image of the first one's size."""
@@ -130,12 +134,15 @@ class Run:
         figures = self.costs()
         self.log.info("%s", table(["network", ""], figures.items()))
         distributed.on_main(lambda: record_run(self.output_dir, args, self.device, continuing=self.continuing))
-        self.board.open(state.epoch * len(self.train_loader))
+        self.board.open(state.batches)
+        if self.changes:
+            self.log.info("epoch %d continues with %s", state.epoch, ", ".join(self.changes))
         stats: dict[str, float] = {}
         lines: list[dict[str, Any]] = []
         while state.epoch < args.epochs:
             line = {"epoch": state.epoch, **self._train_epoch()}
             state.epoch += 1
+            state.batches += len(self.train_loader)
             if state.epoch % args.eval_every == 0 or state.epoch == args.epochs:
                 start = time.perf_counter()
                 try:
@@ -147,17 +154,23 @@ class Run:
                 line["test_seconds"] = round(time.perf_counter() - start, 3)
             lines.append({**line, "n_parameters": figures["params"]})
             self._save(lines[-1])
-            self.board.add(_epoch_scalars(line), state.epoch * len(self.train_loader))
+            self.board.add(_epoch_scalars(line), state.batches)
         self.board.close()
         self.log.info("%s", _summary(lines))
         return stats
 
     def _train_epoch(self) -> dict[str, Any]:
-        """One epoch; returns learning rates, mean losses and seconds."""
+        """One epoch; returns mean learning rates, mean losses and seconds."""
         args, state = self.args, self.state
         start = time.perf_counter()
-        rates = [group["lr"] for group in state.optimizer.param_groups]
         self.train_loader.set_epoch(state.epoch)
+        rates: list[Sequence[float]] = []
+        log = BatchLog(args.print_freq, state.epoch, args.epochs, len(self.train_loader), self._show_batches)
+
+        def on_batch(losses: Mapping[str, Tensor], images: int, batch_rates: Sequence[float]) -> None:
+            rates.append(batch_rates)
+            log(losses, images, batch_rates[0])
+
         losses = engine.train_one_epoch(
             self.wrapped,
             self.criterion,
@@ -172,16 +185,16 @@ class Run:
             accumulate=args.accumulate,
             weight_average=state.weight_average,
             distillation=self.distillation,
-            on_batch=BatchLog(args.print_freq, state.epoch, args.epochs, len(self.train_loader), self._show_batches),
+            on_batch=on_batch,
         )
         seconds = round(time.perf_counter() - start, 3)
         named = {f"train_{name}": value for name, value in losses.items()}
-        return {"lr": rates[0], "lr_backbone": rates[1], **named, "train_seconds": seconds}
+        lr, lr_backbone = (statistics.mean(group) for group in zip(*rates, strict=True))
+        return {"lr": lr, "lr_backbone": lr_backbone, **named, "train_seconds": seconds}
 
     def _show_batches(self, scalars: Mapping[str, float], done: int) -> None:
         """Losses and rates of the last batches, by the batches of all epochs."""
-        step = self.state.epoch * len(self.train_loader) + done
-        self.board.add({f"batch/{name}": value for name, value in scalars.items()}, step)
+        self.board.add({f"batch/{name}": value for name, value in scalars.items()}, self.state.batches + done)
 
     def _save(self, line: dict[str, Any]) -> None:
         """Checkpoint, best checkpoint, a line of log.txt; training can go on from here."""

@@ -3,7 +3,6 @@
 import argparse
 import math
 import random
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,12 @@ import torch
 from torch import nn
 
 from util import distributed
+from util.arguments import OF_THE_RUN
+from util.checkpoint import Checkpoint
 from util.ema import WeightAverage
-from util.errors import UserError
+from util.errors import UserError, shorten
+from util.learning_rate import rate
+from util.options import DATA_OPTIONS
 
 
 class TrainingState:
@@ -22,27 +25,41 @@ class TrainingState:
         model: the detector, on its device, not wrapped.
         args: reads lr, lr_backbone, weight_decay, lr_schedule, lr_drop, warmup_iters, epochs, amp, ema_decay, seed.
         steps_per_epoch: optimizer steps.
+        train_images: images of the training set, for `resume_changes`.
 
     Attributes:
         epoch: epochs done.
+        batches: batches done, of one process.
+        warmup_epochs: the warm-up's length. A resumed run keeps it, though its epochs may have other numbers of steps.
         best_ap: best AP so far; minus infinity before the first, for AP is -1 where val2017 has no boxes.
     """
 
-    def __init__(self, model: nn.Module, args: argparse.Namespace, steps_per_epoch: int) -> None:
+    def __init__(
+        self, model: nn.Module, args: argparse.Namespace, steps_per_epoch: int, train_images: int | None = None
+    ) -> None:
         self.model = model
         self.args = args
+        self.steps_per_epoch, self.train_images = steps_per_epoch, train_images
+        self.warmup_epochs = args.warmup_iters / steps_per_epoch
         groups = parameter_groups(model, args.lr, args.lr_backbone)
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(args, steps_per_epoch))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate_factor)
         self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type) if args.amp == "fp16" else None
         self.weight_average = WeightAverage(model, args.ema_decay) if args.ema_decay > 0 else None
-        self.epoch = 0
+        self.epoch, self.batches = 0, 0
         self.best_ap = -math.inf
 
     @property
     def best_model(self) -> nn.Module:
         """The model to evaluate and to keep: the averaged one where there is one."""
         return self.model if self.weight_average is None else self.weight_average.model
+
+    def rate_factor(self, step: int) -> float:
+        """Factor of the learning rates for an optimizer step of the run, counted from 0: that of the step's middle."""
+        args = self.args
+        fraction = (step + 0.5) / (self.steps_per_epoch * args.epochs)
+        warmup, drop = self.warmup_epochs / args.epochs, args.lr_drop / args.epochs
+        return rate(fraction, args.lr_schedule, warmup=warmup, drop=drop)
 
     def generators(self) -> dict[str, Any]:
         """State of every random generator of this process, of types that weights-only loading takes."""
@@ -58,8 +75,15 @@ class TrainingState:
         """Entries of a training checkpoint beside weights and arguments; call it in every process."""
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "lr_scheduler": {
+                "last_epoch": self.scheduler.last_epoch,
+                "steps_per_epoch": self.steps_per_epoch,
+                "warmup_iters": self.args.warmup_iters,
+                "warmup_epochs": self.warmup_epochs,
+            },
+            "train_images": self.train_images,
             "epoch": self.epoch,
+            "batches": self.batches,
             "generators": distributed.gather_objects(self.generators()),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "best_ap": self.best_ap,
@@ -91,8 +115,12 @@ class TrainingState:
         wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         self._check_moments()
-        self.scheduler.last_epoch = state["lr_scheduler"]["last_epoch"]
-        factor = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+        self.epoch = state["epoch"]
+        # Older versions did not count batches: at least as many, so that no curve is cut.
+        self.batches = state.get("batches", self.epoch * self.steps_per_epoch * self.args.accumulate)
+        self.warmup_epochs = self._warmup_epochs_of(state["lr_scheduler"])
+        self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
+        factor = self.rate_factor(self.scheduler.last_epoch)
         for group, own in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(own, lr=own["initial_lr"] * factor)
         if self.weight_average is not None and "raw_model" in state:
@@ -101,10 +129,23 @@ class TrainingState:
             self.model.load_state_dict(state["raw_model"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.epoch = state["epoch"]
         self.best_ap = state["best_ap"]
         if len(state["generators"]) == distributed.world_size():
             self._set_generators(state["generators"][distributed.rank()])
+
+    def _warmup_epochs_of(self, scheduler: dict[str, Any]) -> float:
+        """The length of the run's warm-up, which another --warmup_iters replaces."""
+        if scheduler.get("warmup_iters", self.args.warmup_iters) != self.args.warmup_iters:
+            return self.warmup_epochs
+        if "warmup_epochs" in scheduler:
+            epochs = float(scheduler["warmup_epochs"])
+        elif scheduler["last_epoch"]:
+            epochs = self.args.warmup_iters * self.epoch / scheduler["last_epoch"]  # older versions: the steps so far
+        else:
+            epochs = self.warmup_epochs
+        if not 0 <= epochs < math.inf:
+            raise ValueError(f"a warm-up of {epochs} epochs")
+        return epochs
 
     def _check_moments(self) -> None:
         for parameter, moments in self.optimizer.state.items():
@@ -133,18 +174,28 @@ def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[di
     ]
 
 
-def schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
-    """Factor of the learning rates by optimizer step: linear warm-up, then a drop to 1/10 or a half cosine to 0."""
+def resume_changes(checkpoint: Checkpoint, args: argparse.Namespace, state: TrainingState) -> list[str]:
+    """What differs between a training run and the one that it continues, each as `name old -> new`.
 
-    def factor(step: int) -> float:
-        if step < args.warmup_iters:
-            return (step + 1) / args.warmup_iters
-        if args.lr_schedule == "step":
-            return 0.1 ** (step // steps_per_epoch // args.lr_drop)
-        length = max(1, args.epochs * steps_per_epoch - args.warmup_iters)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - args.warmup_iters) / length)))
+    Args:
+        checkpoint: of the run to continue.
+        args: of the run that continues it.
+        state: of the same, before or after it has loaded the checkpoint's.
+    """
+    stored, training = checkpoint.arguments, checkpoint.training or {}
+    left_out = {*OF_THE_RUN, "pretrained_backbone"} - {"coco_path", *DATA_OPTIONS}
+    names = [name for name in vars(args) if name in stored and name not in left_out]
+    pairs = {f"--{name}": (stored[name], getattr(args, name)) for name in names}
+    pairs["processes"] = (len(training["generators"]), distributed.world_size())
+    if "train_images" in training:
+        steps = training["lr_scheduler"]["steps_per_epoch"]
+        pairs["training images"] = (training["train_images"], state.train_images)
+        pairs["optimizer steps an epoch"] = (steps, state.steps_per_epoch)
+    return [f"{name} {_shown(old)} -> {_shown(new)}" for name, (old, new) in pairs.items() if old != new]
 
-    return factor
+
+def _shown(value: object) -> str:
+    return shorten(value, 80).strip("'")
 
 
 def seed_everything(seed: int) -> None:

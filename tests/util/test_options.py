@@ -3,7 +3,6 @@
 import argparse
 
 import pytest
-import torch
 
 from main import get_args_parser
 from models.widths import Widths
@@ -11,7 +10,6 @@ from util.arguments import take_from_checkpoint
 from util.checkpoint import Checkpoint
 from util.errors import UserError, run_cli
 from util.options import parse
-from util.training_state import schedule
 
 DEFAULTS = {
     "lr": 1e-4, "lr_backbone": 1e-5, "weight_decay": 1e-4, "clip_max_norm": 0.1, "enc_layers": 6, "dec_layers": 6,
@@ -114,17 +112,3 @@ def test_widths_of_a_slim_checkpoint_are_taken_and_checked():
     for text in ("--enc_layers 1 --dec_layers 2", "--enc_layers 1 --dec_layers 1 --nheads 32"):
         with pytest.raises(UserError, match=r"^a\.pth: found"):
             take_from_checkpoint(*read(text), checkpoint(slim))
-
-
-def rates(text: str, steps: int, steps_per_epoch: int) -> torch.Tensor:
-    """Factors of the learning rate for the first steps."""
-    factor = schedule(read(text)[0], steps_per_epoch)
-    return torch.tensor([factor(step) for step in range(steps)])
-
-
-def test_schedules_drop_or_fall_and_start_warm():
-    stepped = rates("--lr_drop 2", 12, 3)
-    assert torch.allclose(stepped, torch.tensor([1.0] * 6 + [0.1] * 6))
-    cosine = rates("--lr_schedule cosine --epochs 4 --warmup_iters 2", 13, 3)
-    assert cosine[:2].tolist() == [0.5, 1.0] and cosine[2] == 1 and abs(float(cosine[12])) < 1e-7
-    assert (cosine[2:].diff() < 0).all() and float(cosine[7]) == pytest.approx(0.5)
