@@ -33,7 +33,14 @@ def build_model(args: Namespace) -> tuple[Detector, Criterion, dict[str, PostPro
     for option, divisor in (("hidden_dim", args.nheads), ("hidden_dim", 4)):
         if getattr(args, option) % divisor:
             raise UserError(f"--{option}: found {getattr(args, option)}, expected a multiple of {divisor}")
-    backbone = Backbone(args.backbone, args.return_layer, args.dilation, args.batch_norm_type, args.pretrained_backbone)
+    backbone = Backbone(
+        args.backbone,
+        args.return_layer,
+        args.dilation,
+        args.batch_norm_type,
+        args.pretrained_backbone,
+        frozen=args.lr_backbone == 0,
+    )
     denoising = DenoisingSettings(args.scalar, args.label_noise_scale, args.box_noise_scale) if args.use_dn else None
     widths = args.cfgs if isinstance(args.cfgs, Widths | None) else Widths.parse(args.cfgs)
     model = MODELS[args.modelname](args, widths, backbone, denoising)

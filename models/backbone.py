@@ -1,5 +1,7 @@
 """The ResNet in front of the transformer, from torchvision."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torchvision
@@ -17,7 +19,8 @@ class Backbone(nn.Module):
     """A torchvision ResNet up to `return_layer`.
 
     With frozen batch norm (fine-tuning) the stem and layer1 are frozen too, as in DETR; with trainable batch norm
-    (training from scratch) everything trains.
+    (training from scratch) everything trains. `frozen` freezes all of it: no gradients, and the statistics of its batch
+    norms do not move either.
 
     Args:
         name: torchvision's model name, such as `resnet50`.
@@ -25,10 +28,20 @@ class Backbone(nn.Module):
         dilation: give layer4 stride 1 and dilated 3x3 convolutions, so that it stays at stride 16.
         batch_norm_type: key of `NORM_LAYERS`.
         pretrained: load torchvision's ImageNet weights.
+        frozen: train nothing.
     """
 
-    def __init__(self, name: str, return_layer: str, dilation: bool, batch_norm_type: str, pretrained: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        return_layer: str,
+        dilation: bool,
+        batch_norm_type: str,
+        pretrained: bool,
+        frozen: bool = False,
+    ) -> None:
         super().__init__()
+        self.frozen = frozen
         norm_layer = NORM_LAYERS[batch_norm_type]
         try:
             resnet = torchvision.models.get_model(
@@ -43,12 +56,24 @@ class Backbone(nn.Module):
         self.body = nn.ModuleDict({n: resnet._modules[n] for n in names[: names.index(return_layer) + 1]})
         if dilation and return_layer == "layer4":
             _dilate(self.body["layer4"])
-        if norm_layer is FrozenBatchNorm2d:
-            for stage in FROZEN_STAGES:
-                self.body[stage].requires_grad_(False)
+        never_trained = FROZEN_STAGES if norm_layer is FrozenBatchNorm2d else ()
+        self._trained_stages = [stage for stage in self.body if stage not in never_trained]
+        for name, stage in self.body.items():
+            stage.requires_grad_(name in self._trained_stages and not frozen)
         stages = [stage for stage in self.body if stage.startswith("layer")]
         self.channels: dict[str, int] = {stage: _output_channels(self.body[stage]) for stage in stages}
         self.num_channels = self.channels[return_layer]
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Parameters that train unless the whole backbone is frozen.
+
+        An optimizer has them in any case, so that a run can be resumed with the backbone frozen or no longer frozen.
+        """
+        return [parameter for stage in self._trained_stages for parameter in self.body[stage].parameters()]
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Training or eval mode; a frozen backbone stays in eval mode, so that its statistics do not move."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Images B x 3 x H x W and padding B x H x W (True on padding) -> features B x C x h x w, padding B x h x w."""

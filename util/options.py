@@ -222,7 +222,12 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--epochs", type=whole(1), default=50, help="epochs")
     group.add_argument("--lr", type=real(0), default=1e-4, help="learning rate")
-    group.add_argument("--lr_backbone", type=real(0), default=1e-5, help="learning rate of the backbone")
+    group.add_argument(
+        "--lr_backbone",
+        type=real(0),
+        default=1e-5,
+        help="learning rate of the backbone; 0 freezes it, with the statistics of its batch norms",
+    )
     group.add_argument(
         "--lr_schedule", choices=("step", "cosine"), default="step", help="drop to a tenth, or half cosine"
     )

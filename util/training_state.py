@@ -166,11 +166,11 @@ class TrainingState:
 
 
 def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: transformer and heads, and the backbone with its own learning rate."""
+    """Parameters in two groups: transformer and heads, and those of the backbone with its own learning rate."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
         {"params": [p for name, p in named if not name.startswith("backbone.")], "lr": lr},
-        {"params": [p for name, p in named if name.startswith("backbone.")], "lr": lr_backbone},
+        {"params": model.backbone[0].trained_parameters(), "lr": lr_backbone},
     ]
 
 

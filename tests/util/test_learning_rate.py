@@ -1,9 +1,9 @@
 """The learning rate as a function of the fraction of a run that is done, whatever its epochs are made of."""
 
-import argparse
 import itertools
 import math
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ from util.training_state import TrainingState
 
 
 def state_of(words: str, steps_per_epoch: int) -> TrainingState:
-    """The training state of one weight."""
-    args = argparse.Namespace(**vars(get_args_parser().parse_args(words.split())))
-    return TrainingState(torch.nn.Linear(1, 1), args, steps_per_epoch)
+    """The training state of a model of one layer."""
+    model = torch.nn.Linear(1, 1)
+    model.backbone = [SimpleNamespace(trained_parameters=list)]
+    return TrainingState(model, get_args_parser().parse_args(words.split()), steps_per_epoch)
 
 
 def means_by_epoch(state: TrainingState) -> list[float]:
