@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from util.errors import UserError
+from util.errors import UserError, reason_of, shorten
 
 TABLES = ("images", "annotations", "categories")
 MAX_ID = 2**53  # ids travel with detections in an array of float64
@@ -50,7 +50,9 @@ def read_tables(path: Path) -> dict[str, list]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected a COCO annotation file") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); expected a COCO annotation file") from None
+        raise UserError(
+            f"{path} cannot be read as JSON ({reason_of(error)}); expected a COCO annotation file"
+        ) from None
     for table in TABLES:
         if not isinstance(content, dict) or not isinstance(content.get(table), list):
             raise UserError(f"{path} has no list {table!r}; expected a COCO annotation file")
@@ -62,7 +64,7 @@ def find_problems(content: dict[str, list]) -> Iterator[Problem]:
     for table in TABLES:
         for entry in content[table]:
             if not isinstance(entry, dict):
-                yield "malformed entries", f": an entry of {table!r} is malformed, found {entry!r:.40}"
+                yield "malformed entries", f": an entry of {table!r} is malformed, found {shorten(entry)}"
     images, items, categories = (entries_of(content, table) for table in TABLES)
     if not categories:
         yield "no categories", " has no categories; expected at least one"
@@ -72,14 +74,15 @@ def find_problems(content: dict[str, list]) -> Iterator[Problem]:
         if not isinstance(image.get("file_name"), str) or not image["file_name"]:
             yield (
                 "images without a file name",
-                f": image {image.get('id')!r:.40} has the 'file_name' {image.get('file_name')!r:.40}, expected text",
+                f": image {shorten(image.get('id'))} has the 'file_name' {shorten(image.get('file_name'))}, "
+                "expected text",
             )
     image_ids, category_ids = (
         {e["id"] for e in entries if type(e.get("id")) is int} for entries in (images, categories)
     )
     for number, item in enumerate(items, start=1):
         for kind, problem in _annotation_problems(item, image_ids, category_ids):
-            yield kind, f": annotation {item.get('id', f'number {number}')!r:.40} {problem}"
+            yield kind, f": annotation {shorten(item.get('id', f'number {number}'))} {problem}"
 
 
 def entries_of(content: dict[str, list], table: str) -> list[dict[str, Any]]:
@@ -93,7 +96,7 @@ def _id_problems(entries: list[dict[str, Any]], kind: str, largest: int) -> Iter
     for entry in entries:
         number = entry.get("id")
         if not _is_whole(number, largest):
-            yield f"malformed {kind} ids", f": {kind} id {number!r:.40}, expected whole numbers from 0 to {largest}"
+            yield f"malformed {kind} ids", f": {kind} id {shorten(number)}, expected whole numbers from 0 to {largest}"
         elif number in ids:
             yield f"duplicate {kind} ids", f": {kind} id {number} comes twice, expected each once"
         else:
@@ -107,16 +110,16 @@ def _annotation_problems(
     for key, kind, known in (("image_id", "image", image_ids), ("category_id", "category", category_ids)):
         number = item.get(key)
         if type(number) is not int:
-            yield "malformed annotations", f"has the {key!r} {number!r:.40}, expected a whole number"
+            yield "malformed annotations", f"has the {key!r} {shorten(number)}, expected a whole number"
         elif number not in known:
             kinds = {"image": "unknown images", "category": "unknown categories"}[kind]
-            yield kinds, f"points to {kind} {number}, which is not listed"
+            yield kinds, f"points to {kind} {shorten(number)}, which is not listed"
     if not is_box(item.get("bbox")):
-        yield "malformed annotations", f"has the bbox {item.get('bbox')!r:.80}, expected four finite numbers"
+        yield "malformed annotations", f"has the bbox {shorten(item.get('bbox'), 80)}, expected four finite numbers"
     if not _is_length(item.get("area", 0)):
-        yield "malformed annotations", f"has the area {item['area']!r:.40}, expected a number"
+        yield "malformed annotations", f"has the area {shorten(item['area'])}, expected a number"
     if type(item.get("iscrowd", 0)) not in (int, bool) or item.get("iscrowd", 0) not in (0, 1):
-        yield "malformed annotations", f"has the iscrowd {item['iscrowd']!r:.40}, expected 0 or 1"
+        yield "malformed annotations", f"has the iscrowd {shorten(item['iscrowd'])}, expected 0 or 1"
     if not _is_whole(item.get("id", 0), MAX_ID):
         yield "malformed annotations", "has that id, expected a whole number"
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from datasets.annotations import entries_of, find_problems, is_box, read_tables
 from datasets.coco import SPLITS, Split, read_image, split_of
 from datasets.transforms import scaled
-from util.errors import UserError, run_cli
+from util.errors import UserError, run_cli, shorten
 from util.files import write_json
 from util.logging import bar_off, table
 from util.options import DATA_OPTIONS, add_split_options, script_parser, whole
@@ -186,7 +186,7 @@ def check_boxes(
     ids: set[Any] = set()
     for number, item in enumerate(items, start=1):
         image_id, category_id = _hashable(item.get("image_id")), _hashable(item.get("category_id"))
-        told = f"annotation {item.get('id', f'number {number}')!r:.40} of image {image_id!r:.40}"
+        told = f"annotation {shorten(item.get('id', f'number {number}'))} of image {shorten(image_id)}"
         annotated.add(image_id)
         if "id" in item:
             if _hashable(item["id"]) in ids:
@@ -204,7 +204,7 @@ def check_boxes(
             yield place, f"{told}: {list(box)}"
     for number, image in by_id.items():
         if number not in annotated:
-            yield "images without annotations", f"image {number!r:.40}, {image.get('file_name')!r:.80}"
+            yield "images without annotations", f"image {shorten(number)}, {shorten(image.get('file_name'), 80)}"
 
 
 def _place(box: tuple[float, ...], size: tuple[float, float] | None) -> str | None:
@@ -252,13 +252,19 @@ def check_between(reports: Sequence[SplitReport]) -> list[Finding]:
     one, other = ({_hashable(c["id"]): c["name"] for c in report.categories} for report in reports)
     names = [report.name for report in reports]
     found = [
-        ("categories of two names", f"category {number} is {one[number]!r} and {other[number]!r}")
+        (
+            "categories of two names",
+            f"category {shorten(number)} is {shorten(one[number])} and {shorten(other[number])}",
+        )
         for number in one
         if number in other and one[number] != other[number]
     ]
     for mine, theirs, name in ((one, other, names[0]), (other, one, names[1])):
         missing = [number for number in mine if number not in theirs]
-        found += [("categories of one split alone", f"{mine[number]!r} ({number}) of {name}") for number in missing]
+        found += [
+            ("categories of one split alone", f"{shorten(mine[number])} ({shorten(number)}) of {name}")
+            for number in missing
+        ]
     return collect(found)
 
 

@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional
 
 from datasets.annotations import read_annotations
 from datasets.transforms import TRAINING_TRANSFORMS, eval_transforms
-from util.errors import UserError, shorten
+from util.errors import UserError, reason_of, shorten
 
 SPLITS = ("train2017", "val2017")
 # Of pictures alone: for others Pillow starts programs (EPS) or reads what the file points to.
@@ -184,7 +184,7 @@ class CocoDataset(CocoDetection):
             except (RuntimeError, ValueError) as error:
                 raise UserError(
                     f"{self._image_path(image_id)} of {width} x {height} pixels cannot be scaled "
-                    f"({str(error).splitlines()[0]:.80}), expected a larger one or a larger --image_size"
+                    f"({reason_of(error)}), expected a larger one or a larger --image_size"
                 ) from None
         size = np.array(image.shape[-2:])
         # numpy from here: at these sizes torch's overhead is most of the time.
@@ -235,8 +235,8 @@ def read_image(path: Path, convert: Callable[[Image.Image], Image.Image] = to_rg
         raise
     except Exception as error:  # on a damaged file each of Pillow's decoders raises what it stumbles over
         unknown = isinstance(error, UnidentifiedImageError)  # its own words tell an address in memory
-        reason = "found no known format" if unknown else str(error) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image: {reason.splitlines()[0]}") from None
+        reason = "found no known format" if unknown else reason_of(error)
+        raise UserError(f"{path} cannot be read as an image: {reason}") from None
 
 
 def _corners(boxes: list[list[float]], height: int, width: int) -> tuple[Tensor, np.ndarray]:
@@ -339,8 +339,7 @@ class CocoLoader(DataLoader):
                 yield _unpack(packed)
         except UserError as error:
             # A worker's error comes with its traceback as text in front of the message.
-            last_line = str(error).rstrip().rsplit("\n", 1)[-1]
-            raise UserError(last_line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
+            raise UserError(str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].rstrip()) from None
 
 
 def build_loader(

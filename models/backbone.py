@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.padding import resize_padding
-from util.errors import UserError
+from util.errors import UserError, reason_of
 
 NORM_LAYERS = {"FrozenBatchNorm2d": FrozenBatchNorm2d, "BatchNorm2d": nn.BatchNorm2d}
 FROZEN_STAGES = ("conv1", "bn1", "layer1")
@@ -49,8 +49,8 @@ class Backbone(nn.Module):
             )
         except OSError as error:
             raise UserError(
-                f"--backbone {name}: its ImageNet weights could not be fetched ({error}), expected a network "
-                "connection, a --resume checkpoint or --no-pretrained_backbone"
+                f"--backbone {name}: its ImageNet weights could not be fetched ({reason_of(error)}), expected a "
+                "network connection, a --resume checkpoint or --no-pretrained_backbone"
             ) from None
         names = list(resnet._modules)
         self.body = nn.ModuleDict({n: resnet._modules[n] for n in names[: names.index(return_layer) + 1]})

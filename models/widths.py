@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from util.errors import UserError, shorten
+from util.errors import UserError, one_line, reason_of, shorten
 
 ENCODER_BLOCKS = ("attention", "ffn")
 DECODER_BLOCKS = ("self_attention", "cross_attention", "ffn")
@@ -46,11 +46,11 @@ class Widths:
             given = " ".join(given)
         if isinstance(given, str):
             if not given.lstrip().startswith("["):
-                shown, given = f"--cfgs {given:.200}", _read_file(given)
+                shown, given = f"--cfgs {one_line(given, 200)}", _read_file(given)
             try:
                 given = json.loads(given)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{shown}: found no JSON ({error}), expected {GRAMMAR}") from None
+                raise UserError(f"{shown}: found no JSON ({reason_of(error)}), expected {GRAMMAR}") from None
         return cls(*_stacks(given, shown))
 
     def check(self, *, nheads: int, full: Widths) -> None:

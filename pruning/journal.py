@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pruning.features import PassCounter
 from pruning.kept import Kept, from_lists, to_lists
-from util.errors import UserError
+from util.errors import UserError, one_line, reason_of, shorten
 from util.files import append_json_line, move_aside, write_atomic
 
 OUTPUT_NAME = "pruned.pth"
@@ -168,7 +168,8 @@ class Journal:
         if different:
             name, found, expected = different[0]
             raise UserError(
-                f"{self.path}: found a search with {name} {found!s:.80}, expected {expected!s:.80}: --resume_search "
+                f"{self.path}: found a search with {one_line(name, 80)} {shorten(found, 80)}, expected "
+                f"{shorten(expected, 80)}: --resume_search "
                 "goes on with the arguments, data and weights that the search began with"
             )
         if any(line["event"] == "end" for line in others):
@@ -190,7 +191,9 @@ class Journal:
             whole = content[: content.rfind(b"\n") + 1]
             text = whole.decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path}: cannot be read as a journal ({error}), expected lines of JSON") from None
+            raise UserError(
+                f"{self.path}: cannot be read as a journal ({reason_of(error)}), expected lines of JSON"
+            ) from None
         lines = []
         for number, line in enumerate(text.splitlines(), start=1):
             try:
@@ -231,7 +234,9 @@ def read_events(lines: Sequence[Mapping[str, Any]], event: str, kind: type[T], s
             _check_types(values, kind)
             found.append(kind.from_dict(values))
         except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise UserError(f"{source}: found a damaged {event} ({error}), expected those of a search") from None
+            raise UserError(
+                f"{source}: found a damaged {event} ({reason_of(error)}), expected those of a search"
+            ) from None
     return found
 
 
@@ -262,7 +267,7 @@ def _check_types(values: Mapping[str, Any], kind: type[Decision] | type[Trial]) 
     """Raise `ValueError` for a field whose value is not of its type, or an accepted decision without its mAP."""
     for entry in fields(kind):
         if entry.name in values and not TYPES[str(entry.type)](values[entry.name]):
-            raise ValueError(f"{entry.name} {values[entry.name]!r:.40}")
+            raise ValueError(f"{entry.name} {shorten(values[entry.name])}")
     if values.get("accepted") and values.get("full_ap") is None:
         raise ValueError("accepted without full_ap")
 

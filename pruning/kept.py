@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from util.errors import UserError
+from util.errors import UserError, shorten
 
 Kept = Mapping[str, torch.Tensor]
 
@@ -87,7 +87,7 @@ def check_kept(module: Channels, kept: Kept, source: str = "kept set") -> None:
     """Raise a `UserError` naming `source`, module and part unless `kept` can be cut from `module`."""
     where = f"{source}: {module.name}"
     if set(kept) != set(module.parts):
-        raise UserError(f"{where}: found parts {sorted(kept)}, expected {sorted(module.parts)}")
+        raise UserError(f"{where}: found parts {shorten(sorted(kept), 80)}, expected {sorted(module.parts)}")
     for part, indices in kept.items():
         if indices.dim() != 1 or not len(indices):
             raise UserError(f"{where}: found no {part} channels, expected at least one")
@@ -97,6 +97,8 @@ def check_kept(module: Channels, kept: Kept, source: str = "kept set") -> None:
             head_width = module.width // module.nheads
             counts = torch.bincount(indices // head_width, minlength=module.nheads).tolist()
             if len(set(counts)) > 1:
-                raise UserError(f"{where}: found {counts} {part} channels in the heads, expected equally many")
+                raise UserError(
+                    f"{where}: found {shorten(counts, 80)} {part} channels in the heads, expected equally many"
+                )
     if len({len(indices) for indices in kept.values()}) > 1:
         raise UserError(f"{where}: found different numbers of query and value channels, expected the same")

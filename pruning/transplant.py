@@ -18,7 +18,7 @@ from models.detector import Detector
 from models.prunable import ParameterSlice, PrunableModule
 from models.widths import Widths
 from pruning.kept import Kept, check_kept, width_of
-from util.errors import UserError
+from util.errors import UserError, one_line
 
 # An index set of a kept set cuts these parts of a parameter: keys go with the queries they are multiplied with.
 SET_OF_PART = {
@@ -55,7 +55,7 @@ def cut_state_dict(
     cut = dict(state_dict)
     for name, kept_of_module in kept.items():
         if name not in slices:
-            raise UserError(f"kept set: found module {name}, expected one of {', '.join(slices)}")
+            raise UserError(f"kept set: found module {one_line(name, 80)}, expected one of {', '.join(slices)}")
         for piece in slices[name]:
             if piece.key not in cut:
                 raise UserError(f"state dict: no {piece.key}, expected it for the kept channels of {name}")
@@ -86,7 +86,9 @@ def check_kept_sets(modules: Mapping[str, PrunableModule], kept: Mapping[str, Ke
     """Raise a `UserError` naming `source` unless `kept` names modules of the detector and channels that they have."""
     for name, kept_of_module in kept.items():
         if name not in modules:
-            raise UserError(f"{source}: found kept channels of {name}, expected one of {', '.join(modules)}")
+            raise UserError(
+                f"{source}: found kept channels of {one_line(name, 80)}, expected one of {', '.join(modules)}"
+            )
         check_kept(modules[name], kept_of_module, source)
 
 
@@ -116,9 +118,10 @@ def paper_masks_to_kept(state_dict: Mapping[str, Tensor]) -> dict[str, Kept]:
         block = None if match is None else MASKED_BLOCK.get((match["stack"], match["place"]))
         if match is None or block is None:
             raise UserError(
-                f"state dict: found mask {key}, expected such as transformer.encoder.layers.N.select1.prune_a"
+                f"state dict: found mask {one_line(key, 80)}, expected such as "
+                "transformer.encoder.layers.N.select1.prune_a"
             )
-        indices = (mask.flatten() > 0).nonzero().flatten()
+        indices = (mask.flatten().float() > 0).nonzero().flatten()  # float8 has no comparison
         if not len(indices):
             raise UserError(f"state dict: {key} keeps no channel, expected at least one value above 0")
         parts = ("hidden",) if block == "ffn" else ("query", "value")

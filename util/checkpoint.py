@@ -31,7 +31,7 @@ from util.checkpoint_formats import (
     shape_text,
     strip_module,
 )
-from util.errors import UserError, run_cli
+from util.errors import UserError, one_line, reason_of, run_cli
 from util.files import save_torch
 from util.huggingface import weights_file
 from util.safetensors_files import SUFFIX, load_safetensors, save_safetensors
@@ -207,11 +207,10 @@ def _reason(error: Exception) -> str:
     """One line on why a file could not be read, without torch's advice to read it unsafely."""
     unsafe = UNSAFE.search(str(error))
     if unsafe:
-        return f"it holds {unsafe[1]}, and only tensors and plain values are read"
+        return f"it holds {one_line(unsafe[1], 80)}, and only tensors and plain values are read"
     if isinstance(error, pickle.UnpicklingError):
         return "damaged, or no pickle of tensors and plain values"
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
+    return reason_of(error)
 
 
 def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path) -> None:
@@ -228,7 +227,9 @@ def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sour
     ]
     faults += [f"{key} is missing, expected {shape_text(value)}" for key, value in expected.items() if key not in found]
     faults += [
-        f"{key} ({shape_text(value)}) is not in the model" for key, value in found.items() if key not in expected
+        f"{one_line(key, 80)} ({shape_text(value)}) is not in the model"
+        for key, value in found.items()
+        if key not in expected
     ]
     if not faults:
         return

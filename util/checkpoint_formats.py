@@ -24,7 +24,7 @@ from torch import Tensor
 from models.widths import Widths
 from pruning.transplant import paper_masks_to_kept
 from util import huggingface
-from util.errors import UserError, shorten
+from util.errors import UserError, one_line, shorten
 from util.tensor_checks import check_finite, check_training, tensors_in
 
 FORMAT = "dn-detr-pruning"
@@ -103,7 +103,7 @@ def recognise_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
     kept = content.get("kept")
     check_keys(path, "args", content["args"])
     for name, _ in tensors_in(content["args"], "args"):
-        raise UserError(f"{path}: found a tensor under `{name:.80}`, expected an option's value")
+        raise UserError(f"{path}: found a tensor under `{one_line(name, 80)}`, expected an option's value")
     _check_tensors(path, "model", content["model"])
     bias = _class_bias(content["model"])
     if bias is not None and bias.shape != (content["num_classes"],):
@@ -139,7 +139,7 @@ def check_keys(path: Path, name: str, values: dict) -> None:
     """Raise a `UserError` unless all keys of `values`, found under `name`, are text."""
     for key in values:
         if not isinstance(key, str):
-            raise UserError(f"{path}: found the key {shorten(key)} under `{name}`, expected names alone")
+            raise UserError(f"{path}: found the key {shorten(key)} under `{one_line(name, 80)}`, expected names alone")
 
 
 def _check_categories(path: Path, categories: Any) -> dict[int, str] | None:
@@ -150,7 +150,9 @@ def _check_categories(path: Path, categories: Any) -> dict[int, str] | None:
         raise UserError(f"{path}: found {type(categories).__name__} under `categories`, expected names by id")
     for number, name in categories.items():
         if type(number) is not int or number < 0 or not isinstance(name, str):
-            raise UserError(f"{path}: found {number!r:.40}: {name!r:.40} under `categories`, expected names by id")
+            raise UserError(
+                f"{path}: found {shorten(number)}: {shorten(name)} under `categories`, expected names by id"
+            )
     return categories
 
 
@@ -163,13 +165,17 @@ def _check_kept(path: Path, kept: Any) -> None:
         _check_tensors(path, f"kept.{name}", parts)
         for part, indices in parts.items():
             if indices.dtype != torch.int64:
-                raise UserError(f"{path}: found {indices.dtype} under `kept.{name}.{part}`, expected torch.int64")
+                raise UserError(
+                    f"{path}: found {indices.dtype} under `{one_line(f'kept.{name}.{part}', 80)}`, expected torch.int64"
+                )
 
 
 def _check_tensors(path: Path, name: str, values: Any) -> None:
     for value in values.values() if isinstance(values, dict) else [values]:
         if not isinstance(values, dict) or not isinstance(value, Tensor):
-            raise UserError(f"{path}: found {type(value).__name__} under `{name}`, expected tensors by name")
+            raise UserError(
+                f"{path}: found {type(value).__name__} under `{one_line(name, 80)}`, expected tensors by name"
+            )
     check_keys(path, name, values)
 
 
@@ -218,7 +224,9 @@ def recognise_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict
     widths = full_widths = _widths_of(path, state_dict)
     for name, parts in (kept or {}).items():
         if name not in widths.names():
-            raise UserError(f"{path}: found a mask for {name}, expected masks of the layers that it has weights for")
+            raise UserError(
+                f"{path}: found a mask for {one_line(name, 80)}, expected masks of the layers that it has weights for"
+            )
         widths = widths.replace(name, len(next(iter(parts.values()))))
     return Checkpoint(path, kind, state_dict, widths, kept, len(bias), arguments, full_widths=full_widths)
 

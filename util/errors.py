@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import unicodedata
 from collections.abc import Callable
 
 from util.colour import paint
@@ -22,12 +23,37 @@ class NonFiniteLossError(RuntimeError):
     """A loss, a gradient or a detection is infinite or NaN; the message names it, where it came, and the images."""
 
 
+def one_line(text: str, length: int | None = None) -> str:
+    """`text` as it may stand in a sentence, a table or a picture.
+
+    Line ends and the white space around them become one space, control characters and lone surrogates are escaped. With
+    `length`, longer texts end in `...` after that many characters.
+    """
+    text = " ".join(part for line in text.splitlines() if (part := line.strip()))
+    text = "".join(map(_printable, text))
+    return text if length is None or len(text) <= length else f"{text[:length]}..."
+
+
+def _printable(character: str) -> str:
+    is_control = unicodedata.category(character) in ("Cc", "Cs")
+    return character.encode("unicode_escape").decode() if is_control else character
+
+
 def shorten(value: object, length: int = 40) -> str:
-    """The `repr` of a value for a sentence, cut to `length` characters."""
+    """The `repr` of a value found in a file, for a sentence: one line of at most `length` characters and `...`.
+
+    Every value, key or name of a file that an error quotes goes through it.
+    """
     try:
-        return repr(value)[:length]
+        return one_line(repr(value), length)
     except (ValueError, RecursionError):  # Python writes out no numbers of thousands of digits
         return f"a {type(value).__name__}"
+
+
+def reason_of(error: Exception, length: int = 120) -> str:
+    """The first line of what another library's exception says, or its type where it says nothing, for a sentence."""
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0], length) if lines else type(error).__name__
 
 
 def run_cli(main: Callable[[], object]) -> None:
@@ -38,14 +64,14 @@ def run_cli(main: Callable[[], object]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"{_error_mark()} {error}", file=sys.stderr)
+        print(f"{_error_mark()} {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except NonFiniteLossError as error:
-        sys.exit(f"{_error_mark()} {error}")
+        sys.exit(f"{_error_mark()} {one_line(str(error))}")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{one_line(str(error.filename))}: " if error.filename else ""
         print(f"{_error_mark()} {where}{error.strerror}, expected a file that can be read and written", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from util.checkpoint import Checkpoint, rename_encoder_attention
-from util.errors import UserError
+from util.errors import UserError, shorten
 
 CLASS_HEADS = ("class_embed.",)  # a row for each class; the deformable variant has a head for each layer
 LABEL_ENCODING = "label_enc.weight"  # the same, and a last row for "no object yet", the matching queries' content
@@ -27,8 +27,11 @@ def class_difference(checkpoint: Checkpoint, num_classes: int, categories: Mappi
     for number, name in categories.items() if checkpoint.categories is not None else ():
         known = checkpoint.categories.get(number)
         if known != name:
-            known = "no such category" if known is None else repr(known)
-            return f"found {known} as category {number} of the checkpoint, expected {name!r} as in the annotations"
+            known = "no such category" if known is None else shorten(known, 80)
+            return (
+                f"found {known} as category {number} of the checkpoint, expected {shorten(name, 80)} as in the "
+                "annotations"
+            )
     return None
 
 

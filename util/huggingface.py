@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.errors import UserError
+from util.errors import UserError, one_line, reason_of, shorten
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 MODEL_TYPE = "dab-detr"
@@ -133,10 +133,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: found no JSON ({str(error)[:80]}), expected transformers' config.json") from None
+        raise UserError(f"{file}: found no JSON ({reason_of(error)}), expected transformers' config.json") from None
     found = config.get("model_type") if isinstance(config, dict) else None
     if found != MODEL_TYPE:
-        raise UserError(f"{file}: found the model type {found!r:.40}, expected {MODEL_TYPE!r}")
+        raise UserError(f"{file}: found the model type {shorten(found)}, expected {MODEL_TYPE!r}")
     return config
 
 
@@ -153,7 +153,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     for name, values in expected.items():
         if name in config and config[name] not in values:
             raise UserError(
-                f"{path.parent / 'config.json'}: found {config[name]!r:.40} under {name}, expected "
+                f"{path.parent / 'config.json'}: found {shorten(config[name])} under {name}, expected "
                 f"{' or '.join(map(repr, values))}, as DN-DETR has it"
             )
 
@@ -210,7 +210,7 @@ def _our_name(path: Path, key: str) -> str:
     for theirs, ours in PREFIXES.items():
         if key.startswith(theirs):
             return ours + key.removeprefix(theirs)
-    raise UserError(f"{path}: found the key {key}, {EXPECTED} with a ResNet of timm")
+    raise UserError(f"{path}: found the key {one_line(key, 120)}, {EXPECTED} with a ResNet of timm")
 
 
 def _arguments(
@@ -226,7 +226,7 @@ def _arguments(
     feed_forward = [key for key in weights if LAYER.match(key) and key.endswith("fc1.bias")]
     for key, rank in {**ranks, **dict.fromkeys(feed_forward, 1)}.items():
         if key in weights and weights[key].ndim != rank:
-            raise UserError(f"{path}: found {weights[key].ndim} axes in {key}, expected {rank}")
+            raise UserError(f"{path}: found {weights[key].ndim} axes in {one_line(key, 120)}, expected {rank}")
     backbone_config = config.get("backbone_config")
     stride = backbone_config.get("output_stride") if isinstance(backbone_config, dict) else None
     return {

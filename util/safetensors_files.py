@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.errors import UserError
+from util.errors import UserError, one_line, reason_of
 from util.files import write_atomic
 
 SUFFIX = ".safetensors"
@@ -69,14 +69,13 @@ def load_safetensors(path: Path) -> dict[str, Any]:
             metadata = stream.metadata() or {}
         weights = package.load_file(path)
     except (OSError, ValueError, RuntimeError, importlib.import_module("safetensors").SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path}: cannot be read ({reason}), expected a safetensors file") from None
+        raise UserError(f"{path}: cannot be read ({reason_of(error)}), expected a safetensors file") from None
     if METADATA_KEY not in metadata:
         return weights
     try:
         about = json.loads(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: found no JSON under {METADATA_KEY} in its metadata ({str(error)[:80]})") from None
+        raise UserError(f"{path}: found no JSON under {METADATA_KEY} in its metadata ({reason_of(error)})") from None
     if not isinstance(about, dict):
         raise UserError(f"{path}: found {type(about).__name__} under {METADATA_KEY} in its metadata, expected dict")
     if isinstance(names := about.get("categories"), dict):  # JSON has no keys but texts
@@ -96,6 +95,8 @@ def _indices(path: Path, kept: Any) -> dict[str, dict[str, Tensor]] | None:
         for part, indices in parts.items():
             limit = 2**31
             if not isinstance(indices, list) or not all(type(i) is int and -limit < i < limit for i in indices):
-                raise UserError(f"{path}: under `kept.{name}.{part}`, expected a list of whole numbers")
+                raise UserError(
+                    f"{path}: under `{one_line(f'kept.{name}.{part}', 80)}`, expected a list of whole numbers"
+                )
             tensors.setdefault(name, {})[part] = torch.tensor(indices, dtype=torch.int64)
     return tensors

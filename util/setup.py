@@ -13,7 +13,7 @@ from models.distillation import Distillation
 from models.post_process import PostProcess
 from util.arguments import take_from_checkpoint, take_from_command_line
 from util.checkpoint import Checkpoint, load_weights, read_checkpoint, slim_state_dict
-from util.errors import UserError
+from util.errors import UserError, reason_of, shorten
 from util.finetune import NewParts, class_difference
 from util.safetensors_files import require_safetensors
 
@@ -82,8 +82,10 @@ def _categories_of(args: argparse.Namespace, splits: Collection[str]) -> dict[in
         path = split_of(args, split).annotation_file
         for number, name in category_names(path).items():
             if found.setdefault(number, name) != name:
-                raise UserError(f"{path}: found the name {name!r} for category {number}, expected {found[number]!r} as "
-                                f"in {split_of(args, splits[0]).annotation_file}")  # fmt: skip
+                raise UserError(
+                    f"{path}: found the name {shorten(name, 80)} for category {number}, expected "
+                    f"{shorten(found[number], 80)} as in {split_of(args, splits[0]).annotation_file}"
+                )
     return found
 
 
@@ -140,9 +142,8 @@ def _check_describes(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     except UserError:
         raise
     except (RuntimeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{checkpoint.path}: found options of no detector ({reason:.80}), expected those it was made with"
+            f"{checkpoint.path}: found options of no detector ({reason_of(error)}), expected those it was made with"
         ) from None
 
 

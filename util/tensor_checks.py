@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.errors import UserError, shorten
+from util.errors import UserError, one_line, shorten
 
 WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
 
@@ -42,7 +42,7 @@ def check_tensor(path: Path, name: str, tensor: Tensor) -> None:
             f"{tensor.numel()} numbers of which {tensor.untyped_storage().nbytes() // tensor.element_size()} are there"
         )
     if kind is not None:
-        raise UserError(f"{path}: found {kind} under `{name:.80}`, expected a dense tensor of real numbers")
+        raise UserError(f"{path}: found {kind} under `{one_line(name, 80)}`, expected a dense tensor of real numbers")
 
 
 def check_finite(path: Path, weights: Mapping[str, Tensor], table: str = "model") -> None:
@@ -50,8 +50,8 @@ def check_finite(path: Path, weights: Mapping[str, Tensor], table: str = "model"
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool((finite := tensor.float().isfinite()).all()):
             raise UserError(
-                f"{path}: found {int((~finite).sum())} of {tensor.numel()} values under `{table}.{name:.80}` that "
-                "are NaN, infinite or beyond float32, expected finite weights"
+                f"{path}: found {int((~finite).sum())} of {tensor.numel()} values under `{table}.{one_line(name, 80)}` "
+                "that are NaN, infinite or beyond float32, expected finite weights"
             )
 
 

@@ -13,7 +13,7 @@ from util import distributed
 from util.arguments import OF_THE_RUN
 from util.checkpoint import Checkpoint
 from util.ema import WeightAverage
-from util.errors import UserError, shorten
+from util.errors import UserError, reason_of, shorten
 from util.learning_rate import rate
 from util.options import DATA_OPTIONS
 
@@ -107,7 +107,7 @@ class TrainingState:
         except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError, AttributeError) as error:
             raise UserError(
                 f"{source}: its training state does not fit this run ({type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}), expected one written with the same options; "
+                f"{reason_of(error)}), expected one written with the same options; "
                 "--start_fresh takes the weights alone"
             ) from None
 

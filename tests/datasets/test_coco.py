@@ -207,6 +207,22 @@ def test_corrupt_image_is_named(folder, num_workers):
     assert "\n" not in str(caught.value)
 
 
+def test_a_workers_error_is_told_whole_even_if_a_file_name_has_a_line_end(folder):
+    path = image_folder(folder, SPLIT) / "b.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    path.rename(path.with_name("b\nc.jpg"))
+    content = json.loads(annotation_path(folder, SPLIT).read_text())
+    content["images"][2]["file_name"] = "b\nc.jpg"
+    rewrite(folder, content)
+    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    told = []
+    for num_workers in (0, 1):
+        with pytest.raises(UserError) as caught:
+            list(build_loader(dataset, 1, shuffle=False, num_workers=num_workers))
+        told.append(str(caught.value))
+    assert told[0] == told[1] and str(image_folder(folder, SPLIT)) in told[1]
+
+
 def test_other_formats_are_read_as_rgb(tmp_path):
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     for name, image in (

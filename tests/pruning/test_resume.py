@@ -248,7 +248,7 @@ def test_a_journal_of_another_search_is_refused(folder, searched, tmp_path):  # 
     torch.save(other, tmp_path / "other.pth")
     for more, said in (
         ("--map_tol 0.2", r"args\.map_tol 0\.1, expected 0\.2"),
-        ("--ranking random", r"args\.ranking None, expected random"),
+        ("--ranking random", r"args\.ranking None, expected 'random'"),
         ("--search_split train2017", r"args\.search_split"),
         ("--batch_size 3", r"args\.batch_size 2, expected 3"),
         (f"--resume {tmp_path}/other.pth", "weights"),

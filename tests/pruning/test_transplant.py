@@ -164,6 +164,14 @@ def test_the_papers_masks_are_read_and_cut_without_equal_heads():
     assert torch.equal(rows, WHOLE.state_dict()["transformer.decoder.layers.0.sa_v_proj.weight"][[0, 1, 2, 9]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.bool])
+def test_masks_of_any_type_keep_the_same_channels(dtype):
+    mask = torch.zeros(1, 1, 32)
+    mask[..., [0, 5, 31]] = 1
+    kept = paper_masks_to_kept({"transformer.encoder.layers.0.select2.prune_a": mask.to(dtype)})
+    assert kept["encoder.0.ffn"]["hidden"].tolist() == [0, 5, 31]
+
+
 @pytest.mark.parametrize(
     ("key", "mask", "message"),
     [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from util.errors import reason_of
 from util.files import write_text
 from util.logging import get_logger
 from util.report.samples import Samples
@@ -41,8 +42,7 @@ def write_report(folder: Path, kind: str, samples: Samples) -> None:
     try:
         write_text(folder / REPORT_NAME, render(folder, kind, samples))
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         get_logger().warning(
             "%s was not written (%s: %s); python -m util.report %s tries again",
-            folder / REPORT_NAME, type(error).__name__, reason, folder,
+            folder / REPORT_NAME, type(error).__name__, reason_of(error), folder,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from pruning.arguments import get_pruning_parser
 from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost, cost_of, cost_rows
 from pruning.schedule import MGP
 from util.environment import ARGUMENTS_NAME
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.report import page
 
 LOG_NAME = "log.txt"
@@ -59,8 +59,10 @@ def read_folder(path: Path, options: Mapping[str, Any]) -> RunFolder:
     if file.exists():
         try:
             found = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read ({error}), expected the options of a run as JSON") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{file}: cannot be read ({reason_of(error)}), expected the options of a run as JSON"
+            ) from None
         if not isinstance(found, dict):
             raise UserError(f"{file}: found a {type(found).__name__}, expected the options of a run as JSON")
     runs = found.pop("runs", [])

@@ -15,7 +15,7 @@ from pruning.report import MODULE_COLUMNS, TRIAL_COLUMNS, module_rows, next_comm
 from util.arguments import full_widths
 from util.checkpoint import read_checkpoint
 from util.environment import ARGUMENTS_NAME
-from util.errors import UserError
+from util.errors import UserError, shorten
 from util.report import charts, page
 from util.report.folder import (
     RunFolder,
@@ -118,7 +118,9 @@ def read_search(path: Path) -> SearchFacts:
             (end or {}).get("images") or _count_images(folder), size and tuple(size), before, after,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{journal}: found a damaged journal ({error!r}), expected that of a search") from None
+        raise UserError(
+            f"{journal}: found a damaged journal ({shorten(error, 120)}), expected that of a search"
+        ) from None
 
 
 def search_page(path: Path, samples: Samples) -> str:
