@@ -181,7 +181,7 @@ class Pruner:
         self.bench.reset()
         base_ap = self.bench.full_ap()
         if self.bench.method.search == "global":
-            return self.cut(self.budget.run(None, schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1))[0])
+            return self.cut(self.budget.run(None, schedule.fast_threshold_ap(base_ap))[0])
         return self.cut(Search(self.bench, schedule, self.units, base_ap).run())
 
 

@@ -18,13 +18,14 @@ from util.options import get_args_parser, real, script_parser, whole
 
 # What each search reads besides the options that all of them read.
 CALIBRATION_IMAGES = 128  # tried on the demo: 320 keep no more mAP, 64 about half a point less
-READ_BY_VISITS = ("subset_batches_attention", "subset_batches_ffn")
+READ_BY_VISITS = ("subset_batches_attention", "subset_batches_ffn", "decay_points", "decay_fraction")
 READ_BY = {
     "fast": ("keep", "cost", "selection"),
     "visit": (*READ_BY_VISITS, "selection"),
     "paper": (*READ_BY_VISITS, "num_candidates_attention", "num_candidates_ffn"),
 }
-TARGETS = ("map_tol", "skip_eval_converge", "decay_points", "decay_fraction")
+TARGETS = ("map_tol", "skip_eval_converge")
+TRAIN_IMAGES = 2000  # of train2017 that a search looks at where --search_images names no other number
 
 
 def get_pruning_parser(schedule: Schedule, doc: str) -> argparse.ArgumentParser:
@@ -43,17 +44,19 @@ def get_pruning_parser(schedule: Schedule, doc: str) -> argparse.ArgumentParser:
 def _add_schedule_options(group: argparse._ArgumentGroup, schedule: Schedule) -> None:
     add = group.add_argument
     add("--map_tol", type=real(0, 1), default=schedule.map_tol,
-        help="fraction by which the full mAP may miss what it is held against")  # fmt: skip
+        help="fraction by which the full mAP may fall below the mAP before the search; in visits by GP, below the "
+        "module's target")  # fmt: skip
     add("--skip_eval_converge", type=real(0, 1), default=schedule.skip,
-        help="fraction by which the subset's mAP may miss the target")  # fmt: skip
+        help="fraction by which the subset's mAP may miss the target of a visit; --search fast accepts this option of "
+        "the paper's commands but does not use it")  # fmt: skip
     add("--decay_points", type=real(0), default=schedule.points_per_module,
-        help="AP points by which the target falls from module to module")  # fmt: skip
+        help="AP points by which the target falls from visit to visit (--search visit and paper)")  # fmt: skip
     add("--decay_fraction", type=real(0, 1), default=schedule.fraction_per_module,
-        help="fraction by which the target falls from module to module"
+        help="fraction by which the target falls from visit to visit (--search visit and paper)"
         + ("" if schedule.fraction_per_module is not None else ", by default --skip_eval_converge"))  # fmt: skip
     add("--keep", type=real(0.001, at_most=1), default=None,
         help="fraction of the transformer's cost to keep, such as 0.5, whatever mAP that leaves; by default as little "
-        "as the targets let it")  # fmt: skip
+        "as --map_tol allows")  # fmt: skip
     add("--cost", choices=("params", "macs"), default="params",
         help="what the fast search saves: parameters, or multiply-accumulates for an image like the first")  # fmt: skip
 
@@ -91,10 +94,12 @@ def _add_search_options(group: argparse._ArgumentGroup) -> None:
     add("--num_candidates_ffn", type=whole(1), default=200, help="most FFN channels scored in a step")
     add("--subset_batches_attention", type=whole(1), default=40, help="batches of the subset for an attention")
     add("--subset_batches_ffn", type=whole(1), default=20, help="batches of the subset for an FFN")
-    add("--search_split", choices=("val2017", "train2017"), default="val2017",
-        help="images the search looks at; a fair figure searches on train2017 and reports val2017")  # fmt: skip
-    add("--search_images", type=_images, metavar="N|all", default=None,
-        help="first images of the split to look at; by default all")  # fmt: skip
+    add("--search_split", choices=("val2017", "train2017"), default=None,
+        help="images the search looks at, by default train2017, and val2017 for --search visit and paper as in the "
+        "paper; a fair figure searches on train2017 and reports val2017")  # fmt: skip
+    add("--search_images", type=_images, default=None, metavar="N|all",
+        help=f"first images of the split to look at; by default {TRAIN_IMAGES:,} of train2017 and all "
+        "of val2017")  # fmt: skip
     add("--images_at_once", type=whole(1), default=32, help="most images in a forward that scores several candidates")
     add("--cache_device", choices=("cpu", "same"), default="same",
         help="where features are kept: RAM, or --device; RAM if they do not fit a GPU's free memory")  # fmt: skip
@@ -115,6 +120,14 @@ def _images(text: str) -> int | str:
         return whole(1)(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text:.40}: expected a whole number from 1 up, or all") from None
+
+
+def settle_images(args: argparse.Namespace) -> None:
+    """Set which images the search looks at, `search_split` and `search_images`, where they were not typed."""
+    if args.search_split is None:
+        args.search_split = "train2017" if args.search == "fast" else "val2017"
+    if args.search_images is None:
+        args.search_images = TRAIN_IMAGES if args.search_split == "train2017" else "all"
 
 
 def check_search_options(args: argparse.Namespace, typed: Collection[str]) -> None:

@@ -27,7 +27,7 @@ from util.errors import UserError
 # Damages add up where they are small. Where much is cut they compound, and their roots predict better; which power
 # is best is found by measuring mAP.
 POWERS = (0.5, 1.0, 0.25)
-EVALUATIONS = 4  # of mAP at most when the least budget is looked for
+EVALUATIONS = 4  # of mAP at most when the least budget is looked for; widths measured before are none
 PRECISION = 0.01  # of the whole cost, to which that budget is then known
 WIDTHS_TRIED = 16  # of each module, at least, unless it has fewer: more where they do not divide evenly
 # The damage of queries takes a forward for each width, so that few are measured and those between follow.
@@ -73,8 +73,11 @@ class BudgetSearch:
     _measured: dict[tuple[int, ...], float] = field(default_factory=dict)
     _last_cut: tuple[tuple[int, ...], Any] | None = None
 
-    def run(self, keep: float | None, threshold_ap: float = 0.0) -> tuple[dict[str, Kept], Trial]:
+    def run(self, keep: float | None, threshold_ap: float = 0.0) -> tuple[dict[str, Kept], Trial | None]:
         """Cut to the fraction `keep` of the cost, or (None) as far as mAP is not below `threshold_ap`.
+
+        Returns:
+            The kept sets and the trial that was taken; everything and None if no trial was good enough.
 
         Raises:
             UserError: one unit of every module costs more than that, or `replayed` are trials of another search.
@@ -87,37 +90,57 @@ class BudgetSearch:
             self._predict_damages(ATTENTION_WIDTHS_MEASURED if keep is None else None)
         self._best_cut: tuple[tuple[int, ...], Any] | None = None
         best = self._least_that_passes(threshold_ap) if keep is None else self._best_power(keep)
-        return self._restore(best), best
+        return self._restore(self._whole if best is None else best.widths), best
+
+    @property
+    def _whole(self) -> dict[str, int]:
+        return {name: module.width for name, module in self.bench.modules.items()}
 
     def _best_power(self, keep: float) -> Trial:
-        best = self._trial(keep, POWERS[0])
-        self._best_cut = self._last_cut
-        for power in POWERS[1:]:
-            trial = self._trial(keep, power)
-            if trial.full_ap > best.full_ap:
+        best: Trial | None = None
+        for power in POWERS:
+            trial = self._trial(keep, power, self.allocate(keep, power))
+            if best is None or trial.full_ap > best.full_ap:
                 best = trial
-                self._best_cut = self._last_cut
+                self._keep_cut(trial)
+        assert best is not None
         return best
 
-    def _least_that_passes(self, threshold_ap: float) -> Trial:
-        """Narrow the range of kept fractions; whatever passes with less is the better one.
+    def _keep_cut(self, trial: Trial) -> None:
+        """Keep the cut of a trial that is the best so far, if it was the last to be made."""
+        if self._last_cut is not None and self._last_cut[0] == tuple(trial.widths.values()):
+            self._best_cut = self._last_cut
 
-        What mAP a fraction will give is predicted from the trials before it, see `_guess`.
+    def _least_that_passes(self, threshold_ap: float) -> Trial | None:
+        """Narrow the range of kept fractions; whatever passes with less is the better one. None if nothing passes.
+
+        What mAP a fraction will give is predicted from the trials before it, see `_guess`. A fraction whose widths are
+        known narrows the range without an evaluation.
         """
         fails, passes = self._cost_of(self._least_widths()) / self.total_cost, 1.0
-        whole = {name: module.width for name, module in self.bench.modules.items()}
-        best = Trial(1.0, POWERS[0], whole, self.base_ap, 1.0)
+        best: Trial | None = None
         allowed = self.base_ap - threshold_ap
         losses: dict[float, float] = {}
-        for _ in range(EVALUATIONS):
-            trial = self._trial(self._guess(losses, allowed, fails, passes), POWERS[0])
+        evaluations = 0
+        while evaluations < EVALUATIONS and passes - fails > PRECISION:
+            keep = self._guess(losses, allowed, fails, passes)
+            if not fails < keep < passes:
+                break  # no number lies between the two
+            widths = self.allocate(keep, POWERS[0])
+            if widths == self._whole:
+                passes = keep  # nothing is removed, which is no trial
+                continue
+            trial = next((trial for trial in self.trials if trial.widths == widths), None)
+            if trial is None:
+                trial = self._trial(keep, POWERS[0], widths)
+                keep, evaluations = trial.keep, evaluations + 1
             losses[self._total_damage(trial.widths)] = self.base_ap - trial.full_ap
             if trial.full_ap >= threshold_ap:
-                best, passes, self._best_cut = trial, trial.keep, self._last_cut
+                best, passes = trial, keep
+                self._keep_cut(trial)
             else:
-                fails = trial.keep
-            is_near = allowed > 0 and 0 <= trial.full_ap - threshold_ap <= NEAR * allowed
-            if is_near or passes - fails <= PRECISION:
+                fails = keep
+            if allowed > 0 and 0 <= trial.full_ap - threshold_ap <= NEAR * allowed:
                 break
         return best
 
@@ -158,10 +181,10 @@ class BudgetSearch:
     def _total_damage(self, widths: Mapping[str, int]) -> float:
         return sum(self._damages[name][width] for name, width in widths.items())
 
-    def _trial(self, keep: float, power: float) -> Trial:
+    def _trial(self, keep: float, power: float, widths: dict[str, int]) -> Trial:
+        """The next trial of the search before, or a new one with these widths."""
         trial = self._past.popleft() if self._past else None
         if trial is None:
-            widths = self.allocate(keep, power)
             ap, kept_fraction = self._ap_at(widths), self._cost_of(widths) / self.total_cost
             trial = Trial(keep, power, widths, ap, kept_fraction, **self.effort.so_far())
             self.on_trial(trial)
@@ -280,10 +303,10 @@ class BudgetSearch:
                 return widths
             widths = {**widths, best[1]: best[2]}
 
-    def _restore(self, trial: Trial) -> dict[str, Kept]:
-        """Bring the network to the cut of a trial: the saved one, or (it was replayed, or nothing passed) a new one."""
-        if self._best_cut is None or self._best_cut[0] != tuple(trial.widths.values()):
-            return self._cut(trial.widths)
+    def _restore(self, widths: Mapping[str, int]) -> dict[str, Kept]:
+        """Bring the network to these widths: to the saved cut, or if that is another (after a replay) to a new one."""
+        if self._best_cut is None or self._best_cut[0] != tuple(widths.values()):
+            return self._cut(widths)
         _, (kept, saved) = self._best_cut
         self.bench.load(saved)
         return kept

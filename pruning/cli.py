@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import torch
 
-from pruning.arguments import check_search_options, get_pruning_parser, schedule_of
+from pruning.arguments import check_search_options, get_pruning_parser, schedule_of, settle_images
 from pruning.options import READ_BY_SEARCH, refuse_unread
 from pruning.run import Result, SearchRun
 from pruning.schedule import Schedule
@@ -16,7 +16,7 @@ from util import distributed
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
-from util.logging import log_to_file, stop_logging_to_file
+from util.logging import get_logger, log_to_file, stop_logging_to_file
 from util.options import parse
 from util.setup import build_detector, settle_arguments
 from util.training_state import seed_everything
@@ -36,6 +36,7 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
 
     Raises:
         UserError: before anything is written.
+        RunFailedError: no width passed, or something is not finite.
     """
     torch.set_flush_denormal(True)
     refuse_unread(typed, READ_BY_SEARCH, "a search")
@@ -44,6 +45,7 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
         raise UserError("--resume: found none, expected the checkpoint of the detector to prune")
     device = distributed.choose_device(args.device)
     output_dir = check_output_dir(args.output_dir)
+    settle_images(args)
     # Reading the checkpoint is the same as for an evaluation: no training goes on.
     args.eval, args.start_fresh = args.search_split == "val2017", True
     checkpoint, _ = settle_arguments(args, typed)
@@ -59,6 +61,8 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
         base_ap = run.base_ap()
         # From here on the inputs are known to be good, and files are written.
         handler = log_to_file(output_dir / "run.log")
+        if args.search == "fast" and "skip_eval_converge" in typed:
+            get_logger().info("--skip_eval_converge: not used by --search fast, which has no subset of the images")
         return run.search(base_ap)
     finally:
         stop_logging_to_file(handler)

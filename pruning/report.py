@@ -123,7 +123,7 @@ def trial_summary(trial: Trial, threshold_ap: float | None) -> str:
     return f"{100 * trial.kept_fraction:.1f} % kept: mAP {trial.full_ap:.4f}{target}, {trial.whole_passes:.0f} passes"
 
 
-def trial_table(trials: Sequence[Trial], best: Trial) -> str:
+def trial_table(trials: Sequence[Trial], best: Trial | None) -> str:
     """`trial_rows` as text."""
     return table(TRIAL_COLUMNS, trial_rows(trials, best))
 

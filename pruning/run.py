@@ -24,10 +24,12 @@ from models.detector import Detector
 from models.widths import Widths
 from pruning import plots, report
 from pruning.arguments import method_of, units_of
-from pruning.budget import EVALUATIONS, POWERS, BudgetSearch, check_affordable
-from pruning.cost import Cost, cost_of, cost_table, macs_per_channel, params_per_channel, step_shares
+from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
+from pruning.checks import check_base_ap, check_targets, lowest_target_ap, warn_of_images, warn_of_low_target
+from pruning.cost import Cost, cost_of, cost_table, params_per_channel, step_shares
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, VERSION, Decision, Journal, Trial, read_events
 from pruning.kept import Kept
+from pruning.price import prices_of
 from pruning.schedule import Schedule
 from pruning.search import Search
 from pruning.transplant import widths_after
@@ -36,7 +38,7 @@ from util import distributed
 from util.board import Board
 from util.checkpoint import plain_arguments, save_checkpoint
 from util.environment import record_run
-from util.errors import UserError
+from util.errors import RunFailedError
 from util.files import file_digest, move_aside
 from util.interrupt import stop_after_step
 from util.logging import bar_off, get_logger
@@ -90,7 +92,7 @@ class SearchRun:
         loader = build_loader(own_images, args.batch_size, shuffle=False, num_workers=args.num_workers, seed=args.seed)
         height, width = dataset[0][0].shape[-2:]
         self.image_size_hw = (height, width)
-        self._price()
+        self.prices = prices_of(args, self.model, self.image_size_hw)
         self.bench = DetectorBench(
             self.model,
             criterion,
@@ -117,23 +119,28 @@ class SearchRun:
         """mAP before the search, above 0.
 
         Raises:
-            UserError: there is nothing to hold a search against; 0 would let every module shrink to one unit.
+            UserError: there is nothing to hold a search against, or a target is not above 0: every module would shrink
+                to one unit.
         """
-        args, base_ap = self.args, self.bench.full_ap()
-        if base_ap < 0:
-            raise UserError(f"--search_split {args.search_split}: found no boxes in its annotations, expected some")
-        if base_ap == 0:
-            raise UserError(
-                f"--resume {args.resume}: found mAP 0 on {args.search_split}, expected a detector that finds the "
-                f"objects of {split_of(args, args.search_split).annotation_file}"
-            )
+        base_ap = self.bench.full_ap()
+        check_base_ap(self.args, base_ap)
+        if self.args.keep is None:
+            check_targets(self.schedule, base_ap, self._visits)
         return base_ap
+
+    @property
+    def _visits(self) -> int:
+        """Modules that are visited one after the other, 0 for a search of all at once."""
+        return 0 if self.bench.method.search == "global" else len(self.bench.modules)
 
     def search(self, base_ap: float) -> Result:
         """Search, and write what it found; `base_ap` is the mAP before.
 
-        A search by visits has its output file from the first module on, so that one that is killed leaves what it had
-        found. Every search has its journal, from which --resume_search goes on.
+        A search by visits has its output file from the first module that it narrows, so that one that is killed leaves
+        what it had found. Every search has its journal, from which --resume_search continues.
+
+        Raises:
+            RunFailedError: nothing could be removed; the journal says so, and there is no output file.
         """
         self.journal = Journal(self.output_dir / JOURNAL_NAME)
         self.log.info(
@@ -145,8 +152,7 @@ class SearchRun:
             self.log.info(
                 "--cache_gb %g: %d images are run through the backbone each time", self.args.cache_gb, left_out
             )
-        if self.bench.method.is_calibrated and self.args.search_split == "val2017":
-            self.log.warning("calibrating on val2017: a fair figure searches on train2017 (--search_split)")
+        self._warn(base_ap)
         is_global = self.bench.method.search == "global"
         base_ap, past = self._open_journal(self._facts(base_ap))
         self.board.open(len(past))
@@ -156,9 +162,24 @@ class SearchRun:
             kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
             self.stop_if_asked()
         result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
-        distributed.on_main(lambda: self._write(result))
+        passed = self.args.keep is not None or result.widths != self.model.widths
+        distributed.on_main(lambda: self._write(result) if passed else self._write_failure(result))
         self.board.close()
+        if not passed:
+            target_ap = lowest_target_ap(self.schedule, base_ap, self._visits)
+            raise RunFailedError(
+                f"no trial passed: removing anything took mAP from {base_ap:.4f} to below {target_ap:.4f}, so no "
+                f"{OUTPUT_NAME} was written; {self.journal.path} lists the trials, and a larger --map_tol allows more"
+            )
         return result
+
+    def _warn(self, base_ap: float) -> None:
+        """Log what makes the outcome doubtful before the search begins."""
+        if not distributed.is_main():
+            return
+        if self.args.keep is None:
+            warn_of_low_target(lowest_target_ap(self.schedule, base_ap, self._visits), base_ap)
+        warn_of_images(self.args, self.bench.method.is_calibrated)
 
     def _open_journal(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
         """Begin the journal, or read what it holds of this search; the same in every process.
@@ -173,8 +194,7 @@ class SearchRun:
             if self.args.resume_search:
                 base_ap, past = self.journal.resume(facts)
             if not past:
-                for name in (OUTPUT_NAME, SAFETENSORS_NAME, WIDTHS_PICTURE, AP_PICTURE, REPORT_NAME):
-                    move_aside(self.output_dir / name)
+                self._move_results_aside()
                 if not self.journal.begun:
                     self.journal.start(facts)
             record_run(self.output_dir, self.args, self.device, continuing=self.args.resume_search)
@@ -204,7 +224,7 @@ class SearchRun:
                 if decision.accepted:
                     self.log.info("%s", report.module_line(decision))
                     left = order[decision.visit + 1 :]
-                    if left:
+                    if left and widths_after(self.model.widths, search.kept) != self.model.widths:
                         distributed.on_main(lambda: self._save(search.kept, left))
                 self.stop_if_asked()
 
@@ -214,13 +234,11 @@ class SearchRun:
         return kept, search.ap
 
     def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
-        """Price all modules at once; returns the kept sets and mAP of the whole split.
-
-        Without --keep the detector is held to what the schedule holds it to when its last module has been visited.
-        """
-        args, search = self.args, BudgetSearch(self.bench, self.per_channel, self.total_cost, self.steps, base_ap)
+        """Price all modules at once; returns the kept sets and mAP of the whole split."""
+        args, prices = self.args, self.prices
+        search = BudgetSearch(self.bench, prices.per_channel, prices.total, prices.units, base_ap)
         sweeps = 1 + (EVALUATIONS if args.keep is None else len(POWERS))
-        threshold_ap = self.schedule.full_threshold_ap(base_ap, len(self.bench.modules) - 1)
+        threshold_ap = self.schedule.fast_threshold_ap(base_ap)
         with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
             numbers = itertools.count(len(past) + 1)
 
@@ -240,28 +258,7 @@ class SearchRun:
             self.log.info("mAP to keep: %s", "any" if args.keep else f"{threshold_ap:.4f}")
             kept, best = search.run(args.keep, threshold_ap)
         self.trials, self.best_trial, self.effort = search.trials, best, search.effort
-        return kept, best.full_ap
-
-    def _price(self) -> None:
-        """What the transformer and a channel of each module cost, by --cost, and the steps of the modules' widths.
-
-        Raises:
-            UserError: --keep asks for less than the least widths cost.
-        """
-        cost, units, modules = (
-            cost_of(self.model, self.image_size_hw),
-            units_of(self.args),
-            self.model.prunable_modules(),
-        )
-        self.total_cost: float
-        self.per_channel: Mapping[str, float]
-        if self.args.cost == "params":
-            self.total_cost, self.per_channel = cost.transformer_params, params_per_channel(self.model)
-        else:
-            self.total_cost, self.per_channel = 1e9 * cost.gmacs, macs_per_channel(self.model, self.image_size_hw)
-        self.steps = {name: units.channels(module) for name, module in modules.items()}
-        if self.args.keep is not None:
-            check_affordable(self.args.keep, self.total_cost, modules, self.per_channel, self.steps)
+        return kept, base_ap if best is None else best.full_ap
 
     def _facts(self, base_ap: float) -> dict[str, Any]:
         """What the search depends on; one with other facts is another search."""
@@ -278,8 +275,9 @@ class SearchRun:
             "full_widths": self.model.widths.to_list(),
         }
 
-    def _outcome(self, result: Result) -> dict[str, Any]:
+    def _outcome(self, result: Result, passed: bool) -> dict[str, Any]:
         return {
+            "passed": passed,
             "ap": result.ap,
             "widths": result.widths.to_list(),
             "images": self.num_images,
@@ -313,15 +311,16 @@ class SearchRun:
     def _write(self, result: Result) -> None:
         """The output file, pictures, tables, the command to type next, and at last the report."""
         self._save(result.kept)
+        if result.ap < result.base_ap / 2:
+            self.log.warning("mAP fell below half: %.4f before, %.4f after", result.base_ap, result.ap)
         before, after = self._costs(result.widths)
         caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
         plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.model.widths, result.widths)
+        self._log_steps()
         if self.decisions:
             points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
-            self.log.info("%s", report.module_table(self.decisions))
         else:
             points = [(self._params_at(t.widths), t.full_ap, t is self.best_trial) for t in self.trials]
-            self.log.info("%s", report.trial_table(self.trials, self.best_trial))
             self.log.info("%s", report.width_table(self.model.widths, result.widths))
         plots.plot_ap_against_parameters(
             self.output_dir / AP_PICTURE, points, result.base_ap, before.transformer_params, caption
@@ -336,8 +335,26 @@ class SearchRun:
         )  # fmt: skip
         self.log.info("--cfgs '%s'", result.widths)
         self.log.info("next: %s", report.next_command(self.args, result.path))
-        self.journal.end(self._outcome(result))
+        self.journal.end(self._outcome(result, passed=True))
         write_report(self.output_dir, "search", Samples(self.device))
+
+    def _write_failure(self, result: Result) -> None:
+        """The table of what was tried, the journal's end and the report of a search in which nothing passed."""
+        self._move_results_aside()
+        self._log_steps()
+        self.journal.end(self._outcome(result, passed=False))
+        write_report(self.output_dir, "search", Samples(self.device))
+
+    def _move_results_aside(self) -> None:
+        """Rename what an older search left, so that nothing is taken for the result of this one."""
+        for name in (OUTPUT_NAME, SAFETENSORS_NAME, WIDTHS_PICTURE, AP_PICTURE, REPORT_NAME):
+            move_aside(self.output_dir / name)
+
+    def _log_steps(self) -> None:
+        if self.decisions:
+            self.log.info("%s", report.module_table(self.decisions))
+        else:
+            self.log.info("%s", report.trial_table(self.trials, self.best_trial))
 
     def _params_at(self, widths: Mapping[str, int]) -> int:
         per_channel = params_per_channel(self.model)

@@ -19,7 +19,11 @@ def _error_mark() -> str:
     return paint("error:", "red", sys.stderr, attrs=("bold",))
 
 
-class NonFiniteLossError(RuntimeError):
+class RunFailedError(RuntimeError):
+    """A run that was asked for correctly and has no result: one sentence that says why."""
+
+
+class NonFiniteLossError(RunFailedError):
     """A loss, a gradient or a detection is infinite or NaN; the message names it, where it came, and the images."""
 
 
@@ -59,14 +63,14 @@ def reason_of(error: Exception, length: int = 120) -> str:
 def run_cli(main: Callable[[], object]) -> None:
     """Run an entry script; a `UserError`, or a disk that takes no more, becomes one line on stderr and exit code 2.
 
-    A `NonFiniteLossError` is one line, too, and exit code 1.
+    A `RunFailedError` is one line, too, and exit code 1.
     """
     try:
         main()
     except UserError as error:
         print(f"{_error_mark()} {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except NonFiniteLossError as error:
+    except RunFailedError as error:
         sys.exit(f"{_error_mark()} {one_line(str(error))}")
     except OSError as error:
         if error.errno not in DISK_ERRORS:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from pruning.arguments import check_search_options, get_pruning_parser, method_of, schedule_of, units_of
+from pruning.arguments import (
+    check_search_options,
+    get_pruning_parser,
+    method_of,
+    schedule_of,
+    settle_images,
+    units_of,
+)
 from pruning.method import FAST, PAPER, VISIT
 from pruning.schedule import GP, MGP
 from util.errors import UserError
@@ -22,8 +29,8 @@ def read(words, schedule=MGP):
         ("--search visit --keep 0.5", "--keep: --search visit does not read it"),
         ("--keep 0.5 --map_tol 0.1", "--map_tol: found --keep as well"),
         ("--keep 0.5 --skip_eval_converge 0.1", "--skip_eval_converge: found --keep as well"),
-        ("--keep 0.5 --decay_points 1", "--decay_points: found --keep as well"),
-        ("--keep 0.5 --decay_fraction 0.1", "--decay_fraction: found --keep as well"),
+        ("--decay_points 1", "--decay_points: --search fast does not read it, expected --search visit or paper"),
+        ("--decay_fraction 0.1", "--decay_fraction: --search fast does not read it"),
         ("--subset_batches_attention 3", "--subset_batches_attention: .* expected --search visit or paper"),
         ("--keep 0.5 --subset_batches_ffn 3", "--subset_batches_ffn: --search fast does not read it"),
         ("--num_candidates_attention 3", "--num_candidates_attention: .* expected --search paper"),
@@ -45,8 +52,9 @@ def test_options_that_would_do_nothing_are_refused(words, said):
     [
         "",
         "--keep 0.5 --cost macs",
-        "--map_tol 0.1 --decay_points 1 --cost macs",
-        "--search visit --map_tol 0.1 --subset_batches_ffn 3 --selection forward",
+        "--map_tol 0.1 --skip_eval_converge 0.0 --cost macs",
+        "--search visit --map_tol 0.1 --decay_points 1 --subset_batches_ffn 3 --selection forward",
+        "--search paper --decay_fraction 0.1",
         "--search paper --num_candidates_attention 3 --num_candidates_ffn 4",
         "--search paper --ranking fisher --calibration_images 8",
         "--search paper --reconstruct none",
@@ -106,3 +114,25 @@ def test_a_search_looks_at_a_number_of_images_or_at_all():
     for words, found in [("--search_images 0", "0: expected"), ("--search_images al", "al: expected .*, or all")]:
         with pytest.raises(UserError, match=found):
             read(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "split", "images"),
+    [
+        ("", "train2017", 2000),
+        ("--keep 0.5", "train2017", 2000),
+        ("--reconstruct none --ranking random", "train2017", 2000),
+        ("--search visit", "val2017", "all"),
+        ("--search paper", "val2017", "all"),
+        ("--search visit --search_split train2017", "train2017", 2000),
+        ("--search_split val2017", "val2017", "all"),
+        ("--search_images 7", "train2017", 7),
+        ("--search_images all", "train2017", "all"),
+        ("--search paper --search_images all", "val2017", "all"),
+        ("--search paper --search_images 7", "val2017", 7),
+    ],
+)
+def test_a_fast_search_looks_at_the_first_2000_training_images_and_visits_at_val2017(words, split, images):
+    args = read(words)[0]
+    settle_images(args)
+    assert (args.search_split, args.search_images) == (split, images)

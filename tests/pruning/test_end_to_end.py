@@ -221,7 +221,7 @@ def test_the_same_seed_finds_the_same_channels_however_many_share_a_forward(fold
 
 
 def test_a_search_may_look_at_the_first_images_alone(folder, tmp_path):
-    result = run(MGP, folder, tmp_path, "--search_images 3 --attention_unit 8 --ffn_unit 32")
+    result = run(MGP, folder, tmp_path, "--search_images 3 --attention_unit 4 --ffn_unit 16 --map_tol 0.5")
     args = tiny_args(f"{SMALL} --coco_path {folder}")
     model, _, postprocessors = tiny_detector()
     loader = build_loader(Subset(build_dataset("val2017", args, augment=False), range(3)), 2, shuffle=False)
@@ -239,7 +239,7 @@ def test_a_search_may_look_at_all_images(folder, tmp_path):
 def test_what_an_older_search_left_is_moved_aside(folder, tmp_path):
     for name in ("search.jsonl", "pruned.pth", "widths.png", "ap_params.png"):
         (tmp_path / name).write_text("older\n")
-    run(GP, folder, tmp_path, "--attention_unit 8 --ffn_unit 32")
+    run(GP, folder, tmp_path, "--attention_unit 4 --ffn_unit 16 --map_tol 0.5")
     for name in ("search.1.jsonl", "pruned.1.pth", "widths.1.png", "ap_params.1.png"):
         assert (tmp_path / name).read_text() == "older\n"
 

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,16 +24,17 @@ from pruning import plots
 from pruning.arguments import get_pruning_parser
 from pruning.cli import search
 from pruning.cost import cost_of
-from pruning.schedule import GP, MGP
+from pruning.run import SearchRun
+from pruning.schedule import GP, MGP, Schedule
 from tests.pruning.test_end_to_end import ROOT, SMALL, ap_of, command, folder, write_folder  # noqa: F401
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
 from util.checkpoint import read_checkpoint
-from util.errors import UserError
+from util.errors import UserError, run_cli
 from util.options import parse
 
 UNITS = "--attention_unit 2 --ffn_unit 8"
 KINDS = {
-    "fast": "--map_tol 0.1",
+    "fast": "--map_tol 0.1 --search_split val2017",
     "keep": "--keep 0.7",
     "keep macs": "--keep 0.7 --cost macs --reconstruct output --ranking first_order --selection once",
     "visit": "--search visit --map_tol 0.02 --skip_eval_converge 0.01",
@@ -94,7 +96,9 @@ def test_the_map_that_a_search_tells_is_that_of_the_cut_detector(folders, search
     args = tiny_args(f"{SMALL} --coco_path {folders[variant]} --resume {result.path} --eval")
     slim, _, postprocessors = build_detector(args, settle_arguments(args)[0])
     assert slim.widths == result.widths
-    assert ap_of(slim, postprocessors["bbox"], args) == pytest.approx(result.ap, abs=1e-3)
+    split = read_checkpoint(result.path).arguments["search_split"]
+    assert split == ("train2017" if kind in GLOBAL and kind != "fast" else "val2017")  # the default, but where typed
+    assert ap_of(slim, postprocessors["bbox"], args, split) == pytest.approx(result.ap, abs=1e-3)
     lines = [json.loads(line) for line in lines_of(result)]
     step = "trial" if kind in GLOBAL else "decision"
     assert [line["event"] for line in lines] == ["start", *[step] * (len(lines) - 2), "end"]
@@ -285,6 +289,38 @@ def test_the_fast_search_meets_the_schedules_last_target_with_few_measurements(s
     assert 1 + len(lines_of(result)[1:-1]) <= 10
 
 
-def test_gp_holds_a_fast_search_to_its_last_module(folder, tmp_path):  # noqa: F811
-    result = run(folder, tmp_path, "fast", "--decay_points 0", GP)
+@pytest.mark.parametrize("schedule", [GP, MGP], ids=["gp", "mgp"])
+def test_a_fast_search_holds_the_map_of_before_less_the_tolerance(folder, tmp_path, schedule):  # noqa: F811
+    result = run(folder, tmp_path, "fast", "--skip_eval_converge 0.2", schedule)
+    log = (tmp_path / "run.log").read_text()
+    assert f"mAP to keep: {0.9 * result.base_ap:.4f}" in log
+    assert "--skip_eval_converge: not used by --search fast" in log
     assert result.ap >= 0.9 * result.base_ap
+
+
+@pytest.mark.parametrize("kind", ["fast", "visit", "paper"])
+def test_a_search_in_which_nothing_passes_leaves_no_output_and_ends_with_code_1(folder, tmp_path, kind):  # noqa: F811
+    (tmp_path / "pruned.pth").write_text("older")
+    never = lambda *arguments: 1.1  # noqa: E731
+    coarse = "--attention_unit 8 --ffn_unit 16"
+    with (
+        mock.patch.multiple(Schedule, fast_threshold_ap=never, full_threshold_ap=never),
+        mock.patch.object(SearchRun, "_save", side_effect=AssertionError("nothing was removed")),
+        pytest.raises(SystemExit) as end,
+    ):
+        run_cli(lambda: run(folder, tmp_path, kind, coarse if kind == "paper" else ""))
+    # What sys.exit prints for a message is that, with exit code 1.
+    assert re.fullmatch(rf"error: no trial passed: .* {tmp_path}/search\.jsonl lists the trials.*", end.value.code)
+    assert (tmp_path / "pruned.1.pth").read_text() == "older"
+    assert not (tmp_path / "pruned.pth").exists() and not (tmp_path / "widths.png").exists()
+    lines = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+    assert len(lines) > 2 and (lines[-1]["event"], lines[-1]["passed"]) == ("end", False)
+    assert lines[-1]["ap"] == lines[0]["base_ap"] and lines[-1]["widths"] == lines[0]["full_widths"]
+    assert (tmp_path / "run.log").stat().st_size > 0
+
+
+@pytest.mark.parametrize("kind", ["visit", "paper"])
+def test_targets_that_fall_to_nothing_are_refused_before_anything_is_written(folder, tmp_path, kind):  # noqa: F811
+    with pytest.raises(UserError, match=r"--decay_points 10: found a target of mAP -0\.\d+ for the last of 8 modules"):
+        run(folder, tmp_path / "out", kind, "--decay_points 10", GP)
+    assert not (tmp_path / "out").exists()

@@ -47,8 +47,14 @@ def test_gp_thresholds_are_relative_to_the_target():
     assert GP.full_threshold_ap(0.446, 2) == pytest.approx(0.98 * 0.436)
 
 
-def test_gp_targets_stop_at_zero():
-    assert GP.target_ap(0.01, 29) == 0
+def test_gp_targets_of_a_weak_detector_fall_below_zero():
+    assert GP.target_ap(0.01, 2) == pytest.approx(0)
+    assert GP.target_ap(0.01, 29) == pytest.approx(-0.135)
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [(GP, 0.98 * 0.446), (MGP, 0.9 * 0.446)], ids=["gp", "mgp"])
+def test_a_fast_search_is_held_to_the_map_before_it_less_the_tolerance(schedule, expected):
+    assert schedule.fast_threshold_ap(0.446) == pytest.approx(expected)
 
 
 def test_mgp_targets_fall_by_the_fraction_skip():

@@ -92,7 +92,7 @@ MUTANTS = (
     ),
     Mutant(
         "targets decay one module early", "pruning/schedule.py",
-        "* (1 - fraction) ** visit)", "* (1 - fraction) ** (visit + 1))", SCHEDULE,
+        "* (1 - fraction) ** visit", "* (1 - fraction) ** (visit + 1)", SCHEDULE,
     ),
     Mutant("points of AP taken for tens of points", "pruning/schedule.py", "/ 100 * visit", "/ 10 * visit", SCHEDULE),
     Mutant(
@@ -105,7 +105,7 @@ MUTANTS = (
     ),
     Mutant(
         "the worst power instead of the best", "pruning/budget.py",
-        "if trial.full_ap > best.full_ap:", "if trial.full_ap < best.full_ap:", BUDGET,
+        "trial.full_ap > best.full_ap:", "trial.full_ap < best.full_ap:", BUDGET,
     ),
     Mutant(
         "what is left of a budget is not spent to the end: >= for >", "pruning/budget.py",

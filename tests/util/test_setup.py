@@ -304,7 +304,7 @@ def test_a_search_on_named_files_and_its_output_on_other_classes(scattered, coco
     args, typed = parse(get_pruning_parser(MGP, "a test"), [*words, "--output_dir", str(tmp_path)])
     result = search(MGP, args, typed)
     start = json.loads((tmp_path / "search.jsonl").read_text().splitlines()[0])
-    assert start["annotations"] == file_digest(root / "val.json")
+    assert start["annotations"] == file_digest(root / "train.json")
     assert not {"train_json", "val_images"} & start["args"].keys()
     typed_next = next_command(args, result.path)
     assert all(

@@ -77,6 +77,11 @@ class SearchFacts:
         return accepted[-1] if accepted else self.start["base_ap"]
 
     @property
+    def passed(self) -> bool:
+        """False if the search has ended and could remove nothing."""
+        return self.end is None or self.end.get("passed", True)
+
+    @property
     def effort(self) -> Mapping[str, Any]:
         """`image_passes`, `whole_passes` and `seconds`."""
         if self.end is not None:
@@ -141,15 +146,19 @@ def search_page(path: Path, samples: Samples) -> str:
         page.section("Width of each module", page.plots(charts.widths_plots(facts.before, facts.after))),
         page.section("AP against parameters", _ap_plot(facts, before.transformer_params)),
         _steps(facts),
-        samples.section(args, detectors) if facts.end is not None else "",
-        page.section(
-            "Go on",
-            page.paragraph("The widths that were found:"),
-            page.code(f"--cfgs '{facts.after}'"),
-            page.paragraph("Transplant and fine-tune:"),
-            page.code(next_command(args, output)),
-        ),
+        samples.section(args, detectors) if facts.end is not None and facts.passed else "",
+        _next_steps(facts, output) if facts.passed else "",
         environment_section(facts.folder, facts.effort["seconds"]),
+    )
+
+
+def _next_steps(facts: SearchFacts, output: Path) -> str:
+    return page.section(
+        "Go on",
+        page.paragraph("The widths that were found:"),
+        page.code(f"--cfgs '{facts.after}'"),
+        page.paragraph("Transplant and fine-tune:"),
+        page.code(next_command(facts.folder.args, output)),
     )
 
 
@@ -176,6 +185,13 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
         ("duration", duration(effort["seconds"]), f"--search {args.search}"),
     ]
     notices = [page.paragraph(VAL_WARNING, "notice")] if facts.split == "val2017" else []
+    if not facts.passed:
+        notices.append(
+            page.paragraph(
+                f"No trial passed: nothing could be removed with mAP held to the target, so there is no {OUTPUT_NAME}.",
+                "notice",
+            )
+        )
     if facts.end is None:
         notices.append(
             page.paragraph(

@@ -19,9 +19,9 @@ from datasets.coco import annotation_path
 from pruning.arguments import get_pruning_parser
 from pruning.cli import search
 from pruning.cost import cost_of
-from pruning.schedule import MGP
+from pruning.schedule import MGP, Schedule
 from tests.tiny_run import options, write_self_annotated
-from util.errors import UserError
+from util.errors import RunFailedError, UserError
 from util.logging import get_logger
 from util.options import parse
 from util.report.__main__ import main as report_main
@@ -88,7 +88,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def searched(root):
     """Folder and result of a search on val2017; not to be changed."""
-    return root / "search", run_search(root, root / "search", "--map_tol 0.3")
+    return root / "search", run_search(root, root / "search", "--map_tol 0.3 --search_split val2017")
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,17 @@ def test_an_interrupted_search_is_reported_and_goes_on_under_another_command(roo
     page = read(tmp_path)
     assert QUOTED in page.text and "python prune_greedy_ad.py --resume_search" in page.text
     assert "has not ended" not in page.text and "Trials" not in page.headings
+
+
+def test_a_search_in_which_nothing_passed_says_so_and_names_no_next_command(root, tmp_path):
+    with (
+        mock.patch.object(Schedule, "fast_threshold_ap", lambda *arguments: 1.1),
+        pytest.raises(RunFailedError, match="no trial passed"),
+    ):
+        run_search(root, tmp_path)
+    page = read(tmp_path)
+    assert "No trial passed" in page.text and "Trials" in page.headings and "has not ended" not in page.text
+    assert "Go on" not in page.headings and "Sample detections" not in page.headings and "--cfgs" not in page.text
 
 
 def test_a_killed_training_run_has_a_report_of_its_epochs(trained, tmp_path):

@@ -1,0 +1,62 @@
+"""What a search looks at before it begins: an mAP to hold on to, targets that mean something, images of its own."""
+
+from __future__ import annotations
+
+import argparse
+
+from datasets.coco import split_of
+from datasets.overlap import shared_images
+from pruning.schedule import Schedule
+from util.errors import UserError, shorten
+from util.logging import get_logger
+
+
+def lowest_target_ap(schedule: Schedule, base_ap: float, visits: int) -> float:
+    """The lowest mAP in [0, 1] that a search by so many visits (0: one of all modules at once) may accept."""
+    if not visits:
+        return schedule.fast_threshold_ap(base_ap)
+    return min(schedule.target_ap(base_ap, visits - 1), schedule.full_threshold_ap(base_ap, visits - 1))
+
+
+def check_base_ap(args: argparse.Namespace, base_ap: float) -> None:
+    """Raise a `UserError` unless there is an mAP to hold a search against; 0 would let modules shrink to one unit."""
+    if base_ap < 0:
+        raise UserError(f"--search_split {args.search_split}: found no boxes in its annotations, expected some")
+    if base_ap == 0:
+        raise UserError(
+            f"--resume {args.resume}: found mAP 0 on {args.search_split}, expected a detector that finds the "
+            f"objects of {split_of(args, args.search_split).annotation_file}"
+        )
+
+
+def check_targets(schedule: Schedule, base_ap: float, visits: int) -> None:
+    """Raise a `UserError` unless all targets are above 0; see `lowest_target_ap`."""
+    target_ap = lowest_target_ap(schedule, base_ap, visits)
+    if target_ap <= 0:
+        raise UserError(
+            f"--decay_points {schedule.points_per_module:g}: found a target of mAP {target_ap:.4f} for the last of "
+            f"{visits} modules, from mAP {base_ap:.4f} before the search, expected one above 0: lower the option, or "
+            "use --search fast"
+        )
+
+
+def warn_of_low_target(target_ap: float, base_ap: float) -> None:
+    """Log a warning where less than half of the mAP before the search may be left."""
+    if target_ap < base_ap / 2:
+        get_logger().warning(
+            "the target falls to mAP %.4f, below half of the %.4f before the search", target_ap, base_ap
+        )
+
+
+def warn_of_images(args: argparse.Namespace, is_calibrated: bool) -> None:
+    """Log a warning where the AP that follows is one of images that the detector is fitted to."""
+    if args.search_split == "val2017":
+        if is_calibrated:
+            get_logger().warning("calibrating on val2017: a fair figure searches on train2017 (--search_split)")
+        return
+    shared = shared_images(split_of(args, "train2017"), split_of(args, "val2017"))
+    if shared:
+        get_logger().warning(
+            "val2017 lists %d of the image files of train2017, first %s: AP on it is no fair figure",
+            len(shared), shorten(shared[0], 80),
+        )  # fmt: skip
