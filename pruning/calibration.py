@@ -30,7 +30,7 @@ class Sensitivity:
     """How the loss feels an error of one module's output.
 
     Attributes:
-        token_weights: for each calibration batch B x L, 0 on padding, else about 1 on average.
+        token_weights: for each calibration batch B x L, 0 on padding; see `token_weights`.
         metric: D x D second moment of the gradient's direction, with trace 1.
         level: mean over tokens of the squared norm of the gradient, times the tokens of an image.
     """
@@ -131,7 +131,7 @@ class Calibration:
                 hook.remove()
         pixels = [self._state(batch).pixels.cpu() for batch in self.batches]
         own_images = sum(map(len, squares[next(iter(squares))]))
-        gathered = distributed.gather_objects((squares, metrics, own_images))
+        gathered = distributed.gather_objects((squares, metrics, pixels, own_images))
         images = sum(count for *_, count in gathered)
         self.loss = sum(distributed.gather_objects(loss_sum)) / images
         return {name: self._sensitivity(name, squares[name], pixels, gathered, images) for name in self._modules}
@@ -140,17 +140,42 @@ class Calibration:
         self, name: str, squares: list[Tensor], pixels: list[Tensor], gathered: list[tuple], images: int
     ) -> Sensitivity:
         """Weights of this process's tokens; means are those of all processes."""
-        total = float(sum(batch.sum() for part, *_ in gathered for batch in part[name]))
-        tokens = sum(batch.numel() for part, *_ in gathered for batch in part[name])
-        mean = max(total / tokens, TINY)
-        weights = [EVEN_SHARE + (1 - EVEN_SHARE) * (batch / mean).clamp(max=OUTLIER) for batch in squares]
-        metric = sum(metrics[name] for _, metrics, count in gathered if count)
+        all_squares = [batch for part, *_ in gathered for batch in part[name]]
+        all_pixels = [batch for *_, part, _ in gathered for batch in part]
+        if not name.startswith("encoder."):  # queries have no padding
+            pixels, all_pixels = ([torch.ones_like(b) for b in batches] for batches in (squares, all_squares))
+        weights = token_weights(squares, pixels, all_squares, all_pixels)
+        total = _sum_of_products(all_squares, all_pixels)
+        metric = sum(metrics[name] for _, metrics, _, count in gathered if count)
         width = len(metric)
         trace = metric.diagonal().sum()
         metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / width
-        if name.startswith("encoder."):
-            weights = [w * on_image for w, on_image in zip(weights, pixels, strict=True)]
         return Sensitivity(weights, metric, total / images)
+
+
+def token_weights(
+    squares: Sequence[Tensor], real: Sequence[Tensor], all_squares: Sequence[Tensor], all_real: Sequence[Tensor]
+) -> list[Tensor]:
+    """How much each token counts in a fit: 0 on padding, and 1 on average over the real tokens of all processes.
+
+    Args:
+        squares: for each batch B x L, squared norms of the loss's gradient at this process's tokens.
+        real: the same shapes, 1 on real tokens and 0 on padding.
+        all_squares, all_real: those of all processes.
+    """
+    tokens = float(sum(batch.sum() for batch in all_real))
+    mean = _sum_of_products(all_squares, all_real) / tokens
+    if mean < TINY:
+        return list(real)
+    clamped, all_clamped = (
+        [(batch / mean).clamp(max=OUTLIER) for batch in batches] for batches in (squares, all_squares)
+    )
+    mean = _sum_of_products(all_clamped, all_real) / tokens
+    return [r * (EVEN_SHARE + (1 - EVEN_SHARE) / mean * s) for s, r in zip(clamped, real, strict=True)]
+
+
+def _sum_of_products(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    return float(sum((a * b).sum() for a, b in zip(one, other, strict=True)))
 
 
 def _with_graph(state: DetectorState) -> DetectorState:
