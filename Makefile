@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.10 or newer; both set up .venv first.
+# `make demo` and `make test` need Python 3.10 or newer only; both create .venv first.
 PYTHON ?= python3
 VENV := .venv/bin
 DEMO_OUTPUT ?= output/demo
@@ -6,19 +6,19 @@ DEMO_OUTPUT ?= output/demo
 .PHONY: help demo test soak lint coverage mutants gpu-check checkpoint tables clean
 
 help:
-	@echo "make help        list what make can do here"
-	@echo "make demo        prune the demo detector from end to end; results in $(DEMO_OUTPUT)"
+	@echo "make help        list the targets"
+	@echo "make demo        prune the demo detector from end to end; writes $(DEMO_OUTPUT)"
 	@echo "make test        run the tests"
-	@echo "make soak        kill runs 100 times and more, fuzz for longer, 1,000 steps each (about half an hour)"
+	@echo "make soak        run the long tests: kills, fuzzing, 1,000 steps (about half an hour)"
 	@echo "make lint        check format, style and types"
-	@echo "make coverage    run the tests and tell which lines of pruning/ and util/ they do not reach"
-	@echo "make mutants     do small wrongs to a copy of the program and see that tests notice (10 minutes)"
-	@echo "make gpu-check   run all that needs a GPU"
-	@echo "make checkpoint  train checkpoints/demo.pth anew (about 70 minutes on two CPU cores)"
-	@echo "make tables      make the README's tables anew of the figures in bench/results"
+	@echo "make coverage    run the tests and list the lines of pruning/ and util/ that they miss"
+	@echo "make mutants     mutation testing: inject bugs into a copy; the tests must fail (about 10 minutes)"
+	@echo "make gpu-check   run the tests that need a GPU"
+	@echo "make checkpoint  train checkpoints/demo.pth from scratch (about 70 minutes on two CPU cores)"
+	@echo "make tables      write the figures of bench/results into README.md and docs/"
 	@echo "make clean       remove .venv and output"
 
-# The stamps make pip run once for each change of the lists, not at every call.
+# These stamp files make pip run only when a list of requirements has changed.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -55,7 +55,7 @@ checkpoint: .venv/installed
 	PATH="$(CURDIR)/$(VENV):$$PATH" sh checkpoints/train_demo.sh
 
 tables: .venv/installed
-	$(VENV)/python -m bench.tables
+	$(VENV)/python -m bench.pages
 
 clean:
 	rm -rf .venv output

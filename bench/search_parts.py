@@ -68,7 +68,7 @@ def variants(search_images: int) -> dict[str, dict[str, Any]]:
         "as it is": {},
         "calibrated on all images": {"calibration_images": search_images},
         "every width of an attention measured": {"constants": {"ATTENTION_WIDTHS_MEASURED": EVERY}},
-        "channels ranked anew for each cut": {"search": RankingAnew},
+        "channels ranked again for each cut": {"search": RankingAnew},
         "first trial in the middle": {"search": MiddleFirst},
         "budgets halved, seven mAP": {"search": Bisection, "constants": {"EVALUATIONS": 7, "NEAR": 0, "PRECISION": 0}},
         "first-order ranking": {"ranking": "first_order"},

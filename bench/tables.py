@@ -1,27 +1,24 @@
-"""The README's tables, made of the figures that benchmarks left in bench/results.
+"""The tables of README.md and docs/, from the figures that benchmarks left in bench/results.
 
-`python -m bench.tables` (`make tables`) writes each table anew between its two markers, `<!-- table NAME -->` and
-`<!-- end -->`. What is not in the JSON files is not in a table.
+`bench.pages` writes each between its markers. What is not in the JSON files is not in a table.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.latency import COCO_IMAGE_HW
+from bench.published import PAPER_AP_POINTS
 from bench.quality import FRACTIONS
 from pruning.cost import Cost, cost_rows
-from util.errors import UserError, run_cli
-from util.files import write_text
+from util.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
-MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 QUALITY_SETS = ("demo", "bccd")
+PAPER_WAY = "the paper's way, uniform"
+SUMMARY_NAMES = {"ours": "this project", PAPER_WAY: "the paper's method"}
 Cells = Sequence[Sequence[Any]]
 
 
@@ -38,14 +35,50 @@ def points(ap: float) -> str:
     return f"{100 * ap:.1f}"
 
 
+def read_figures(results: Path, name: str) -> dict[str, Any]:
+    """The figures in a file of bench/results.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    try:
+        return json.loads((results / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{results / name}: found no such file, expected the figures of a benchmark") from None
+
+
+def summary(results: Path) -> str:
+    """The README's table: AP on both data sets, of this project at every fraction and of others at the middle one.
+
+    Each cell is AP before fine-tuning / after it / after it with the dense detector as teacher. Of Torch-Pruning it
+    holds the best figure of all its rows.
+    """
+    sets = [read_figures(results, f"quality_{name}.json") for name in QUALITY_SETS]
+    middle = FRACTIONS[1]
+    rows: list[tuple[str, ...]] = [
+        ("dense", "", *(f"{points(found['dense_ap'])} / {points(found['dense_ap_after'])}" for found in sets))
+    ]
+    for name, fraction in (*(("ours", f) for f in FRACTIONS), (PAPER_WAY, middle)):
+        cells = (_quality_cell(found["rows"], name, fraction) for found in sets)
+        rows.append((SUMMARY_NAMES[name], f"-{100 * fraction:.0f} %", *cells))
+    best = (_best_of_torch_pruning(found["rows"], middle) for found in sets)
+    rows.insert(-1, ("Torch-Pruning, best of its settings", f"-{100 * middle:.0f} %", *best))
+    return markdown(("", "transformer parameters", "demo set", "BCCD (blood cells)"), rows)
+
+
+def _best_of_torch_pruning(rows: Sequence[dict[str, Any]], fraction: float) -> str:
+    there = [row for row in rows if row["name"].startswith("Torch-Pruning") and row["asked"] == fraction]
+    return " / ".join(points(max(row[key] for row in there if key in row)) for key in ("ap_before", "ap_after"))
+
+
 def demo(results: Path) -> str:
     """The three rows of `make demo`."""
-    return _detectors(_read(results, "demo_summary.json")["rows"])
+    return _detectors(read_figures(results, "demo_summary.json")["rows"])
 
 
 def demo_deformable(results: Path) -> str:
     """The same with a detector of the deformable variant."""
-    return _detectors(_read(results, "demo_deformable_summary.json")["rows"])
+    return _detectors(read_figures(results, "demo_deformable_summary.json")["rows"])
 
 
 def _detectors(rows: Sequence[dict[str, Any]]) -> str:
@@ -67,42 +100,44 @@ def _detectors(rows: Sequence[dict[str, Any]]) -> str:
 
 def quality(results: Path) -> str:
     """AP by way of pruning, data set and fraction: before fine-tuning, after it, after it with the dense teacher."""
-    sets = {name: _read(results, f"quality_{name}.json")["rows"] for name in QUALITY_SETS}
+    sets = {name: read_figures(results, f"quality_{name}.json")["rows"] for name in QUALITY_SETS}
     names = list(dict.fromkeys(row["name"] for rows in sets.values() for row in rows))
     names.sort(key=lambda name: (not name.startswith("ours"), "Torch" in name or "paper" in name))
 
-    def cell(rows: Cells, name: str, fraction: float) -> str:
-        row = next((r for r in rows if r["name"] == name and r["asked"] == fraction), None)
-        if row is None:
-            return ""
-        seeds = row["ap_before_seeds"]
-        spread = f" ± {50 * (max(seeds) - min(seeds)):.1f}" if len(seeds) > 1 else ""
-        after = [points(row[key]) for key in ("ap_after", "ap_distilled") if key in row]
-        return " / ".join([points(row["ap_before"]) + spread, *after])
-
     titles = ["", *(f"{name}, {100 * fraction:.0f} %" for name in sets for fraction in FRACTIONS)]
     return markdown(
-        titles, [[name, *(cell(rows, name, f) for rows in sets.values() for f in FRACTIONS)] for name in names]
+        titles, [[name, *(_quality_cell(rows, name, f) for rows in sets.values() for f in FRACTIONS)] for name in names]
     )
+
+
+def _quality_cell(rows: Sequence[dict[str, Any]], name: str, fraction: float) -> str:
+    row = next((r for r in rows if r["name"] == name and r["asked"] == fraction), None)
+    if row is None:
+        return ""
+    seeds = row["ap_before_seeds"]
+    spread = f" ± {50 * (max(seeds) - min(seeds)):.1f}" if len(seeds) > 1 else ""
+    after = [points(row[key]) for key in ("ap_after", "ap_distilled") if key in row]
+    return " / ".join([points(row["ap_before"]) + spread, *after])
 
 
 def search_cost(results: Path) -> str:
     """The searches of this package beside the paper's, on the demo's detector."""
-    return _search_cost(_read(results, "search_cost_demo.json")["results"])
+    return _search_cost(read_figures(results, "search_cost_demo.json")["results"])
 
 
 def search_cost_full_size(results: Path) -> str:
-    """The same on a transformer of full size, the paper's search told from its first steps."""
-    return _search_cost(_read(results, "search_cost_full_size.json")["results"])
+    """The same on a transformer of full size, the paper's search estimated from its first steps."""
+    return _search_cost(read_figures(results, "search_cost_full_size.json")["results"])
 
 
 def published(results: Path) -> str:
     """Costs of the published widths."""
-    costs = [Cost(**values) for values in _read(results, "published_costs.json")["costs"].values()]
+    costs = [Cost(**values) for values in read_figures(results, "published_costs.json")["costs"].values()]
     rows = []
     for title, first, *others in cost_rows(costs):
         rows.append((title, first, *(f"{value} ({change})" for value, change in zip(*[iter(others)] * 2, strict=True))))
-    return markdown(("", "dense", "GP of the paper", "MGP of the paper"), rows)
+    rows.append(("COCO AP that the paper prints", *PAPER_AP_POINTS.values()))
+    return markdown(("", *PAPER_AP_POINTS), rows)
 
 
 def _search_cost(found: list[dict[str, Any]]) -> str:
@@ -129,8 +164,8 @@ def _search_cost(found: list[dict[str, Any]]) -> str:
 
 
 def search_parts(results: Path) -> str:
-    """The fast search with one part after another the plain way."""
-    found = _read(results, "search_parts_demo.json")["results"]
+    """The fast search as it is, and with one part at a time replaced by a plain form."""
+    found = read_figures(results, "search_parts_demo.json")["results"]
     return markdown(("", "whole passes", "removed", "AP"), [
         (row["name"], f"{row['whole_passes']:,.0f}", f"{100 * row['removed']:.1f} %", points(row["ap"]))
         for row in found
@@ -139,7 +174,7 @@ def search_parts(results: Path) -> str:
 
 def coco_eval(results: Path) -> str:
     """mAP by evaluator."""
-    backends = _read(results, "coco_eval.json")["backends"]
+    backends = read_figures(results, "coco_eval.json")["backends"]
     judge = backends["pycocotools"]
     names = {"hotcoco": "hotcoco", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}
     rows = []
@@ -153,7 +188,7 @@ def coco_eval(results: Path) -> str:
 def ops(results: Path) -> str:
     """The sampling operator beside PyTorch's own operations, in milliseconds."""
     rows: dict[str, list[str]] = {}
-    for case in _read(results, "ops_cpu.json")["cases"]:
+    for case in read_figures(results, "ops_cpu.json")["cases"]:
         milliseconds, ratio = case["milliseconds"], case["times_as_quick_as"]["PyTorch"]
         cells = rows.setdefault(case["shape"], [case["shape"]])
         cells += [f"{milliseconds['operator']:.1f}", f"{milliseconds['PyTorch']:.1f}", f"{ratio:.1f}"]
@@ -169,7 +204,7 @@ def latency(results: Path) -> str:
     subjects = ("GP", "MGP", "demo")
     rows: dict[tuple[str, int], dict[str, str]] = {}
     for device in ("cpu", *(("cuda",) if (results / "latency_cuda.json").exists() else ())):
-        for case in _read(results, f"latency_{device}.json")["cases"]:
+        for case in read_figures(results, f"latency_{device}.json")["cases"]:
             cells = rows.setdefault((f"{device.upper()}, {case['mode']}", case["batch"]), {})
             if case["subject"] in subjects:
                 cells[case["subject"]] = f"{case['speed_up']:.2f} of {case['gmacs_ratio']:.2f} ({case['share']:.2f})"
@@ -184,6 +219,7 @@ def latency(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     function.__name__: function
     for function in (
+        summary,
         demo,
         quality,
         search_cost,
@@ -196,35 +232,3 @@ TABLES: dict[str, Callable[[Path], str]] = {
         published,
     )
 }
-
-
-def fill(text: str, results: Path = RESULTS) -> str:
-    """`text` with every marked table made anew.
-
-    Raises:
-        UserError: a marker names no table, or a table's figures are not there.
-    """
-
-    def table(match: re.Match[str]) -> str:
-        if match[2] not in TABLES:
-            raise UserError(f"README.md: found a marker of table {match[2]}, expected one of {', '.join(TABLES)}")
-        return match[1] + TABLES[match[2]](results) + match[3]
-
-    return MARKED.sub(table, text)
-
-
-def _read(results: Path, name: str) -> dict[str, Any]:
-    try:
-        return json.loads((results / name).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{results / name}: found no such file, expected the figures of a benchmark") from None
-
-
-def main() -> None:
-    """Fill the README's tables."""
-    path = ROOT / "README.md"
-    write_text(path, fill(path.read_text()))
-
-
-if __name__ == "__main__":
-    run_cli(main)

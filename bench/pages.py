@@ -1,0 +1,57 @@
+"""Write the tables and the sentences with figures into README.md and docs/, from bench/results.
+
+    python -m bench.pages
+
+A page marks the place of each by `<!-- table NAME -->` or `<!-- text NAME -->` before and `<!-- end -->` behind it. The
+tables are functions of `bench.tables`, the sentences functions of `bench.sentences`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from bench.sentences import TEXTS
+from bench.tables import TABLES
+from util.errors import UserError, run_cli
+from util.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+MARKED = re.compile(r"(<!-- (table|text) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+FRAGMENTS: Mapping[str, Mapping[str, Callable[[Path], str]]] = {"table": TABLES, "text": TEXTS}
+
+
+def pages() -> list[Path]:
+    """README.md and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """`text` with the figures of `results` between all its markers.
+
+    Raises:
+        UserError: a marker names nothing, or the figures are not there.
+    """
+
+    def fragment(match: re.Match[str]) -> str:
+        known = FRAGMENTS[match[2]]
+        if match[3] not in known:
+            raise UserError(f"marker: found {match[2]} {match[3]}, expected one of {', '.join(known)}")
+        return match[1] + known[match[3]](results) + match[4]
+
+    return MARKED.sub(fragment, text)
+
+
+def main() -> None:
+    """Fill all pages."""
+    for path in pages():
+        before = path.read_text(encoding="utf-8")
+        if (after := fill(before)) != before:
+            write_text(path, after)
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    run_cli(main)

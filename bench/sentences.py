@@ -1,0 +1,223 @@
+"""The sentences with figures of README.md and docs/, from the figures that benchmarks left in bench/results.
+
+Each function gives one paragraph. `bench.pages` writes it between its markers.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.latency import COCO_IMAGE_HW
+from bench.quality import FRACTIONS
+from bench.tables import PAPER_WAY, QUALITY_SETS, points, read_figures
+from pruning.budget import AP_FALL_FOR_LOSS
+
+DEMO_LOG = Path(__file__).resolve().parent.parent / "checkpoints" / "demo_log.txt"
+TITLES = {"demo": "the demo set", "bccd": "BCCD"}
+
+
+def measured_with(found: Mapping[str, Any]) -> str:
+    """Date, machine and versions of a benchmark's file."""
+    made = found["environment"]
+    threads = f"{made['threads']} thread{'s' if made['threads'] > 1 else ''}"
+    return f"Measured on {made['date']}: {made['device']}, {threads}, PyTorch {made['torch']}."
+
+
+def summary(results: Path) -> str:
+    """What the README's table holds."""
+    demo, bccd = (read_figures(results, f"quality_{name}.json") for name in QUALITY_SETS)
+    return paragraph(
+        "Each cell is AP in points as cut / after a short fine-tuning / after the same fine-tuning with `--distill`. "
+        f"Fine-tuning runs over up to {demo['train_images']:,} training images: epochs: {demo['epochs']} on the demo "
+        f"set, {bccd['epochs']} on BCCD. Searches see training images only; AP is that of the validation images."
+    )
+
+
+def speed(results: Path) -> str:
+    """How long a search takes and how much faster the result runs, in the README."""
+    fast, paper = _searches(read_figures(results, "search_cost_demo.json"))
+    full_fast, full_paper = _searches(read_figures(results, "search_cost_full_size.json"))
+    mgp = _latency_case(read_figures(results, "latency_cpu.json"), "MGP")
+    return paragraph(
+        f"On the demo detector the search takes {fast['cpu_seconds']:,.0f} CPU seconds; the paper's takes "
+        f"{paper['cpu_seconds']:,.0f}. On a transformer of the paper's size it takes "
+        f"{full_fast['cpu_seconds'] / 60:.0f} CPU minutes, where we estimate {full_paper['cpu_seconds'] / 3600:.0f} "
+        "hours for the paper's. Only the transformer gets smaller: with the paper's MGP widths it runs "
+        f"{mgp['speed_up']:.2f} times as fast on a CPU core, and the whole detector with its ResNet-50 "
+        f"{mgp['speed_up_detector']:.2f} times."
+    )
+
+
+def demo(results: Path) -> str:
+    """How long `make demo` took."""
+    found = read_figures(results, "demo_summary.json")
+    return paragraph(f"`make demo` took {found['seconds'] / 60:.0f} minutes. {measured_with(found)}")
+
+
+def quality(results: Path) -> str:
+    """Settings of the comparison of pruning methods."""
+    sets = {name: read_figures(results, f"quality_{name}.json") for name in QUALITY_SETS}
+    dense = "; ".join(
+        f"{TITLES[name]}: {points(found['dense_ap'])}, fine-tuned {points(found['dense_ap_after'])}"
+        for name, found in sets.items()
+    )
+    tuned = "; ".join(
+        f"{TITLES[name]}: {found['epochs']} over up to {found['train_images']:,} training images"
+        for name, found in sets.items()
+    )
+    searched = max(found["search_images"] for found in sets.values())
+    removed = ", ".join(f"{100 * fraction:.0f}" for fraction in FRACTIONS)
+    return paragraph(
+        f"AP with {removed} % of the transformer's parameters removed. Dense detectors: {dense}. Epochs of "
+        f"fine-tuning: {tuned}. Searches and calibration see up to {searched} training images. One seed, or the "
+        f"mean of three and half their range (±). {measured_with(sets['demo'])}"
+    )
+
+
+def defaults(results: Path) -> str:
+    """Why the defaults of the search are what they are."""
+    rows = read_figures(results, "quality_demo.json")["rows"]
+    middle, most = FRACTIONS[1:]
+    cut = _range(rows, middle, lambda name: name.startswith("uniform, ") and name.endswith(", as cut"))
+    refitted = _range(rows, middle, lambda name: name.startswith("uniform, ") and name.endswith(", refitted"))
+    projected, ours = "uniform widths, projected and refitted", "ours"
+    best = [
+        points(max(row["ap_before"] for row in found["rows"] if row["name"].startswith("Torch-Pruning, ")
+                   and row["asked"] == middle))
+        for found in (read_figures(results, f"quality_{name}.json") for name in QUALITY_SETS)
+    ]  # fmt: skip
+    return paragraph(
+        f"On the demo set with {100 * middle:.0f} % removed, every ranking of channels ends at {cut} AP as cut. "
+        f"Refitting the layer behind the cut gives {refitted}. Projecting queries, keys and values as well "
+        f"(`--reconstruct full`) gives {_before(rows, projected, middle)} at uniform widths and "
+        f"{_before(rows, ours, middle)} at searched widths; with {100 * most:.0f} % removed, "
+        f"{_before(rows, projected, most)} and {_before(rows, ours, most)}. The best Torch-Pruning row with "
+        f"{100 * middle:.0f} % removed has {best[0]} on the demo set and {best[1]} on BCCD, the paper's method "
+        f"{_before(rows, PAPER_WAY, middle)} on the demo set."
+    )
+
+
+def search_cost(results: Path) -> str:
+    """Settings of the comparison of searches."""
+    found = read_figures(results, "search_cost_demo.json")
+    backbone = found["gmacs_backbone"] * found["search_images"]
+    return paragraph(
+        f"MGP, `--map_tol {found['map_tol']:g}`, {found['search_images']} images of the demo set, one search after "
+        f"another in one process. Each row includes {backbone:,.0f} GMACs of the backbone, which runs once for each "
+        f"image. The dense detector has {points(found['dense_ap'])} AP. {measured_with(found)}"
+    )
+
+
+def search_cost_full_size(results: Path) -> str:
+    """The same on the transformer of full size."""
+    found = read_figures(results, "search_cost_full_size.json")
+    return paragraph(
+        f"The dense detector has {points(found['dense_ap'])} AP. The search saw {found['search_images']} images of "
+        f"{found['image_size_hw'][0]} x {found['image_size_hw'][1]} pixels. {measured_with(found)}"
+    )
+
+
+def search_parts(results: Path) -> str:
+    """What the parts of the fast search rest on."""
+    found = read_figures(results, "search_parts_demo.json")
+    correlations = found["rank_correlations"].values()
+    return paragraph(
+        f"The first trial assumes that mAP falls {AP_FALL_FOR_LOSS:g} times as fast as the predicted damage raises the "
+        f"loss. First-order scores and exact losses of an FFN's channels have rank correlations of "
+        f"{min(correlations):.2f} to {max(correlations):.2f} (Spearman). {measured_with(found)}"
+    )
+
+
+def latency(results: Path) -> str:
+    """What the latency table shows."""
+    found = read_figures(results, "latency_cpu.json")
+    dense, gp, mgp = (_latency_case(found, name) for name in ("dense", "GP", "MGP"))
+    unpadded = _latency_case(found, "dense", "eager-unpadded")
+    share = dense["ms_transformer"] / dense["ms_detector"]
+    height, width = COCO_IMAGE_HW
+    return paragraph(
+        f"At {height} x {width} pixels the transformer takes {100 * share:.0f} % of the dense detector's time on one "
+        f"CPU core, so the whole detector gains {100 * (gp['speed_up_detector'] - 1):.0f} % with GP's widths and "
+        f"{100 * (mgp['speed_up_detector'] - 1):.0f} % with MGP's. Zero-padding makes the dense transformer "
+        f"{unpadded['ms_transformer'] / dense['ms_transformer']:.2f} times as fast. {measured_with(found)}"
+    )
+
+
+def coco_eval(results: Path) -> str:
+    """Settings of the comparison of evaluators."""
+    found = read_figures(results, "coco_eval.json")
+    return paragraph(
+        f"{found['images']:,} synthetic images with {found['detections']} detections each, all twelve COCO figures. "
+        f"{measured_with(found)}"
+    )
+
+
+def demo_deformable(results: Path) -> str:
+    """What the deformable demo was measured with."""
+    return paragraph(measured_with(read_figures(results, "demo_deformable_summary.json")))
+
+
+def ops(results: Path) -> str:
+    """What the operator was measured with."""
+    found = read_figures(results, "ops_cpu.json")
+    return paragraph(f"Milliseconds, medians of {found['rounds']} rounds. {measured_with(found)}")
+
+
+def demo_checkpoint(results: Path) -> str:
+    """AP and training time of checkpoints/demo.pth, from its log."""
+    log = [json.loads(line) for line in DEMO_LOG.read_text(encoding="utf-8").splitlines()]
+    minutes = sum(line["train_seconds"] + line.get("test_seconds", 0) for line in log) / 60
+    return paragraph(
+        f"It has {points(log[-1]['test_AP'])} AP on its validation images; {len(log)} epochs took {minutes:.0f} "
+        "minutes on two CPU cores."
+    )
+
+
+def paragraph(text: str) -> str:
+    """`text` in lines of the width that the pages have."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def _searches(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first fast search and the paper's of the same seed."""
+    fast = next(row for row in found["results"] if row["search"] == "fast")
+    return fast, next(row for row in found["results"] if row["search"] == "paper" and row["seed"] == fast["seed"])
+
+
+def _latency_case(found: Mapping[str, Any], subject: str, mode: str = "eager") -> dict[str, Any]:
+    """One image of COCO's size, on its own."""
+    wanted = {"subject": subject, "mode": mode, "batch": 1, "image_size_hw": list(COCO_IMAGE_HW)}
+    return next(case for case in found["cases"] if wanted.items() <= case.items())
+
+
+def _before(rows: Sequence[Mapping[str, Any]], name: str, fraction: float) -> str:
+    return points(next(row["ap_before"] for row in rows if row["name"] == name and row["asked"] == fraction))
+
+
+def _range(rows: Sequence[Mapping[str, Any]], fraction: float, chosen: Callable[[str], bool]) -> str:
+    aps = [row["ap_before"] for row in rows if row["asked"] == fraction and chosen(row["name"])]
+    return f"{points(min(aps))} to {points(max(aps))}"
+
+
+TEXTS: dict[str, Callable[[Path], str]] = {
+    function.__name__: function
+    for function in (
+        summary,
+        speed,
+        demo,
+        quality,
+        defaults,
+        search_cost,
+        search_cost_full_size,
+        search_parts,
+        latency,
+        coco_eval,
+        demo_deformable,
+        ops,
+        demo_checkpoint,
+    )
+}
