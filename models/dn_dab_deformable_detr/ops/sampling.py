@@ -85,7 +85,7 @@ def check_arguments(value: Tensor, level_sizes: list[int], locations: Tensor, we
         pixels == value.shape[1], lambda: f"sample: the levels have {pixels} pixels, and value has {value.shape[1]}"
     )
     torch._check(value.is_floating_point(), lambda: f"sample: value is {value.dtype}, expected a floating type")
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(value.dtype, torch.float32)
     shape = (value.shape[0], locations.shape[1], value.shape[2], len(level_sizes) // 2, locations.shape[4])
     for name, tensor, expected in (("locations", locations, (*shape, 2)), ("weights", weights, shape)):
         _check_companion(name, tensor, expected, wide, value)
