@@ -27,7 +27,8 @@ def sample(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Te
         value: B x S x heads x channels of any floating type, the pixels of all levels, level after level.
         level_sizes: [h0, w0, h1, w1, ...], in all S pixels.
         locations: B x Q x heads x levels x points x 2, (x, y) in [0, 1] of a level's map, on which pixel (i, j) has its
-            centre at ((j + 0.5) / w, (i + 0.5) / h); what lies outside is 0.
+            centre at ((j + 0.5) / w, (i + 0.5) / h); what lies outside is 0. Infinite and NaN locations lie outside,
+            but PyTorch's own operations on the CPU give NaN for them.
         weights: B x Q x heads x levels x points. It and `locations` are float64 for values of that type, else float32.
 
     Returns:
