@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 from models.denoising import slot_indices
+from models.layers import at_least_float32
 from models.matcher import HungarianMatcher, Matches
 
 LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
@@ -82,8 +83,8 @@ class Criterion(nn.Module):
             suffix `_i` for each layer but the last; `class_error` of the last layer.
         """
         layers = [*outputs["aux_outputs"], outputs]
-        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-        boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
+        logits = at_least_float32(torch.stack([layer["pred_logits"] for layer in layers]))
+        boxes = at_least_float32(torch.stack([layer["pred_boxes"] for layer in layers]))
         labels = torch.cat([target["labels"] for target in targets])
         target_boxes = torch.cat([target["boxes"] for target in targets])
         matches = self.matcher(logits, boxes, targets)
@@ -146,7 +147,7 @@ class Criterion(nn.Module):
         """Percentage of matched queries of each layer whose top class is wrong (L); 100 without targets."""
         correct = logits[matches.layer, matches.image, matches.query].argmax(-1) == classes
         zeros = logits.new_zeros(len(logits))
-        right = zeros.index_add(0, matches.layer, correct.float())
+        right = zeros.index_add(0, matches.layer, correct.to(zeros.dtype))
         total = zeros.index_add(0, matches.layer, torch.ones_like(correct, dtype=zeros.dtype))
         return 100 - 100 * right / total.clamp(min=1)
 
@@ -163,7 +164,7 @@ class Criterion(nn.Module):
         if denoising is None:
             zeros = torch.zeros(self.num_layers, device=num_boxes.device)
             return {f"tgt_{name}": zeros for name in names}
-        logits, boxes = denoising["pred_logits"].float(), denoising["pred_boxes"].float()
+        logits, boxes = at_least_float32(denoising["pred_logits"]), at_least_float32(denoising["pred_boxes"])
         image, query, target = slot_indices(targets, denoising["layout"])
         layer = torch.arange(len(logits), device=logits.device).repeat_interleave(len(target))
         pairs = Matches(layer, *(index.repeat(len(logits)) for index in (image, query, target)))

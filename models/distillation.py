@@ -12,6 +12,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from models.criterion import layer_suffix
 from models.detector import Detector
+from models.layers import at_least_float32
 from util import distributed
 
 
@@ -64,7 +65,7 @@ class Distillation:
         """Run the teacher on the student's images, list of 3 x H x W or one B x 3 x H x W."""
         state = self.teacher.run_steps(self.teacher.prepare(images))
         logits, boxes = _stacked(self.teacher.outputs(state))
-        return Lesson(logits.sigmoid(), boxes, state.memory.float(), state.pixels.float())
+        return Lesson(logits.sigmoid(), boxes, at_least_float32(state.memory), state.pixels.float())
 
     def __call__(self, outputs: dict, lesson: Lesson) -> dict[str, Tensor]:
         """All losses by name, unweighted: `loss_distill_memory` and, with the suffix `_i` for each layer but the last,
@@ -101,10 +102,10 @@ class Distillation:
 
 
 def _stacked(outputs: dict) -> tuple[Tensor, Tensor]:
-    """Logits L x B x Q x C and boxes L x B x Q x 4 of all layers, in float32."""
+    """Logits L x B x Q x C and boxes L x B x Q x 4 of all layers, at least in float32."""
     layers = [*outputs["aux_outputs"], outputs]
-    logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-    return logits, torch.stack([layer["pred_boxes"] for layer in layers]).float()
+    logits = at_least_float32(torch.stack([layer["pred_logits"] for layer in layers]))
+    return logits, at_least_float32(torch.stack([layer["pred_boxes"] for layer in layers]))
 
 
 def _quality_focal(logits: Tensor, probabilities: Tensor) -> Tensor:
@@ -122,4 +123,4 @@ def _giou_loss(boxes_cxcywh: Tensor, others_cxcywh: Tensor) -> Tensor:
 
 def _normalised(memory: Tensor) -> Tensor:
     """Features B x S x D with mean 0 and variance 1 over the channels of each pixel."""
-    return F.layer_norm(memory.float(), memory.shape[-1:])
+    return F.layer_norm(at_least_float32(memory), memory.shape[-1:])

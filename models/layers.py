@@ -23,6 +23,11 @@ def module_list(modules: Iterable[ModuleT]) -> Sequence[ModuleT]:
     return cast(Sequence[ModuleT], nn.ModuleList(modules))
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """16-bit numbers as float32; float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class MLP(nn.Module):
     """Linear layers with ReLU between them; `dims` lists the input, hidden and output channels."""
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
+from models.layers import at_least_float32
+
 UNMATCHABLE_COST = 1e6
 
 
@@ -51,7 +53,7 @@ class HungarianMatcher:
         counts = [len(target["labels"]) for target in targets]
         found: list[tuple[int, int, int, int]] = []
         if sum(counts):
-            costs = self._costs(logits.float(), boxes_cxcywh.float(), targets).cpu().numpy()
+            costs = self._costs(at_least_float32(logits), at_least_float32(boxes_cxcywh), targets).cpu().numpy()
             offsets = [sum(counts[:image]) for image in range(len(counts))]
             for layer, layer_costs in enumerate(costs):
                 for image, (count, offset) in enumerate(zip(counts, offsets, strict=True)):

@@ -5,12 +5,19 @@ import math
 import torch
 from torch import Tensor
 
+from models.layers import at_least_float32
+
 
 def sine_encoding(position: Tensor, channels: int, temperature: float) -> Tensor:
-    """Interleaved sines and cosines of `position` (any shape, in radians): adds a last axis of `channels`."""
+    """Interleaved sines and cosines of `position` (any shape, in radians): adds a last axis of `channels`.
+
+    Returns:
+        float64 for positions of that type, else float32.
+    """
+    position = at_least_float32(position)
     pair = torch.arange(channels, device=position.device) // 2
-    frequency = temperature ** (2 * pair.to(torch.float32) / channels)
-    angle = position.float().unsqueeze(-1) / frequency
+    frequency = temperature ** (2 * pair.to(position) / channels)
+    angle = position.unsqueeze(-1) / frequency
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
@@ -22,6 +29,7 @@ def pixel_encoding(
     *,
     shift: float = 0.0,
     eps: float = 1e-6,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Encoding of each feature pixel's place among the valid rows and columns.
 
@@ -30,13 +38,15 @@ def pixel_encoding(
         hidden_dim: channels of the result; the first half encodes y, the second x.
         temperature_h, temperature_w: base of the frequencies for y and for x.
         shift: taken from the rows and columns, which count from 1; 0.5 encodes the pixels' centres.
+        dtype: of the features that the encoding is added to.
 
     Returns:
-        B x (H * W) x hidden_dim, float32.
+        B x (H * W) x hidden_dim, float64 for features of that type, else float32.
     """
     valid = ~padding
-    rows = valid.cumsum(1, dtype=torch.float32)
-    columns = valid.cumsum(2, dtype=torch.float32)
+    dtype = torch.promote_types(dtype, torch.float32)
+    rows = valid.cumsum(1, dtype=dtype)
+    columns = valid.cumsum(2, dtype=dtype)
     rows = (rows - shift) / (rows[:, -1:, :] + eps) * 2 * math.pi
     columns = (columns - shift) / (columns[:, :, -1:] + eps) * 2 * math.pi
     encodings = (

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from models.layers import at_least_float32
+
 
 class PostProcess:
     """Keep the best `num_select` pairs of query and class of each image."""
@@ -35,9 +37,9 @@ class PostProcess:
             logits: B x Q x C.
             boxes_cxcywh: B x Q x 4.
         """
-        scores = logits.float().sigmoid()
+        scores = at_least_float32(logits).sigmoid()
         num_queries, num_classes = scores.shape[1:]
         scores, index = scores.flatten(1).topk(min(self.num_select, num_queries * num_classes), dim=1)
-        boxes = box_convert(boxes_cxcywh.float(), "cxcywh", "xyxy")
+        boxes = box_convert(at_least_float32(boxes_cxcywh), "cxcywh", "xyxy")
         boxes = boxes.gather(1, (index // num_classes).unsqueeze(-1).expand(-1, -1, 4))
         return scores, index % num_classes, boxes

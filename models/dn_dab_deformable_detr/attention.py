@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.dn_dab_deformable_detr.ops import sample
-from models.layers import gated
+from models.layers import at_least_float32, gated
 from models.prunable import ParameterSlice, columns, rows_and_bias
 
 
@@ -71,7 +71,7 @@ class DeformableAttention(nn.Module):
         value = gated(self.value_proj(memory), gate)
         if memory_mask is not None:
             value = value.masked_fill(~memory_mask, 0)
-        weights = self.attention_weights(query).unflatten(-1, (nheads, -1)).float().softmax(-1)
+        weights = at_least_float32(self.attention_weights(query)).unflatten(-1, (nheads, -1)).softmax(-1)
         sampled = sample(
             value.unflatten(-1, (nheads, -1)),
             sizes_flat,
@@ -81,12 +81,12 @@ class DeformableAttention(nn.Module):
         return sampled.flatten(2)
 
     def _locations(self, query: Tensor, reference: Tensor, sizes_flat: list[int]) -> Tensor:
-        """Sampling points B x Q x heads x levels x points x 2 (x, y), in [0, 1] of each level's map, as float32.
+        """Sampling points B x Q x heads x levels x points x 2 (x, y), in [0, 1] of each level's map.
 
-        Half precision could not tell neighbouring pixels of a large map apart.
+        They are at least float32: 16 bits are too few for the pixels of a large map.
         """
-        offsets = self.sampling_offsets(query).unflatten(-1, (*self.grid, 2)).float()
-        reference = reference[:, :, None, :, None].float()
+        offsets = at_least_float32(self.sampling_offsets(query)).unflatten(-1, (*self.grid, 2))
+        reference = reference[:, :, None, :, None].to(offsets.dtype)
         if reference.shape[-1] == 4:
             return reference[..., :2] + offsets / self.grid[2] * reference[..., 2:] * 0.5
         sizes_wh = torch.tensor(sizes_flat, dtype=offsets.dtype, device=offsets.device).unflatten(0, (-1, 2)).flip(-1)

@@ -125,8 +125,9 @@ class DnDabDeformableDetr(Detector):
 
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DeformableState:
         """The state in front of the first step, with positions and queries added to the features."""
+        dtype = features.memory.dtype
         positions = [
-            pixel_encoding(padding, self.hidden_dim, TEMPERATURE, TEMPERATURE, shift=0.5) + embedding
+            pixel_encoding(padding, self.hidden_dim, TEMPERATURE, TEMPERATURE, shift=0.5, dtype=dtype) + embedding
             for padding, embedding in zip(features.paddings, self.transformer.level_embed, strict=True)
         ]
         mask = torch.cat([~padding.flatten(1) for padding in features.paddings], dim=1).unsqueeze(-1)
@@ -135,7 +136,7 @@ class DnDabDeformableDetr(Detector):
             memory_pos=torch.cat(positions, dim=1),
             memory_mask=mask if features.is_padded else None,
             levels=LevelSizes(tuple((padding.shape[1], padding.shape[2]) for padding in features.paddings)),
-            valid_ratios=torch.stack([_valid_ratio(padding) for padding in features.paddings], dim=1),
+            valid_ratios=torch.stack([_valid_ratio(padding, dtype) for padding in features.paddings], dim=1),
             **self._queries(features.memory.shape[0], targets),
         )
 
@@ -178,7 +179,10 @@ def _projections(channels: list[int], num_levels: int, hidden_dim: int) -> list[
     return [nn.Sequential(convolution, nn.GroupNorm(NORM_GROUPS, hidden_dim)) for convolution in convolutions]
 
 
-def _valid_ratio(padding: Tensor) -> Tensor:
-    """Padding B x h x w -> B x 2: the part of the width and of the height that is image."""
-    valid = (~padding).float()
+def _valid_ratio(padding: Tensor, dtype: torch.dtype) -> Tensor:
+    """Padding B x h x w -> B x 2: the part of the width and of the height that is image.
+
+    It is float64 for features of that type, else float32.
+    """
+    valid = (~padding).to(torch.promote_types(dtype, torch.float32))
     return torch.stack((valid[:, 0].mean(1), valid[:, :, 0].mean(1)), dim=-1)

@@ -102,7 +102,7 @@ class DnDabDetr(Detector):
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
         """The state in front of the first step, with positions and queries added to the features."""
         (padding,) = features.paddings
-        memory_pos = pixel_encoding(padding, self.hidden_dim, *self.temperatures)
+        memory_pos = pixel_encoding(padding, self.hidden_dim, *self.temperatures, dtype=features.memory.dtype)
         memory_mask = ~padding.flatten(1)[:, None, None, :] if features.is_padded else None
         # The last row of label_enc is "no object yet"; the matching queries' indicator channel is 0.
         content = torch.cat((self.label_enc.weight[self.num_classes], self.label_enc.weight.new_zeros(1)))

@@ -27,7 +27,8 @@ def sample(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Te
         value: B x S x heads x channels of any floating type, the pixels of all levels, level after level.
         level_sizes: [h0, w0, h1, w1, ...], in all S pixels.
         locations: B x Q x heads x levels x points x 2, (x, y) in [0, 1] of a level's map, on which pixel (i, j) has its
-            centre at ((j + 0.5) / w, (i + 0.5) / h); what lies outside is 0.
+            centre at ((j + 0.5) / w, (i + 0.5) / h); what lies outside is 0. Infinite and NaN locations lie outside,
+            but PyTorch's own operations on the CPU give NaN for them.
         weights: B x Q x heads x levels x points. It and `locations` are float64 for values of that type, else float32.
 
     Returns:
@@ -85,7 +86,7 @@ def check_arguments(value: Tensor, level_sizes: list[int], locations: Tensor, we
         pixels == value.shape[1], lambda: f"sample: the levels have {pixels} pixels, and value has {value.shape[1]}"
     )
     torch._check(value.is_floating_point(), lambda: f"sample: value is {value.dtype}, expected a floating type")
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(value.dtype, torch.float32)
     shape = (value.shape[0], locations.shape[1], value.shape[2], len(level_sizes) // 2, locations.shape[4])
     for name, tensor, expected in (("locations", locations, (*shape, 2)), ("weights", weights, shape)):
         _check_companion(name, tensor, expected, wide, value)

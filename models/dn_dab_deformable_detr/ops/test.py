@@ -6,8 +6,10 @@ checks run on it, too.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from models.dn_dab_deformable_detr.ops.sampling import load_operator
 GRADIENT_CHANNELS = (30, 32, 64, 71, 19, 7, 1)  # of a head; the odd ones are what pruning leaves
 SIZES = [6, 4, 3, 2]
 PIXEL_SIZES = [1, 1, 1, 5, 4, 1]
+EXACT_SIZES = [4, 8, 2, 4, 1, 2]  # powers of 2: no rounding between a location and its place on the map
+INFINITY, NAN = float("inf"), float("nan")
 # Largest difference from the same sums in double, relative to the largest number.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -111,6 +115,120 @@ def is_zero(given: Arguments) -> bool:
     return all(not tensor.any() for tensor in outcome(torch.ops.dn_detr.sample, given))
 
 
+def exact_arguments(
+    channels: int, dtype: torch.dtype, device: str, *, values: tuple[float, ...] = (), attention: tuple[float, ...]
+) -> Arguments:
+    """Arguments with points on and between pixel centres, on the map's edges, and on the lines where it becomes 0.
+
+    One pixel in eight has one of `values`, infinite ones for example; every weight is one of `attention`.
+    """
+    generator = torch.Generator().manual_seed(channels)
+    value, sizes, locations, weights = arguments(channels, dtype, "cpu", sizes=EXACT_SIZES, points=9)
+    sizes_wh = torch.tensor(sizes).view(-1, 2).flip(-1)[:, None]
+    if values:
+        chosen = torch.tensor(values)[torch.randint(len(values), value.shape, generator=generator)]
+        value = torch.where(torch.rand(*value.shape[:3], 1, generator=generator) < 0.125, chosen.to(value), value)
+    quarters = torch.randint(-5, 4 * 8 + 2, locations.shape, generator=generator) / 4
+    locations = (quarters.minimum(sizes_wh + 0.25) + 0.5) / sizes_wh
+    weights = torch.tensor(attention)[torch.randint(len(attention), weights.shape, generator=generator)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return value.to(device), sizes, locations.to(device, wide), weights.to(device, wide)
+
+
+def same_numbers(given: Arguments, parts: int = 4) -> bool:
+    """Whether the first `parts` of result and gradients are those of the pure form on the CPU, infinite and NaN too."""
+    found = outcome(torch.ops.dn_detr.sample, given)
+    on_cpu = (given[0].cpu(), given[1], given[2].cpu(), given[3].cpu())
+    expected = outcome(sample_in_pytorch, on_cpu)
+    tolerance = 10 * TOLERANCE[given[0].dtype]
+    return all(
+        torch.allclose(a.cpu(), b, rtol=tolerance, atol=tolerance, equal_nan=True)
+        for a, b in zip(found[:parts], expected[:parts], strict=True)
+    )
+
+
+def edges_are_right(dtype: torch.dtype, device: str) -> bool:
+    """Points on pixel centres and on the edges; the gradient jumps there, and is that of the same side as PyTorch's."""
+    return all(same_numbers(exact_arguments(c, dtype, device, attention=(0.25, 1.0))) for c in (3, 19, 32, 40))
+
+
+def infinite_values_stay(dtype: torch.dtype, device: str) -> bool:
+    """Infinite and NaN values appear in result and gradients exactly where they do in PyTorch's form.
+
+    Attention of 0 and of 1e-40, which vanishes in float32 when it is multiplied by a small bilinear weight, included.
+    """
+    values, attention = (INFINITY, -INFINITY, NAN), (0.0, 1e-40, 0.5, 1.0)
+    return all(
+        same_numbers(exact_arguments(c, dtype, device, values=v, attention=attention))
+        for c in (1, 3, 19, 32, 40)
+        for v in (values[:1], values[:2], values)
+    )
+
+
+def infinite_attention_stays(dtype: torch.dtype, device: str) -> bool:
+    """Infinite and NaN attention, too, in result and gradient of the values; even at points outside of the map.
+
+    The gradient of such a location is NaN in PyTorch on the CPU, 0 in PyTorch on CUDA, and not compared.
+    """
+    attention = (INFINITY, NAN, 1.0, 1.0, 1.0, 1.0, 0.0)
+    return all(same_numbers(exact_arguments(c, dtype, device, attention=attention), parts=2) for c in (1, 19, 32))
+
+
+@contextlib.contextmanager
+def deterministic(*, warn_only: bool) -> Iterator[None]:
+    """Run with `torch.use_deterministic_algorithms`, which also fills new tensors with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def writes_every_element(device: str) -> bool:
+    """Whether results and gradients are right in memory that was full of NaN."""
+    with deterministic(warn_only=True):
+        if not torch.empty(1000, device=device).isnan().all():
+            return False
+        given = [arguments(channels, torch.float32, device) for channels in (0, 19, 257)]
+        given += [arguments(19, torch.float32, device, points=points) for points in (0, 50)]
+        given.append(arguments(19, torch.float32, device, queries=0))
+        given.append(arguments(19, torch.float32, device, batch=0))
+        right = [agrees(these) for these in given]
+        right += [agrees_on(32, dtype, device) for dtype in TOLERANCE]
+        right.append(is_zero(outside(given[1])))
+    return all(right)
+
+
+def refused(function: Callable[[], object], message: str) -> bool:
+    """Whether `function` raises a `RuntimeError` with that message."""
+    try:
+        function()
+    except RuntimeError as error:
+        return message in str(error)
+    return False
+
+
+def is_refused_as_not_deterministic(device: str) -> bool:
+    """Whether the backward, whose additions come in any order, is an error under deterministic algorithms."""
+    with deterministic(warn_only=False):
+        given = arguments(19, torch.float32, device)
+        return refused(lambda: outcome(torch.ops.dn_detr.sample, given), "does not have a deterministic implementation")
+
+
+def too_many_are_refused(device: str) -> bool:
+    """Whether 2^31 - 100 points of a row, rows, or channels are refused, which the kernels' int cannot count."""
+    many, one = 2**31 - 100, torch.zeros(1, device=device)
+
+    def call(channels: int, queries: int, points: int) -> Tensor:  # no memory: all elements are the same one
+        shape = (1, queries, 1, 1, points)
+        return torch.ops.dn_detr.sample(one.expand(1, 1, 1, channels), [1, 1], one.expand(*shape, 2), one.expand(shape))
+
+    sizes = ((1, many, 1), (1, 1, many), (many, 1, 1))
+    return all(refused(partial(call, *these), "expected at most") for these in sizes)
+
+
 def checks(device: str) -> dict[str, Callable[[], bool]]:
     """What is checked on a device, by the line that is printed."""
     found: dict[str, Callable[[], bool]] = {}
@@ -128,6 +246,15 @@ def checks(device: str) -> dict[str, Callable[[], bool]]:
     found["no queries"] = lambda: agrees(arguments(*plain, queries=0))
     found["strided tensors"] = lambda: agrees(strided(arguments(*plain)))
     found["all points outside"] = lambda: is_zero(outside(arguments(*plain)))
+    for dtype in TOLERANCE:
+        name = str(dtype).removeprefix("torch.")
+        found[f"points on pixel centres and edges, {name}"] = partial(edges_are_right, dtype, device)
+        found[f"infinite and NaN values, {name}"] = partial(infinite_values_stay, dtype, device)
+        found[f"infinite and NaN attention, {name}"] = partial(infinite_attention_stays, dtype, device)
+    found["every element is written"] = partial(writes_every_element, device)
+    if device == "cuda":
+        found["not deterministic, backward"] = partial(is_refused_as_not_deterministic, device)
+        found["2^31 points, rows or channels are refused"] = partial(too_many_are_refused, device)
     return found
 
 

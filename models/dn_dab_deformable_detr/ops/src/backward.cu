@@ -1,8 +1,5 @@
-// The operator on CUDA, backward: gradients of locations and weights are summed within a group of lanes and written
+// The backward kernel: gradients of locations and weights are summed within a group of lanes and written
 // once; only the values' need atomic additions, and those go out in vectors where the GPU has them.
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include "cuda_common.cuh"
 
 namespace deformable {
@@ -18,6 +15,13 @@ constexpr int kAddedAtOnce =
     1;
 #endif
 
+// `Numbers` is a template parameter because only compute capability 9.0 and newer has atomicAdd for vectors: an older one
+// would refuse a call with float4 even in a branch that is never taken.
+template <typename Numbers, typename A>
+__device__ __forceinline__ void add_at_once(A* address, const Numbers& numbers) {
+  atomicAdd(reinterpret_cast<Numbers*>(address), numbers);
+}
+
 // address[0 .. Vec) += numbers, each one atomically.
 template <int Vec, typename A>
 __device__ __forceinline__ void add_atomically(A* address, const A (&numbers)[Vec]) {
@@ -25,12 +29,11 @@ __device__ __forceinline__ void add_atomically(A* address, const A (&numbers)[Ve
 #pragma unroll
   for (int i = 0; i < Vec; i += kAtOnce) {
     if constexpr (kAtOnce == 4) {
-      const float4 four = make_float4(numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]);
-      atomicAdd(reinterpret_cast<float4*>(address + i), four);
+      add_at_once(address + i, make_float4(numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]));
     } else if constexpr (kAtOnce == 2) {
-      atomicAdd(reinterpret_cast<float2*>(address + i), make_float2(numbers[i], numbers[i + 1]));
+      add_at_once(address + i, make_float2(numbers[i], numbers[i + 1]));
     } else {
-      atomicAdd(address + i, numbers[i]);
+      add_at_once(address + i, numbers[i]);
     }
   }
 }
@@ -96,26 +99,26 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
 #pragma unroll 2
       for (int k = 0; k < count; ++k) {
         const Place<A> place = places[k];
-        if (place.offset[0] < 0) continue;  // all lanes of the group alike
+        if (place.first == kNowhere) continue;  // all lanes of the group alike
         A dot[4] = {};
         if (has_channels) {
           Pack<T, Vec> corners[4];
+          A at_sample[Vec];
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
-            corners[corner] =
-                *reinterpret_cast<const Pack<T, Vec>*>(value + base + place.offset[corner] + channel);
+            corners[corner] = read_corner<Vec>(value + base + channel, place, corner);
           }
+#pragma unroll
+          for (int i = 0; i < Vec; ++i) at_sample[i] = place.attention * upstream[i];
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
             A shares[Vec];
 #pragma unroll
             for (int i = 0; i < Vec; ++i) {
               dot[corner] += upstream[i] * static_cast<A>(corners[corner].item[i]);
-              shares[i] = place.weight[corner] * upstream[i];
+              shares[i] = place.weight[corner] * at_sample[i];
             }
-            if (place.weight[corner] != A(0)) {
-              add_atomically<Vec>(grad_value + base + place.offset[corner] + channel, shares);
-            }
+            if (place.has(corner)) add_atomically<Vec>(grad_value + base + place.offset(corner) + channel, shares);
           }
         }
         const A sum = sum_of_four<Group>(dot, lane, mask);
@@ -153,52 +156,26 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
 struct Backward {
   template <typename T, int Vec, int Group>
   static void launch(
-      const Problem& problem, const at::Tensor& gradient, const at::Tensor& value, const at::Tensor& locations,
-      const at::Tensor& weights, const at::Tensor& grad_value, const at::Tensor& grad_locations,
-      const at::Tensor& grad_weights) {
-    using A = wide<T>;
+      const Problem& problem, const T* gradient, const T* value, const wide<T>* locations, const wide<T>* weights,
+      wide<T>* grad_value, wide<T>* grad_locations, wide<T>* grad_weights) {
     backward_kernel<T, Vec, Group><<<blocks_of(problem, Group), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        problem, gradient.const_data_ptr<T>(), value.const_data_ptr<T>(), locations.const_data_ptr<A>(),
-        weights.const_data_ptr<A>(), grad_value.mutable_data_ptr<A>(), grad_locations.mutable_data_ptr<A>(),
-        grad_weights.mutable_data_ptr<A>());
+        problem, gradient, value, locations, weights, grad_value, grad_locations, grad_weights);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_backward(
-    const at::Tensor& given_gradient, const at::Tensor& given_value, at::IntArrayRef level_sizes,
-    const at::Tensor& given_locations, const at::Tensor& given_weights) {
-  const Sizes sizes = checked_sizes(given_value, level_sizes, given_locations, given_weights);
-  check_gradient(given_gradient, given_value, sizes);
-  const c10::cuda::CUDAGuard guard(given_value.device());
-  const auto type = given_locations.scalar_type();
-  // 16-bit values add up in float: thousands of small shares would be lost otherwise.
-  auto grad_value = at::zeros(given_value.sizes(), given_value.options().dtype(type));
-  auto grad_locations = at::zeros(given_locations.sizes(), given_locations.options());
-  auto grad_weights = at::zeros(given_weights.sizes(), given_weights.options());
-  if (given_gradient.numel() > 0 && sizes.samples() > 0) {
-    const Problem problem = problem_of(sizes);
-    const auto gradient = given_gradient.contiguous(), value = given_value.contiguous();
-    const auto weights = given_weights.contiguous();
-    auto locations = given_locations.contiguous();
-    if (address_of(locations) % (2 * locations.element_size()) != 0) locations = locations.clone();
-    const uintptr_t addresses = address_of(gradient) | address_of(value);
-    const auto run = [&]<typename T>() {
-      launch_vectors<Backward, T>(
-          problem, addresses, gradient, value, locations, weights, grad_value, grad_locations, grad_weights);
-    };
-    switch (value.scalar_type()) {
-      case at::kDouble: run.template operator()<double>(); break;
-      case at::kHalf: run.template operator()<c10::Half>(); break;
-      case at::kBFloat16: run.template operator()<c10::BFloat16>(); break;
-      default: run.template operator()<float>();
-    }
-  }
-  return {grad_value.to(given_value.scalar_type()), grad_locations, grad_weights};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dn_detr, CUDA, library) { library.impl("sample_backward", &sample_backward); }
+void launch_backward(
+    c10::ScalarType type, const Problem& problem, const void* gradient, const void* value, const void* locations,
+    const void* weights, void* grad_value, void* grad_locations, void* grad_weights) {
+  with_type(type, [&]<typename T>() {
+    using A = wide<T>;
+    launch_vectors<Backward, T>(
+        problem, address_of(gradient) | address_of(value), static_cast<const T*>(gradient),
+        static_cast<const T*>(value), static_cast<const A*>(locations), static_cast<const A*>(weights),
+        static_cast<A*>(grad_value), static_cast<A*>(grad_locations), static_cast<A*>(grad_weights));
+  });
+}
 
 }  // namespace deformable

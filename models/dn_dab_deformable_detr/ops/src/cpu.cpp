@@ -1,5 +1,7 @@
 // The operator on the CPU: parallel over images, heads and queries (backward: levels), vectors over channels.
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -74,11 +76,11 @@ at::Tensor sample(
   const Sizes sizes = checked_sizes(value, level_sizes, locations, weights);
   // 16-bit values are summed in float.
   const auto type = locations.scalar_type();
-  auto out = at::zeros({sizes.batch, sizes.queries, sizes.heads, sizes.channels}, value.options().dtype(type));
-  if (out.numel() > 0 && sizes.samples() > 0) {
-    const auto run = type == at::kDouble ? &forward<double> : &forward<float>;
-    run(sizes, value.to(type).contiguous(), locations.contiguous(), weights.contiguous(), out);
-  }
+  const std::vector<int64_t> shape{sizes.batch, sizes.queries, sizes.heads, sizes.channels};
+  if (sizes.samples() == 0 || c10::multiply_integers(shape) == 0) return at::zeros(shape, value.options());
+  auto out = at::empty(shape, value.options().dtype(type));  // `forward` writes every element
+  const auto run = type == at::kDouble ? &forward<double> : &forward<float>;
+  run(sizes, value.to(type).contiguous(), locations.contiguous(), weights.contiguous(), out);
   return out.to(value.scalar_type());
 }
 

@@ -53,15 +53,27 @@ DEFORMABLE_INLINE vector<T, Lanes>& lanes_at(T* address) {
   return *reinterpret_cast<vector<T, Lanes>*>(address);
 }
 
-// Where the vectors of `count` channels begin; the last one overlaps the one before rather than running out of them.
-template <int Lanes, int Vectors>
+// Where the vectors of `count` channels begin; the last one overlaps the one before instead of reading beyond the end.
+template <typename T, int Lanes, int Vectors>
 struct Layout {
   int64_t first[Vectors];
-  int64_t overlap;  // lanes of the last vector that the one before has too
+  vector<T, Lanes> lane;  // the lanes' numbers
+  T overlap;              // lanes of the last vector that the one before has too
 
-  DEFORMABLE_INLINE explicit Layout(int64_t count) : overlap(Vectors * Lanes - count) {
+  DEFORMABLE_INLINE explicit Layout(int64_t count) : overlap(static_cast<T>(Vectors * Lanes - count)) {
     for (int i = 0; i < Vectors; ++i) first[i] = i * Lanes;
     first[Vectors - 1] = count - Lanes;
+    if constexpr (Lanes == 1) {
+      lane = 0;
+    } else {
+      for (int i = 0; i < Lanes; ++i) lane[i] = static_cast<T>(i);
+    }
+  }
+
+  // The last vector with 0 in the lanes that the one before has too, so that sums count them once. A product with 0
+  // would not do: it is NaN for an infinite number.
+  DEFORMABLE_INLINE vector<T, Lanes> once(const vector<T, Lanes>& last) const {
+    return lane >= overlap ? last : vector<T, Lanes>{};
   }
 };
 
@@ -69,8 +81,9 @@ struct Layout {
 template <typename T>
 struct Corners {
   int32_t x[kTile], y[kTile], right[kTile], down[kTile];
-  T weight[4][kTile];  // of (y, x), right of it, below it, right and below; 0 outside
-  int32_t inside[kTile];
+  T weight[4][kTile];  // of (y, x), right of it, below it, right and below; negative outside, where nothing is read
+  T attention[kTile];
+  int32_t counts[kTile];  // whether the point adds anything
 };
 
 // The largest whole number that is not above x; unlike std::floor the compiler has it in vectors everywhere.
@@ -80,7 +93,8 @@ DEFORMABLE_INLINE int32_t floor_of(T x) {
   return truncated - (static_cast<T>(truncated) > x);
 }
 
-// Places of `count` points of one query and head, weighted by their attention.
+// Places of `count` points of one query and head. Points outside of the map, infinitely far or NaN are 0, as in PyTorch's
+// grid_sample on CUDA. So is their product with the attention, unless that is infinite or NaN: then the product is NaN.
 template <typename T>
 DEFORMABLE_INLINE void place(
     const T* __restrict locations, const T* __restrict attention, const int32_t* __restrict heights,
@@ -88,23 +102,23 @@ DEFORMABLE_INLINE void place(
   for (int k = 0; k < count; ++k) {
     const T width = static_cast<T>(widths[k]), height = static_cast<T>(heights[k]);
     T x = locations[2 * k] * width - T(0.5), y = locations[2 * k + 1] * height - T(0.5);
-    const bool inside = (x > T(-1)) & (x < width) & (y > T(-1)) & (y < height);  // false for NaN
+    const bool inside = (x >= T(-1)) & (x < width) & (y >= T(-1)) & (y < height);  // false for NaN
     x = inside ? x : T(0);
     y = inside ? y : T(0);
     const int32_t left = floor_of(x), top = floor_of(y);
     const T fx = x - static_cast<T>(left), fy = y - static_cast<T>(top);
-    const T a = inside ? attention[k] : T(0);
-    const T west = left >= 0 ? (1 - fx) : T(0), east = left + 1 < widths[k] ? fx : T(0);
-    const T north = top >= 0 ? (1 - fy) * a : T(0), south = top + 1 < heights[k] ? fy * a : T(0);
+    const bool west = inside & (left >= 0), east = inside & (left + 1 < widths[k]);
+    const bool north = top >= 0, south = top + 1 < heights[k];
     corners.x[k] = std::max(left, 0);
     corners.y[k] = std::max(top, 0);
     corners.right[k] = (left >= 0) & (left + 1 < widths[k]);
     corners.down[k] = (top >= 0) & (top + 1 < heights[k]);
-    corners.weight[0][k] = north * west;
-    corners.weight[1][k] = north * east;
-    corners.weight[2][k] = south * west;
-    corners.weight[3][k] = south * east;
-    corners.inside[k] = inside;
+    corners.weight[0][k] = north & west ? (1 - fy) * (1 - fx) : T(-1);
+    corners.weight[1][k] = north & east ? (1 - fy) * fx : T(-1);
+    corners.weight[2][k] = south & west ? fy * (1 - fx) : T(-1);
+    corners.weight[3][k] = south & east ? fy * fx : T(-1);
+    corners.attention[k] = attention[k];
+    corners.counts[k] = inside | !(attention[k] - attention[k] == T(0));  // infinity - infinity is NaN
   }
 }
 
@@ -114,7 +128,7 @@ DEFORMABLE_INLINE void forward_block(
     const Arguments<T>& a, int64_t begin, int64_t end, int64_t channel, int64_t count) {
   const Sizes& s = a.sizes;
   const int64_t samples = s.samples(), stride = s.heads * s.channels;
-  const Layout<Lanes, Vectors> layout(count);
+  const Layout<T, Lanes, Vectors> layout(count);
   int32_t heights[kTile], widths[kTile];
   int64_t starts[kTile];
   Corners<T> corners;
@@ -134,17 +148,19 @@ DEFORMABLE_INLINE void forward_block(
       vector<T, Lanes> sums[Vectors];
       for (int i = 0; i < Vectors; ++i) sums[i] = vector<T, Lanes>{};
       for (int k = 0; k < points; ++k) {
-        if (!corners.inside[k]) continue;
+        if (!corners.counts[k]) continue;
         const int64_t pixel = starts[k] + static_cast<int64_t>(corners.y[k]) * widths[k] + corners.x[k];
         const T* p = base + pixel * stride;
         const int64_t right = corners.right[k] ? stride : 0, down = corners.down[k] ? widths[k] * stride : 0;
-        for (int i = 0; i < Vectors; ++i) {
-          const T* at_lane = p + layout.first[i];
-          sums[i] += corners.weight[0][k] * lanes_at<Lanes>(at_lane) +
-              corners.weight[1][k] * lanes_at<Lanes>(at_lane + right) +
-              corners.weight[2][k] * lanes_at<Lanes>(at_lane + down) +
-              corners.weight[3][k] * lanes_at<Lanes>(at_lane + right + down);
+        const int64_t offset[4] = {0, right, down, right + down};
+        vector<T, Lanes> sample[Vectors];
+        for (int i = 0; i < Vectors; ++i) sample[i] = vector<T, Lanes>{};
+        for (int j = 0; j < 4; ++j) {
+          const T weight = corners.weight[j][k];
+          if (weight < T(0)) continue;
+          for (int i = 0; i < Vectors; ++i) sample[i] += weight * lanes_at<Lanes>(p + offset[j] + layout.first[i]);
         }
+        for (int i = 0; i < Vectors; ++i) sums[i] += corners.attention[k] * sample[i];
       }
       // Later tiles add to what the first has written; overlapping lanes must be read before any of them is written.
       if (tile > 0) {
@@ -183,7 +199,7 @@ DEFORMABLE_INLINE void backward_block(const Arguments<T>& a, int64_t task, int64
   const int64_t first_head = s.heads * group / a.head_groups, end_head = s.heads * (group + 1) / a.head_groups;
   const Level level = s.levels[index];
   const int64_t stride = s.heads * s.channels;
-  const Layout<Lanes, Vectors> layout(count);
+  const Layout<T, Lanes, Vectors> layout(count);
   const T width = static_cast<T>(level.width), height = static_cast<T>(level.height);
   const int64_t heads = end_head - first_head;
   for (int64_t step = 0; step < s.queries * heads; ++step) {
@@ -193,37 +209,35 @@ DEFORMABLE_INLINE void backward_block(const Arguments<T>& a, int64_t task, int64
     vector<T, Lanes> gradient[Vectors];
     const T* upstream = a.gradient + row * s.channels + channel;
     for (int i = 0; i < Vectors; ++i) gradient[i] = lanes_at<Lanes>(upstream + layout.first[i]);
-    if constexpr (Lanes > 1) {
-      // What two vectors share counts once.
-      for (int64_t lane = 0; lane < layout.overlap; ++lane) gradient[Vectors - 1][lane] = T(0);
-    }
     for (int64_t point = 0; point < s.points; ++point) {
       const int64_t sample = (row * num_levels + index) * s.points + point;
       const T attention = a.weights[sample];
       const T x = a.locations[2 * sample] * width - T(0.5), y = a.locations[2 * sample + 1] * height - T(0.5);
-      if (!((x > T(-1)) & (x < width) & (y > T(-1)) & (y < height))) continue;
+      if (!((x >= T(-1)) & (x < width) & (y >= T(-1)) & (y < height))) continue;
       const int32_t left = floor_of(x), top = floor_of(y);
       const T fx = x - static_cast<T>(left), fy = y - static_cast<T>(top);
-      const T west = left >= 0, east = left + 1 < level.width, north = top >= 0, south = top + 1 < level.height;
-      const int64_t right = (left >= 0) & (left + 1 < level.width) ? stride : 0;
-      const int64_t down = (top >= 0) & (top + 1 < level.height) ? level.width * stride : 0;
+      const bool west = left >= 0, east = left + 1 < level.width, north = top >= 0, south = top + 1 < level.height;
+      const int64_t right = west & east ? stride : 0, down = north & south ? level.width * stride : 0;
       const int64_t pixel = static_cast<int64_t>(std::max(top, 0)) * level.width + std::max(left, 0);
       const int64_t corner[4] = {0, right, down, right + down};
-      const T valid[4] = {north * west, north * east, south * west, south * east};
-      const T share[4] = {
-          (1 - fy) * (1 - fx) * valid[0], (1 - fy) * fx * valid[1], fy * (1 - fx) * valid[2], fy * fx * valid[3]};
+      const bool valid[4] = {north && west, north && east, south && west, south && east};
+      const T share[4] = {(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx};
       const T* value = a.value + offset + pixel * stride;
       T* grad_value = a.grad_value + offset + pixel * stride;
-      T dot[4];
+      vector<T, Lanes> at_sample[Vectors];
+      for (int i = 0; i < Vectors; ++i) at_sample[i] = attention * gradient[i];
+      at_sample[Vectors - 1] = layout.once(at_sample[Vectors - 1]);
+      T dot[4] = {};
       for (int j = 0; j < 4; ++j) {
+        if (!valid[j]) continue;
         vector<T, Lanes> products = vector<T, Lanes>{};
-        const T scale = attention * share[j];
         for (int i = 0; i < Vectors; ++i) {
           const int64_t place_of_lane = corner[j] + layout.first[i];
-          products += gradient[i] * lanes_at<Lanes>(value + place_of_lane);
-          lanes_at<Lanes>(grad_value + place_of_lane) += scale * gradient[i];
+          const vector<T, Lanes> product = gradient[i] * lanes_at<Lanes>(value + place_of_lane);
+          products += i == Vectors - 1 ? layout.once(product) : product;
+          lanes_at<Lanes>(grad_value + place_of_lane) += share[j] * at_sample[i];
         }
-        dot[j] = sum_of_lanes<T, Lanes>(products) * valid[j];
+        dot[j] = sum_of_lanes<T, Lanes>(products);
       }
       // The derivatives of the bilinear weights; the gradients begin at 0, and every block of channels adds to them.
       a.grad_weights[sample] += (1 - fy) * ((1 - fx) * dot[0] + fx * dot[1]) + fy * ((1 - fx) * dot[2] + fx * dot[3]);

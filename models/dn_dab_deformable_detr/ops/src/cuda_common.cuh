@@ -1,49 +1,49 @@
 // What the forward and the backward kernel share.
 //
 // A group of 4 to 32 lanes of one warp works on one row, the output of one image, query and head. Its lanes first place
-// the row's points, a different one each, and leave corners and weights in shared memory; then all go through the
+// the row's points, a different one each, and write corners and weights to shared memory; then all loop over the
 // points together, each lane with its own `Vec` neighbouring channels.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 
-#include "sampling.h"
+#include "cuda_kernels.h"
 
 namespace deformable {
 
 constexpr int kThreads = 256;
-constexpr int kMaxLevels = 16;
 constexpr int kPointsPerLane = 2;
 
 // The type that sums are taken in, and that locations and weights have.
 template <typename T>
 using wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-struct Problem {
-  int rows, queries, heads, channels, points, levels;
-  int64_t image_elements;  // of value, from one image to the next
-  int height[kMaxLevels], width[kMaxLevels], start[kMaxLevels];
-};
-
 template <typename T, int Vec>
 struct alignas(sizeof(T) * Vec) Pack {
   T item[Vec];
 };
 
-// The four pixels around a point, as distances from the first element of the row's image and head.
+// Place::first of a point that adds nothing.
+constexpr int kNowhere = -1;
+
+// The four pixels around a point, as distances in elements from the first element of the row's image and head. Corner i
+// is one pixel right of the first for odd i, and one below it for i >= 2.
 template <typename A>
 struct alignas(16) Place {
-  A weight[4];    // attention times bilinear weight; 0 outside of the map
-  int offset[4];  // a corner outside of the map is moved onto one inside; -1 where all are outside
+  A weight[4];  // bilinear; negative for a corner outside of the map, which must not be read
+  A attention;
+  int first, right, down;
+
+  __device__ __forceinline__ bool has(int corner) const { return weight[corner] >= A(0); }
+  __device__ __forceinline__ int offset(int corner) const {
+    return first + (corner & 1 ? right : 0) + (corner & 2 ? down : 0);
+  }
 };
 
 // What the lane that has placed a point keeps for its gradient.
@@ -64,6 +64,8 @@ __device__ __forceinline__ unsigned group_mask() {
   }
 }
 
+// Points outside of the map, infinitely far or NaN are 0, as in PyTorch's grid_sample on CUDA. So is their product with
+// the attention, unless that is infinite or NaN: then the product is NaN, and the point must not be left out.
 template <typename A>
 __device__ __forceinline__ Fractions<A> place(
     const Problem& problem, const A* __restrict__ locations, const A* __restrict__ weights, int64_t sample, int level,
@@ -74,9 +76,12 @@ __device__ __forceinline__ Fractions<A> place(
   f.height = problem.height[level];
   f.width = problem.width[level];
   const A x = location.item[0] * f.width - A(0.5), y = location.item[1] * f.height - A(0.5);
-  f.inside = x > A(-1) && x < A(f.width) && y > A(-1) && y < A(f.height);  // false for NaN
+  f.inside = x >= A(-1) && x < A(f.width) && y >= A(-1) && y < A(f.height);  // false for NaN
+  place.attention = f.attention;
   if (!f.inside) {
-    place.offset[0] = -1;
+    place.weight[0] = place.weight[1] = place.weight[2] = place.weight[3] = A(-1);
+    place.first = f.attention - f.attention == A(0) ? kNowhere : 0;  // infinity - infinity is NaN
+    place.right = place.down = 0;
     return f;
   }
   const A floor_x = floor(x), floor_y = floor(y);
@@ -85,37 +90,23 @@ __device__ __forceinline__ Fractions<A> place(
   f.y = y - floor_y;
   const bool west = left >= 0, east = left + 1 < f.width, north = top >= 0, south = top + 1 < f.height;
   f.valid[0] = north && west, f.valid[1] = north && east, f.valid[2] = south && west, f.valid[3] = south && east;
-  place.weight[0] = f.valid[0] ? f.attention * (1 - f.y) * (1 - f.x) : A(0);
-  place.weight[1] = f.valid[1] ? f.attention * (1 - f.y) * f.x : A(0);
-  place.weight[2] = f.valid[2] ? f.attention * f.y * (1 - f.x) : A(0);
-  place.weight[3] = f.valid[3] ? f.attention * f.y * f.x : A(0);
+  place.weight[0] = f.valid[0] ? (1 - f.y) * (1 - f.x) : A(-1);
+  place.weight[1] = f.valid[1] ? (1 - f.y) * f.x : A(-1);
+  place.weight[2] = f.valid[2] ? f.y * (1 - f.x) : A(-1);
+  place.weight[3] = f.valid[3] ? f.y * f.x : A(-1);
   const int stride = problem.heads * problem.channels;
-  const int first = (problem.start[level] + max(top, 0) * f.width + max(left, 0)) * stride;
-  const int right = west && east ? stride : 0, down = north && south ? f.width * stride : 0;
-  place.offset[0] = first, place.offset[1] = first + right;
-  place.offset[2] = first + down, place.offset[3] = first + right + down;
+  place.first = (problem.start[level] + max(top, 0) * f.width + max(left, 0)) * stride;
+  place.right = west && east ? stride : 0;
+  place.down = north && south ? f.width * stride : 0;
   return f;
 }
 
-inline Problem problem_of(const Sizes& sizes) {
-  constexpr int64_t kLimit = std::numeric_limits<int>::max();
-  const auto levels = static_cast<int64_t>(sizes.levels.size());
-  TORCH_CHECK(levels <= kMaxLevels, "sample: ", levels, " levels, expected at most ", kMaxLevels, " on CUDA");
-  const int64_t rows = sizes.batch * sizes.queries * sizes.heads;
-  const int64_t image_elements = sizes.pixels * sizes.heads * sizes.channels;
-  TORCH_CHECK(
-      rows < kLimit - kThreads && image_elements < kLimit && sizes.samples() < kLimit,
-      "sample: ", rows, " rows of ", sizes.samples(), " points, ", image_elements,
-      " elements an image, expected fewer than 2^31 of each on CUDA");
-  Problem problem{
-      static_cast<int>(rows), static_cast<int>(sizes.queries), static_cast<int>(sizes.heads),
-      static_cast<int>(sizes.channels), static_cast<int>(sizes.points), static_cast<int>(levels), image_elements};
-  for (int64_t level = 0; level < levels; ++level) {
-    problem.height[level] = sizes.levels[level].height;
-    problem.width[level] = sizes.levels[level].width;
-    problem.start[level] = static_cast<int>(sizes.levels[level].start);
-  }
-  return problem;
+// Channels of one corner; zeros for one outside of the map.
+template <int Vec, typename T, typename A>
+__device__ __forceinline__ Pack<T, Vec> read_corner(const T* channels, const Place<A>& place, int corner) {
+  Pack<T, Vec> pack = {};
+  if (place.has(corner)) pack = *reinterpret_cast<const Pack<T, Vec>*>(channels + place.offset(corner));
+  return pack;
 }
 
 // Calls `Kernel::launch<T, Vec, Group>` with the widest loads that channels and addresses allow, up to 16 bytes.
@@ -151,6 +142,17 @@ inline int blocks_of(const Problem& problem, int group) {
   return (problem.rows + rows_per_block - 1) / rows_per_block;
 }
 
-inline uintptr_t address_of(const at::Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); }
+inline uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+// Calls `function` with the type of the values as its template argument.
+template <typename Function>
+void with_type(c10::ScalarType type, const Function& function) {
+  switch (type) {
+    case c10::ScalarType::Double: return function.template operator()<double>();
+    case c10::ScalarType::Half: return function.template operator()<c10::Half>();
+    case c10::ScalarType::BFloat16: return function.template operator()<c10::BFloat16>();
+    default: return function.template operator()<float>();
+  }
+}
 
 }  // namespace deformable

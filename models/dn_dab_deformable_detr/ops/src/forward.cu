@@ -1,7 +1,4 @@
-// The operator on CUDA, forward: every channel is read in vectors of up to 16 bytes, every point placed once a row.
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
+// The forward kernel: every channel is read in vectors of up to 16 bytes, every point placed once a row.
 #include "cuda_common.cuh"
 
 namespace deformable {
@@ -45,13 +42,16 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
 #pragma unroll 4
       for (int k = 0; k < count; ++k) {
         const Place<A> place = places[k];
-        if (place.offset[0] < 0) continue;
+        if (place.first == kNowhere) continue;
+        A sample[Vec] = {};
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
-          const auto pack = *reinterpret_cast<const Pack<T, Vec>*>(base + place.offset[corner] + channel);
+          const Pack<T, Vec> pack = read_corner<Vec>(base + channel, place, corner);
 #pragma unroll
-          for (int i = 0; i < Vec; ++i) sums[i] += place.weight[corner] * static_cast<A>(pack.item[i]);
+          for (int i = 0; i < Vec; ++i) sample[i] += place.weight[corner] * static_cast<A>(pack.item[i]);
         }
+#pragma unroll
+        for (int i = 0; i < Vec; ++i) sums[i] += place.attention * sample[i];
       }
     }
     if (has_channels) {
@@ -66,41 +66,23 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
 struct Forward {
   template <typename T, int Vec, int Group>
   static void launch(
-      const Problem& problem, const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights,
-      const at::Tensor& out) {
+      const Problem& problem, const T* value, const wide<T>* locations, const wide<T>* weights, T* out) {
     forward_kernel<T, Vec, Group><<<blocks_of(problem, Group), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        problem, value.const_data_ptr<T>(), locations.const_data_ptr<wide<T>>(), weights.const_data_ptr<wide<T>>(),
-        out.mutable_data_ptr<T>());
+        problem, value, locations, weights, out);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 
-at::Tensor sample(
-    const at::Tensor& given_value, at::IntArrayRef level_sizes, const at::Tensor& given_locations,
-    const at::Tensor& given_weights) {
-  const Sizes sizes = checked_sizes(given_value, level_sizes, given_locations, given_weights);
-  const c10::cuda::CUDAGuard guard(given_value.device());
-  auto out = at::zeros({sizes.batch, sizes.queries, sizes.heads, sizes.channels}, given_value.options());
-  if (out.numel() == 0 || sizes.samples() == 0) return out;
-  const Problem problem = problem_of(sizes);
-  const auto value = given_value.contiguous(), weights = given_weights.contiguous();
-  // A view into the middle of a tensor need not begin where a pair of coordinates may be read at once.
-  auto locations = given_locations.contiguous();
-  if (address_of(locations) % (2 * locations.element_size()) != 0) locations = locations.clone();
-  const uintptr_t addresses = address_of(value) | address_of(out);
-  switch (value.scalar_type()) {
-    case at::kDouble: launch_vectors<Forward, double>(problem, addresses, value, locations, weights, out); break;
-    case at::kHalf: launch_vectors<Forward, c10::Half>(problem, addresses, value, locations, weights, out); break;
-    case at::kBFloat16:
-      launch_vectors<Forward, c10::BFloat16>(problem, addresses, value, locations, weights, out);
-      break;
-    default: launch_vectors<Forward, float>(problem, addresses, value, locations, weights, out);
-  }
-  return out;
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dn_detr, CUDA, library) { library.impl("sample", &sample); }
+void launch_forward(
+    c10::ScalarType type, const Problem& problem, const void* value, const void* locations, const void* weights,
+    void* out) {
+  with_type(type, [&]<typename T>() {
+    launch_vectors<Forward, T>(
+        problem, address_of(value) | address_of(out), static_cast<const T*>(value),
+        static_cast<const wide<T>*>(locations), static_cast<const wide<T>*>(weights), static_cast<T*>(out));
+  });
+}
 
 }  // namespace deformable

@@ -1,6 +1,8 @@
-// The operator's schema and the checks that stand in front of every kernel.
+// The operator's schema and the checks that every kernel makes first.
 #include <Python.h>
 
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include "sampling.h"
@@ -70,6 +72,8 @@ void check_gradient(const at::Tensor& gradient, const at::Tensor& value, const S
       "sample: the gradient is ", gradient.scalar_type(), " on ", gradient.device(), ", and value ",
       value.scalar_type(), " on ", value.device());
 }
+
+void alert_not_deterministic() { at::globalContext().alertNotDeterministic("dn_detr_sample_backward_cuda"); }
 
 }  // namespace deformable
 

@@ -7,11 +7,14 @@
 // of the map is 0.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 
 #include <cstdint>
-#include <tuple>
 #include <vector>
+
+namespace at {
+class Tensor;  // declared, not included: nvcc would read its headers once for each compute capability
+}
 
 namespace deformable {
 
@@ -33,9 +36,12 @@ struct Sizes {
 
 // Sizes of arguments that fit together; a c10::Error otherwise.
 Sizes checked_sizes(
-    const at::Tensor& value, at::IntArrayRef level_sizes, const at::Tensor& locations, const at::Tensor& weights);
+    const at::Tensor& value, c10::IntArrayRef level_sizes, const at::Tensor& locations, const at::Tensor& weights);
 
 // The gradient has the shape, type and device of the operator's result; a c10::Error otherwise.
 void check_gradient(const at::Tensor& gradient, const at::Tensor& value, const Sizes& sizes);
+
+// For a kernel whose atomic additions come in any order: an error or a warning under torch.use_deterministic_algorithms.
+void alert_not_deterministic();
 
 }  // namespace deformable
