@@ -88,8 +88,8 @@ class Run:
             "image_size_hw": f"{height} x {width}",
         }
 
-    def evaluate(self, model: nn.Module) -> engine.EvalResult:
-        """The figures on val2017; with --save_results the detections go to results.json."""
+    def evaluate(self, model: nn.Module, with_losses: bool = False) -> engine.EvalResult:
+        """The figures on val2017, in the precision of --eval_amp; with --save_results all detections are written."""
         distributed.broadcast_buffers(model)
         result = engine.evaluate(
             model,
@@ -97,8 +97,8 @@ class Run:
             self.val_loader,
             self.ground_truth,
             device=self.device,
-            criterion=self.criterion,
-            amp=self.args.amp,
+            criterion=self.criterion if with_losses else None,
+            amp=self.args.eval_amp,
         )
         if self.args.save_results and distributed.is_main():
             write_json(self.output_dir / "results.json", engine.to_coco_results(result.detections), indent=None)
@@ -114,7 +114,12 @@ class Run:
         self.log.info("%s", _category_table(categories))
         self.log.info("%s", table(["val2017", ""], figures.items()))
         if distributed.is_main():
-            content = {**figures, "widths": self.model.widths.to_list(), "categories": categories}
+            content = {
+                **figures,
+                "eval_amp": self.args.eval_amp,
+                "widths": self.model.widths.to_list(),
+                "categories": categories,
+            }
             write_json(self.output_dir / "eval.json", content)
         return result.stats
 
@@ -146,7 +151,7 @@ class Run:
             if state.epoch % args.eval_every == 0 or state.epoch == args.epochs:
                 start = time.perf_counter()
                 try:
-                    result = self.evaluate(state.best_model)
+                    result = self.evaluate(state.best_model, with_losses=True)
                 except NonFiniteLossError as error:
                     raise NonFiniteLossError(f"epoch {state.epoch - 1}: {error}") from None
                 stats = result.stats
