@@ -28,6 +28,7 @@ from util.options import (
     add_position_options,
     add_safetensors_option,
     add_seed_option,
+    option_names,
     real,
     script_parser,
     whole,
@@ -63,7 +64,11 @@ def _add_shared_options(parser: argparse.ArgumentParser) -> None:
     add_folder_options(run)
     add_safetensors_option(run)
     add_device_options(run, "mixed precision of the gradients that damage is predicted from; --amp alone is bf16")
-    add_evaluation_precision_option(run)
+    add_evaluation_precision_option(
+        run,
+        "mixed precision of mAP and of the features and states that a search keeps; off is float32, in which "
+        "main.py --eval measures, too, whatever --amp says",
+    )
     add_seed_option(run)
     data = parser.add_argument_group("data")
     add_data_set_options(data)
@@ -188,6 +193,11 @@ def check_search_options(args: argparse.Namespace, typed: Collection[str]) -> No
         raise UserError(f"--images_at_once: --ranking {method.ranking} does not read it, expected exact")
     if "calibration_images" in typed and not method.is_calibrated:
         raise UserError("--calibration_images: found neither ranking nor reconstruction that looks at them")
+    if "amp" in typed and not method.is_calibrated:
+        raise UserError("--amp: found neither ranking nor reconstruction that takes gradients, expected --eval_amp")
+    losses = [name for name in option_names(add_loss_options) if name in typed]
+    if losses and not method.is_calibrated and method.ranking != "exact":
+        raise UserError(f"--{losses[0]}: found neither ranking nor reconstruction that looks at the loss")
 
 
 def schedule_of(schedule: Schedule, args: argparse.Namespace) -> Schedule:

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 import main
+from pruning.arguments import get_pruning_parser
+from pruning.cli import search
+from pruning.schedule import MGP
 from tests.tiny_run import options, write_self_annotated
+from util.options import parse
 from util.report.samples import Samples
 from util.report.training import training_page
 
@@ -65,3 +69,20 @@ def test_bfloat16_gives_another_ap_and_is_used_where_it_is_asked_for(root, train
     again = evaluate(root, tmp_path / "on" / "checkpoint.pth", tmp_path / "again", "--eval_amp bf16")
     assert again["AP"] == last["test_AP"]
     assert last["test_AP"] != evaluate(root, tmp_path / "on" / "checkpoint.pth", tmp_path / "float")["AP"]
+
+
+@pytest.mark.parametrize("kind", ["--keep 0.9", "--search visit --map_tol 0.5 --skip_eval_converge 0.5"])
+def test_ap_of_a_search_is_that_of_its_output(root, tmp_path, kind):
+    """Up to the rounding of the cut, at most 1e-5 in each output."""
+    words = f"--coco_path {root} --resume {root}/dense.pth --search_split val2017 --batch_size 2 --num_workers 0 "
+    words += f"--device cpu --attention_unit 4 --ffn_unit 8 {kind}"
+    results = {}
+    for name, precision in (("float", "--amp bf16"), ("rounded", "--eval_amp bf16")):
+        parser = get_pruning_parser(MGP, "a test")
+        results[name] = search(
+            MGP, *parse(parser, [*words.split(), *precision.split(), "--output_dir", str(tmp_path / name)])
+        )
+    dense = evaluate(root, root / "dense.pth", tmp_path / "dense")
+    assert results["float"].base_ap == pytest.approx(dense["AP"], abs=1e-6) != results["rounded"].base_ap
+    found = evaluate(root, results["float"].path, tmp_path / "eval")
+    assert found["AP"] == pytest.approx(results["float"].ap, abs=1e-6)

@@ -74,7 +74,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_start_options(run)
     add_safetensors_option(run)
     add_device_options(run, "mixed precision of training; --amp alone is bf16")
-    add_evaluation_precision_option(run)
+    add_evaluation_precision_option(
+        run, "mixed precision of evaluation, while training too; off is float32, whatever --amp says"
+    )
     add_seed_option(run)
     data = parser.add_argument_group("data")
     add_data_set_options(data)
@@ -152,16 +154,14 @@ def add_device_options(group: argparse._ActionsContainer, amp_help: str) -> None
     group.add_argument("--amp", **_PRECISIONS, help=amp_help)
 
 
+def add_evaluation_precision_option(group: argparse._ActionsContainer, help_text: str) -> None:
+    """For scripts that print an AP."""
+    group.add_argument("--eval_amp", **_PRECISIONS, help=help_text)
+
+
 def add_seed_option(group: argparse._ActionsContainer) -> None:
     """For scripts that draw at random."""
     group.add_argument("--seed", type=whole(0, at_most=2**31), default=42, help="seed of every random generator")
-
-
-def add_evaluation_precision_option(group: argparse._ActionsContainer) -> None:
-    """For scripts that print an AP."""
-    group.add_argument(
-        "--eval_amp", **_PRECISIONS, help="mixed precision wherever AP is measured; off is float32, whatever --amp says"
-    )
 
 
 def add_data_set_options(group: argparse._ActionsContainer) -> None:
