@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
-from pruning.options import READ_BY_EXPORT, hide_unread, refuse_unread
 from util.checkpoint import Checkpoint, read_checkpoint
 from util.errors import UserError, run_cli
 from util.export import FORMATS, LEAST_OPSET, ExportResult, export, require_packages
@@ -27,13 +26,27 @@ from util.export_check import BATCH_SIZES, TOLERANCE
 from util.files import check_output_dir
 from util.lock import hold_folder
 from util.logging import bar_off, get_logger, table
-from util.options import get_args_parser, parse, script_parser, whole
+from util.options import (
+    NETWORK_TITLE,
+    add_folder_options,
+    add_network_options,
+    add_output_options,
+    add_position_options,
+    parse,
+    script_parser,
+    whole,
+)
 from util.setup import arguments_for, build_detector
 
 
 def get_export_parser() -> argparse.ArgumentParser:
-    """The options of `main.py` that shape a network, and those of an export."""
-    parser = script_parser(__doc__, parents=[get_args_parser()])
+    """The options of `main.py` that say which network a checkpoint is of, and those of an export."""
+    parser = script_parser(__doc__)
+    add_folder_options(parser.add_argument_group("run"))
+    network = parser.add_argument_group(NETWORK_TITLE)
+    add_network_options(network)
+    add_position_options(network)
+    add_output_options(network)
     group = parser.add_argument_group("export")
     group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="what to write")
     group.add_argument("--opset", type=whole(LEAST_OPSET), default=LEAST_OPSET, help="operator set of ONNX")
@@ -58,7 +71,6 @@ def get_export_parser() -> argparse.ArgumentParser:
         help="also give the best --num_select pairs of query and class of each image, best first: scores, labels "
         "(category ids) and boxes (x0, y0, x1, y1 in [0, 1] of the image)",
     )
-    hide_unread(parser, READ_BY_EXPORT)
     return parser
 
 
@@ -70,7 +82,10 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
         SystemExit: with code 1, if a file computes something else than the detector; it does not stay.
     """
     torch.set_flush_denormal(True)
-    refuse_unread(typed, READ_BY_EXPORT, "an export")
+    if "num_select" in typed and not args.detections:
+        raise UserError("--num_select: found no --detections, which alone read it")
+    if "opset" in typed and "onnx" not in args.format:
+        raise UserError(f"--opset: found --format {' '.join(args.format)}, expected onnx, which alone reads it")
     if not args.resume:
         raise UserError("--resume: found none, expected the checkpoint of the detector to export")
     require_packages(args.format)

@@ -11,20 +11,39 @@ from collections.abc import Collection
 
 import torch
 
-from pruning.options import READ_BY_INFERENCE, hide_unread, refuse_unread
 from util import distributed
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
 from util.logging import log_to_file, stop_logging_to_file
-from util.options import get_args_parser, parse, real, script_parser, whole
+from util.options import (
+    NETWORK_TITLE,
+    add_device_options,
+    add_folder_options,
+    add_loader_options,
+    add_network_options,
+    add_output_options,
+    add_position_options,
+    parse,
+    real,
+    script_parser,
+    whole,
+)
 from util.predict import Prediction
 
 
 def get_inference_parser() -> argparse.ArgumentParser:
     """What to look at and how, and those options of `main.py` that say which network a checkpoint is of."""
     usage = "%(prog)s IMAGES [IMAGES ...] (--resume FILE | --compare DENSE SLIM) [options]"
-    parser = script_parser(__doc__, usage=usage, parents=[get_args_parser()])
+    parser = script_parser(__doc__, usage=usage)
+    run = parser.add_argument_group("run")
+    add_folder_options(run)
+    add_device_options(run, "mixed precision; --amp alone is bf16")
+    add_loader_options(parser.add_argument_group("data"))
+    network = parser.add_argument_group(NETWORK_TITLE)
+    add_network_options(network)
+    add_position_options(network)
+    add_output_options(network)
     group = parser.add_argument_group("images and pictures")
     add = group.add_argument
     add("inputs", nargs="+", metavar="IMAGES", help="images, folders of images, or globs in quotes (** reaches deeper)")
@@ -37,7 +56,6 @@ def get_inference_parser() -> argparse.ArgumentParser:
         help="COCO annotations with the names of the categories, by default those that the checkpoint tells; where "
         "they list all the images, results.json has their ids")  # fmt: skip
     add("--max_images", type=whole(1), default=None, help="first images to look at, by default all")
-    hide_unread(parser, READ_BY_INFERENCE)
     return parser
 
 
@@ -48,7 +66,6 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> None:
         UserError: a mistake in the options, before anything is written; or no image can be read.
     """
     torch.set_flush_denormal(True)
-    refuse_unread(typed, READ_BY_INFERENCE, "inference.py")
     if (args.resume is None) == (args.compare is None):
         found = "neither" if args.resume is None else "both"
         raise UserError(f"--resume, --compare: found {found}, expected one of them")

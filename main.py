@@ -24,6 +24,7 @@ from util.options import get_args_parser, parse, script_parser
 from util.setup import build_detector, settle_arguments
 from util.training_run import Run
 from util.training_state import seed_everything
+from util.unread import refuse_unread_by_main
 
 __all__ = ["build_detector", "get_args_parser", "main", "settle_arguments"]
 
@@ -39,6 +40,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
         UserError: before anything is written.
     """
     torch.set_flush_denormal(True)
+    refuse_unread_by_main(args, typed)
     device = distributed.choose_device(args.device)
     output_dir = check_output_dir(args.output_dir)
     checkpoint, continuing = settle_arguments(args, typed, new_classes=not args.eval)

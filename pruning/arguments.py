@@ -7,14 +7,32 @@ import dataclasses
 from collections.abc import Collection
 
 from pruning.method import FAST, METHODS, Method
-from pruning.options import READ_BY_SEARCH, hide_unread
 from pruning.reconstruction import LEVELS
 from pruning.schedule import Schedule
 from pruning.scores import RANKINGS
 from pruning.search import Units
 from pruning.selection import DIRECTIONS
 from util.errors import UserError
-from util.options import get_args_parser, real, script_parser, whole
+from util.options import (
+    NETWORK_TITLE,
+    add_board_option,
+    add_data_set_options,
+    add_denoising_option,
+    add_device_options,
+    add_evaluation_precision_option,
+    add_folder_options,
+    add_loader_options,
+    add_loss_options,
+    add_network_options,
+    add_output_options,
+    add_position_options,
+    add_safetensors_option,
+    add_seed_option,
+    option_names,
+    real,
+    script_parser,
+    whole,
+)
 
 # What each search reads besides the options that all of them read.
 CALIBRATION_IMAGES = 128  # tried on the demo: 320 keep no more mAP, 64 about half a point less
@@ -29,16 +47,40 @@ TRAIN_IMAGES = 2000  # of train2017 that a search looks at where --search_images
 
 
 def get_pruning_parser(schedule: Schedule, doc: str) -> argparse.ArgumentParser:
-    """The options of `main.py` and those of a search, with the schedule's own values as defaults.
+    """Those options of `main.py` that a search reads and its own, with the schedule's own values as defaults.
 
     `doc` is the script's docstring, see `script_parser`.
     """
-    parser = script_parser(doc, parents=[get_args_parser()])
+    parser = script_parser(doc)
+    _add_shared_options(parser)
     _add_schedule_options(parser.add_argument_group("targets"), schedule)
     _add_method_options(parser.add_argument_group("choice and reconstruction of channels"))
     _add_search_options(parser.add_argument_group("search"))
-    hide_unread(parser, READ_BY_SEARCH)
     return parser
+
+
+def _add_shared_options(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("run")
+    add_folder_options(run)
+    add_safetensors_option(run)
+    add_device_options(run, "mixed precision of the gradients that damage is predicted from; --amp alone is bf16")
+    add_evaluation_precision_option(
+        run,
+        "mixed precision of mAP and of the features and states that a search keeps; off is float32, in which "
+        "main.py --eval measures, too, whatever --amp says",
+    )
+    add_seed_option(run)
+    data = parser.add_argument_group("data")
+    add_data_set_options(data)
+    add_loader_options(data)
+    add_board_option(parser.add_argument_group("log"))
+    network = parser.add_argument_group(NETWORK_TITLE)
+    add_network_options(network)
+    add_position_options(network)
+    add_output_options(network)
+    losses = parser.add_argument_group("losses that channels are ranked by")
+    add_loss_options(losses)
+    add_denoising_option(losses, "for the fine-tuning command that the search prints; a search has no such queries")
 
 
 def _add_schedule_options(group: argparse._ArgumentGroup, schedule: Schedule) -> None:
@@ -151,6 +193,11 @@ def check_search_options(args: argparse.Namespace, typed: Collection[str]) -> No
         raise UserError(f"--images_at_once: --ranking {method.ranking} does not read it, expected exact")
     if "calibration_images" in typed and not method.is_calibrated:
         raise UserError("--calibration_images: found neither ranking nor reconstruction that looks at them")
+    if "amp" in typed and not method.is_calibrated:
+        raise UserError("--amp: found neither ranking nor reconstruction that takes gradients, expected --eval_amp")
+    losses = [name for name in option_names(add_loss_options) if name in typed]
+    if losses and not method.is_calibrated and method.ranking != "exact":
+        raise UserError(f"--{losses[0]}: found neither ranking nor reconstruction that looks at the loss")
 
 
 def schedule_of(schedule: Schedule, args: argparse.Namespace) -> Schedule:

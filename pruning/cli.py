@@ -9,7 +9,6 @@ from collections.abc import Collection
 import torch
 
 from pruning.arguments import check_search_options, get_pruning_parser, schedule_of, settle_images
-from pruning.options import READ_BY_SEARCH, refuse_unread
 from pruning.run import Result, SearchRun
 from pruning.schedule import Schedule
 from util import distributed
@@ -39,7 +38,6 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
         RunFailedError: no width passed, or something is not finite.
     """
     torch.set_flush_denormal(True)
-    refuse_unread(typed, READ_BY_SEARCH, "a search")
     check_search_options(args, typed)
     if args.resume is None:
         raise UserError("--resume: found none, expected the checkpoint of the detector to prune")

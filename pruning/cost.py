@@ -33,12 +33,12 @@ from models import build_model
 from models.detector import Detector
 from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
 from models.widths import Widths
-from pruning.options import READ_BY_COST, hide_unread, refuse_unread
 from pruning.products import Product, deformable_products, dense_products
 from util.arguments import take_from_command_line
 from util.errors import run_cli
 from util.logging import table
-from util.options import get_args_parser, parse, script_parser, whole
+from util.options import NETWORK_TITLE, add_network_options, parse, script_parser, whole
+from util.unread import refuse_unread
 
 GIGA = 1e9
 PAPER_IMAGE_SIZE_HW = (800, 1088)
@@ -156,11 +156,11 @@ def _feature_pixels(model: Detector, image_size_hw: tuple[int, int]) -> int:
 
 def get_parser() -> argparse.ArgumentParser:
     """The options of `main.py` (those that shape a network) and the size of the image."""
-    parser = script_parser(__doc__, prog="python -m pruning.cost", parents=[get_args_parser()])
+    parser = script_parser(__doc__, prog="python -m pruning.cost")
+    add_network_options(parser.add_argument_group(NETWORK_TITLE))
     parser.add_argument("--image-size", dest="image_size_hw", type=whole(1), nargs=2, default=PAPER_IMAGE_SIZE_HW,
                         metavar=("HEIGHT", "WIDTH"), help="pixels of the one image counted for")  # fmt: skip
     parser.add_argument("--num_classes", type=whole(1), default=91, help="largest category id + 1 (COCO: 91)")
-    hide_unread(parser, READ_BY_COST)
     return parser
 
 
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: widths that do not fit the network, or an option that changes no figure.
     """
     args, typed = parse(get_parser(), argv)
-    refuse_unread(typed, READ_BY_COST, "the cost table")
+    refuse_unread(args, typed)
     args.pretrained_backbone = False
     take_from_command_line(args)
     costs = [("dense", _cost_of_args(args, None))]

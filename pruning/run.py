@@ -117,6 +117,7 @@ class SearchRun:
             cache_dtype=torch.bfloat16 if args.cache_dtype == "bfloat16" else None,
             cache_bytes=math.inf if args.cache_gb is None else 1e9 * args.cache_gb,
             amp=args.amp,
+            eval_amp=args.eval_amp,
             progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
         )
         self.notices += (found := size_notices(loader))

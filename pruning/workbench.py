@@ -53,6 +53,7 @@ class DetectorBench:
         cache_dtype: torch.dtype | None = None,
         cache_bytes: float = math.inf,
         amp: str = "off",
+        eval_amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
         """Run the backbone over `batches` and keep what it gives.
@@ -65,6 +66,8 @@ class DetectorBench:
             images_at_once: most images in a forward that scores several candidates.
             seed: of a random ranking.
             cache_device, cache_dtype, cache_bytes, progress: see `StateCache`.
+            amp: precision of the passes with gradients.
+            eval_amp: precision of features, states and mAP.
         """
         self.modules = model.prunable_modules()
         self.counter = PassCounter(step_shares)
@@ -80,7 +83,7 @@ class DetectorBench:
         calibrated = [index for number, index in sorted(self._own.items()) if number < calibration_batches]
         self.cache = StateCache(
             model, batches, self.counter, device=device, cache_device=cache_device, dtype=cache_dtype,
-            max_bytes=cache_bytes, state_batches=len(calibrated) if method.is_calibrated else 0, amp=amp,
+            max_bytes=cache_bytes, state_batches=len(calibrated) if method.is_calibrated else 0, amp=eval_amp,
             progress=progress,
         )  # fmt: skip
         self._num_batches = max(map(max, distributed.gather_objects(list(batch_numbers)))) + 1

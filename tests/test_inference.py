@@ -132,7 +132,7 @@ def test_two_detectors_are_drawn_side_by_side_with_what_they_cost(root, tmp_path
 
 
 def test_a_foreign_checkpoint_takes_its_network_from_the_command_line(root, tmp_path):
-    network = TINY.replace("--num_workers 0", "").replace("--device cpu", "").replace("--scalar 2", "")
+    network = TINY.replace("--num_workers 0", "").replace("--device cpu", "")
     network = network.replace("--no-pretrained_backbone", "").replace("--return_layer layer3", "--return_layer layer4")
     stored = read_checkpoint(root / "dense.pth").arguments
     network += " ".join(
@@ -199,7 +199,12 @@ MISTAKES = {
     "no checkpoint": ("{root}/val2017", "--resume, --compare: found neither"),
     "two ways": ("{root}/val2017 --resume a --compare a b", "--resume, --compare: found both"),
     "missing checkpoint": ("{root}/val2017 --resume nowhere.pth", "nowhere.pth: no such file"),
-    "an option of training": ("{root}/val2017 --resume a --lr 1", "--lr: inference.py does not read it"),
+    "an option of training": ("{root}/val2017 --resume a --lr 1", "unrecognized arguments: --lr 1"),
+    "an option of a data set": ("{root}/val2017 --resume a --coco_path b", "unrecognized arguments: --coco_path b"),
+    "an option of the other variant": (
+        "{root}/val2017 --resume {root}/dense.pth --enc_n_points 4",
+        "--enc_n_points: dn_dab_detr has one level and no points",
+    ),
     "widths twice": ("{root}/val2017 --compare a b --cfgs [[],[]]", "--cfgs: found --compare as well"),
     "another network": ("{root}/val2017 --resume {root}/dense.pth --enc_layers 4", "--enc_layers 4"),
     "names of no file": ("{root}/val2017 --resume {root}/dense.pth --names no.json", "no.json does not exist"),

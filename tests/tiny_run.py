@@ -19,7 +19,7 @@ from util.options import parse
 CATEGORIES = (1, 3)  # a gap in the ids, as COCO has
 TINY = """
     --backbone resnet18 --return_layer layer3 --no-pretrained_backbone --enc_layers 1 --dec_layers 2 --hidden_dim 32
-    --nheads 4 --dim_feedforward 32 --num_queries 5 --scalar 2 --image_size 64 --num_workers 0 --batch_size 2
+    --nheads 4 --dim_feedforward 32 --num_queries 5 --image_size 64 --num_workers 0 --batch_size 2
     --device cpu
 """
 
@@ -98,5 +98,6 @@ def options(*more: str | Path) -> tuple:
 
 
 def tiny_options(*more: str | Path) -> tuple:
-    """`options` of a tiny detector."""
-    return options(TINY, *more)
+    """`options` of a tiny detector, trained with two denoising groups."""
+    training = "" if any("--eval" in str(text).split() for text in more) else "--scalar 2"
+    return options(TINY, training, *more)

@@ -17,6 +17,7 @@ from util.checkpoint import Checkpoint, load_weights, read_checkpoint, slim_stat
 from util.errors import UserError, reason_of, shorten
 from util.finetune import NewParts, class_difference
 from util.safetensors_files import require_safetensors
+from util.unread import refuse_unread
 
 # Without these in common a teacher's classes, queries, pixels or layers are not the student's.
 SHARED_WITH_TEACHER = (
@@ -54,6 +55,7 @@ def settle_arguments(
         take_from_checkpoint(args, typed, checkpoint, continuing=continuing)
         args.resume = str(checkpoint.path)  # of a folder the file in it
         args.pretrained_backbone = False
+    refuse_unread(args, typed)
     splits = ["val2017"] if args.eval else ["val2017", "train2017"]
     args.categories = _categories_of(args, splits)
     args.num_classes = max(args.categories) + 1  # 91 for COCO, whose ids have gaps
@@ -124,10 +126,11 @@ def arguments_for(args: argparse.Namespace, checkpoint: Checkpoint, typed: Colle
     """Options to build a checkpoint's own detector: `args`, which stay as they are, completed from it alone.
 
     Raises:
-        UserError: a typed option differs from what the checkpoint was made with.
+        UserError: a typed option differs from what the checkpoint was made with, or its detector does not read it.
     """
     theirs = argparse.Namespace(**{**vars(args), "pretrained_backbone": False})
     take_from_checkpoint(theirs, typed, checkpoint)
+    refuse_unread(theirs, typed)
     theirs.num_classes = checkpoint.num_classes
     return theirs
 

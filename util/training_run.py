@@ -101,8 +101,8 @@ class Run:
             "image_size_hw": f"{height} x {width}",
         }
 
-    def evaluate(self, model: nn.Module) -> engine.EvalResult:
-        """The figures on val2017; with --save_results the detections go to results.json."""
+    def evaluate(self, model: nn.Module, with_losses: bool = False) -> engine.EvalResult:
+        """The figures on val2017, in the precision of --eval_amp; with --save_results all detections are written."""
         distributed.broadcast_buffers(model)
         result = engine.evaluate(
             model,
@@ -110,8 +110,8 @@ class Run:
             self.val_loader,
             self.ground_truth,
             device=self.device,
-            criterion=self.criterion,
-            amp=self.args.amp,
+            criterion=self.criterion if with_losses else None,
+            amp=self.args.eval_amp,
         )
         show(size_notices(self.val_loader))
         if self.args.save_results and distributed.is_main():
@@ -129,7 +129,12 @@ class Run:
         rows = [(name, shown(value) if name in STAT_NAMES else value) for name, value in figures.items()]
         self.log.info("%s", table(["val2017", ""], rows))
         if distributed.is_main():
-            content = {**figures, "widths": self.model.widths.to_list(), "categories": categories}
+            content = {
+                **figures,
+                "eval_amp": self.args.eval_amp,
+                "widths": self.model.widths.to_list(),
+                "categories": categories,
+            }
             write_json(self.output_dir / "eval.json", content)
         return result.stats
 
@@ -161,7 +166,7 @@ class Run:
             if state.epoch % args.eval_every == 0 or state.epoch == args.epochs:
                 start = time.perf_counter()
                 try:
-                    result = self.evaluate(state.best_model)
+                    result = self.evaluate(state.best_model, with_losses=True)
                 except NonFiniteLossError as error:
                     raise NonFiniteLossError(f"epoch {state.epoch - 1}: {error}") from None
                 stats = result.stats

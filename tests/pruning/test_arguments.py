@@ -39,6 +39,8 @@ def read(words, schedule=MGP):
         ("--search paper --index_sets own", "--index_sets own: .* expected shared"),
         ("--search paper --reconstruct output", "--reconstruct output: .* expected none"),
         ("--search paper --calibration_images 8", "--calibration_images"),
+        ("--search paper --amp", "--amp: found neither ranking nor reconstruction that takes gradients"),
+        ("--search visit --ranking random --reconstruct none --cls_loss_coef 1", "--cls_loss_coef: found neither"),
         ("--search visit --ranking random --reconstruct none --calibration_images 8", "--calibration_images"),
     ],
 )
@@ -52,6 +54,9 @@ def test_options_that_would_do_nothing_are_refused(words, said):
     [
         "",
         "--keep 0.5 --cost macs",
+        "--amp --eval_amp fp16 --cls_loss_coef 2",
+        "--search paper --eval_amp --cls_loss_coef 2",
+        "--search visit --ranking magnitude --reconstruct none --amp --focal_alpha 0.5",
         "--map_tol 0.1 --skip_eval_converge 0.0 --cost macs",
         "--search visit --map_tol 0.1 --decay_points 1 --subset_batches_ffn 3 --selection forward",
         "--search paper --decay_fraction 0.1",

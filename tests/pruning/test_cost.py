@@ -19,6 +19,7 @@ from pruning.cost import (
 )
 from tests.pruning.tiny import VARIANTS, tiny_detector
 from util.errors import UserError
+from util.options import parse
 
 GP = "[[[152,416],[232,1408],[216,1504],[232,1248],[224,1472],[248,1344]],"
 GP += "[[8,136,544],[184,192,1216],[240,168,1920],[232,256,800],[256,192,960],[256,216,1216]]]"
@@ -34,8 +35,8 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_published_figures(name):
     given, transformer_params, params, *gmacs = FIGURES[name]
-    args = get_parser().parse_args(["--no-pretrained_backbone"])
-    args.cfgs = given and Widths.parse(given)
+    args, _ = parse(get_parser(), [])
+    args.pretrained_backbone, args.cfgs = False, given and Widths.parse(given)
     with torch.device("meta"):
         model, _, _ = build_model(args)
     cost = cost_of(model)
@@ -75,10 +76,13 @@ def test_macs_are_those_of_a_forward(options, cfgs, size):
     assert counter.get_total_flops() == 2 * (sum(p.macs for p in products) - uncounted)
 
 
-@pytest.mark.parametrize("word", ["--resume a.pth", "--coco_path a", "--device cpu", "--image_size 64", "--lr 1"])
+@pytest.mark.parametrize("word", ["--resume a.pth", "--coco_path a", "--device cpu", "--image_size 64", "--lr 1",
+                                  "--anchor_eps 1e-4"])  # fmt: skip
 def test_options_that_change_no_figure_are_refused(word):
-    with pytest.raises(UserError, match=word.split()[0]):
+    with pytest.raises(UserError, match=f"unrecognized arguments: {word}"):
         main(word.split())
+    with pytest.raises(UserError, match="--dec_n_points: dn_dab_detr has one level and no points"):
+        main(["--dec_n_points", "8"])
 
 
 def test_sampling_costs_five_products_for_each_point_and_channel():
