@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 import torch
 
+from datasets.coco_eval import shown
 from util import distributed
 from util.errors import run_cli
 from util.files import check_output_dir
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
         if not args.eval:
             run.prepare_training(checkpoint, continuing)
         # From here on the inputs are known to be good, and files are written.
-        handler = log_to_file(output_dir / "run.log")
+        handler = log_to_file(output_dir / "run.log", run.notices)
         if new_parts is not None:
             run.log.info("%s", new_parts.told)
         if checkpoint is not None and checkpoint.is_search:
@@ -59,7 +60,8 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
             if checkpoint.trace and checkpoint.trace[-1].get("unfinished"):
                 run.log.warning("%s: its search was cut short; the modules it had left are whole", checkpoint.path)
             if not args.eval:
-                run.log.info("AP before fine-tuning: %.4f", run.evaluate(run.model).stats["AP"])
+                ap = shown(run.evaluate(run.model).stats["AP"])
+                run.log.info("AP before fine-tuning: %s", ap if isinstance(ap, str) else f"{ap:.4f}")
         return run.evaluate_only() if args.eval else run.train()
     finally:
         stop_logging_to_file(handler)

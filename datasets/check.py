@@ -7,24 +7,24 @@ Exit code 0: nothing stops a training run; 1: something does; 2: there is no dat
 """
 
 import argparse
-import contextlib
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
-from datasets.annotations import entries_of, find_problems, is_box, read_tables
-from datasets.coco import SPLITS, Split, read_image, split_of
+from datasets.annotations import entries_of, find_problems, is_box, listed_size, read_tables
+from datasets.boxes import are_below_pixel
+from datasets.check_images import Facts, ImageFacts, check_images, file_name, read_images
+from datasets.coco import SPLITS, Split, split_of
 from datasets.transforms import scaled
 from util.errors import UserError, run_cli, shorten
 from util.files import write_json
-from util.logging import bar_off, table
+from util.logging import table
 from util.options import DATA_OPTIONS, add_split_options, script_parser, whole
 
 SHOWN_EXAMPLES = 3
@@ -49,12 +49,15 @@ KINDS = {
     "images too thin to scale": STOPS,
     "categories of two names": STOPS,
     "images of another size than stated": "takes the file's size",
+    "images with an EXIF orientation, listed upright": "turns them upright",
+    "images with an EXIF orientation, listed as stored": "reads them as stored",
     "duplicate file names": "sees them as often",
     "duplicate annotations": "counts each",
     "duplicate annotation ids": "numbers them anew",
     "boxes partly outside": "clips them",
     "boxes wholly outside": "leaves them out",
     "boxes without area": "leaves them out",
+    "boxes below a pixel": "leaves them out",
     "crowd boxes": "leaves them out",
     "images without annotations": "takes them as empty",
     "categories that never occur": "cannot learn them",
@@ -107,12 +110,11 @@ def check_split(split: Split, workers: int = 0, image_size: int = 800) -> SplitR
     """
     content = read_tables(split.annotation_file)
     images, items, categories = (entries_of(content, name) for name in ("images", "annotations", "categories"))
-    paths = {name: split.image_folder / name for image in images if (name := _file_name(image)) is not None}
-    sizes = read_sizes(paths, split.name, workers)
+    facts = read_images(images, split.image_folder, split.name, workers)
     found = [(kind, problem.removeprefix(":").strip()) for kind, problem in find_problems(content)]
     found += [] if images else [("no images", "")]
-    found += check_images(images, sizes, scaled(1333, image_size))
-    found += check_boxes(images, items, sizes)
+    found += check_images(images, split.image_folder, facts, scaled(1333, image_size))
+    found += check_boxes(images, items, facts)
     counts = Counter(_hashable(item.get("category_id")) for item in items if not item.get("iscrowd"))
     named = [
         {"id": category.get("id"), "name": name_of(category), "boxes": counts[_hashable(category.get("id"))]}
@@ -130,55 +132,7 @@ def check_split(split: Split, workers: int = 0, image_size: int = 800) -> SplitR
     )
 
 
-def read_sizes(paths: Mapping[str, Path], name: str, workers: int) -> dict[str, tuple[int, int] | str | None]:
-    """Decode all images: file name -> width and height, or what is wrong with it, or None where it is missing."""
-    bar = tqdm(total=len(paths), desc=f"{name}: images", unit="image", disable=bar_off(), leave=False)
-    sizes: dict[str, tuple[int, int] | str | None] = {}
-    with bar, contextlib.ExitStack() as stack:
-        read = map(_read_size, paths.values())
-        if workers:
-            pool = ProcessPoolExecutor(workers)
-            stack.callback(pool.shutdown, cancel_futures=True)  # so that Ctrl-C does not wait for all images
-            read = pool.map(_read_size, paths.values(), chunksize=8)
-        for file_name, size in zip(paths, read, strict=True):
-            sizes[file_name] = size
-            bar.update()
-    return sizes
-
-
-def _read_size(path: Path) -> tuple[int, int] | str | None:
-    if not os.path.isfile(path):
-        return None
-    try:
-        height, width = read_image(path).shape[-2:]
-    except UserError as error:
-        return str(error)
-    return width, height
-
-
-def check_images(images: Sequence[Mapping], sizes: Mapping[str, Any], longest: int) -> Iterator[tuple[str, str]]:
-    """What is wrong with the image files, by what `read_sizes` found; long sides come out at most `longest` pixels."""
-    for name, size in sizes.items():
-        if size is None:
-            yield "missing image files", name
-        elif isinstance(size, str):
-            yield "broken image files", size
-        elif min(size) * longest < max(size):  # the short side would have less than one pixel
-            yield "images too thin to scale", f"{name}, {size[0]} x {size[1]}"
-    names = Counter(name for image in images if (name := _file_name(image)) is not None)
-    for name, count in names.items():
-        if count > 1:
-            yield "duplicate file names", f"{name} ({count} times)"
-    for image in images:
-        size, stated = sizes.get(_file_name(image)), (image.get("width"), image.get("height"))
-        if isinstance(size, tuple) and None not in stated and size != stated:
-            told = " x ".join(map(str, stated))
-            yield "images of another size than stated", f"{image['file_name']} is {size[0]} x {size[1]}, stated {told}"
-
-
-def check_boxes(
-    images: Sequence[Mapping], items: Sequence[Mapping], sizes: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
+def check_boxes(images: Sequence[Mapping], items: Sequence[Mapping], facts: Facts) -> Iterator[tuple[str, str]]:
     """What is wrong with boxes that are four numbers, and images without any annotation."""
     by_id = {_hashable(image.get("id")): image for image in images}
     seen: set[tuple] = set()
@@ -200,7 +154,7 @@ def check_boxes(
         if (key := (image_id, category_id, box)) in seen:
             yield "duplicate annotations", f"{told}: {list(box)}"
         seen.add(key)
-        if image_id in by_id and (place := _place(box, _size(by_id[image_id], sizes))):
+        if image_id in by_id and (place := _place(box, _size(by_id[image_id], facts))):
             yield place, f"{told}: {list(box)}"
     for number, image in by_id.items():
         if number not in annotated:
@@ -212,27 +166,19 @@ def _place(box: tuple[float, ...], size: tuple[float, float] | None) -> str | No
     x, y, w, h = box
     if w <= 0 or h <= 0:
         return "boxes without area"
-    if size is None:
-        return None
-    width, height = size
+    width, height = size or (math.inf, math.inf)
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return "boxes wholly outside"
+    if are_below_pixel(np.array([box]), np.array([width, height]))[0]:
+        return "boxes below a pixel"
     inside = min(x, y) >= -SLACK and x + w <= width + SLACK and y + h <= height + SLACK
-    return None if inside else "boxes partly outside"
+    return None if inside or size is None else "boxes partly outside"
 
 
-def _size(image: Mapping, sizes: Mapping[str, Any]) -> tuple[float, float] | None:
+def _size(image: Mapping, facts: Facts) -> tuple[float, float] | None:
     """Width and height of an image: the file's, else the stated one."""
-    size = sizes.get(_file_name(image))
-    stated = image.get("width"), image.get("height")
-    if isinstance(size, tuple):
-        return size
-    return stated if all(type(side) in (int, float) for side in stated) else None
-
-
-def _file_name(image: Mapping) -> str | None:
-    name = image.get("file_name")
-    return name if isinstance(name, str) and name else None
+    found = facts.get(file_name(image))
+    return found.size_wh if isinstance(found, ImageFacts) else listed_size(image)
 
 
 def _hashable(value: Any) -> Any:

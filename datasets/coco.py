@@ -3,35 +3,28 @@
 Options of their own take the place of each of the four: see `split_of`.
 """
 
-import contextlib
-import functools
-import io
 import math
 import os
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from pycocotools.coco import COCO
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import tv_tensors
-from torchvision.datasets import CocoDetection, VisionDataset
-from torchvision.transforms.v2 import functional
 
-from datasets.annotations import read_annotations
+from datasets.annotations import load_annotations
+from datasets.boxes import MIN_SIDE, are_below_pixel
+from datasets.decode import read_listed
 from datasets.transforms import TRAINING_TRANSFORMS, eval_transforms
 from util.errors import UserError, reason_of, shorten
 
 SPLITS = ("train2017", "val2017")
-# Of pictures alone: for others Pillow starts programs (EPS) or reads what the file points to.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
-MIN_TRAIN_SIDE = 1.0  # pixels; what a crop or a small scale leaves of a box below this is no target to learn
 
 
 def annotation_path(coco_path: str | Path, split: str) -> Path:
@@ -100,33 +93,7 @@ def _check_folder(option: str, folder: str | Path, content: str) -> None:
         raise UserError(f"{option} {folder} is an empty folder; expected one with {content}")
 
 
-def load_annotations(annotation_file: str | Path) -> COCO:
-    """Read and check an annotation file; the last few stay in memory, as several parts of a run ask for the same one.
-
-    Raises:
-        UserError: the file is missing, no JSON, lacks a table, or an annotation points to a missing image or category.
-    """
-    path = Path(annotation_file)
-    # What is not there is told by the reading.
-    return _load_annotations(path, path.stat().st_mtime_ns if os.path.isfile(path) else None)
-
-
-@functools.lru_cache(maxsize=4)
-def _load_annotations(path: Path, _modified: int | None) -> COCO:
-    coco = COCO()
-    coco.dataset = read_annotations(path)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
-def category_names(annotation_file: str | Path) -> dict[int, str]:
-    """Category id -> name."""
-    categories = load_annotations(annotation_file).dataset["categories"]
-    return {category["id"]: str(category.get("name", category["id"])) for category in categories}
-
-
-class CocoDataset(CocoDetection):
+class CocoDataset(Dataset):
     """Images and box targets of one split, transformed.
 
     What is random in a sample depends on the seed, the epoch and the sample's index alone, so a resumed run sees what
@@ -137,7 +104,8 @@ class CocoDataset(CocoDetection):
         annotation_file: the COCO annotation file.
         transforms: called as transforms(image, boxes) on a uint8 tv_tensors.Image and tv_tensors.BoundingBoxes
             (N x 4 xyxy); returns both.
-        min_side: least box side in pixels after the transforms for a box to stay a target.
+        min_side: least box side in pixels after the transforms for a box to stay a target. Above 0, for training,
+            boxes below a pixel of the file are no targets either.
         seed: seed of the random transforms.
 
     Raises:
@@ -153,13 +121,16 @@ class CocoDataset(CocoDetection):
         min_side: float = 0.0,
         seed: int = 0,
     ) -> None:
-        VisionDataset.__init__(self, str(folder))  # CocoDetection's would read the annotations unchecked, and again
-        self.coco = load_annotations(annotation_file)
-        self.ids = sorted(self.coco.imgs)
+        self.folder, self.annotation_file = Path(folder), Path(annotation_file)
+        self.annotations = load_annotations(annotation_file)
+        self.ids = self.annotations.image_ids.tolist()
         self.sample_transforms = transforms
         self.min_side = min_side
         self.seed, self.epoch = seed, 0
-        _check_images(Path(folder), Path(annotation_file), self.coco.dataset["images"])
+        _check_images(self.folder, self.annotation_file, self.annotations.file_names)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (from 0) whose random transforms the next pass uses."""
@@ -172,10 +143,12 @@ class CocoDataset(CocoDetection):
         pixels), iscrowd (N, zeros), image_id, orig_size and size (h, w). Crowds and boxes without area are left out.
         """
         image_id = self.ids[index]
-        image = self._load_image(image_id)
+        image = tv_tensors.Image(self.picture(index))
         height, width = image.shape[-2:]
-        items = [item for item in self._load_target(image_id) if not item["iscrowd"]]
-        boxes, had_area = _corners([item["bbox"] for item in items], height, width)
+        rows = self.annotations.objects_of(image_id)
+        boxes, had_area = _corners(self.annotations.boxes_xywh[rows], height, width)
+        if self.min_side:
+            had_area &= ~are_below_pixel(self.annotations.boxes_xywh[rows], np.array([width, height]))
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_sample_seed(self.seed, self.epoch, index))
@@ -183,7 +156,7 @@ class CocoDataset(CocoDetection):
                 image, boxes = self.sample_transforms(image, boxes)
             except (RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"{self._image_path(image_id)} of {width} x {height} pixels cannot be scaled "
+                    f"{self.image_path(index)} of {width} x {height} pixels cannot be scaled "
                     f"({reason_of(error)}), expected a larger one or a larger --image_size"
                 ) from None
         size = np.array(image.shape[-2:])
@@ -194,8 +167,8 @@ class CocoDataset(CocoDetection):
         scale = np.array([size[1], size[0], size[1], size[0]], np.float32)
         target = {
             "boxes": (np.concatenate((centres, sides), axis=1) / scale)[keep],
-            "labels": np.array([item["category_id"] for item in items], np.int64)[keep],
-            "area": np.array([item["area"] for item in items], np.float32)[keep],
+            "labels": self.annotations.category_ids[rows[keep]],
+            "area": self.annotations.areas[rows[keep]].astype(np.float32),
             "iscrowd": np.zeros(len(keep), np.int64),
             "image_id": np.array(image_id, np.int64),
             "orig_size": np.array((height, width), np.int64),
@@ -204,52 +177,25 @@ class CocoDataset(CocoDetection):
         return image.as_subclass(Tensor), {name: torch.from_numpy(value) for name, value in target.items()}
 
     def picture(self, index: int) -> Tensor:
-        """The image of a sample as it is on disk: RGB, uint8 3 x H x W."""
-        return self._load_image(self.ids[index]).as_subclass(Tensor)
+        """The image of a sample as its boxes count in it: RGB, uint8 3 x H x W."""
+        return read_listed(self.image_path(index), self.annotations.listed_size_wh(index)).pixels
 
-    def _load_image(self, id: int) -> tv_tensors.Image:
-        return tv_tensors.Image(read_image(self._image_path(id)))
-
-    def _image_path(self, id: int) -> Path:
-        return Path(self.root) / self.coco.imgs[id]["file_name"]
+    def image_path(self, index: int) -> Path:
+        """The file of a sample's image."""
+        return self.folder / self.annotations.file_names[index]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The pixels as they are stored, as data sets count their boxes in them; 16 bits are brought to 8."""
-    if image.mode.startswith("I;16"):  # convert() would cut off all above 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def read_image(path: Path, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Tensor:
-    """Decode an image file to RGB, uint8 3 x H x W, by `convert`.
-
-    Raises:
-        UserError: the file cannot be read as an image.
-    """
-    try:
-        content = io.BytesIO(path.read_bytes())  # one read; Pillow would make dozens of small ones
-        with Image.open(content, formats=FORMATS) as image:
-            return functional.pil_to_tensor(convert(image))
-    except MemoryError:
-        raise
-    except Exception as error:  # on a damaged file each of Pillow's decoders raises what it stumbles over
-        unknown = isinstance(error, UnidentifiedImageError)  # its own words tell an address in memory
-        reason = "found no known format" if unknown else reason_of(error)
-        raise UserError(f"{path} cannot be read as an image: {reason}") from None
-
-
-def _corners(boxes: list[list[float]], height: int, width: int) -> tuple[Tensor, np.ndarray]:
-    """Boxes x, y, w, h of an image to corners within it (N x 4 xyxy float32), and which have an area (bool N)."""
-    corners = np.array(boxes, np.float32).reshape(-1, 4)
+def _corners(boxes_xywh: np.ndarray, height: int, width: int) -> tuple[Tensor, np.ndarray]:
+    """Boxes of an image (N x 4) to corners within it (N x 4 xyxy float32), and which have an area (bool N)."""
+    corners = boxes_xywh.astype(np.float32)
     corners[:, 2:] += corners[:, :2]
     corners = corners.clip(0, np.array([width, height, width, height], np.float32))
     return torch.from_numpy(corners), (corners[:, 2:] > corners[:, :2]).all(axis=1)
 
 
-def _check_images(folder: Path, annotation_file: Path, images: list[dict]) -> None:
+def _check_images(folder: Path, annotation_file: Path, file_names: Sequence[str]) -> None:
     """Raise `UserError` where listed images are not in the folder; one directory listing answers for all."""
-    if not images:
+    if not file_names:
         raise UserError(f"{annotation_file} lists no images; expected at least one")
     try:
         present = {entry.name for entry in folder.iterdir()}
@@ -258,16 +204,21 @@ def _check_images(folder: Path, annotation_file: Path, images: list[dict]) -> No
             f"{folder} is no folder that can be read ({error.strerror}); "
             f"expected the images that {annotation_file} lists"
         ) from None
-    missing = [
-        image["file_name"]
-        for image in images
-        if image["file_name"] not in present and not os.path.isfile(folder / image["file_name"])
-    ]
+    missing = [name for name in file_names if name not in present and not os.path.isfile(folder / name)]
     if missing:
+        other = name_in_other_form(folder, missing[0])
+        hint = "" if other is None else f"; it has {other}"
+        first = shorten(missing[0], 80) if other is None else ascii(missing[0])
         raise UserError(
-            f"{folder} lacks {len(missing)} of the {len(images)} images of {annotation_file}, "
-            f"first {shorten(missing[0], 80)}"
+            f"{folder} lacks {len(missing)} of the {len(file_names)} images of {annotation_file}, first {first}{hint}"
         )
+
+
+def name_in_other_form(folder: Path, name: str) -> str | None:
+    """The name, in ASCII, of a file that differs from `name` by its Unicode normal form alone; None without one."""
+    forms = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    found = next((form for form in forms if form != name and os.path.isfile(folder / form)), None)
+    return None if found is None else f"{found!a}, the same name in another Unicode normal form"
 
 
 def _sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -288,7 +239,7 @@ def build_dataset(image_set: str, args: Any, *, augment: bool) -> CocoDataset:
         split.image_folder,
         split.annotation_file,
         (TRAINING_TRANSFORMS[args.augmentation] if augment else eval_transforms)(args.image_size),
-        min_side=MIN_TRAIN_SIDE if augment else 0.0,
+        min_side=MIN_SIDE if augment else 0.0,
         seed=args.seed,
     )
 
@@ -320,12 +271,38 @@ class CocoLoader(DataLoader):
     """A DataLoader of (images, targets) whose workers report a user's mistake as the one sentence that it is.
 
     Without shuffling, `loader[i]` is the i-th batch of a pass, read in this process.
+
+    Attributes:
+        images_read: ids of the images that passes gave.
+        other_sizes: by file name, width and height of those of another size than listed, and the listed ones.
+        sizes_counted: whether `datasets.sizes.size_notices` has seen these.
     """
+
+    def __init__(self, dataset: CocoDataset | Subset, *args: Any, **kwargs: Any) -> None:
+        super().__init__(dataset, *args, **kwargs)
+        self.images_read: set[int] = set()
+        self.other_sizes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self.sizes_counted = False
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """One batch by its number."""
         first = index * self.batch_size
         return collate([self.dataset[i] for i in range(first, min(first + self.batch_size, len(self.dataset)))])
+
+    @property
+    def coco(self) -> CocoDataset:
+        """The data set, or that which it is a part of."""
+        return self.dataset.dataset if isinstance(self.dataset, Subset) else self.dataset
+
+    def _note_sizes(self, targets: list[dict[str, Tensor]]) -> None:
+        dataset = self.coco
+        for target in targets:
+            image_id, (height, width) = int(target["image_id"]), target["orig_size"].tolist()
+            index = dataset.annotations.index_of(image_id)
+            listed = dataset.annotations.listed_size_wh(index)
+            self.images_read.add(image_id)
+            if listed is not None and listed != (width, height):
+                self.other_sizes[dataset.annotations.file_names[index]] = ((width, height), listed)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the random transforms of the next pass."""
@@ -336,7 +313,10 @@ class CocoLoader(DataLoader):
         """Batches of one pass."""
         try:
             for packed in super().__iter__():
-                yield _unpack(packed)
+                images, targets = _unpack(packed)
+                if not self.sizes_counted:
+                    self._note_sizes(targets)
+                yield images, targets
         except UserError as error:
             # A worker's error comes with its traceback as text in front of the message.
             raise UserError(str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].rstrip()) from None

@@ -6,6 +6,7 @@ A search asks for them hundreds of times on one ground truth: that is prepared o
 import contextlib
 import importlib.util
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from datasets.coco import load_annotations
+from datasets.annotations import Annotations, load_annotations
 
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 COLUMNS = 7  # image id, x, y, w, h, score, category id
@@ -24,43 +25,53 @@ class GroundTruth:
 
     Args:
         annotations: an annotation file, or what it holds as a dict.
+        image_ids: the only images that will be measured; None for all. An evaluator takes about 1 kB for each box.
 
     Raises:
         UserError: the file is missing or malformed.
     """
 
-    def __init__(self, annotations: str | Path | dict[str, Any]) -> None:
-        content = annotations if isinstance(annotations, dict) else load_annotations(annotations).dataset
-        # What an evaluator does not need it might stumble over.
-        self.images = [{"id": image["id"]} for image in content["images"]]
-        self.categories = [{"id": category["id"], "name": str(category["id"])} for category in content["categories"]]
-        self.image_ids = np.array(sorted({image["id"] for image in self.images}), np.int64)
-        # Numbered anew: evaluators mark "unmatched" by id 0, and files with repeated ids would lose boxes.
-        self.annotations = [
-            {
-                "id": number,
-                "image_id": item["image_id"],
-                "category_id": item["category_id"],
-                "bbox": [float(value) for value in item["bbox"]],
-                "area": float(item.get("area", item["bbox"][2] * item["bbox"][3])),
-                "iscrowd": int(item.get("iscrowd", 0)),
-            }
-            for number, item in enumerate(content["annotations"], start=1)
-        ]
-        self._image_of = np.array([item["image_id"] for item in self.annotations], np.int64)
-        self._category_of = np.array([item["category_id"] for item in self.annotations], np.int64)
+    def __init__(self, annotations: str | Path | dict[str, Any], image_ids: Iterable[int] | None = None) -> None:
+        content = Annotations.of_tables(annotations) if isinstance(annotations, dict) else load_annotations(annotations)
+        chosen = slice(None) if image_ids is None else np.isin(content.box_image_ids, list(image_ids))
+        self.image_ids = content.image_ids if image_ids is None else np.intersect1d(content.image_ids, list(image_ids))
+        # What an evaluator does not need might break it.
+        self.images = [{"id": number} for number in self.image_ids.tolist()]
+        self.categories = [{"id": number, "name": str(number)} for number in content.categories]
+        self.image_of, self.category_of = content.box_image_ids[chosen], content.category_ids[chosen]
+        self.boxes_xywh, self.areas = content.boxes_xywh[chosen], content.areas[chosen]
+        self.are_crowds = content.are_crowds[chosen]
         self._prepared: dict[str, Any] = {}
+
+    def boxes_by_category(self) -> Counter[int]:
+        """Number of boxes by category id, crowds left out."""
+        return Counter(self.category_of[~self.are_crowds].tolist())
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether there is a box to find, so that AP can be measured; crowds are none."""
+        return not self.are_crowds.all()
 
     def categories_in(self, image_ids: np.ndarray) -> np.ndarray:
         """Ids of the categories with a box in the given images, sorted."""
-        return np.unique(self._category_of[np.isin(self._image_of, image_ids)])
+        return np.unique(self.category_of[np.isin(self.image_of, image_ids)])
 
     def prepared(self, backend: str, prepare: Callable[[dict[str, Any]], Any]) -> Any:
         """The evaluator's own form of the ground truth, made at its first use."""
         if backend not in self._prepared:
-            tables = {"images": self.images, "annotations": self.annotations, "categories": self.categories}
+            tables = {"images": self.images, "annotations": self._annotations(), "categories": self.categories}
             self._prepared[backend] = prepare(tables)
         return self._prepared[backend]
+
+    def _annotations(self) -> list[dict[str, Any]]:
+        """The boxes as a table, numbered from 1: evaluators mark "unmatched" by id 0."""
+        columns = (self.image_of, self.category_of, self.boxes_xywh, self.areas, self.are_crowds.astype(int))
+        return [
+            {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}
+            for number, (image, category, box, area, crowd) in enumerate(
+                zip(*(column.tolist() for column in columns), strict=True), start=1
+            )
+        ]
 
 
 def to_detections(image_id: int, result: dict[str, Tensor]) -> np.ndarray:
@@ -107,6 +118,11 @@ def coco_stats(
     if evaluator is None:
         return dict.fromkeys(STAT_NAMES, -1.0)
     return dict(zip(STAT_NAMES, (float(value) for value in evaluator.stats[:12]), strict=True))
+
+
+def shown(figure: float) -> float | str:
+    """A COCO figure for a person to read: in words where there was no object to find."""
+    return "not measurable" if figure == -1 else figure
 
 
 def ap_by_category(

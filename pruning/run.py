@@ -16,8 +16,10 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from datasets.boxes import measured_box_notices
 from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import GroundTruth
+from datasets.sizes import header_notices, size_notices
 from models import build_model
 from models.criterion import Criterion
 from models.detector import Detector
@@ -41,7 +43,7 @@ from util.environment import record_run
 from util.errors import RunFailedError
 from util.files import file_digest, move_aside
 from util.interrupt import stop_after_step
-from util.logging import bar_off, get_logger
+from util.logging import Notice, bar_off, get_logger, show
 from util.options import DATA_OPTIONS
 from util.report import REPORT_NAME, write_report
 from util.report.samples import Samples
@@ -77,15 +79,18 @@ class SearchRun:
         self.log = get_logger()
         self.decisions: list[Decision] = []
         self.trials: list[Trial] = []
+        self.notices: list[Notice] = []  # what was logged about the data before there was a log file
         self.board = Board(output_dir, args.tensorboard)
 
     def prepare(self, criterion: Criterion, postprocess: Any) -> None:
         """Read the images once and keep what the backbone makes of them."""
         args = self.args
-        ground_truth = GroundTruth(split_of(args, args.search_split).annotation_file)
         dataset = build_dataset(args.search_split, args, augment=False)
+        self.notices = [*measured_box_notices(dataset.annotation_file), *header_notices(dataset)]
+        show(self.notices)
         asked = len(dataset) if args.search_images in (None, "all") else args.search_images
         self.num_images = min(asked, len(dataset))
+        ground_truth = GroundTruth(dataset.annotation_file, dataset.ids[: self.num_images])
         numbers = batch_numbers(self.num_images, args.batch_size)
         batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, self.num_images)) for n in numbers]
         own_images: Subset = Subset(dataset, [index for batch in batches for index in batch])
@@ -114,6 +119,8 @@ class SearchRun:
             amp=args.amp,
             progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
         )
+        self.notices += (found := size_notices(loader))
+        show(found)
 
     def base_ap(self) -> float:
         """mAP before the search, above 0.

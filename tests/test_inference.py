@@ -72,6 +72,51 @@ def test_results_are_those_of_an_evaluation(root, tmp_path):
     assert [entry["id"] for entry in read(tmp_path / "again" / "images.json")["images"]] == [listed["3.jpg"]]
 
 
+@pytest.mark.parametrize("boxes", ["upright", "as stored"])
+def test_photos_on_their_side_are_read_alike_in_evaluation_and_inference(root, tmp_path, boxes):
+    """Wide pictures stored with EXIF orientation 6; boxes count in the picture upright, or in the stored pixels."""
+    shutil.copytree(root, tmp_path / "coco")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = [entry["file_name"] for entry in read(annotation_path(root, "val2017"))["images"] if entry["width"] == 80]
+    plain = tmp_path / "plain"
+    shutil.copytree(root, plain)
+    for name in wide:
+        picture = Image.open(root / "val2017" / name)
+        picture.save(plain / "val2017" / name, "PNG")  # without the loss of another JPEG
+        stored = picture.transpose(Image.Transpose.ROTATE_90) if boxes == "upright" else picture
+        stored.save(tmp_path / "coco" / "val2017" / name, "PNG", exif=exif)
+    wanted = evaluated(plain, tmp_path / "wanted", "dense.pth")
+    assert evaluated(tmp_path / "coco", tmp_path / "eval", "dense.pth") == wanted
+    names = annotation_path(tmp_path / "coco", "val2017")
+    words = (tmp_path / "coco" / "val2017", "--batch_size 2 --resume", root / "dense.pth")
+    detect(tmp_path / "out", *words, "--names", names)
+    assert read(tmp_path / "out" / "results.json") == wanted
+    sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in read(names)["images"]}
+    assert sizes == {e["id"]: (e["width"], e["height"]) for e in read(tmp_path / "out" / "images.json")["images"]}
+    # No list says how boxes count in it: as people see it.
+    detect(tmp_path / "unlisted", *words)
+    sides = [(e["width"], e["height"]) for e in read(tmp_path / "unlisted" / "images.json")["images"]]
+    assert sides.count((80, 64) if boxes == "upright" else (64, 80)) == len(wide) > 0
+    assert f"by their EXIF orientation: {len(wide)}\n" in (tmp_path / "unlisted" / "run.log").read_text()
+
+
+def test_names_need_no_annotations_and_listed_sizes_are_compared(root, tmp_path):
+    tables = read(annotation_path(root, "val2017"))
+    del tables["annotations"]
+    tables["images"][0].update(width=128, height=128)
+    (tmp_path / "image_info.json").write_text(json.dumps(tables))
+    (tmp_path / "notes.txt").write_text("")
+    shutil.copytree(root / "val2017", tmp_path / "photos")
+    (tmp_path / "photos" / "notes.txt").write_text("")
+    detect(tmp_path / "out", tmp_path / "photos", "--batch_size 2 --resume", root / "dense.pth", "--names",
+           tmp_path / "image_info.json")  # fmt: skip
+    assert read(tmp_path / "out" / "results.json") == evaluated(root, tmp_path / "eval", "dense.pth")
+    log = (tmp_path / "out" / "run.log").read_text()
+    assert f"{tmp_path}/image_info.json: 1 of 7 images read are of another size than listed" in log
+    assert "left out 1 file (.txt: 1), whose names are not those of images" in log
+
+
 def test_two_detectors_are_drawn_side_by_side_with_what_they_cost(root, tmp_path):
     detect(tmp_path / "out", root / "val2017", "--batch_size 2 --compare", root / "dense.pth", root / "pruned.pth",
            "--names", annotation_path(root, "val2017"))  # fmt: skip

@@ -3,78 +3,76 @@
 from __future__ import annotations
 
 import glob
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from datasets.coco import load_annotations, read_image
+from datasets.annotations import load_annotations
+from datasets.decode import HALF_TURNS, DecodedImage, image_suffixes, read_listed, read_upright
 from util.errors import UserError
 
-# What is taken out of a folder or a glob; a file that is named itself is tried whatever its name.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-WORD_LEVELS = 257  # 65535 / 255: from 16 bits to 8
 
-
-def find_images(words: Sequence[str]) -> list[Path]:
+def find_images(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """Image files for what was typed, each once: in the order of `words`, those of a folder or a glob sorted.
 
-    A folder gives the images that lie in it, not those in folders below it; `**` in a glob reaches these.
+    A folder gives the images that lie in it, not those in folders below it; `**` in a glob reaches these. A file that
+    is named itself is an image whatever its name.
+
+    Returns:
+        The images, and the files of folders and globs that do not have the name of an image.
 
     Raises:
         UserError: a word is no file, no folder with images and no glob that finds some.
     """
     found: dict[Path, Path] = {}
+    others: dict[Path, Path] = {}
     for word in words:
-        for path in _files_of(word):
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
+        images, left_out = _files_of(word)
+        for paths, into in ((images, found), (left_out, others)):
+            for path in paths:
+                into.setdefault(path.resolve(), path)
+    return list(found.values()), [path for real, path in others.items() if real not in found]
 
 
-def _files_of(word: str) -> list[Path]:
+def _files_of(word: str) -> tuple[list[Path], list[Path]]:
+    """Images that a word names, and what is left out of a folder or a glob, hidden files aside."""
     path = Path(word)
     if path.is_file():
-        return [path]
+        return [path], []
     if path.is_dir():
         files, where = path.iterdir(), "in the folder"
     elif glob.has_magic(word):
         files, where = map(Path, glob.glob(word, recursive=True)), "by the glob"
     else:
         raise UserError(f"{word}: found no such file or folder, expected an image, a folder of images or a glob")
-    images = sorted(file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
+    found = sorted(file for file in files if file.is_file())
+    images = [file for file in found if file.suffix.lower() in image_suffixes()]
+    others = [file for file in found if file.suffix.lower() not in image_suffixes() and not file.name.startswith(".")]
     if not images:
-        raise UserError(f"{word}: found no images {where}, expected some ({', '.join(SUFFIXES)})")
-    return images
+        but = f" but {count_suffixes(others)}" if others else ""
+        raise UserError(f"{word}: found no images {where}{but}, expected some ({', '.join(image_suffixes())})")
+    return images, others
 
 
-def read_upright(path: Path) -> Tensor:
-    """Decode an image of any mode as people see it: RGB, uint8 3 x H x W.
-
-    It is turned as its EXIF orientation says, transparent parts are white, 16 bits are brought to 8, and of a moving
-    picture the first frame is taken.
-
-    Raises:
-        UserError: the file cannot be read as an image.
-    """
-    return read_image(path, _upright_rgb)
+def count_suffixes(paths: Sequence[Path]) -> str:
+    """`3 files (.heic: 2, .txt: 1)`."""
+    counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
+    files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
+    return f"{files} ({', '.join(f'{suffix}: {count}' for suffix, count in counts.most_common())})"
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("found pixels in floating point, expected 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / WORD_LEVELS).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+@dataclass(frozen=True)
+class ListedImage:
+    """What an annotation file says of an image: its id; width and height, None where they are not listed."""
+
+    id: int
+    size_wh: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -86,19 +84,32 @@ class Sample:
         picture: RGB, uint8 3 x H x W; None if it cannot be read.
         inputs: what a detector takes, 3 x h x w float32; None if there is none.
         problem: one sentence where there are no inputs.
+        orientation: EXIF orientation of the file, 1 to 8.
     """
 
     place: int
     picture: Tensor | None = None
     inputs: Tensor | None = None
     problem: str | None = None
+    orientation: int = 1
 
 
 class ImageFiles(Dataset):
-    """Image files as `Sample`s; one that is damaged is a sample, too, so that the others go on."""
+    """Image files as `Sample`s; a damaged one is a sample, too, so that it does not stop the others.
 
-    def __init__(self, paths: Sequence[Path], transforms: Callable[[tv_tensors.Image], Tensor]) -> None:
-        self.paths, self.transforms = paths, transforms
+    Args:
+        paths: the files.
+        transforms: from a uint8 image to what a detector takes.
+        listed: what an annotation file has of each, None where it does not list it: see `datasets.decode`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        transforms: Callable[[tv_tensors.Image], Tensor],
+        listed: Sequence[ListedImage | None],
+    ) -> None:
+        self.paths, self.transforms, self.listed = paths, transforms, listed
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -106,16 +117,58 @@ class ImageFiles(Dataset):
     def __getitem__(self, place: int) -> Sample:
         path = self.paths[place]
         try:
-            picture = read_upright(path)
+            image = self._read(place)
         except UserError as error:
             return Sample(place, problem=str(error))
+        picture = image.pixels
         height, width = picture.shape[1:]
         try:
             inputs = self.transforms(tv_tensors.Image(picture)).as_subclass(Tensor)
         except (RuntimeError, ValueError):
             problem = f"{path} of {width} x {height} pixels is too narrow to be scaled, expected a larger one"
             return Sample(place, problem=problem)
-        return Sample(place, picture, inputs)
+        return Sample(place, picture, inputs, orientation=image.orientation)
+
+    def _read(self, place: int) -> DecodedImage:
+        path, listed = self.paths[place], self.listed[place]
+        return read_upright(path) if listed is None else read_listed(path, listed.size_wh)
+
+
+class ReadingNotes:
+    """What a user should know of how images were read: turned ones, and listed ones of another size.
+
+    Attributes:
+        turned: unlisted images that were turned by their EXIF orientation.
+        hidden_turns: those of them whose width and height are the same as before.
+        other_sizes: by path, width and height of listed images of another size than listed, and the listed ones.
+    """
+
+    def __init__(self) -> None:
+        self.turned = self.hidden_turns = self.listed = 0
+        self.other_sizes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+
+    def add(self, path: Path, sample: Sample, listed: ListedImage | None) -> None:
+        """Count in an image that could be read."""
+        height, width = sample.picture.shape[1:]
+        if listed is None:
+            self.turned += sample.orientation != 1
+            self.hidden_turns += sample.orientation in HALF_TURNS or (sample.orientation != 1 and height == width)
+        elif listed.size_wh is not None:
+            self.listed += 1
+            if listed.size_wh != (width, height):
+                self.other_sizes[str(path)] = ((width, height), listed.size_wh)
+
+    def turns(self) -> str | None:
+        """A sentence about turned images, None where there are none."""
+        if not self.turned:
+            return None
+        sentence = f"images turned upright by their EXIF orientation: {self.turned}"
+        if self.hidden_turns:
+            sentence += (
+                f"; with the same width and height as before: {self.hidden_turns}, which commands that read images "
+                "by an annotation file leave as stored"
+            )
+        return sentence
 
 
 def picture_names(paths: Sequence[Path], suffix: str) -> list[str]:
@@ -132,21 +185,29 @@ def picture_names(paths: Sequence[Path], suffix: str) -> list[str]:
     return names
 
 
-def image_ids_of(paths: Sequence[Path], annotation_file: str | Path) -> list[int] | None:
-    """The ids that an annotation file gives to these images; None unless it tells a different one for each.
+def listed_images(paths: Sequence[Path], annotation_file: str | Path) -> list[ListedImage | None]:
+    """What an annotation file says of these images; None for one that it does not list, or not apart from another.
 
-    The longest end of a path that is a `file_name` of the file counts: `b/1.jpg` before `1.jpg` for `a/b/1.jpg`.
+    The longest end of a path that is a `file_name` of the file counts: `b/1.jpg` before `1.jpg` for `a/b/1.jpg`. Names
+    that differ only by Unicode normal form are the same.
 
     Raises:
         UserError: the file cannot be read.
     """
-    images = load_annotations(annotation_file).dataset["images"]
-    times = Counter(image["file_name"] for image in images)
-    ids = {image["file_name"]: image["id"] for image in images if times[image["file_name"]] == 1}
-    found = [_id_of(path, ids) for path in paths]
-    return None if None in found or len(set(found)) < len(found) else found
+    content = load_annotations(annotation_file, needs_boxes=False)
+    names = [unicodedata.normalize("NFC", name) for name in content.file_names]
+    times = Counter(names)
+    indices = {name: index for index, name in enumerate(names) if times[name] == 1}
+    found = [_index_of(path, indices) for path in paths]
+    uses = Counter(found)
+    return [
+        None
+        if index is None or uses[index] > 1
+        else ListedImage(int(content.image_ids[index]), content.listed_size_wh(index))
+        for index in found
+    ]
 
 
-def _id_of(path: Path, ids: Mapping[str, int]) -> int | None:
-    ends = ["/".join(path.parts[start:]) for start in range(len(path.parts))]
-    return next((ids[end] for end in (str(path), *ends) if end in ids), None)
+def _index_of(path: Path, indices: Mapping[str, int]) -> int | None:
+    ends: Iterable[str] = (str(path), *("/".join(path.parts[start:]) for start in range(len(path.parts))))
+    return next((indices[end] for end in (unicodedata.normalize("NFC", end) for end in ends) if end in indices), None)

@@ -13,6 +13,7 @@ from util import distributed
 from util.colour import paint
 
 LOGGER_NAME = "dn_detr_pruning"
+Notice = tuple[int, str]  # level of logging, and a sentence about the data of a run
 HEADING = re.compile(r"^.+(?=\n-+(  -+)*$)", re.MULTILINE)  # the line above a table's rule
 
 
@@ -58,8 +59,18 @@ def get_logger() -> logging.Logger:
     return logger
 
 
-def log_to_file(path: str | Path) -> logging.Handler | None:
-    """Append the log to `path` too, with times; returns the handler (None in all processes but the first)."""
+def show(notices: Iterable[Notice]) -> None:
+    """Log notices, which all processes may have, in the first one."""
+    if distributed.is_main():
+        for level, text in notices:
+            get_logger().log(level, "%s", text)
+
+
+def log_to_file(path: str | Path, shown: Iterable[Notice] = ()) -> logging.Handler | None:
+    """Append the log to `path` too, with times; returns the handler (None in all processes but the first).
+
+    `shown` are notices that were logged before there was a file.
+    """
     if not distributed.is_main():
         return None
     path = Path(path)
@@ -67,6 +78,8 @@ def log_to_file(path: str | Path) -> logging.Handler | None:
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     get_logger().addHandler(handler)
+    for level, text in shown:
+        handler.handle(logging.LogRecord(LOGGER_NAME, level, "", 0, text, None, None))
     return handler
 
 

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import engine
-from datasets.coco import category_names
+from datasets.annotations import category_names
 from datasets.coco_eval import to_detections
+from datasets.sizes import size_warning
 from datasets.transforms import eval_transforms
 from models.post_process import PostProcess
 from pruning.cost import count_parameters
@@ -27,7 +28,16 @@ from util.checkpoint import read_checkpoint
 from util.draw import draw_detections, scale_to_read, write_grid, write_picture
 from util.errors import UserError
 from util.files import write_json
-from util.image_files import ImageFiles, Sample, find_images, image_ids_of, picture_names
+from util.image_files import (
+    ImageFiles,
+    ListedImage,
+    ReadingNotes,
+    Sample,
+    count_suffixes,
+    find_images,
+    listed_images,
+    picture_names,
+)
 from util.logging import bar_off, get_logger, table
 from util.setup import arguments_for, build_detector
 from util.timing import milliseconds_per_image
@@ -103,16 +113,21 @@ class Prediction:
     ) -> None:
         self.args, self.device, self.output_dir = args, device, output_dir
         self.log = get_logger()
-        self.paths = find_images(args.inputs)[: args.max_images]
+        paths, self.left_out = find_images(args.inputs)
+        self.paths = paths[: args.max_images]
         self.pictures = picture_names(self.paths, ".jpg")
         folder = (output_dir / PICTURES).resolve()
         for path in self.paths:
             if path.resolve().parent == folder:
                 raise UserError(f"{path}: found an input where pictures go, expected another --output_dir")
-        names = {} if args.names is None else category_names(args.names)
-        listed = None if args.names is None else image_ids_of(self.paths, args.names)
-        self.are_places = listed is None
-        self.image_ids: Sequence[int] = listed or range(1, len(self.paths) + 1)
+        names = {} if args.names is None else category_names(args.names, needs_boxes=False)
+        self.listed: list[ListedImage | None] = [None] * len(self.paths)
+        if args.names is not None:
+            self.listed = listed_images(self.paths, args.names)
+        self.are_places = None in self.listed
+        self.image_ids: Sequence[int] = range(1, len(self.paths) + 1)
+        if not self.are_places:
+            self.image_ids = [image.id for image in self.listed]
         sources = {"detector": args.resume} if args.compare is None else dict(zip(COMPARED, args.compare, strict=True))
         self.detectors = [load_detector(title, path, args, typed, device) for title, path in sources.items()]
         sizes = sorted({detector.image_size for detector in self.detectors})
@@ -120,7 +135,8 @@ class Prediction:
             raise UserError(
                 f"--compare: found detectors for the image sizes {sizes}, expected one --image_size for both"
             )
-        self.dataset = ImageFiles(self.paths, eval_transforms(sizes[0]))
+        self.dataset = ImageFiles(self.paths, eval_transforms(sizes[0]), self.listed)
+        self.notes = ReadingNotes()
         self.names = names or next((d.names for d in self.detectors if d.names), {})
 
     def run(self) -> None:
@@ -134,6 +150,8 @@ class Prediction:
                 "--names %s does not tell an id for each of these images: their ids are their places, from 1",
                 self.args.names,
             )
+        if self.left_out:
+            self.log.info("left out %s, whose names are not those of images", count_suffixes(self.left_out))
         captions = [""]
         if self.args.compare is not None:
             captions = self._compare_costs()
@@ -142,12 +160,17 @@ class Prediction:
             for batch in self._batches():
                 results = [self._detect(detector, batch) for detector in self.detectors]
                 for sample, *found in zip(batch, *results, strict=True):
+                    self.notes.add(self.paths[sample.place], sample, self.listed[sample.place])
                     self._draw(sample, found, captions)
                     shown.append(self._entry(sample))
                 bar.update(len(batch))
         if not shown:
             raise UserError(f"found no image that can be read among {len(self.paths)}, expected at least one")
         self._write(shown)
+        if turns := self.notes.turns():
+            self.log.info("%s", turns)
+        if self.notes.other_sizes:
+            self.log.warning("%s", size_warning(self.args.names, self.notes.other_sizes, self.notes.listed))
 
     def _batches(self) -> Iterator[list[Sample]]:
         """Batches of images that can be used; the others are named."""

@@ -5,7 +5,8 @@ from collections.abc import Collection
 
 import torch
 
-from datasets.coco import category_names, split_of
+from datasets.annotations import category_names
+from datasets.coco import split_of
 from models import build_model
 from models.criterion import Criterion
 from models.detector import Detector

@@ -5,7 +5,6 @@ import json
 import math
 import statistics
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import engine
+from datasets.boxes import measured_box_notices, require_training_boxes, training_box_notices
 from datasets.coco import build_dataset, build_loader, split_of
-from datasets.coco_eval import GroundTruth, ap_by_category
+from datasets.coco_eval import STAT_NAMES, GroundTruth, ap_by_category, shown
+from datasets.sizes import header_notices, size_notices
 from pruning.cost import cost_of
 from util import distributed
 from util.arguments import full_widths
@@ -26,7 +27,7 @@ from util.checkpoint import Checkpoint, save_checkpoint
 from util.environment import record_run
 from util.errors import NonFiniteLossError
 from util.files import append_json_line, copy_file, free_name, move_aside, write_atomic, write_json
-from util.logging import get_logger, table
+from util.logging import Notice, get_logger, show, table
 from util.report import REPORT_NAME, write_report
 from util.report.samples import Samples
 from util.report.training import EPOCH_COLUMNS, epoch_rows
@@ -36,7 +37,11 @@ from util.training_state import TrainingState, resume_changes
 
 
 class Run:
-    """One training or evaluation run: the detector, its data, and the folder that keeps what comes of it."""
+    """One training or evaluation run: the detector, its data, and the folder that keeps what comes of it.
+
+    Attributes:
+        notices: what was logged about the data before there was a log file.
+    """
 
     def __init__(self, args: argparse.Namespace, detector: tuple, device: torch.device, output_dir: Path) -> None:
         model, self.criterion, postprocessors = detector
@@ -52,6 +57,8 @@ class Run:
         }
         self.ground_truth = GroundTruth(split_of(args, "val2017").annotation_file)
         dataset = build_dataset("val2017", args, augment=False)
+        self.notices: list[Notice] = []
+        self._notice([*measured_box_notices(dataset.annotation_file), *header_notices(dataset)])
         self.val_loader = build_loader(dataset, args.batch_size, shuffle=False, **self.loader_options)
         self.log = get_logger()
         self.board = Board(output_dir, args.tensorboard and not args.eval)
@@ -60,6 +67,8 @@ class Run:
         """Training data, optimizer, and the state of an unfinished training run if it goes on."""
         args = self.args
         dataset = build_dataset("train2017", args, augment=True)
+        require_training_boxes(dataset.annotation_file)
+        self._notice([*training_box_notices(dataset.annotation_file), *header_notices(dataset)])
         self.train_loader = build_loader(dataset, args.batch_size, shuffle=True, **self.loader_options)
         self.wrapped = self.model
         if distributed.is_distributed():
@@ -76,6 +85,10 @@ class Run:
         if continuing:
             self.state.load(checkpoint.training, self.state.best_model.state_dict(), str(checkpoint.path))
             self.changes = resume_changes(checkpoint, args, self.state)
+
+    def _notice(self, notices: list[Notice]) -> None:
+        show(notices)
+        self.notices += notices
 
     def costs(self) -> dict[str, int | float]:
         """Parameters, and GMACs of the transformer for an image of the first one's size."""
@@ -100,6 +113,7 @@ class Run:
             criterion=self.criterion,
             amp=self.args.amp,
         )
+        show(size_notices(self.val_loader))
         if self.args.save_results and distributed.is_main():
             write_json(self.output_dir / "results.json", engine.to_coco_results(result.detections), indent=None)
         return result
@@ -112,7 +126,8 @@ class Run:
         figures = {**result.stats, **self.costs()}
         categories = self._by_category(result)
         self.log.info("%s", _category_table(categories))
-        self.log.info("%s", table(["val2017", ""], figures.items()))
+        rows = [(name, shown(value) if name in STAT_NAMES else value) for name, value in figures.items()]
+        self.log.info("%s", table(["val2017", ""], rows))
         if distributed.is_main():
             content = {**figures, "widths": self.model.widths.to_list(), "categories": categories}
             write_json(self.output_dir / "eval.json", content)
@@ -120,7 +135,7 @@ class Run:
 
     def _by_category(self, result: engine.EvalResult) -> list[dict[str, Any]]:
         """Id, name, boxes (crowds left out), AP and AP50 of each category; -1 where there are no boxes."""
-        boxes = Counter(item["category_id"] for item in self.ground_truth.annotations if not item["iscrowd"])
+        boxes = self.ground_truth.boxes_by_category()
         found = ap_by_category(self.ground_truth, result.detections, result.image_ids)
         nothing = {"AP": -1.0, "AP50": -1.0}
         return [
@@ -188,6 +203,7 @@ class Run:
             on_batch=on_batch,
         )
         seconds = round(time.perf_counter() - start, 3)
+        show(size_notices(self.train_loader))
         named = {f"train_{name}": value for name, value in losses.items()}
         lr, lr_backbone = (statistics.mean(group) for group in zip(*rates, strict=True))
         return {"lr": lr, "lr_backbone": lr_backbone, **named, "train_seconds": seconds}
@@ -200,8 +216,9 @@ class Run:
         """Checkpoint, best checkpoint, a line of log.txt; training can go on from here."""
         state = self.state
         ap = line.get("test_AP")
-        is_best = ap is not None and ap > state.best_ap
-        if is_best:
+        # Where AP cannot be measured, the last epoch counts as the best.
+        is_best = ap is not None and (ap == -1 or ap > state.best_ap)
+        if is_best and ap != -1:
             state.best_ap = ap
         training = state.state_dict()
         distributed.on_main(lambda: self._write_epoch(line, training, is_best))
@@ -222,8 +239,7 @@ class Run:
             save_checkpoint(self.output_dir / "checkpoint_best.pth", **content)
         append_json_line(self.output_dir / "log.txt", line)
         save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
-        ap = line.get("test_AP")
-        found = "not evaluated" if ap is None else f"AP {ap:.4f}{' (best)' if is_best else ''}"
+        found = _shown_ap(line.get("test_AP"), is_best)
         seconds = line["train_seconds"] + line.get("test_seconds", 0)
         self.log.info("epoch %d: loss %.4f, %s, %.1f s", line["epoch"], line["train_loss"], found, seconds)
         write_report(self.output_dir, "training", self.samples)
@@ -246,20 +262,29 @@ class Run:
             self.log.info("%s held an older run; its files are now %s", self.output_dir, names)
 
 
+def _shown_ap(ap: float | None, is_best: bool) -> str:
+    """The AP of an epoch in the log; None if it was not evaluated."""
+    if ap is None:
+        return "not evaluated"
+    if ap == -1:
+        return "AP not measurable"
+    return f"AP {ap:.4f}{' (best)' if is_best else ''}"
+
+
 def _epoch_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """An epoch's figures by the names that TensorBoard groups them by."""
+    """An epoch's figures by the names that TensorBoard groups them by; those that cannot be measured are left out."""
     groups = {"train_": "epoch/", "test_": "val/"}
     scalars = {"epoch/lr": line["lr"], "epoch/lr_backbone": line["lr_backbone"]}
     for name, value in line.items():
         for prefix, group in groups.items():
-            if name.startswith(prefix):
+            if name.startswith(prefix) and value != -1:
                 scalars[group + name.removeprefix(prefix)] = value
     return scalars
 
 
 def _category_table(categories: list[dict[str, Any]]) -> str:
     """Table of the categories that have boxes; the others are counted."""
-    rows = [[c["name"], c["id"], c["boxes"], c["AP"], c["AP50"]] for c in categories if c["boxes"]]
+    rows = [[c["name"], c["id"], c["boxes"], shown(c["AP"]), shown(c["AP50"])] for c in categories if c["boxes"]]
     without = len(categories) - len(rows)
     left_out = f"\n(and {without} categories without boxes)" if without else ""
     return table(["category", "id", "boxes", "AP", "AP50"], rows) + left_out

@@ -31,7 +31,7 @@ class TrainingState:
         epoch: epochs done.
         batches: batches done, of one process.
         warmup_epochs: the warm-up's length. A resumed run keeps it, though its epochs may have other numbers of steps.
-        best_ap: best AP so far; minus infinity before the first, for AP is -1 where val2017 has no boxes.
+        best_ap: best AP so far; minus infinity before the first, and where val2017 has no boxes to measure it on.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """The check of a data set names every fault that was put into one, with counts, and what a run makes of them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,8 +96,10 @@ EDITS = {
             [60, 60, 9, 4], [-1, 3, 5, 5], [1, -3, 5, 5], [1, 60, 5, 5], [1, 0, 63.1, 5],
             [64, 0, 3, 3], [0, -9, 3, 9], [-5, -5, 2, 2],
             [1, 2, 0, 5], [1, 2, 5, -1], [99, 99, 0, 0],
+            [0.1, 0.2, 0.9, 0.8], [5, 5, 0.5, 9], [63.5, 5, 9, 9], [0, 0, 1, 1],
         ),
-        {"boxes partly outside": 5, "boxes wholly outside": 3, "boxes without area": 3}, False,
+        {"boxes partly outside": 5, "boxes wholly outside": 3, "boxes without area": 3, "boxes below a pixel": 4},
+        False,
     ),
     "duplicate annotations": (repeat_boxes, {"duplicate annotations": 3}, False),
     "repeated ids": (lambda tables: tables["annotations"][1].update(id=1), {"duplicate annotation ids": 1}, False),
@@ -189,6 +192,38 @@ def test_broken_files_are_named_and_all_others_read(workers, root, tmp_path, cap
     assert kinds["images of another size than stated"] == (1, ["3.jpg is 9 x 9, stated 80 x 64"])
     assert totals(found["splits"][1]).keys() == USUAL
     assert "0.jpg cannot be read as an image" in capsys.readouterr().out
+
+
+def test_images_with_an_exif_orientation_are_counted_by_how_they_are_read(root, tmp_path, capsys):
+    exif = Image.Exif()
+    for number, orientation in enumerate((6, 6, 3, 1)):
+        exif[0x0112] = orientation
+        Image.new("RGB", (64, 80)).save(root / SPLIT / f"{number}.jpg", exif=exif)
+
+    def edit(tables):
+        for image, size in zip(tables["images"], ((80, 64), (64, 80), (64, 80), (64, 80)), strict=True):
+            image.update(width=size[0], height=size[1])
+
+    change(root, edit)
+    code, found = checked(root, tmp_path)
+    kinds = totals(found["splits"][0])
+    assert code == 0 and kinds["images with an EXIF orientation, listed upright"] == (1, ["0.jpg, orientation 6"])
+    assert kinds["images with an EXIF orientation, listed as stored"] == (
+        2, ["1.jpg, orientation 6", "2.jpg, orientation 3"])  # fmt: skip
+    assert "images of another size than stated" not in kinds
+    said = capsys.readouterr().out
+    assert "turns them upright" in said and "reads them as stored" in said
+
+
+def test_a_name_in_another_unicode_normal_form_is_told_from_a_missing_one(root, tmp_path, capsys):
+    composed, decomposed = "caf\u00e9.jpg", "cafe\u0301.jpg"
+    (root / SPLIT / "0.jpg").rename(root / SPLIT / decomposed)
+    change(root, lambda tables: tables["images"][0].update(file_name=composed))
+    said = r"'caf\xe9.jpg'; {} 'cafe\u0301.jpg', the same name in another Unicode normal form"
+    code, found = checked(root, tmp_path)
+    assert code == 1 and totals(found["splits"][0])["missing image files"] == (1, [said.format("the folder has")])
+    with pytest.raises(UserError, match=re.escape(f"first {said.format('it has')}")):
+        CocoDataset(image_folder(root, SPLIT), annotation_path(root, SPLIT), eval_transforms(64))
 
 
 def test_categories_of_two_splits_are_compared(root, tmp_path, capsys):

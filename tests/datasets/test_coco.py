@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.annotations import category_names
 from datasets.coco import (
     CocoDataset,
     _pack,
@@ -15,11 +16,10 @@ from datasets.coco import (
     annotation_path,
     build_dataset,
     build_loader,
-    category_names,
     collate,
     image_folder,
-    read_image,
 )
+from datasets.decode import read_upright
 from datasets.transforms import eval_transforms
 from util.errors import UserError
 from util.options import DATA_OPTIONS
@@ -223,21 +223,6 @@ def test_a_workers_error_is_told_whole_even_if_a_file_name_has_a_line_end(folder
     assert told[0] == told[1] and str(image_folder(folder, SPLIT)) in told[1]
 
 
-def test_other_formats_are_read_as_rgb(tmp_path):
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    for name, image in (
-        ("grey.jpg", Image.fromarray(grey)),
-        ("palette.png", Image.fromarray(grey).convert("P")),
-        ("deep.png", Image.fromarray(grey.astype(np.uint16))),
-        ("inks.jpg", Image.fromarray(grey).convert("CMYK")),
-        ("alpha.png", Image.fromarray(grey).convert("RGBA")),
-        ("bitmap.bmp", Image.fromarray(grey)),
-    ):
-        image.save(tmp_path / name)
-        decoded = read_image(tmp_path / name)
-        assert decoded.shape == (3, 8, 8) and decoded.dtype == torch.uint8, name
-
-
 def test_missing_files_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"--coco_path .*nowhere is no folder"):
         build_dataset(SPLIT, options(tmp_path / "nowhere"), augment=False)
@@ -319,7 +304,7 @@ def test_damaged_and_thin_images_are_named(folder, tmp_path):
     for length in (20, 40, len(whole) // 2):
         (tmp_path / "cut.png").write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"cut\.png cannot be read as an image: \w"):
-            read_image(tmp_path / "cut.png")
+            read_upright(tmp_path / "cut.png")
     Image.new("RGB", (4000, 1)).save(image_folder(folder, SPLIT) / "a.jpg")
     for augment in (False, True):
         with pytest.raises(UserError, match=r"a\.jpg of 4000 x 1 pixels cannot be scaled"):

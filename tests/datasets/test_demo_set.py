@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from datasets import demo
-from datasets.coco import category_names
+from datasets.annotations import category_names
 from datasets.shapes import CATEGORIES, COSINES, DIRECTIONS, SAMPLES, coverage, erode, shape_grid
 from util.errors import UserError
 

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets.coco import CocoDataset, annotation_path, category_names, image_folder, read_image
+from datasets.annotations import category_names
+from datasets.coco import CocoDataset, annotation_path, image_folder
+from datasets.decode import read_upright
 from datasets.transforms import eval_transforms
 from models.widths import LARGEST_FILE, Widths
 from pruning.journal import Decision, Journal, Trial, read_events
@@ -224,7 +226,7 @@ PICTURES = [
 @given(st.sampled_from(PICTURES).flatmap(damaged_bytes))
 def test_damaged_pictures(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
-    image = value_or_sentence(lambda: read_image(tmp_path / "a.jpg"))
+    image = value_or_sentence(lambda: read_upright(tmp_path / "a.jpg").pixels)
     if image is not None:
         assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.numel() < 10**9
 
@@ -234,7 +236,7 @@ def test_damaged_pictures(tmp_path, content):
 )
 def test_files_that_are_no_pictures(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
-    assert value_or_sentence(lambda: read_image(tmp_path / "a.jpg")) is None
+    assert value_or_sentence(lambda: read_upright(tmp_path / "a.jpg")) is None
 
 
 def test_a_picture_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(tmp_path):
@@ -246,7 +248,7 @@ def test_a_picture_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(tm
         content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     (tmp_path / "bomb.png").write_bytes(content)
     with pytest.raises(UserError, match=r"bomb\.png cannot be read as an image: .*pixels"):
-        read_image(tmp_path / "bomb.png")
+        read_upright(tmp_path / "bomb.png")
 
 
 def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
@@ -255,11 +257,13 @@ def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
     Image.open(io.BytesIO(content))  # Pillow itself would read it
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError, match="cannot be read as an image"):
-        read_image(tmp_path / "a.jpg")
+        read_upright(tmp_path / "a.jpg")
 
 
 def test_sixteen_bits_of_grey_keep_their_range(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     for name in ("deep.png", "deep.tif"):
         Image.fromarray(ramp).save(tmp_path / name)
-        assert torch.equal(read_image(tmp_path / name)[1].flatten(), torch.arange(256, dtype=torch.uint8)), name
+        assert torch.equal(read_upright(tmp_path / name).pixels[1].flatten(), torch.arange(256, dtype=torch.uint8)), (
+            name
+        )

@@ -2,80 +2,30 @@
 
 import json
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+from datasets.transforms import eval_transforms
 from util.errors import UserError
-from util.image_files import find_images, image_ids_of, picture_names, read_upright
+from util.image_files import (
+    ImageFiles,
+    ListedImage,
+    ReadingNotes,
+    count_suffixes,
+    find_images,
+    listed_images,
+    picture_names,
+)
 
 
-@pytest.fixture
-def colours() -> Image.Image:
-    """A picture of 12 x 8 pixels in four colours, a different one in each corner."""
-    pixels = np.zeros((8, 12, 3), np.uint8)
-    pixels[:4, :6], pixels[:4, 6:], pixels[4:, :6], pixels[4:, 6:] = (200, 0, 0), (0, 100, 0), (0, 0, 250), (90, 90, 90)
-    return Image.fromarray(pixels)
-
-
-def as_tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def test_every_mode_is_read_as_people_see_it(colours, tmp_path):
-    expected = as_tensor(colours)
-    colours.quantize(4).save(tmp_path / "palette.png")
-    colours.convert("RGBA").save(tmp_path / "opaque.png")
-    colours.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", colours.size)])
-    for name in ("palette.png", "opaque.png", "moving.gif"):
-        assert (read_upright(tmp_path / name).int() - expected.int()).abs().max() <= 1, name
-    grey = colours.convert("L")
-    grey.save(tmp_path / "grey.png")
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    grey.convert("1").convert("L").convert("1").save(tmp_path / "bits.png")
-    for name in ("grey.png", "deep.png"):
-        assert torch.equal(read_upright(tmp_path / name), as_tensor(grey.convert("RGB"))), name
-    assert set(read_upright(tmp_path / "bits.png").unique().tolist()) <= {0, 255}
-
-
-def test_what_is_transparent_is_white(colours, tmp_path):
-    alpha = Image.new("L", colours.size, 255)
-    alpha.paste(0, (0, 0, 6, 4))
-    colours.putalpha(alpha)
-    colours.save(tmp_path / "a.png")
-    found = read_upright(tmp_path / "a.png")
-    assert (found[:, :4, :6] == 255).all() and found[:, 0, 11].tolist() == [0, 100, 0]
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright_whatever_their_exif_orientation(colours, tmp_path, orientation):
-    turned = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }  # fmt: skip
-    stored = colours.transpose(turned[orientation]) if orientation > 1 else colours
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "a.png", exif=exif)
-    assert torch.equal(read_upright(tmp_path / "a.png"), as_tensor(colours))
-
-
-def test_floating_point_pixels_are_refused(tmp_path):
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(UserError, match=r"a\.tif cannot be read as an image: found pixels in floating point"):
-        read_upright(tmp_path / "a.tif")
-
-
-def test_images_are_found_once_and_in_order(colours, tmp_path):
+def test_images_are_found_once_and_in_order(tmp_path):
     for name in ("b.png", "a.JPG", "below/c.png", "below/deep/d.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "notes.txt").write_text("")
 
     def found(*words: str) -> list[str]:
-        return [str(path.relative_to(tmp_path)) for path in find_images([f"{tmp_path}/{word}" for word in words])]
+        return [str(path.relative_to(tmp_path)) for path in find_images([f"{tmp_path}/{word}" for word in words])[0]]
 
     assert found("") == ["a.JPG", "b.png"]
     assert found("b.png", "", "below/../b.png") == ["b.png", "a.JPG"]
@@ -92,13 +42,65 @@ def test_pictures_have_names_of_their_own(tmp_path):
     assert len({name.lower() for name in names}) == len(paths)
 
 
-def test_ids_come_from_annotations_that_tell_each_image_apart(tmp_path):
-    def ids(*names: str):
-        return image_ids_of([tmp_path / name for name in names], tmp_path / "a.json")
+def test_what_is_left_out_of_folders_and_globs_is_counted(tmp_path):
+    for name in ("a.jpg", "b.JFIF", ".c.png", "d.heic", "e.HEIC", "notes", "f.txt", ".DS_Store", "below/g.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    words = [str(tmp_path / word) for word in ("", "f.txt", "a*")]
+    images, left_out = find_images(words)
+    assert [path.name for path in images] == [".c.png", "a.jpg", "b.JFIF", "f.txt"]
+    assert count_suffixes(left_out) == "3 files (.heic: 2, no suffix: 1)"
+    with pytest.raises(UserError, match=r"below: found no images in the folder but 1 file \(\.txt: 1\), expected some"):
+        find_images([str(tmp_path / "below")])
 
-    images = [{"id": 5, "file_name": "1.jpg"}, {"id": 6, "file_name": "b/1.jpg"}, {"id": 7, "file_name": "2.jpg"},
-              {"id": 8, "file_name": "2.jpg"}]  # fmt: skip
-    tables = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "one"}]}
-    (tmp_path / "a.json").write_text(json.dumps(tables))
-    assert ids("a/1.jpg", "b/1.jpg") == [5, 6]
-    assert ids("a/1.jpg", "c/1.jpg") is None and ids("2.jpg") is None and ids("1.jpg", "3.jpg") is None
+
+@pytest.fixture
+def listing(tmp_path):
+    """What an annotation file of those images, without a list of annotations, says of files in its folder."""
+
+    def listed(images: list[dict], *names: str) -> list[ListedImage | None]:
+        tables = {"images": images, "categories": [{"id": 1, "name": "one"}]}
+        (tmp_path / "a.json").write_text(json.dumps(tables))
+        return listed_images([tmp_path / name for name in names], tmp_path / "a.json")
+
+    return listed
+
+
+def test_listed_images_are_those_that_a_file_tells_apart(listing):
+    images = [{"id": 5, "file_name": "1.jpg", "width": 30, "height": 20},
+              {"id": 6, "file_name": "b/1.jpg", "width": 30},
+              {"id": 7, "file_name": "2.jpg"}, {"id": 8, "file_name": "2.jpg"}]  # fmt: skip
+    assert listing(images, "a/1.jpg", "b/1.jpg") == [ListedImage(5, (30, 20)), ListedImage(6, None)]
+    assert listing(images, "a/1.jpg", "c/1.jpg", "b/1.jpg") == [None, None, ListedImage(6, None)]
+    assert listing(images, "2.jpg") == [None]
+    assert listing(images, "1.jpg", "3.jpg") == [ListedImage(5, (30, 20)), None]
+
+
+def test_names_in_another_unicode_normal_form_are_the_same(listing):
+    composed, decomposed = "caf\u00e9.jpg", "cafe\u0301.jpg"
+    assert listing([{"id": 5, "file_name": composed}], decomposed) == [ListedImage(5, None)]
+    both = [{"id": 5, "file_name": composed}, {"id": 6, "file_name": decomposed}]
+    assert listing(both, decomposed) == [None]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("shape", [(12, 8), (8, 8)])
+def test_unlisted_images_are_read_upright_and_listed_ones_by_their_size(tmp_path, orientation, shape):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", shape).save(tmp_path / "a.png", exif=exif)
+    upright = shape[::-1] if orientation == 6 else shape
+    notes = {}
+    for title, size_wh in (("unlisted", None), ("stored", shape), ("upright", upright), ("other", (99, 99))):
+        listed = [None if title == "unlisted" else ListedImage(1, size_wh)]
+        sample = ImageFiles([tmp_path / "a.png"], eval_transforms(8), listed)[0]
+        height, width = sample.picture.shape[1:]
+        assert (width, height) == {"unlisted": upright, "upright": upright}.get(title, shape)
+        notes[title] = ReadingNotes()
+        notes[title].add(tmp_path / "a.png", sample, listed[0])
+    assert notes["other"].other_sizes == {str(tmp_path / "a.png"): (shape, (99, 99))}
+    assert not any(notes[title].other_sizes for title in ("unlisted", "stored", "upright"))
+    assert [title for title in notes if notes[title].turns()] == (["unlisted"] if orientation > 1 else [])
+    if orientation > 1:
+        is_hidden = orientation == 3 or shape == (8, 8)
+        assert ("same width and height as before: 1," in notes["unlisted"].turns()) == is_hidden

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from datasets.coco import CocoDataset, build_dataset, category_names, split_of
+from datasets.annotations import category_names
+from datasets.coco import CocoDataset, build_dataset, split_of
 from util.arguments import ARCHITECTURE, take_from_checkpoint
 from util.checkpoint import read_checkpoint
 from util.draw import draw_detections
@@ -93,7 +94,7 @@ class Samples:
 
 def _choose(dataset: CocoDataset) -> list[int]:
     """Indices of a few images, spread over those with some objects (over all where there are none such)."""
-    counts = [sum(not item["iscrowd"] for item in dataset.coco.imgToAnns[image_id]) for image_id in dataset.ids]
+    counts = dataset.annotations.object_counts().tolist()
     found = [index for index, count in enumerate(counts) if count in OBJECTS] or list(range(len(counts)))
     return found[:: max(1, len(found) // IMAGES)][:IMAGES]
 

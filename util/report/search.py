@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets.coco import load_annotations, split_of
+from datasets.annotations import load_annotations
+from datasets.coco import split_of
 from models.widths import Widths
 from pruning.cost import Cost
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
@@ -235,7 +236,7 @@ def _count_images(folder: RunFolder) -> int | None:
     """How many images an older search looked at: the whole split or its first ones."""
     args = folder.args
     try:
-        there = len(load_annotations(split_of(args, args.search_split).annotation_file).imgs)
+        there = len(load_annotations(split_of(args, args.search_split).annotation_file).image_ids)
     except UserError:
         return None if args.search_images == "all" else args.search_images
     return there if args.search_images in (None, "all") else min(args.search_images, there)

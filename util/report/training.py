@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.coco_eval import STAT_NAMES
+from datasets.coco_eval import STAT_NAMES, shown
 from models.widths import Widths
 from util.arguments import full_widths
 from util.checkpoint import read_checkpoint
@@ -31,7 +31,12 @@ EPOCH_COLUMNS = ("epoch", "lr", "train_loss", "test_loss", "test_AP", "test_AP50
 
 def epoch_rows(epochs: Sequence[Mapping[str, Any]]) -> list[list[object]]:
     """A row of `EPOCH_COLUMNS` for each line of log.txt."""
-    return [[f"{line['lr']:.1e}" if name == "lr" else line.get(name, "") for name in EPOCH_COLUMNS] for line in epochs]
+
+    def cell(line: Mapping[str, Any], name: str) -> object:
+        value = line.get(name, "")
+        return f"{value:.1e}" if name == "lr" else shown(value) if name in ("test_AP", "test_AP50") else value
+
+    return [[cell(line, name) for name in EPOCH_COLUMNS] for line in epochs]
 
 
 def training_page(path: Path, samples: Samples) -> str:
@@ -47,7 +52,7 @@ def training_page(path: Path, samples: Samples) -> str:
     args = folder.args
     full = full_widths(args)
     widths = full if args.cfgs is None else Widths.parse(args.cfgs)
-    measured = [line for line in epochs if "test_AP" in line]
+    measured = [line for line in epochs if line.get("test_AP") not in (None, -1)]
     best = max(measured, key=lambda line: line["test_AP"], default=None)  # the first of equals, as the checkpoint
     start = folder.first_resume
     title = f"Training of {args.modelname}" if start is None else f"Fine-tuning of {Path(start).name}"
@@ -55,7 +60,7 @@ def training_page(path: Path, samples: Samples) -> str:
         title,
         _lead(folder, epochs, best),
         _curves(epochs, measured, best),
-        page.section(f"COCO figures on {SPLIT}", _coco_table(measured, best)),
+        page.section(f"COCO figures on {SPLIT}", _coco_table(measured, best, "test_AP" in epochs[-1])),
         page.section("Epochs", page.table(EPOCH_COLUMNS, epoch_rows(epochs))),
         _costs(folder, full, widths),
         samples.section(args, _detectors(folder, best)),
@@ -72,7 +77,7 @@ def _lead(folder: RunFolder, epochs: Sequence[Mapping[str, Any]], best: Mapping[
     figures = []
     if best is not None:
         figures.append(("best AP", best["test_AP"], f"epoch {best['epoch']}, on {SPLIT}"))
-    if "test_AP" in last:
+    if last.get("test_AP") not in (None, -1):
         figures.append(("last AP", last["test_AP"], f"epoch {last['epoch']}"))
     figures += [
         ("last training loss", last["train_loss"], f"epoch {last['epoch']}"),
@@ -94,7 +99,7 @@ def _curves(
     """Losses, AP with the best epoch, learning rates."""
 
     def points(key: str, scale: float = 1) -> list[tuple[int, float]]:
-        return [(line["epoch"], scale * line[key]) for line in epochs if line.get(key) is not None]
+        return [(line["epoch"], scale * line[key]) for line in epochs if line.get(key) not in (None, -1)]
 
     losses = {"training": points("train_loss"), SPLIT: points("test_loss")}
     items = [("Loss", charts.curves({name: found for name, found in losses.items() if found}, "loss"))]
@@ -106,13 +111,14 @@ def _curves(
     return page.section("Curves", page.plots(items))
 
 
-def _coco_table(measured: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None) -> str:
+def _coco_table(measured: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, is_evaluated: bool) -> str:
     """The twelve figures of the best epoch and of the last."""
     if best is None:
-        return page.paragraph("Not measured yet.", "faint")
+        said = f"Not measurable: {SPLIT} has no boxes." if is_evaluated else "Not measured yet."
+        return page.paragraph(said, "faint")
     columns = [(f"best, epoch {best['epoch']}", best), (f"last, epoch {measured[-1]['epoch']}", measured[-1])]
     columns = columns[:1] if best is measured[-1] else columns
-    rows = [(name, *(line.get(f"test_{name}") for _, line in columns)) for name in STAT_NAMES]
+    rows = [(name, *(shown(line.get(f"test_{name}")) for _, line in columns)) for name in STAT_NAMES]
     return page.table(("", *(caption for caption, _ in columns)), rows)
 
 
