@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from datasets.coco import Split, load_annotations
+from datasets.annotations import load_annotations
+from datasets.coco import Split
 
 HEAD_BYTES = 4096  # files of equal names and sizes are compared this far
 
@@ -30,7 +31,7 @@ def shared_images(split: Split, other: Split) -> list[str]:
 def _paths(split: Split) -> dict[str, str]:
     """Absolute path -> file name as the annotations have it; one look at the folder resolves its links."""
     folder = os.path.realpath(split.image_folder)
-    names = (image["file_name"] for image in load_annotations(split.annotation_file).dataset["images"])
+    names = load_annotations(split.annotation_file).file_names
     return {os.path.normpath(os.path.join(folder, name)): name for name in names}
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from datasets.annotations import read_annotations
+from datasets.annotations import load_annotations
 from util.errors import NonFiniteLossError, UserError, one_line, reason_of, run_cli, shorten
 
 HOSTILE = [
@@ -87,6 +87,6 @@ def test_annotations_that_quote_hostile_values_are_refused_in_one_short_line(tmp
     path = tmp_path / "a.json"
     path.write_text(json.dumps({**TABLES, table: [entry]}))
     with pytest.raises(UserError) as caught:
-        read_annotations(path)
+        load_annotations(path)
     told = str(caught.value).replace(str(path), "")
     assert len(told) < 300 and all(character.isprintable() for character in told)
