@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.tiny_run import options, tiny_options, write_self_annotated
 from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.options import parse
+from util.report.training import training_page
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,9 @@ def test_without_boxes_to_measure_ap_on_the_last_epoch_is_the_best(coco, tmp_pat
     log = (tmp_path / "out" / "run.log").read_text()
     assert log.count("found no boxes, so AP cannot be measured") == 1 and "-1.0000" not in log
     assert log.count("AP not measurable") == 2 and "(best)" not in log
+    page = training_page(tmp_path / "out", mock.Mock(section=lambda args, detectors: repr(detectors)))
+    assert "Not measurable: val2017 has no boxes" in page and "best" not in page.split("</style>")[1]
+    assert "-1.0000" not in page and "checkpoint.pth" in page
     main.main(*tiny_options("--coco_path", root, "--output_dir", tmp_path / "eval", "--eval --resume",
                             tmp_path / "out" / "checkpoint.pth"))  # fmt: skip
     log = (tmp_path / "eval" / "run.log").read_text()
