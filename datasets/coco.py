@@ -165,6 +165,13 @@ class CocoDataset(CocoDetection):
         """Choose the epoch (from 0) whose random transforms the next pass uses."""
         self.epoch = epoch
 
+    def order_by_shape(self) -> list[int]:
+        """Indices by height / width as the annotations list them: neighbours need little padding or none in a batch.
+
+        The resize of evaluation brings images of one ratio to one size. Where sides are not listed the ratio is 0.
+        """
+        return sorted(range(len(self.ids)), key=lambda index: _aspect_ratio(self.coco.imgs[self.ids[index]]))
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One sample: image, 3 x H x W float32 normalised, and its target.
 
@@ -245,6 +252,14 @@ def _corners(boxes: list[list[float]], height: int, width: int) -> tuple[Tensor,
     corners[:, 2:] += corners[:, :2]
     corners = corners.clip(0, np.array([width, height, width, height], np.float32))
     return torch.from_numpy(corners), (corners[:, 2:] > corners[:, :2]).all(axis=1)
+
+
+def _aspect_ratio(image: dict[str, Any]) -> float:
+    """Height / width of an entry of the annotations; 0 if they are not there or no numbers."""
+    try:
+        return float(image["height"] / image["width"])
+    except (KeyError, TypeError, ZeroDivisionError, OverflowError):
+        return 0.0
 
 
 def _check_images(folder: Path, annotation_file: Path, images: list[dict]) -> None:

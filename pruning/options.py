@@ -28,7 +28,9 @@ READ_BY_SEARCH = frozenset(
 READ_BY_INFERENCE = frozenset(
     {*ARCHITECTURE, *PREFERRED, "output_dir", "resume", "cfgs", "batch_size", "num_workers", "device", "amp"}
 )
-READ_BY_EXPORT = frozenset({*ARCHITECTURE, "num_select", "batch_norm_type", "cfgs", "resume", "output_dir"})
+READ_BY_EXPORT = frozenset(
+    {*ARCHITECTURE, "num_select", "batch_norm_type", "padding_rule", "cfgs", "resume", "output_dir"}
+)
 READ_BY_COST = frozenset(
     {*ARCHITECTURE, "batch_norm_type", "cfgs"} - {"pe_temperatureH", "pe_temperatureW", "anchor_eps"}
 )

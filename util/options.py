@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import engine
 from datasets.transforms import TRAINING_TRANSFORMS
 from models.layers import ANCHOR_EPS
+from models.padding import PADDING_RULES
 from util.errors import UserError
 
 MODEL_NAMES = ("dn_dab_detr", "dn_dab_deformable_detr")
@@ -189,6 +190,13 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         choices=("FrozenBatchNorm2d", "BatchNorm2d"),
         default="FrozenBatchNorm2d",
         help="batch norm of the backbone; one trained from scratch needs BatchNorm2d",
+    )
+    group.add_argument(
+        "--padding_rule",
+        choices=PADDING_RULES,
+        default="exact",
+        help="of images of different sizes in a batch. exact: an image gets the same boxes alone and in any batch; "
+        "reference: pad as DN-DETR's code does, where boxes depend on the batch",
     )
     group.add_argument(
         "--pretrained_backbone", action=yes_no, default=True, help="ImageNet weights; not used with --resume"
