@@ -86,6 +86,7 @@ class SearchRun:
         dataset = build_dataset(args.search_split, args, augment=False)
         asked = len(dataset) if args.search_images in (None, "all") else args.search_images
         self.num_images = min(asked, len(dataset))
+        # The split's order defines the first images, the first batch and the subset, so images are not sorted by shape.
         numbers = batch_numbers(self.num_images, args.batch_size)
         batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, self.num_images)) for n in numbers]
         own_images: Subset = Subset(dataset, [index for batch in batches for index in batch])

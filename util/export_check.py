@@ -51,8 +51,9 @@ def check_export(
             selects detections, `scores`, `labels`, `boxes`.
         model: the detector in eval mode.
         postprocess: what `scores`, `labels` and `boxes` are held against, on the exported one's own logits and boxes.
-        sizes_hw: height and width of the images in pixels, each tried with every one of `BATCH_SIZES`; with a mask
-            the images behind the first are smaller and padded.
+        sizes_hw: height and width of the images in pixels, each tried with every one of `BATCH_SIZES`. With a mask
+            an image alone, whose mask is empty, is compared with that image without a mask; the other images of a
+            batch are smaller, and the batch is compared with the detector on the same padded batch.
         progress: called after each case.
     """
     cases = []
