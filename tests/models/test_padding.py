@@ -14,7 +14,7 @@ NETWORKS = {
     "dense, dilated": "--return_layer layer4 --dilation",
     "deformable": f"{DEFORMABLE} --hidden_dim 64",
     "deformable, two levels": f"{DEFORMABLE} --hidden_dim 64 --num_feature_levels 2",
-    "deformable, levels to stride 128": f"{DEFORMABLE} --hidden_dim 64 --return_layer layer4 --num_feature_levels 5",
+    "deformable, levels to stride 256": f"{DEFORMABLE} --hidden_dim 64 --return_layer layer4 --num_feature_levels 6",
 }
 each_network = pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
 # One pixel, around multiples of the strides, and one huge image among small ones.
