@@ -7,8 +7,8 @@ The files are OUT/NAME.onnx and OUT/NAME.pt2, with the name of the checkpoint. I
 RGB in [0, 1], normalised by the mean and std in the metadata) and `mask` B x H x W (bool, True on padding; --no-mask
 leaves it out, which is faster where no image is padded). Outputs: `pred_logits` B x Q x C (one sigmoid for each class)
 and `pred_boxes` B x Q x 4 (centre x, centre y, width, height, in [0, 1] of the image without its padding). Batch,
-height and width may be any. Images of one size give the boxes of `main.py` and `inference.py`; padded ones give slightly
-other boxes, because the convolutions see the padding.
+height and width may be any. Images of one size give the boxes of `main.py` and `inference.py`; padded ones give
+slightly other boxes, because the convolutions see the padding.
 """
 
 import argparse

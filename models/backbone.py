@@ -69,9 +69,9 @@ class Backbone(nn.Module):
         self.num_channels = self.channels[return_layer]
         self.strides: dict[str, int] = {}
         stride = STEM_STRIDE
-        for stage in stages:
-            stride *= _stride(self.body[stage])
-            self.strides[stage] = stride
+        for name in stages:
+            stride *= _stride(self.body[name])
+            self.strides[name] = stride
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Parameters that train unless the whole backbone is frozen.
