@@ -7,7 +7,8 @@ The files are OUT/NAME.onnx and OUT/NAME.pt2, with the name of the checkpoint. I
 RGB in [0, 1], normalised by the mean and std in the metadata) and `mask` B x H x W (bool, True on padding; --no-mask
 leaves it out, which is faster where no image is padded). Outputs: `pred_logits` B x Q x C (one sigmoid for each class)
 and `pred_boxes` B x Q x 4 (centre x, centre y, width, height, in [0, 1] of the image without its padding). Batch,
-height and width may be any.
+height and width may be any. Images of one size give the boxes of `main.py` and `inference.py`; padded ones give
+slightly other boxes, because the convolutions see the padding.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from util.options import (
     add_folder_options,
     add_network_options,
     add_output_options,
+    add_padding_option,
     add_position_options,
     parse,
     script_parser,
@@ -46,6 +48,7 @@ def get_export_parser() -> argparse.ArgumentParser:
     network = parser.add_argument_group(NETWORK_TITLE)
     add_network_options(network)
     add_position_options(network)
+    add_padding_option(network)
     add_output_options(network)
     group = parser.add_argument_group("export")
     group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="what to write")

@@ -23,6 +23,7 @@ from util.options import (
     add_loader_options,
     add_network_options,
     add_output_options,
+    add_padding_option,
     add_position_options,
     parse,
     real,
@@ -43,6 +44,7 @@ def get_inference_parser() -> argparse.ArgumentParser:
     network = parser.add_argument_group(NETWORK_TITLE)
     add_network_options(network)
     add_position_options(network)
+    add_padding_option(network)
     add_output_options(network)
     group = parser.add_argument_group("images and pictures")
     add = group.add_argument

@@ -141,7 +141,7 @@ def macs_of(model: nn.Module, image_size_hw: tuple[int, int]) -> tuple[float, fl
     behind = sum(product.macs for product in products_of(model, image_size_hw)) / GIGA
     backbone = model.backbone[0]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        backbone(torch.zeros(1, 3, *image_size_hw), torch.zeros(1, *image_size_hw, dtype=torch.bool))
+        backbone(torch.zeros(1, 3, *image_size_hw), model.stages)
     return counter.get_total_flops() / 2 / GIGA, behind
 
 

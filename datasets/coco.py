@@ -136,6 +136,14 @@ class CocoDataset(Dataset):
         """Choose the epoch (from 0) whose random transforms the next pass uses."""
         self.epoch = epoch
 
+    def order_by_shape(self) -> list[int]:
+        """Indices by height / width as the annotations list them: neighbours need little padding or none in a batch.
+
+        The resize of evaluation brings images of one ratio to one size. Where sides are not listed the ratio is 0.
+        """
+        width, height = self.annotations.sizes_wh.T
+        return np.argsort(height / np.maximum(width, 1), kind="stable").tolist()
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One sample: image, 3 x H x W float32 normalised, and its target.
 

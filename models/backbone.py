@@ -8,11 +8,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from models.padding import resize_padding
 from util.errors import UserError, reason_of
 
 NORM_LAYERS = {"FrozenBatchNorm2d": FrozenBatchNorm2d, "BatchNorm2d": nn.BatchNorm2d}
 FROZEN_STAGES = ("conv1", "bn1", "layer1")
+STEM_STRIDE = 4  # of the first convolution and the pooling behind it
 
 
 class Backbone(nn.Module):
@@ -29,6 +29,10 @@ class Backbone(nn.Module):
         batch_norm_type: key of `NORM_LAYERS`.
         pretrained: load torchvision's ImageNet weights.
         frozen: train nothing.
+
+    Attributes:
+        channels: of the output of each stage, such as `layer2`, in order.
+        strides: pixels from one row or column of that output to the next.
     """
 
     def __init__(
@@ -63,6 +67,11 @@ class Backbone(nn.Module):
         stages = [stage for stage in self.body if stage.startswith("layer")]
         self.channels: dict[str, int] = {stage: _output_channels(self.body[stage]) for stage in stages}
         self.num_channels = self.channels[return_layer]
+        self.strides: dict[str, int] = {}
+        stride = STEM_STRIDE
+        for name in stages:
+            stride *= _stride(self.body[name])
+            self.strides[name] = stride
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Parameters that train unless the whole backbone is frozen.
@@ -75,13 +84,11 @@ class Backbone(nn.Module):
         """Training or eval mode; a frozen backbone stays in eval mode, so that its statistics do not move."""
         return super().train(mode and not self.frozen)
 
-    def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """Images B x 3 x H x W and padding B x H x W (True on padding) -> features B x C x h x w, padding B x h x w."""
-        (features,) = self.features(images, [list(self.body)[-1]])
-        return features, resize_padding(padding, features.shape[-2:])
+    def forward(self, images: Tensor, stages: Sequence[str]) -> list[Tensor]:
+        """Images B x 3 x H x W -> the outputs of the named stages (such as `layer2`), each B x C x h x w, in order.
 
-    def features(self, images: Tensor, stages: Sequence[str]) -> list[Tensor]:
-        """Images B x 3 x H x W -> the outputs of the named stages (such as `layer2`), each B x C x h x w, in order."""
+        h is ceil(H / stride), w is ceil(W / stride).
+        """
         x, found = images, []
         for name, stage in self.body.items():
             x = stage(x)
@@ -93,6 +100,11 @@ class Backbone(nn.Module):
 def _output_channels(stage: nn.Module) -> int:
     *_, last_block = stage.children()
     return [m for m in last_block.children() if isinstance(m, nn.Conv2d)][-1].out_channels
+
+
+def _stride(stage: nn.Module) -> int:
+    """The greatest stride of any of its convolutions; a stage strides once."""
+    return max(m.stride[0] for m in stage.modules() if isinstance(m, nn.Conv2d))
 
 
 def _dilate(stage: nn.Module) -> None:

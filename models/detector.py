@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from models.denoising import DenoisingSettings, noised_queries, query_mask
-from models.padding import PaddedImages
+from models.padding import (
+    PaddedImages,
+    group_by_size,
+    join_maps,
+    pad_images,
+    padding_of_map,
+    resize_padding,
+)
 from models.prunable import KINDS, ParameterSlice, PrunableModule
 from models.state import DetectorState, Features, QueryFields
 from models.widths import Widths
@@ -27,6 +35,9 @@ class Detector(nn.Module, ABC):
         num_queries: matching queries.
         num_patterns: patterns for each anchor, 0 for none.
         denoising: how targets are noised in training; None trains without denoising queries.
+        strides: of each feature level, pixels from one of its rows or columns to the next.
+        image_multiple: pixels; the stride of the backbone, which padded training images are a multiple of.
+        padding_rule: one of `models.padding.PADDING_RULES`.
     """
 
     widths: Widths
@@ -44,6 +55,9 @@ class Detector(nn.Module, ABC):
         num_queries: int,
         num_patterns: int,
         denoising: DenoisingSettings | None,
+        strides: Sequence[int],
+        image_multiple: int,
+        padding_rule: str,
     ) -> None:
         super().__init__()
         self.widths = widths
@@ -53,11 +67,14 @@ class Detector(nn.Module, ABC):
         self.num_queries = num_queries
         self.num_patterns = num_patterns
         self.denoising = denoising
+        self.strides = strides
+        self.image_multiple = image_multiple
+        self.padding_rule = padding_rule
         self.step_names = widths.names()
 
     @abstractmethod
-    def features(self, images: list[Tensor] | Tensor | PaddedImages) -> Features:
-        """What the backbone and the projections behind it make of images; see `forward`."""
+    def feature_maps(self, batch: Tensor) -> list[Tensor]:
+        """Projected features B x hidden_dim x h x w of each level, finest first, of images B x 3 x H x W."""
 
     @abstractmethod
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
@@ -77,7 +94,8 @@ class Detector(nn.Module, ABC):
         """Detect objects.
 
         Args:
-            images: list of 3 x H x W, or one B x 3 x H x W, or padded ones; normalised.
+            images: list of 3 x H x W, or one B x 3 x H x W, or padded ones; normalised. A list in eval mode gives
+                what each image gives alone, unless the padding rule is the reference's; see `features`.
             targets: in training, a dict for each image with `boxes` (N x 4 cxcywh in [0, 1]) and `labels` (N);
                 they add the denoising queries.
 
@@ -87,6 +105,51 @@ class Detector(nn.Module, ABC):
             also `denoising`: `layout`, `pred_logits` and `pred_boxes` with a leading axis of layers.
         """
         return self.outputs(self.run_steps(self.prepare(images, targets)))
+
+    def features(self, images: list[Tensor] | Tensor | PaddedImages) -> Features:
+        """What the backbone and the projections behind it make of images.
+
+        In eval mode a list of images goes through them in groups of equal size, and the feature maps are padded: an
+        image has the features that it has alone. In training mode, and always under the reference's padding rule, the
+        images themselves are padded; see `pad`.
+
+        Args:
+            images: list of 3 x H x W, or one B x 3 x H x W, or padded ones; normalised.
+        """
+        if isinstance(images, Tensor):
+            return self._features_of_batch(PaddedImages(images, None))
+        if isinstance(images, PaddedImages):
+            return self._features_of_batch(images)
+        if self.training or self.padding_rule == "reference":
+            return self._features_of_batch(self.pad(images))
+        groups = group_by_size(images)
+        if len(groups) == 1:
+            return self._features_of_batch(PaddedImages(groups[0].batch, None))
+        maps_by_group = [self.feature_maps(group.batch) for group in groups]
+        levels = [join_maps(groups, maps) for maps in zip(*maps_by_group, strict=True)]
+        return Features(_pixels([maps for maps, _ in levels]), tuple(padding for _, padding in levels), is_padded=True)
+
+    def pad(self, images: list[Tensor]) -> PaddedImages:
+        """Images (each 3 x H x W) padded as in training.
+
+        Sides are a multiple of the backbone's stride, so that an image has as many rows and columns on its map as
+        alone; under the reference's rule they are those of the largest image.
+        """
+        return pad_images(images, 1 if self.padding_rule == "reference" else self.image_multiple)
+
+    def _features_of_batch(self, images: PaddedImages) -> Features:
+        maps = self.feature_maps(images.batch)
+        paddings = []
+        for level, stride in zip(maps, self.strides, strict=True):
+            rows, columns = level.shape[-2:]
+            if images.padding is None:
+                padding = level.new_zeros(1, rows, columns, dtype=torch.bool)
+            elif self.padding_rule == "reference":
+                padding = resize_padding(images.padding, (rows, columns))
+            else:
+                padding = padding_of_map(images.padding, (rows, columns), stride)
+            paddings.append(padding)
+        return Features(_pixels(maps), tuple(paddings), is_padded=images.padding is not None)
 
     def prepare(
         self, images: list[Tensor] | Tensor | PaddedImages, targets: list[dict[str, Tensor]] | None = None
@@ -150,3 +213,8 @@ class Detector(nn.Module, ABC):
             layer = getattr(self.transformer, stack).layers[int(index)]
             modules[name] = PrunableModule(name, KINDS[block], width, groups, layer, slices)
         return modules
+
+
+def _pixels(maps: Sequence[Tensor]) -> Tensor:
+    """Maps B x D x h x w of all levels as one B x S x D, level after level, each row by row."""
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)

@@ -13,6 +13,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 from models.criterion import layer_suffix
 from models.detector import Detector
 from models.layers import at_least_float32
+from models.padding import PaddedImages
 from util import distributed
 
 
@@ -61,8 +62,13 @@ class Distillation:
         }
 
     @torch.no_grad()
-    def teach(self, images: list[Tensor] | Tensor) -> Lesson:
-        """Run the teacher on the student's images, list of 3 x H x W or one B x 3 x H x W."""
+    def teach(self, images: list[Tensor] | Tensor | PaddedImages) -> Lesson:
+        """Run the teacher on the student's images, list of 3 x H x W or one B x 3 x H x W.
+
+        A list is padded as for the student, which is in training, so that both have the same feature pixels.
+        """
+        if isinstance(images, list):
+            images = self.teacher.pad(images)
         state = self.teacher.run_steps(self.teacher.prepare(images))
         logits, boxes = _stacked(self.teacher.outputs(state))
         return Lesson(logits.sigmoid(), boxes, at_least_float32(state.memory), state.pixels.float())

@@ -25,6 +25,7 @@ from util.options import (
     add_loss_options,
     add_network_options,
     add_output_options,
+    add_padding_option,
     add_position_options,
     add_safetensors_option,
     add_seed_option,
@@ -77,6 +78,7 @@ def _add_shared_options(parser: argparse.ArgumentParser) -> None:
     network = parser.add_argument_group(NETWORK_TITLE)
     add_network_options(network)
     add_position_options(network)
+    add_padding_option(network)
     add_output_options(network)
     losses = parser.add_argument_group("losses that channels are ranked by")
     add_loss_options(losses)

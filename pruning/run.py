@@ -91,6 +91,7 @@ class SearchRun:
         asked = len(dataset) if args.search_images in (None, "all") else args.search_images
         self.num_images = min(asked, len(dataset))
         ground_truth = GroundTruth(dataset.annotation_file, dataset.ids[: self.num_images])
+        # The split's order defines the first images, the first batch and the subset, so images are not sorted by shape.
         numbers = batch_numbers(self.num_images, args.batch_size)
         batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, self.num_images)) for n in numbers]
         own_images: Subset = Subset(dataset, [index for batch in batches for index in batch])

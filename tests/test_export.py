@@ -8,7 +8,7 @@ import torch
 
 import export as script
 from models.dn_dab_deformable_detr.ops import sampling
-from models.padding import pad_images
+from models.padding import PaddedImages, pad_images
 from models.widths import Widths
 from tests.pruning.tiny import VARIANTS, pictures, tiny_args, tiny_detector
 from util import export as exporting
@@ -61,10 +61,10 @@ def test_onnx_of_a_slim_detector_takes_other_sizes_and_batches_and_selects_detec
     images, _ = pictures(
         ((64, 160), (80, 70), (64, 64), (64, 65))
     )  # none of the sizes that it was made or checked with
-    batch, padding, _ = pad_images(images)
+    batch, padding = pad_images(images)
     found = exporting.onnx_runner(data)({"images": batch, "mask": padding})
     with torch.no_grad():
-        outputs = model(images)
+        outputs = model(PaddedImages(batch, padding))
         expected = postprocess(outputs, torch.ones(4, 2))
     for key in ("pred_logits", "pred_boxes"):
         torch.testing.assert_close(found[key], outputs[key], rtol=0, atol=1e-4)

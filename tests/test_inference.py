@@ -52,10 +52,20 @@ def evaluated(root: Path, out: Path, checkpoint: str) -> list[dict]:
     return read(out / "results.json")
 
 
+def assert_same_results(found: list[dict], expected: list[dict]) -> None:
+    """The same detections, up to the rounding of batches of other images."""
+    for entries in (found, expected):
+        assert {tuple(entry) for entry in entries} == {("image_id", "category_id", "bbox", "score")}
+    assert [(e["image_id"], e["category_id"]) for e in found] == [(e["image_id"], e["category_id"]) for e in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-3)  # pixels
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
 def test_results_are_those_of_an_evaluation(root, tmp_path):
     names = annotation_path(root, "val2017")
     detect(tmp_path / "out", root / "val2017", "--batch_size 2 --resume", root / "dense.pth", "--names", names)
-    assert read(tmp_path / "out" / "results.json") == evaluated(root, tmp_path / "eval", "dense.pth")
+    assert_same_results(read(tmp_path / "out" / "results.json"), evaluated(root, tmp_path / "eval", "dense.pth"))
     images = read(tmp_path / "out" / "images.json")
     listed = {image["file_name"]: image["id"] for image in read(names)["images"]}
     assert {Path(image["file_name"]).name: image["id"] for image in images["images"]} == listed
@@ -122,13 +132,24 @@ def test_two_detectors_are_drawn_side_by_side_with_what_they_cost(root, tmp_path
            "--names", annotation_path(root, "val2017"))  # fmt: skip
     for name in ("dense", "pruned"):
         found = read(tmp_path / "out" / f"results_{'slim' if name == 'pruned' else name}.json")
-        assert found == evaluated(root, tmp_path / name, f"{name}.pth")
+        assert_same_results(found, evaluated(root, tmp_path / name, f"{name}.pth"))
     dense, slim = read(tmp_path / "out" / "compare.json")
     assert dense["params"] - slim["params"] == dense["transformer_params"] - slim["transformer_params"] > 0
     assert slim["widths"][0][0][1] == 16 and min(dense["ms_per_image"], slim["ms_per_image"]) > 0
     entry = read(tmp_path / "out" / "images.json")["images"][0]
     picture = Image.open(tmp_path / "out" / entry["picture"])
     assert picture.width > 2 * 640 - 100 and picture.height > entry["height"] * (picture.width // 2 // entry["width"])
+
+
+def test_a_box_does_not_move_when_other_images_are_named_beside_it(root, tmp_path):
+    """The images are 64 and 80 pixels wide at stride 32."""
+    paths = [root / f"val2017/{number}.jpg" for number in range(5)]
+    detect(tmp_path / "all", *paths, "--batch_size 5 --resume", root / "dense.pth")
+    together = read(tmp_path / "all" / "results.json")
+    for number, path in enumerate(paths, start=1):
+        detect(tmp_path / "alone", path, "--batch_size 5 --resume", root / "dense.pth")
+        alone = [{**entry, "image_id": number} for entry in read(tmp_path / "alone" / "results.json")]
+        assert_same_results([entry for entry in together if entry["image_id"] == number], alone)
 
 
 def test_a_foreign_checkpoint_takes_its_network_from_the_command_line(root, tmp_path):

@@ -35,7 +35,7 @@ ARCHITECTURE = (
 # What checkpoints mean that do not tell it.
 OF_OLDER_CHECKPOINTS = {"anchor_eps": ANCHOR_EPS}
 # They come with the checkpoint, but another value typed is a wish, not a mistake.
-PREFERRED = ("image_size", "num_select", "batch_norm_type")
+PREFERRED = ("image_size", "num_select", "batch_norm_type", "padding_rule")
 # They belong to one run and are never taken from a checkpoint.
 OF_THE_RUN = (
     "coco_path",

@@ -62,7 +62,8 @@ class ExportModule(nn.Module):
 
         Args:
             images: B x 3 x H x W, normalised.
-            mask: B x H x W bool, True on padding; None where no image is padded.
+            mask: B x H x W bool, True on padding; None where no image is padded. It gives each image its own rows and
+                columns of the feature maps; the convolutions see the padding.
         """
         outputs = self.model(images if mask is None else PaddedImages(images, mask))
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]

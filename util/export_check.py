@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.padding import pad_images
+from models.padding import PaddedImages, pad_images
 from models.post_process import PostProcess
 
 TOLERANCE = 1e-3
@@ -51,8 +51,9 @@ def check_export(
             selects detections, `scores`, `labels`, `boxes`.
         model: the detector in eval mode.
         postprocess: what `scores`, `labels` and `boxes` are held against, on the exported one's own logits and boxes.
-        sizes_hw: height and width of the images in pixels, each tried with every one of `BATCH_SIZES`; with a mask
-            the images behind the first are smaller and padded.
+        sizes_hw: height and width of the images in pixels, each tried with every one of `BATCH_SIZES`. With a mask
+            an image alone, whose mask is empty, is compared with that image without a mask; the other images of a
+            batch are smaller, and the batch is compared with the detector on the same padded batch.
         progress: called after each case.
     """
     cases = []
@@ -63,10 +64,12 @@ def check_export(
             images = [
                 torch.randn(3, height - i * height // 5, width - i * width // 7, generator=generator) for i in shrink
             ]
-            batch, padding, _ = pad_images(images)
+            batch, padding = pad_images(images)
+            if padding is None:
+                padding = torch.zeros(batch_size, height, width, dtype=torch.bool)
             found = run({"images": batch, **({"mask": padding} if with_mask else {})})
             with torch.no_grad():
-                expected = model(images)
+                expected = model(PaddedImages(batch, padding) if batch_size > 1 and with_mask else images)
             differences = [greatest_difference(found[k], expected[k]) for k in ("pred_logits", "pred_boxes")]
             if "scores" in found:
                 differences.append(_difference_of_detections(found, postprocess))

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import engine
 from datasets.transforms import TRAINING_TRANSFORMS
 from models.layers import ANCHOR_EPS
+from models.padding import PADDING_RULES
 from util.errors import UserError
 from util.learning_rate import SCHEDULES
 
@@ -87,6 +88,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     network = parser.add_argument_group(NETWORK_TITLE)
     add_network_options(network)
     add_position_options(network)
+    add_padding_option(network)
     add_output_options(network)
     add_initial_options(network)
     denoising = parser.add_argument_group("denoising and losses")
@@ -236,6 +238,17 @@ def add_network_options(group: argparse._ActionsContainer) -> None:
         choices=("FrozenBatchNorm2d", "BatchNorm2d"),
         default="FrozenBatchNorm2d",
         help="batch norm of the backbone; one trained from scratch needs BatchNorm2d",
+    )
+
+
+def add_padding_option(group: argparse._ActionsContainer) -> None:
+    """How images of different sizes share a batch."""
+    group.add_argument(
+        "--padding_rule",
+        choices=PADDING_RULES,
+        default="exact",
+        help="of images of different sizes in a batch. exact: an image gets the same boxes alone and in any batch; "
+        "reference: pad as DN-DETR's code does, where boxes depend on the batch",
     )
 
 

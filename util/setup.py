@@ -179,6 +179,7 @@ def _build_teacher(args: argparse.Namespace, student: Detector) -> Detector:
     if checkpoint.is_search:
         raise UserError(f"{args.distill}: found the output of a search, expected the detector that it pruned")
     theirs = arguments_for(argparse.Namespace(**{**vars(args), "cfgs": None}), checkpoint)
+    theirs.padding_rule = args.padding_rule  # the feature pixels of both are compared
     differing = [name for name in SHARED_WITH_TEACHER if getattr(theirs, name) != getattr(args, name)]
     if differing:
         found, expected = (", ".join(f"{name} {getattr(of, name)}" for name in differing) for of in (theirs, args))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 
 import engine
 from datasets.boxes import measured_box_notices, require_training_boxes, training_box_notices
@@ -56,10 +57,11 @@ class Run:
             "pin_memory": device.type == "cuda",
         }
         self.ground_truth = GroundTruth(split_of(args, "val2017").annotation_file)
-        dataset = build_dataset("val2017", args, augment=False)
+        self.val_dataset = build_dataset("val2017", args, augment=False)
         self.notices: list[Notice] = []
-        self._notice([*measured_box_notices(dataset.annotation_file), *header_notices(dataset)])
-        self.val_loader = build_loader(dataset, args.batch_size, shuffle=False, **self.loader_options)
+        self._notice([*measured_box_notices(self.val_dataset.annotation_file), *header_notices(self.val_dataset)])
+        by_shape = Subset(self.val_dataset, self.val_dataset.order_by_shape())
+        self.val_loader = build_loader(by_shape, args.batch_size, shuffle=False, **self.loader_options)
         self.log = get_logger()
         self.board = Board(output_dir, args.tensorboard and not args.eval)
 
@@ -92,7 +94,7 @@ class Run:
 
     def costs(self) -> dict[str, int | float]:
         """Parameters, and GMACs of the transformer for an image of the first one's size."""
-        height, width = self.val_loader.dataset[0][0].shape[-2:]
+        height, width = self.val_dataset[0][0].shape[-2:]
         cost = cost_of(self.model, (height, width))
         return {
             "transformer_params": cost.transformer_params,

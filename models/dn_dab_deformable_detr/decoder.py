@@ -65,12 +65,20 @@ class Decoder(nn.Module):
         hidden_dim: channels of the queries.
         bbox_embed: the detector's box heads, one for each layer, shared with it.
         anchor_eps: bound of `inverse_sigmoid`.
+        anchors_on_padded_map: encode anchors as parts of the finest map with its padding, as the reference does, and
+            not as parts of the image.
     """
 
     def __init__(
-        self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: Sequence[MLP], anchor_eps: float
+        self,
+        layers: list[DecoderLayer],
+        hidden_dim: int,
+        bbox_embed: Sequence[MLP],
+        anchor_eps: float,
+        anchors_on_padded_map: bool,
     ) -> None:
         super().__init__()
+        self.anchors_on_padded_map = anchors_on_padded_map
         self.anchor_eps = anchor_eps
         self.layers = module_list(layers)
         self.query_scale = MLP(hidden_dim, hidden_dim, hidden_dim)
@@ -89,10 +97,11 @@ class Decoder(nn.Module):
         return self._finish_layer(index, state.replace(queries=layer.ffn(x)))
 
     def _position_queries(self, index: int, state: DeformableState) -> DeformableState:
-        """Positional queries from the anchors on the finest level, scaled by their content from the second layer on."""
-        x = state.queries
-        on_finest = state.anchors * state.valid_ratios[:, :1].repeat(1, 1, 2)
-        query_pos = self.ref_point_head(anchor_encoding(on_finest, x.shape[-1]))
+        """Positional queries from the anchors, scaled by their content from the second layer on."""
+        x, anchors = state.queries, state.anchors
+        if self.anchors_on_padded_map:
+            anchors = anchors * state.valid_ratios[:, :1].repeat(1, 1, 2)
+        query_pos = self.ref_point_head(anchor_encoding(anchors, x.shape[-1]))
         return state.replace(query_pos=query_pos if index == 0 else query_pos * self.query_scale(x))
 
     def _finish_layer(self, index: int, state: DeformableState) -> DeformableState:

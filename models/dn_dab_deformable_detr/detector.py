@@ -14,7 +14,6 @@ from models.dn_dab_deformable_detr.encoder import Encoder, EncoderLayer, encoder
 from models.dn_dab_deformable_detr.state import DeformableState, LevelSizes
 from models.initialisation import initialise_detector
 from models.layers import ANCHOR_EPS, MLP, module_list
-from models.padding import PaddedImages, pad_images, resize_padding
 from models.position_encoding import pixel_encoding
 from models.prunable import ParameterSlice
 from models.state import Features, QueryFields
@@ -23,6 +22,17 @@ from models.widths import Widths
 NORM_GROUPS = 32
 TEMPERATURE = 10000
 BOX_SIZE_BIAS = -2.0  # logit: the first layer's boxes begin at about an eighth of the anchor's odds
+
+
+class MapNorm(nn.GroupNorm):
+    """Group normalisation of feature maps, also where a group holds a single value; `nn.GroupNorm` refuses that.
+
+    Such a value becomes the bias: 32 channels on a map of one pixel, for a batch of one as for a larger one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """B x C x h x w, normalised."""
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class Transformer(nn.Module):
@@ -46,6 +56,7 @@ class DnDabDeformableDetr(Detector):
         encoder_points, decoder_points: points that a head reads on each level.
         anchor_eps: lower bound of an anchor's coordinate and of its distance from 1 where its logit is taken.
         denoising: how targets are noised in training; None trains without denoising queries.
+        padding_rule: one of `models.padding.PADDING_RULES`.
     """
 
     transformer: Transformer
@@ -65,7 +76,10 @@ class DnDabDeformableDetr(Detector):
         dropout: float = 0.0,
         anchor_eps: float = ANCHOR_EPS,
         denoising: DenoisingSettings | None = None,
+        padding_rule: str = "exact",
     ) -> None:
+        stages = [stage for stage in backbone.channels if stage != "layer1"]
+        strides = [backbone.strides[stage] for stage in stages]
         super().__init__(
             widths,
             num_classes=num_classes,
@@ -74,10 +88,13 @@ class DnDabDeformableDetr(Detector):
             num_queries=num_queries,
             num_patterns=0,
             denoising=denoising,
+            strides=[*strides, *(strides[-1] * 2**level for level in range(1, num_levels - len(stages) + 1))],
+            image_multiple=strides[-1],
+            padding_rule=padding_rule,
         )
         self.num_levels = num_levels
         self.points = {"encoder": encoder_points, "decoder": decoder_points}
-        self.stages = [stage for stage in backbone.channels if stage != "layer1"]
+        self.stages = stages
         common = (nheads, num_levels)
         self.bbox_embed = module_list(MLP(hidden_dim, hidden_dim, hidden_dim, 4) for _ in widths.decoder)
         self.transformer = Transformer(
@@ -87,6 +104,7 @@ class DnDabDeformableDetr(Detector):
                 hidden_dim,
                 self.bbox_embed,
                 anchor_eps,
+                anchors_on_padded_map=padding_rule == "reference",
             ),
             num_levels,
             hidden_dim,
@@ -114,15 +132,6 @@ class DnDabDeformableDetr(Detector):
                 nn.init.xavier_uniform_(convolution.weight)
                 nn.init.zeros_(convolution.bias)
 
-    def features(self, images: list[Tensor] | Tensor | PaddedImages) -> Features:
-        """What the backbone and the projections behind it make of images, the pixels of all levels; see `forward`."""
-        batch, padding, is_padded = pad_images(images)
-        maps = self._levels(batch)
-        if not is_padded:
-            padding = padding[:1]
-        memory = torch.cat([level.flatten(2) for level in maps], dim=2).transpose(1, 2).contiguous()
-        return Features(memory, tuple(resize_padding(padding, level.shape[-2:]) for level in maps), is_padded)
-
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DeformableState:
         """The state in front of the first step, with positions and queries added to the features."""
         dtype = features.memory.dtype
@@ -140,9 +149,9 @@ class DnDabDeformableDetr(Detector):
             **self._queries(features.memory.shape[0], targets),
         )
 
-    def _levels(self, batch: Tensor) -> list[Tensor]:
-        """Maps B x hidden_dim x h x w of all levels, finest first."""
-        features = self.backbone[0].features(batch, self.stages)
+    def feature_maps(self, batch: Tensor) -> list[Tensor]:
+        """Projected features B x hidden_dim x h x w of each level, finest first, of images B x 3 x H x W."""
+        features = self.backbone[0](batch, self.stages)
         maps: list[Tensor] = []
         for index, projection in enumerate(self.input_proj):
             last = len(features) - 1
@@ -176,7 +185,7 @@ def _projections(channels: list[int], num_levels: int, hidden_dim: int) -> list[
     for index in range(len(channels), num_levels):
         count = channels[-1] if index == len(channels) else hidden_dim
         convolutions.append(nn.Conv2d(count, hidden_dim, kernel_size=3, stride=2, padding=1))
-    return [nn.Sequential(convolution, nn.GroupNorm(NORM_GROUPS, hidden_dim)) for convolution in convolutions]
+    return [nn.Sequential(convolution, MapNorm(NORM_GROUPS, hidden_dim)) for convolution in convolutions]
 
 
 def _valid_ratio(padding: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,6 @@ from models.dn_dab_detr.decoder import Decoder, DecoderLayer, decoder_layer_slic
 from models.dn_dab_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
 from models.initialisation import initialise_detector
 from models.layers import ANCHOR_EPS, MLP, module_list
-from models.padding import PaddedImages, pad_images
 from models.position_encoding import pixel_encoding
 from models.prunable import ParameterSlice
 from models.state import DetectorState, Features
@@ -41,6 +40,7 @@ class DnDabDetr(Detector):
         temperatures: of the pixel encoding, for height and width.
         anchor_eps: lower bound of an anchor's coordinate and of its distance from 1 where its logit is taken.
         denoising: how targets are noised in training; None trains without denoising queries.
+        padding_rule: one of `models.padding.PADDING_RULES`.
     """
 
     transformer: Transformer
@@ -61,7 +61,9 @@ class DnDabDetr(Detector):
         slim_names: bool = False,
         temperatures: tuple[float, float] = (20, 20),
         denoising: DenoisingSettings | None = None,
+        padding_rule: str = "exact",
     ) -> None:
+        (*_, stride) = backbone.strides.values()
         super().__init__(
             widths,
             num_classes=num_classes,
@@ -70,7 +72,11 @@ class DnDabDetr(Detector):
             num_queries=num_queries,
             num_patterns=num_patterns,
             denoising=denoising,
+            strides=[stride],
+            image_multiple=stride,
+            padding_rule=padding_rule,
         )
+        self.stages = list(backbone.channels)[-1:]
         self.slim_names = slim_names
         self.temperatures = temperatures
 
@@ -92,12 +98,10 @@ class DnDabDetr(Detector):
         self.backbone = module_list([backbone])
         initialise_detector(self.transformer, [self.class_embed], [self.bbox_embed])
 
-    def features(self, images: list[Tensor] | Tensor | PaddedImages) -> Features:
-        """What the backbone and the projection behind it make of images; see `forward`."""
-        batch, padding, is_padded = pad_images(images)
-        features, padding = self.backbone[0](batch, padding)
-        memory = self.input_proj(features).flatten(2).transpose(1, 2)
-        return Features(memory, (padding if is_padded else padding[:1],), is_padded)
+    def feature_maps(self, batch: Tensor) -> list[Tensor]:
+        """Projected features B x hidden_dim x h x w of the one level, of images B x 3 x H x W."""
+        (features,) = self.backbone[0](batch, self.stages)
+        return [self.input_proj(features)]
 
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
         """The state in front of the first step, with positions and queries added to the features."""

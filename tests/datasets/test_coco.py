@@ -183,6 +183,14 @@ def test_boxes_follow_the_picture_through_augmentation(tmp_path):
     assert len(sizes) > 10
 
 
+def test_images_of_like_shape_are_neighbours_and_odd_sides_come_first(folder):
+    sizes = {1: (60, 40), 2: (40, 60), 3: (200, 100), 4: ("x", 3), 5: (0, 0), 6: (10**400, 1), 7: (80, 120), 8: (1, 1)}
+    images = [{"id": n, "file_name": "a.jpg", "height": h, "width": w} for n, (h, w) in sizes.items()]
+    rewrite(folder, edited(folder, images=[*images, {"id": 9, "file_name": "a.jpg"}], annotations=[]))
+    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    assert [dataset.ids[index] for index in dataset.order_by_shape()] == [4, 5, 6, 9, 2, 7, 8, 1, 3]
+
+
 def test_share_of_each_process(folder, monkeypatch):
     dataset = build_dataset(SPLIT, options(folder), augment=False)
     seen = []

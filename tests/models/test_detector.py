@@ -8,7 +8,7 @@ import torch
 from main import get_args_parser
 from models import build_model
 from models.denoising import DenoisingSettings, add_noise, noised_queries, query_mask, slot_indices
-from models.padding import PaddedImages, pad_images, resize_padding
+from models.padding import resize_padding
 from models.state import DenoisingQueries, DetectorState
 from models.widths import Widths
 from util.errors import UserError
@@ -91,15 +91,6 @@ def test_a_tensor_of_images_equals_a_list_of_them(options):
         assert_same(model(torch.stack(images)), model(images), atol=0)
 
 
-@each_variant
-def test_images_padded_by_the_caller_equal_a_list_of_them(options):
-    model, _, _ = build(options)
-    images = images_of((64, 96), (80, 64))
-    batch, padding, _ = pad_images(images)
-    with torch.no_grad():
-        assert_same(model(PaddedImages(batch, padding)), model(images))
-
-
 def test_outputs_have_the_documented_shapes():
     model, _, _ = build("--num_patterns 3")
     outputs = model(images_of((64, 96), (80, 64)))
@@ -114,7 +105,7 @@ def test_outputs_have_the_documented_shapes():
 def test_matching_queries_do_not_see_denoising_ones(options):
     model, _, _ = build(options)
     images, targets = images_of((64, 96), (80, 64)), targets_of(3, 1)
-    plain = model(images)
+    plain = model(model.pad(images))
     model.train()
     assert not any(m.training and isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
     assert_same(model(images, targets), plain)
@@ -242,7 +233,7 @@ def test_widths_that_do_not_fit_are_a_users_mistake(options, cfgs, message):
 def test_dilation_keeps_stride_16_for_basic_and_bottleneck_blocks():
     for backbone in ("resnet18", "resnet50"):
         model, _, _ = build(f"--return_layer layer4 --dilation --backbone {backbone}")
-        features, _ = model.backbone[0](torch.zeros(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool))
+        (features,) = model.backbone[0](torch.zeros(1, 3, 64, 96), ["layer4"])
         assert features.shape[-2:] == (4, 6)
 
 

@@ -41,6 +41,18 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(network):
 
 
 @each_variant
+def test_teacher_and_student_see_the_same_padded_images(network):
+    """Sizes that are no multiple of a stride; the student pads images, as it is in training."""
+    teaching = distillation(network)
+    student = copy.deepcopy(teaching.teacher).requires_grad_(True).train()
+    images, targets = pictures(((40, 70), (65, 33), (97, 64)))
+    outputs, lesson = student(images, targets), teaching.teach(images)
+    torch.testing.assert_close(outputs["memory"], lesson.memory, atol=1e-4, rtol=0)
+    assert all(float(value.detach()) == pytest.approx(0, abs=1e-5) for value in teaching(outputs, lesson).values())
+    assert 0 < float(lesson.pixels.mean()) < 1
+
+
+@each_variant
 def test_another_student_learns_in_all_its_parts_and_the_teacher_stays_as_it_is(network):
     teaching = distillation(network)
     before = {key: value.clone() for key, value in teaching.teacher.state_dict().items()}

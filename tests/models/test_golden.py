@@ -25,6 +25,7 @@ def golden(request):
     args = get_args_parser().parse_args(["--no-pretrained_backbone"])
     found = vars(recipe.settings(request.param)) | NETWORKS[request.param]
     args = Namespace(**{**vars(args), "num_classes": 91, "scalar": 2, "label_noise_scale": 0, "box_noise_scale": 0})
+    args.padding_rule = "reference"  # the two images differ in size
     vars(args).update(found, cfgs=Widths.parse(found["cfgs"]) if found.get("cfgs") else None)
     model, criterion, postprocessors = build_model(args)
     model.load_state_dict(recipe.weights(model.state_dict()))

@@ -2,10 +2,11 @@
 
     python -m tests.trust.forked JOBS.json
 
-`JOBS.json` is a list of `{"processes": N, "script": "main" or "mgp", "words": [options, ...]}`, done one after another.
+`JOBS.json` is a list of `{"processes": N, "script": "main", "gp" or "mgp", "words": [options, ...]}`, done in order.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import main
 from pruning import plots
 from pruning.arguments import get_pruning_parser
 from pruning.cli import search
-from pruning.schedule import MGP
+from pruning.schedule import GP, MGP, Schedule
 from util.options import parse
 
 
@@ -29,13 +30,17 @@ def train(words: Sequence[str]) -> None:
     main.main(*parse(argparse.ArgumentParser(parents=[main.get_args_parser()]), list(words)))
 
 
-def prune(words: Sequence[str]) -> None:
-    """`prune_greedy_ad.py` with these options, without its pictures: drawing them takes a third of the time."""
+def prune(schedule: Schedule, words: Sequence[str]) -> None:
+    """A search with these options, without its pictures: drawing them takes a third of the time."""
     plots.plot_widths = plots.plot_ap_against_parameters = lambda *arguments: None
-    search(MGP, *parse(get_pruning_parser(MGP, "a test"), list(words)))
+    search(schedule, *parse(get_pruning_parser(schedule, "a test"), list(words)))
 
 
-SCRIPTS: dict[str, Callable[[Sequence[str]], None]] = {"main": train, "mgp": prune}
+SCRIPTS: dict[str, Callable[[Sequence[str]], None]] = {
+    "main": train,
+    "gp": functools.partial(prune, GP),
+    "mgp": functools.partial(prune, MGP),
+}
 
 
 def free_port() -> int:

@@ -85,6 +85,19 @@ def test_typed_preferences_win_and_a_typed_architecture_must_agree():
         take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 6, 256, 2048), enc_layers=1))
 
 
+def test_the_padding_rule_comes_with_the_checkpoint_unless_it_is_typed():
+    one_layer = {"enc_layers": 1, "dec_layers": 1}
+    for typed_words, stored, expected in (
+        ("", {}, "exact"),
+        ("", {"padding_rule": "reference"}, "reference"),
+        ("--padding_rule exact", {"padding_rule": "reference"}, "exact"),
+        ("--padding_rule reference", {}, "reference"),
+    ):
+        args, typed = read(typed_words)
+        take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 1, 256, 2048), **one_layer, **stored))
+        assert args.padding_rule == expected
+
+
 def test_the_bound_of_anchors_comes_with_the_checkpoint_and_is_dn_detrs_where_it_tells_none():
     one_layer = {"enc_layers": 1, "dec_layers": 1}
     for stored, expected in ({}, 1e-3), ({"anchor_eps": 1e-5}, 1e-5):

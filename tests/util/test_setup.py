@@ -156,6 +156,19 @@ def test_names_tell_other_classes_where_their_number_is_the_same(categories, sai
             build_distillation(teaching, build_model(teaching)[0])
 
 
+def test_a_teacher_pads_as_its_student_does(coco, tmp_path):
+    model = build_model(argparse.Namespace(**{**vars(tiny_args()), "num_classes": 4}))[0]
+    save_checkpoint(tmp_path / "a.pth", state_dict=model.state_dict(), widths=model.widths, full_widths=model.widths,
+                    arguments=tiny_args("--padding_rule reference"), num_classes=4)  # fmt: skip
+    words = ("--coco_path", coco, "--resume", tmp_path / "a.pth", "--distill", tmp_path / "a.pth")
+    for typed_words, expected in (("", "reference"), ("--padding_rule exact", "exact")):
+        args, typed = options(*words, "--no-pretrained_backbone", typed_words)
+        settle_arguments(args, typed)
+        student, _, _ = build_model(args)
+        student.load_state_dict(model.state_dict())
+        assert student.padding_rule == build_distillation(args, student).teacher.padding_rule == expected
+
+
 def test_where_a_detector_must_know_its_classes_others_are_an_error(coco, tmp_path):
     wide = tmp_path / "coco"
     shutil.copytree(coco, wide)
