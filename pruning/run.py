@@ -42,6 +42,7 @@ from util.checkpoint import plain_arguments, save_checkpoint
 from util.environment import record_run
 from util.errors import RunFailedError
 from util.files import file_digest, move_aside
+from util.huggingface import weights_digest
 from util.interrupt import stop_after_step
 from util.logging import Notice, bar_off, get_logger, show
 from util.options import DATA_OPTIONS
@@ -275,7 +276,7 @@ class SearchRun:
         return {
             "version": VERSION,
             "args": {name: value for name, value in args.items() if name not in NOT_DECIDING},
-            "weights": file_digest(self.args.resume),
+            "weights": weights_digest(Path(self.args.resume)),
             "annotations": file_digest(split_of(self.args, self.args.search_split).annotation_file),
             "schedule": dataclasses.asdict(self.schedule),
             "method": dataclasses.asdict(self.bench.method),
@@ -318,22 +319,29 @@ class SearchRun:
         )
 
     def _write(self, result: Result) -> None:
-        """The output file, pictures, tables, the command to type next, and at last the report."""
+        """The output file, pictures, the journal's end and the report; then tables and the command to type next."""
         self._save(result.kept)
-        if result.ap < result.base_ap / 2:
-            self.log.warning("mAP fell below half: %.4f before, %.4f after", result.base_ap, result.ap)
         before, after = self._costs(result.widths)
         caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
         plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.model.widths, result.widths)
-        self._log_steps()
         if self.decisions:
             points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
         else:
             points = [(self._params_at(t.widths), t.full_ap, t is self.best_trial) for t in self.trials]
-            self.log.info("%s", report.width_table(self.model.widths, result.widths))
         plots.plot_ap_against_parameters(
             self.output_dir / AP_PICTURE, points, result.base_ap, before.transformer_params, caption
         )
+        self.journal.end(self._outcome(result, passed=True))
+        write_report(self.output_dir, "search", Samples(self.device))
+        self._log_result(result, before, after)
+
+    def _log_result(self, result: Result, before: Cost, after: Cost) -> None:
+        """Tables of what was found and what it costs, and the command to type next."""
+        if result.ap < result.base_ap / 2:
+            self.log.warning("mAP fell below half: %.4f before, %.4f after", result.base_ap, result.ap)
+        self._log_steps()
+        if not self.decisions:
+            self.log.info("%s", report.width_table(self.model.widths, result.widths))
         effort = self.effort.so_far()
         self.log.info("%s", cost_table([("before", before), ("after", after)]))
         self.log.info(
@@ -344,15 +352,13 @@ class SearchRun:
         )  # fmt: skip
         self.log.info("--cfgs '%s'", result.widths)
         self.log.info("next: %s", report.next_command(self.args, result.path))
-        self.journal.end(self._outcome(result, passed=True))
-        write_report(self.output_dir, "search", Samples(self.device))
 
     def _write_failure(self, result: Result) -> None:
-        """The table of what was tried, the journal's end and the report of a search in which nothing passed."""
+        """The journal's end and the report of a search in which nothing passed, and the table of what was tried."""
         self._move_results_aside()
-        self._log_steps()
         self.journal.end(self._outcome(result, passed=False))
         write_report(self.output_dir, "search", Samples(self.device))
+        self._log_steps()
 
     def _move_results_aside(self) -> None:
         """Rename what an older search left, so that nothing is taken for the result of this one."""
