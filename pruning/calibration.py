@@ -14,7 +14,7 @@ from models.criterion import Criterion
 from models.detector import Detector
 from models.prunable import PrunableModule
 from models.state import DetectorState
-from pruning.features import StateCache
+from pruning.features import StateCache, Targets
 from pruning.moments import TINY
 from util import distributed
 
@@ -73,8 +73,7 @@ class Calibration:
         following = names.index(module.name) + 1
         stop = names[following] if following < len(names) else None
         block = module.name.rsplit(".", 1)[1]
-        for place, batch in enumerate(self.batches):
-            state = self._state(batch)
+        for place, (state, _) in enumerate(self._states()):
             seen: dict[str, Any] = {}
             module.layer.observer = lambda name, shown, seen=seen: seen.update(shown) if name == block else None
             try:
@@ -90,10 +89,9 @@ class Calibration:
 
         `before` is called with the number of images of each batch before it is run.
         """
-        for place, batch in enumerate(self.batches):
-            state = self._state(batch)
+        for place, (state, targets) in enumerate(self._states()):
             before(len(state.queries))
-            targets = move_to(self.cache.targets[batch], self.device)
+            targets = move_to(targets, self.device)
             with torch.enable_grad(), self._criterion.of_this_process():
                 outputs = self.model.outputs(self.model.run_steps(_with_graph(state), start))
                 loss = len(targets) * self._criterion.weighted_sum(self._criterion(outputs, targets))
@@ -101,10 +99,10 @@ class Calibration:
             self.cache.counter.add(start, None, 3 * len(targets))
             yield place, loss
 
-    def _state(self, batch: int) -> DetectorState:
-        """A cached state on the device; in float32, in which fits are made, whatever the search runs in."""
-        state = self.cache.state(batch)
-        return state.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    def _states(self) -> Iterator[tuple[DetectorState, Targets]]:
+        """Cached states on the device; in float32, in which fits are made, whatever the search runs in."""
+        for state, targets in self.cache.states(self.batches):
+            yield state.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor), targets
 
     def _measure_sensitivities(self) -> dict[str, Sensitivity]:
         outputs: dict[str, Tensor] = {}
@@ -129,7 +127,7 @@ class Calibration:
         finally:
             for hook in hooks:
                 hook.remove()
-        pixels = [self._state(batch).pixels.cpu() for batch in self.batches]
+        pixels = [state.pixels.cpu() for state, _ in self._states()]
         own_images = sum(map(len, squares[next(iter(squares))]))
         gathered = distributed.gather_objects((squares, metrics, pixels, own_images))
         images = sum(count for *_, count in gathered)

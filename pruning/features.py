@@ -69,26 +69,14 @@ class PassCounter:
 
 
 class Batches(Protocol):
-    """Batches of (images, targets) in a fixed order; a list of them, or a loader that does not shuffle."""
+    """Batches of (images, targets) in a fixed order, such as a loader that does not shuffle."""
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Targets]]: ...
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], Targets]: ...
-
-
-@dataclass(frozen=True)
-class LazyState:
-    """One batch of a cache as the input of an evaluation: its state is made when it is moved to the device."""
-
-    cache: StateCache
-    batch: int
-    is_kept: bool
-
-    def to(self, device: torch.device) -> DetectorState:
-        """The state in front of the module under search; `device` is the cache's own."""
-        return self.cache.state(self.batch, self.is_kept)
+    def read(self, numbers: Sequence[int]) -> Iterator[tuple[list[Tensor], Targets]]:
+        """Some of the batches, by their places in a pass."""
 
 
 class StateCache:
@@ -156,16 +144,33 @@ class StateCache:
         """Images whose features do not fit, so that the backbone runs anew each time."""
         return sum(len(t) for t, kept in zip(self.targets, self._features, strict=True) if kept is None)
 
+    def states(
+        self, batches: Sequence[int] | None = None, is_kept: bool = True
+    ) -> Iterator[tuple[DetectorState, Targets]]:
+        """State and targets of each batch, or of those named, as `state` gives them; `engine.evaluate` takes these.
+
+        Images whose features are not kept are read ahead, in one pass over all of them.
+        """
+        chosen = range(len(self)) if batches is None else batches
+        unread = {batch for batch in chosen if batch not in self._moved and self._features[batch] is None}
+        images = self._batches.read([batch for batch in chosen if batch in unread])
+        for batch in chosen:
+            yield self.state(batch, is_kept, next(images)[0] if batch in unread else None), self.targets[batch]
+
     @torch.no_grad()
-    def state(self, batch: int, is_kept: bool = True) -> DetectorState:
+    def state(self, batch: int, is_kept: bool = True, images: list[Tensor] | None = None) -> DetectorState:
         """The state of one batch in front of the module under search, on the device.
 
-        `is_kept` False leaves the cache as it is: for states that nobody will ask for again.
+        Args:
+            is_kept: False leaves the cache as it is, for states that nobody will ask for again.
+            images: those of the batch, if they have been read; otherwise they are read where they are needed.
         """
         with autocast(self._device, self._amp):
             moved = self._moved.get(batch)
             start, cached = (self._model.step_names[0], None) if moved is None else moved
-            before = self._model.first_state(self._features_of(batch)) if cached is None else cached.to(self._device)
+            before = (
+                self._model.first_state(self._features_of(batch, images)) if cached is None else cached.to(self._device)
+            )
             if start == self.position:
                 return before
             self.counter.add(start, self.position, len(before.queries))
@@ -174,11 +179,6 @@ class StateCache:
             to = self.cache_device or self._device  # chosen with the first features
             self._keep_state(batch, after.to(to) if cached is None else _keep_unchanged(cached, before, after, to))
         return after
-
-    def batches(self, indices: Sequence[int] | None = None, is_kept: bool = True) -> list[tuple[LazyState, Targets]]:
-        """Pairs of state and targets, of all batches or those named; what `engine.evaluate` takes as its loader."""
-        chosen = range(len(self)) if indices is None else indices
-        return [(LazyState(self, batch, is_kept), self.targets[batch]) for batch in chosen]
 
     def predict(self, state: DetectorState) -> dict[str, Any]:
         """The detector's outputs from a state in front of the module under search."""
@@ -225,11 +225,12 @@ class StateCache:
         if self._max_bytes < math.inf:
             self._max_feature_bytes -= min(self._state_batches * needed, self._max_bytes / 2)
 
-    def _features_of(self, batch: int) -> Features:
+    def _features_of(self, batch: int, images: list[Tensor] | None) -> Features:
         features = self._features[batch]
         if features is None:
+            images = next(self._batches.read([batch]))[0] if images is None else images
             # Rounded like those that are kept, so that the cap changes no result.
-            features = self._run_front(self._batches[batch][0]).to(self._device, self._dtype)
+            features = self._run_front(images).to(self._device, self._dtype)
         return features.to(self._device, self._made_dtype)
 
     def _keep_state(self, batch: int, state: DetectorState) -> None:

@@ -185,7 +185,7 @@ class DetectorBench:
                 self.cache.predict,
                 self._postprocess,
                 # A search of all modules at once measures mAP once for each cut, and visits many times.
-                self.cache.batches(
+                self.cache.states(
                     [index for number, index in self._own.items() if number < batches],
                     is_kept=self.method.search != "global",
                 ),

@@ -1,5 +1,7 @@
 """Cached states and counted passes on a tiny detector."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,10 +10,10 @@ from pruning import features
 from pruning.features import PassCounter, StateCache, _keep_unchanged, repeat_batch, split_outputs
 from pruning.gates import clear_gates, set_gate
 from pruning.kept import add, none_kept
-from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
+from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector
 
 CPU = torch.device("cpu")
-BATCHES = [pictures(seed=1), pictures(((64, 64), (64, 64)), seed=2), pictures(((96, 64),), seed=3)]
+BATCHES = ListedBatches([pictures(seed=1), pictures(((64, 64), (64, 64)), seed=2), pictures(((96, 64),), seed=3)])
 
 
 def cache_of(model, batches=BATCHES):
@@ -32,8 +34,8 @@ def test_outputs_from_any_position_are_those_of_the_whole_network(network):
     cache = cache_of(model)
     for name in model.step_names:
         cache.move_to(name)
-        for (state, _), (images, _) in zip(cache.batches(), BATCHES, strict=True):
-            assert_same(cache.predict(state.to(CPU)), model(images))
+        for (state, _), (images, _) in zip(cache.states(), BATCHES, strict=True):
+            assert_same(cache.predict(state), model(images))
 
 
 @torch.no_grad()
@@ -119,10 +121,43 @@ def test_a_cap_on_the_cache_changes_no_output_and_is_kept(network, share, dtype)
 
 
 @torch.no_grad()
+def test_images_without_features_are_read_in_one_pass_each_time(monkeypatch):
+    model, asked, read = tiny_detector()[0].eval(), [], ListedBatches.read
+    monkeypatch.setattr(ListedBatches, "read", lambda self, numbers: asked.append(numbers) or read(self, numbers))
+    whole = cache_of(model)
+    cap = whole.nbytes - 1  # the last batch does not fit
+    counter = PassCounter(dict.fromkeys(model.step_names, 1.0))
+    for max_bytes, unread in ((0, [[2, 0, 1], [1]]), (cap, [[2], []]), (math.inf, [[], []])):
+        cache = StateCache(model, BATCHES, counter, device=CPU, max_bytes=max_bytes)
+        asked.clear()
+        for _ in range(2):
+            found = list(cache.states([2, 0, 1], is_kept=False))
+            for (state, targets), batch in zip(found, (2, 0, 1), strict=True):
+                assert targets is cache.targets[batch]
+                assert_same(cache.predict(state), model(BATCHES[batch][0]))
+        list(cache.states([1]))
+        assert asked == [unread[0], unread[0], unread[1]]
+
+
+@torch.no_grad()
+def test_states_may_be_forgotten_while_they_are_gone_through():
+    model = tiny_detector()[0].eval()
+    cache = StateCache(model, BATCHES, PassCounter(dict.fromkeys(model.step_names, 1.0)), device=CPU, max_bytes=0)
+    cache.move_to("encoder.0.ffn")
+    found = []
+    for state, _ in cache.states():
+        found.append(cache.predict(state))
+        cache.forget()
+        cache.move_to("decoder.0.ffn")
+    for outputs, (images, _) in zip(found, BATCHES, strict=True):
+        assert_same(outputs, model(images))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
 def test_states_that_are_asked_for_again_have_their_room_kept_free_of_features(network):
     model = tiny_detector(network)[0].eval()
-    name, batches = model.step_names[-1], 20 * BATCHES
+    name, batches = model.step_names[-1], ListedBatches(20 * BATCHES)
     cap = cache_of(model, batches).nbytes + 1  # all features fit, and then no state does
     runs = {}
     for state_batches in (0, 1):
