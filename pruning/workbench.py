@@ -95,7 +95,7 @@ class DetectorBench:
         self.loss = 0.0
         criterion.eval()
         if method.is_calibrated:
-            self._calibration = Calibration(model, criterion, self.cache, calibrated, device)
+            self._calibration = Calibration(model, criterion, self.cache, calibrated, device, amp)
             self._reconstruction = Reconstruction(self._calibration, method.reconstruction)
             self.loss = self._calibration.loss
         self.ranking = self._build_ranking(model, criterion, images_at_once, seed)
