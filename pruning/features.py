@@ -153,7 +153,7 @@ class StateCache:
         """
         chosen = range(len(self)) if batches is None else batches
         unread = {batch for batch in chosen if batch not in self._moved and self._features[batch] is None}
-        images = self._batches.read([batch for batch in chosen if batch in unread])
+        images = self._batches.read([batch for batch in chosen if batch in unread]) if unread else iter(())
         for batch in chosen:
             yield self.state(batch, is_kept, next(images)[0] if batch in unread else None), self.targets[batch]
 
