@@ -15,9 +15,8 @@ from models.detector import Detector
 from models.state import DetectorState
 from pruning.features import Targets
 from util.errors import UserError
-from util.memory import PeakMemory, free_bytes
+from util.memory import USABLE_SHARE, PeakMemory, free_bytes
 
-USABLE_SHARE = 0.8  # of the free memory: kernels take some within themselves, and the measure does not see it
 FIRST_SCALE = 2.0**16  # of a loss in fp16, so that small gradients do not become 0
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MEMINFO = Path("/proc/meminfo")
 CGROUPS = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+USABLE_SHARE = 0.8  # of what is free: kernels take some within themselves, which no estimate here sees, and others too
 
 
 def free_bytes(device: torch.device) -> float:
@@ -99,6 +101,11 @@ def _entry(path: Path, name: str) -> int:
         return 0
 
 
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors hold, those of a storage that several share once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 class PeakMemory(TorchDispatchMode):
     """Counts the bytes of tensors made inside it, on any device; what a kernel takes within itself is not seen.
 
@@ -123,7 +130,7 @@ class PeakMemory(TorchDispatchMode):
 
     def _watch(self, values: Any, counted: bool) -> None:
         for value in tree_leaves(values):
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(value, Tensor):
                 continue
             storage = value.untyped_storage()
             key = storage._cdata
