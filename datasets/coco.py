@@ -278,8 +278,6 @@ def _unpack(packed: tuple[Tensor, list[torch.Size], list[dict[str, np.ndarray]]]
 class CocoLoader(DataLoader):
     """A DataLoader of (images, targets) whose workers report a user's mistake as the one sentence that it is.
 
-    Without shuffling, `loader[i]` is the i-th batch of a pass, read in this process.
-
     Attributes:
         images_read: ids of the images that passes gave.
         other_sizes: by file name, width and height of those of another size than listed, and the listed ones.
@@ -291,11 +289,6 @@ class CocoLoader(DataLoader):
         self.images_read: set[int] = set()
         self.other_sizes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
         self.sizes_counted = False
-
-    def __getitem__(self, index: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """One batch by its number."""
-        first = index * self.batch_size
-        return collate([self.dataset[i] for i in range(first, min(first + self.batch_size, len(self.dataset)))])
 
     @property
     def coco(self) -> CocoDataset:
@@ -319,12 +312,32 @@ class CocoLoader(DataLoader):
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
         """Batches of one pass."""
+        for images, targets in self._unpacked(super().__iter__()):
+            if not self.sizes_counted:
+                self._note_sizes(targets)
+            yield images, targets
+
+    def read(self, numbers: Sequence[int]) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+        """The batches that stand at `numbers` (from 0) in a pass of this epoch, in the order asked for.
+
+        Workers read them ahead, as in a pass.
+        """
+        batches = list(self.batch_sampler)
+        chosen: DataLoader = DataLoader(
+            self.dataset,
+            batch_sampler=[batches[number] for number in numbers],
+            num_workers=self.num_workers if len(numbers) > 1 else 0,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # keeps the loader off the global one
+        )
+        return self._unpacked(iter(chosen))
+
+    @staticmethod
+    def _unpacked(batches: Iterator[Any]) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
         try:
-            for packed in super().__iter__():
-                images, targets = _unpack(packed)
-                if not self.sizes_counted:
-                    self._note_sizes(targets)
-                yield images, targets
+            for packed in batches:
+                yield _unpack(packed)
         except UserError as error:
             # A worker's error comes with its traceback as text in front of the message.
             raise UserError(str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].rstrip()) from None

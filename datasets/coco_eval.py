@@ -17,6 +17,9 @@ from torch import Tensor
 from datasets.annotations import Annotations, load_annotations
 
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+# Bytes of RAM that measuring takes for each detection, the arrays of `engine.evaluate` included; measured with 300 an
+# image on 2,500 to 10,000 images.
+BYTES_PER_DETECTION = {"hotcoco": 450, "faster": 1800, "pycocotools": 2850}
 COLUMNS = 7  # image id, x, y, w, h, score, category id
 
 

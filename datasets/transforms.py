@@ -91,4 +91,11 @@ def eval_transforms(image_size: int = 800) -> v2.Compose:
     return v2.Compose([v2.Resize(image_size, max_size=scaled(1333, image_size)), ToModelInput()])
 
 
+def transformed_size(transforms: v2.Transform, size_hw: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image after `transforms`, in which nothing is random, by those before."""
+    canvas = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size_hw)
+    height, width = transforms(canvas).canvas_size
+    return height, width
+
+
 TRAINING_TRANSFORMS = {"detr": train_transforms, "flip": flip_transforms}

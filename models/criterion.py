@@ -48,7 +48,7 @@ class Criterion(nn.Module):
         self.matcher = matcher
         self.num_layers = num_layers
         self.focal_alpha = focal_alpha
-        self._counts_all_processes = True
+        self._num_boxes: int | None = None
         self.log_box_parts = log_box_parts
         self.weight_dict = {
             f"{prefix}{name}{suffix}": weights[name]
@@ -62,13 +62,16 @@ class Criterion(nn.Module):
         return reduce(torch.add, (losses[name] * weight for name, weight in self.weight_dict.items()))
 
     @contextmanager
-    def of_this_process(self) -> Iterator[None]:
-        """Inside, this process's boxes alone are counted: for losses that not every process computes equally often."""
-        self._counts_all_processes = False
+    def normalised_by(self, num_boxes: int) -> Iterator[None]:
+        """Inside, losses are divided by `num_boxes` (at least 1), not by the boxes of the targets in all processes.
+
+        For a part of a batch, or for losses that not every process computes equally often.
+        """
+        self._num_boxes = num_boxes
         try:
             yield
         finally:
-            self._counts_all_processes = True
+            self._num_boxes = None
 
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """All losses by name, unweighted.
@@ -106,8 +109,8 @@ class Criterion(nn.Module):
         return losses
 
     def _mean_over_processes(self, count: int, device: torch.device) -> Tensor:
-        total = torch.tensor(float(count), device=device)
-        if self._counts_all_processes and dist.is_available() and dist.is_initialized():
+        total = torch.tensor(float(count if self._num_boxes is None else self._num_boxes), device=device)
+        if self._num_boxes is None and dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
             total /= dist.get_world_size()
         return total

@@ -43,6 +43,7 @@ READ_BY = {
     "visit": (*READ_BY_VISITS, "selection"),
     "paper": (*READ_BY_VISITS, "num_candidates_attention", "num_candidates_ffn"),
 }
+CACHE_DTYPES = ("same", "bfloat16")
 TARGETS = ("map_tol", "skip_eval_converge")
 TRAIN_IMAGES = 2000  # of train2017 that a search looks at where --search_images names no other number
 
@@ -148,10 +149,11 @@ def _add_search_options(group: argparse._ArgumentGroup) -> None:
     add("--cache_device", choices=("cpu", "same"), default="same",
         help="where features are kept: RAM, or --device; RAM if they do not fit a GPU's free memory")  # fmt: skip
     add("--cache_gb", type=real(0), default=None,
-        help="most gigabytes that features and states may take; what does not fit is computed anew each time. By "
-        "default all is kept")  # fmt: skip
-    add("--cache_dtype", choices=("same", "bfloat16"), default="same",
-        help="precision in which features are kept: that in which they are computed, or half of it")  # fmt: skip
+        help="most gigabytes that features and states may take in each process; what does not fit is computed again "
+        "each time. By default what is free, less a margin")  # fmt: skip
+    add("--cache_dtype", choices=CACHE_DTYPES, default=None,
+        help="precision in which features are kept: that in which they are computed, or bfloat16, half of it; by "
+        "default bfloat16 only where more does not fit")  # fmt: skip
     add("--resume_search", action="store_true",
         help="go on with the search whose journal is in --output_dir, as if nothing had stopped it")  # fmt: skip
 

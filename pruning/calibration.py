@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import move_to
 from models.criterion import Criterion
 from models.detector import Detector
 from models.prunable import PrunableModule
 from models.state import DetectorState
-from pruning.features import StateCache
+from pruning.backward import LossGradients
+from pruning.features import StateCache, Targets
 from pruning.moments import TINY
 from util import distributed
 
@@ -49,18 +49,25 @@ class Calibration:
     """
 
     def __init__(
-        self, model: Detector, criterion: Criterion, cache: StateCache, batches: Sequence[int], device: torch.device
+        self,
+        model: Detector,
+        criterion: Criterion,
+        cache: StateCache,
+        batches: Sequence[int],
+        device: torch.device,
+        amp: str = "off",
     ) -> None:
         """One pass forward and backward; `cache` stands in front of the first module.
 
         Args:
             batches: which of the cache's batches to look at.
+            amp: off, bf16 or fp16, for passes with gradients; moments are taken in float32.
         """
         self.model = model
         self.cache = cache
         self.batches = batches
         self.device = device
-        self._criterion = criterion
+        self._backward = LossGradients(model, criterion, device, amp)
         self._modules = model.prunable_modules()
         self.sensitivities = self._measure_sensitivities()
 
@@ -73,8 +80,7 @@ class Calibration:
         following = names.index(module.name) + 1
         stop = names[following] if following < len(names) else None
         block = module.name.rsplit(".", 1)[1]
-        for place, batch in enumerate(self.batches):
-            state = self._state(batch)
+        for place, (state, _) in enumerate(self._states()):
             seen: dict[str, Any] = {}
             module.layer.observer = lambda name, shown, seen=seen: seen.update(shown) if name == block else None
             try:
@@ -85,30 +91,31 @@ class Calibration:
             self.cache.counter.add(module.name, stop, len(state.queries))
             yield place, seen
 
-    def losses(self, start: str, before: Callable[[int], None] = lambda images: None) -> Iterator[tuple[int, Tensor]]:
-        """Place and loss of each calibration batch, with a graph, run from in front of module `start`.
+    def gradients(
+        self,
+        start: str,
+        wanted: Callable[[], Sequence[Tensor]],
+        before: Callable[[int], None] = lambda images: None,
+    ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+        """Gradients of the loss of the calibration images, run from in front of module `start`.
 
-        `before` is called with the number of images of each batch before it is run.
+        Gives the place of the batch among the calibration batches, loss and gradients of each piece of it; for `wanted`
+        and `before` see `LossGradients`.
         """
-        for place, batch in enumerate(self.batches):
-            state = self._state(batch)
-            before(len(state.queries))
-            targets = move_to(self.cache.targets[batch], self.device)
-            with torch.enable_grad(), self._criterion.of_this_process():
-                outputs = self.model.outputs(self.model.run_steps(_with_graph(state), start))
-                loss = len(targets) * self._criterion.weighted_sum(self._criterion(outputs, targets))
-            # Going backward costs about two passes forward.
-            self.cache.counter.add(start, None, 3 * len(targets))
-            yield place, loss
+        for place, (state, targets) in enumerate(self._states()):
+            for images, loss, found in self._backward.of_batch(state, targets, start, wanted, before):
+                # Going backward costs about two passes forward.
+                self.cache.counter.add(start, None, 3 * images)
+                yield place, loss, found
 
-    def _state(self, batch: int) -> DetectorState:
-        """A cached state on the device; in float32, in which fits are made, whatever the search runs in."""
-        state = self.cache.state(batch)
-        return state.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    def _states(self) -> Iterator[tuple[DetectorState, Targets]]:
+        """Cached states on the device; in float32, in which fits are made, whatever the search runs in."""
+        for state, targets in self.cache.states(self.batches):
+            yield state.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor), targets
 
     def _measure_sensitivities(self) -> dict[str, Sensitivity]:
         outputs: dict[str, Tensor] = {}
-        squares: dict[str, list[Tensor]] = {name: [] for name in self._modules}
+        pieces: dict[str, list[list[Tensor]]] = {name: [[] for _ in self.batches] for name in self._modules}
         metrics: dict[str, Tensor | float] = dict.fromkeys(self._modules, 0.0)
 
         hooks = [
@@ -119,17 +126,20 @@ class Calibration:
         ]
         loss_sum = 0.0
         try:
-            for _, loss in self.losses(self.model.step_names[0]):
-                loss_sum += float(loss.detach())
-                for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            for place, loss, gradients in self.gradients(
+                self.model.step_names[0], lambda: list(outputs.values()), lambda images: outputs.clear()
+            ):
+                loss_sum += float(loss)
+                for name, gradient in zip(outputs, gradients, strict=True):
                     gradient = gradient.double()
-                    squares[name].append(gradient.square().sum(-1).cpu())
+                    pieces[name][place].append(gradient.square().sum(-1).cpu())
                     self.cache.counter.moment_macs += gradient.numel() * gradient.shape[-1]
                     metrics[name] = metrics[name] + torch.einsum("bli,blj->ij", gradient, gradient).cpu()
         finally:
             for hook in hooks:
                 hook.remove()
-        pixels = [self._state(batch).pixels.cpu() for batch in self.batches]
+        squares = {name: [torch.cat(batch) for batch in batches] for name, batches in pieces.items()}
+        pixels = [state.pixels.cpu() for state, _ in self._states()]
         own_images = sum(map(len, squares[next(iter(squares))]))
         gathered = distributed.gather_objects((squares, metrics, pixels, own_images))
         images = sum(count for *_, count in gathered)
@@ -176,10 +186,3 @@ def token_weights(
 
 def _sum_of_products(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return float(sum((a * b).sum() for a, b in zip(one, other, strict=True)))
-
-
-def _with_graph(state: DetectorState) -> DetectorState:
-    """A state from which gradients flow, whatever parameters are frozen."""
-    return state.replace(
-        memory=state.memory.detach().clone().requires_grad_(), queries=state.queries.detach().clone().requires_grad_()
-    )

@@ -13,11 +13,10 @@ from torch import Tensor
 from engine import autocast
 from models.detector import Detector
 from models.state import DetectorState, Features
-from util.logging import get_logger
+from pruning.cache_plan import Plan, Storage
+from util.memory import PeakMemory, storage_bytes
 
 Targets = list[dict[str, Tensor]]
-
-USABLE_SHARE = 0.8  # of a GPU's free memory: a search's forwards need some, too
 
 
 @dataclass
@@ -69,26 +68,14 @@ class PassCounter:
 
 
 class Batches(Protocol):
-    """Batches of (images, targets) in a fixed order; a list of them, or a loader that does not shuffle."""
+    """Batches of (images, targets) in a fixed order, such as a loader that does not shuffle."""
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Targets]]: ...
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], Targets]: ...
-
-
-@dataclass(frozen=True)
-class LazyState:
-    """One batch of a cache as the input of an evaluation: its state is made when it is moved to the device."""
-
-    cache: StateCache
-    batch: int
-    is_kept: bool
-
-    def to(self, device: torch.device) -> DetectorState:
-        """The state in front of the module under search; `device` is the cache's own."""
-        return self.cache.state(self.batch, self.is_kept)
+    def read(self, numbers: Sequence[int]) -> Iterator[tuple[list[Tensor], Targets]]:
+        """Some of the batches, by their places in a pass."""
 
 
 class StateCache:
@@ -97,7 +84,7 @@ class StateCache:
     Everything in front of the first step runs once for each image, when the cache is made. A batch's state is brought
     to the module under search when it is asked for, from wherever it was last kept, under the gates and weights as they
     are: those of modules between the two must be what they were when the search left them. What does not fit
-    `max_bytes` is not kept: states are made from the features each time, and features from the images.
+    `storage.max_bytes` is not kept: states are made from the features each time, and features from the images.
     """
 
     def __init__(
@@ -107,31 +94,23 @@ class StateCache:
         counter: PassCounter,
         *,
         device: torch.device,
-        cache_device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        max_bytes: float = math.inf,
-        state_batches: int = 0,
+        plan: Plan | None = None,
         amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
         """Run the front of `model` (its `features`) over `batches`.
 
         Args:
-            cache_device: where features and states are kept; None is `device`, or the CPU if that is a GPU whose
-                memory they would fill.
-            dtype: of the features in the cache; None keeps them as they are made.
-            max_bytes: most that features and states may take.
-            state_batches: batches whose states will be asked for again and again: room is left for them, up to half of
-                `max_bytes`, that no features take.
+            plan: says how to keep features and states, given the features of the first batch and the bytes that making
+                them took at the peak; None keeps all as they are made, on `device`.
             progress: wraps `batches`, to show a bar.
         """
         self._model = model
         self._batches = batches
         self.counter = counter
         self._device = device
-        self.cache_device = cache_device
-        self._dtype = dtype
-        self._max_bytes, self._state_batches = max_bytes, state_batches
+        self.storage = Storage(device)
+        self._plan = plan
         self._amp = amp
         self._features: list[Features | None] = []
         self._moved: dict[int, tuple[str, DetectorState]] = {}
@@ -140,7 +119,7 @@ class StateCache:
         self.targets: list[Targets] = []
         self.position: str = model.step_names[0]
         for images, targets in progress(batches):
-            self._keep_features(self._run_front(images))
+            self._keep_features(self._first_features(images) if not self._features else self._run_front(images))
             self.targets.append([_without_images(target) for target in targets])
 
     def __len__(self) -> int:
@@ -156,29 +135,41 @@ class StateCache:
         """Images whose features do not fit, so that the backbone runs anew each time."""
         return sum(len(t) for t, kept in zip(self.targets, self._features, strict=True) if kept is None)
 
+    def states(
+        self, batches: Sequence[int] | None = None, is_kept: bool = True
+    ) -> Iterator[tuple[DetectorState, Targets]]:
+        """State and targets of each batch, or of those named, as `state` gives them; `engine.evaluate` takes these.
+
+        Images whose features are not kept are read ahead, in one pass over all of them.
+        """
+        chosen = range(len(self)) if batches is None else batches
+        unread = {batch for batch in chosen if batch not in self._moved and self._features[batch] is None}
+        images = self._batches.read([batch for batch in chosen if batch in unread]) if unread else iter(())
+        for batch in chosen:
+            yield self.state(batch, is_kept, next(images)[0] if batch in unread else None), self.targets[batch]
+
     @torch.no_grad()
-    def state(self, batch: int, is_kept: bool = True) -> DetectorState:
+    def state(self, batch: int, is_kept: bool = True, images: list[Tensor] | None = None) -> DetectorState:
         """The state of one batch in front of the module under search, on the device.
 
-        `is_kept` False leaves the cache as it is: for states that nobody will ask for again.
+        Args:
+            is_kept: False leaves the cache as it is, for states that nobody will ask for again.
+            images: those of the batch, if they have been read; otherwise they are read where they are needed.
         """
         with autocast(self._device, self._amp):
             moved = self._moved.get(batch)
             start, cached = (self._model.step_names[0], None) if moved is None else moved
-            before = self._model.first_state(self._features_of(batch)) if cached is None else cached.to(self._device)
+            before = (
+                self._model.first_state(self._features_of(batch, images)) if cached is None else cached.to(self._device)
+            )
             if start == self.position:
                 return before
             self.counter.add(start, self.position, len(before.queries))
             after = self._model.run_steps(before, start, self.position)
         if is_kept:
-            to = self.cache_device or self._device  # chosen with the first features
+            to = self.storage.device
             self._keep_state(batch, after.to(to) if cached is None else _keep_unchanged(cached, before, after, to))
         return after
-
-    def batches(self, indices: Sequence[int] | None = None, is_kept: bool = True) -> list[tuple[LazyState, Targets]]:
-        """Pairs of state and targets, of all batches or those named; what `engine.evaluate` takes as its loader."""
-        chosen = range(len(self)) if indices is None else indices
-        return [(LazyState(self, batch, is_kept), self.targets[batch]) for batch in chosen]
 
     def predict(self, state: DetectorState) -> dict[str, Any]:
         """The detector's outputs from a state in front of the module under search."""
@@ -206,58 +197,38 @@ class StateCache:
         with autocast(self._device, self._amp):
             return self._model.features([image.to(self._device) for image in images])
 
+    def _first_features(self, images: list[Tensor]) -> Features:
+        """Features of the first batch, by which is decided how to keep those of all."""
+        with PeakMemory() as memory:
+            features = self._run_front(images)
+        if self._plan is not None:
+            self.storage = self._plan(features, memory.peak_bytes)
+        self._made_dtype = features.memory.dtype
+        return features
+
     def _keep_features(self, features: Features) -> None:
-        if not self._features:
-            self._plan(features)
-        kept = features.to(self.cache_device or self._device, self._dtype)
-        fits = self.nbytes + kept.nbytes <= self._max_feature_bytes
+        max_bytes = self.storage.max_bytes
+        if max_bytes < math.inf:
+            max_bytes -= min(self.storage.state_bytes, max_bytes / 2)
+        kept = features.to(self.storage.device, self.storage.dtype)
+        fits = self.nbytes + kept.nbytes <= max_bytes
         self._features.append(kept if fits else None)
         self.nbytes += kept.nbytes if fits else 0
 
-    def _plan(self, features: Features) -> None:
-        """Where to keep things, and how much of it may be features, as the first batch tells."""
-        with torch.no_grad(), autocast(self._device, self._amp):
-            needed = bytes_needed(self._model.first_state(features), self._model.step_names)
-        if self.cache_device is None:
-            self.cache_device = fitting_device(min(needed * len(self._batches), self._max_bytes), self._device)
-        self._made_dtype = features.memory.dtype
-        self._max_feature_bytes = self._max_bytes
-        if self._max_bytes < math.inf:
-            self._max_feature_bytes -= min(self._state_batches * needed, self._max_bytes / 2)
-
-    def _features_of(self, batch: int) -> Features:
+    def _features_of(self, batch: int, images: list[Tensor] | None) -> Features:
         features = self._features[batch]
         if features is None:
+            images = next(self._batches.read([batch]))[0] if images is None else images
             # Rounded like those that are kept, so that the cap changes no result.
-            features = self._run_front(self._batches[batch][0]).to(self._device, self._dtype)
+            features = self._run_front(images).to(self._device, self.storage.dtype)
         return features.to(self._device, self._made_dtype)
 
     def _keep_state(self, batch: int, state: DetectorState) -> None:
-        more = _storage_bytes([state]) - self._moved_bytes.get(batch, 0)
-        if self.nbytes + more <= self._max_bytes:
+        more = storage_bytes(state.tensors()) - self._moved_bytes.get(batch, 0)
+        if self.nbytes + more <= self.storage.max_bytes:
             self._moved[batch] = (self.position, state)
             self._moved_bytes[batch] = self._moved_bytes.get(batch, 0) + more
             self.nbytes += more
-
-
-def bytes_needed(state: DetectorState, step_names: Sequence[str]) -> int:
-    """Bytes that a cache holds at most for a batch: its features, and beside them its state behind the last step."""
-    layers = sum(name.startswith("decoder.") and name.endswith(".ffn") for name in step_names)
-    # The encoded features, and the queries: content, position and sine, and what each layer leaves.
-    return _storage_bytes([state]) + state.memory.nbytes + (3 + layers) * state.queries.nbytes
-
-
-def fitting_device(needed: float, device: torch.device) -> torch.device:
-    """`device` if `needed` bytes fit it, else the CPU, which the log then says; a CPU is not asked."""
-    if device.type != "cuda":
-        return device
-    free = _free_bytes(device)
-    if needed <= USABLE_SHARE * free:
-        return device
-    get_logger().info(
-        "features are kept in RAM: they may take %.1f GB, and %s has %.1f GB free", needed / 1e9, device, free / 1e9
-    )
-    return torch.device("cpu")
 
 
 def repeat_batch(state: DetectorState, copies: int) -> DetectorState:
@@ -281,17 +252,6 @@ def split_outputs(outputs: dict[str, Any], copies: int) -> list[dict[str, Any]]:
         for part, piece in zip(parts, pieces, strict=True):
             part[key] = piece if isinstance(piece, Tensor) else list(piece)
     return parts
-
-
-def _storage_bytes(states: Iterable[DetectorState]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in states for t in s.tensors()}
-    return sum(storages.values())
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that nobody uses, those that torch has set aside for itself included."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _without_images(target: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,8 +6,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from models.widths import Widths
 from pruning import plots, report
 from pruning.arguments import method_of, units_of
 from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
+from pruning.cache_plan import BatchShape, CachePlanner
+from pruning.cache_setup import batch_shapes, cache_options, cache_uses
 from pruning.checks import check_base_ap, check_targets, lowest_target_ap, warn_of_images, warn_of_low_target
 from pruning.cost import Cost, cost_of, cost_table, params_per_channel, step_shares
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, VERSION, Decision, Journal, Trial, read_events
@@ -99,6 +100,7 @@ class SearchRun:
         loader = build_loader(own_images, args.batch_size, shuffle=False, num_workers=args.num_workers, seed=args.seed)
         height, width = dataset[0][0].shape[-2:]
         self.image_size_hw = (height, width)
+        shapes = batch_shapes(dataset, batches, args.image_size, self.image_size_hw)
         self.prices = prices_of(args, self.model, self.image_size_hw)
         self.bench = DetectorBench(
             self.model,
@@ -115,15 +117,22 @@ class SearchRun:
             calibration_batches=-(-args.calibration_images // args.batch_size),
             images_at_once=args.images_at_once,
             seed=args.seed,
-            cache_device=torch.device("cpu") if args.cache_device == "cpu" else None,
-            cache_dtype=torch.bfloat16 if args.cache_dtype == "bfloat16" else None,
-            cache_bytes=math.inf if args.cache_gb is None else 1e9 * args.cache_gb,
+            cache_plan=functools.partial(self._plan_cache, shapes),
             amp=args.amp,
             eval_amp=args.eval_amp,
             progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
         )
-        self.notices += (found := size_notices(loader))
+        self.notices += [*self.planner.notices, *(found := size_notices(loader))]
         show(found)
+
+    def _plan_cache(
+        self, shapes: Sequence[BatchShape], kept_batches: Collection[int], calibrated_batches: Collection[int]
+    ) -> CachePlanner:
+        """What decides how features and states of batches of these shapes are kept."""
+        uses = cache_uses(self.args, shapes, self.num_images, kept_batches, calibrated_batches)
+        options = cache_options(self.args, self.output_dir / JOURNAL_NAME)
+        self.planner = CachePlanner(self.model, uses, options, self.device)
+        return self.planner
 
     def base_ap(self) -> float:
         """mAP before the search, above 0.
@@ -152,16 +161,14 @@ class SearchRun:
         Raises:
             RunFailedError: nothing could be removed; the journal says so, and there is no output file.
         """
-        self.journal = Journal(self.output_dir / JOURNAL_NAME)
+        self.journal, cache = Journal(self.output_dir / JOURNAL_NAME), self.bench.cache
         self.log.info(
-            "%s on %s: %d images, mAP %.4f before; features take %.0f MB on %s",
+            "%s on %s: %d images, mAP %.4f before; features take %.0f MB on %s%s",
             self.schedule.name, self.args.search_split, self.num_images,
-            base_ap, self.bench.cache.nbytes / 1e6, self.bench.cache.cache_device,
+            base_ap, cache.nbytes / 1e6, cache.storage.device, " in bfloat16" if cache.storage.dtype else "",
         )  # fmt: skip
-        if left_out := self.bench.cache.images_without_features:
-            self.log.info(
-                "--cache_gb %g: %d images are run through the backbone each time", self.args.cache_gb, left_out
-            )
+        if left_out := cache.images_without_features:
+            self.log.info("%d images are read and run through the backbone each time (--cache_gb)", left_out)
         self._warn(base_ap)
         is_global = self.bench.method.search == "global"
         base_ap, past = self._open_journal(self._facts(base_ap))
@@ -275,7 +282,10 @@ class SearchRun:
         args = plain_arguments(self.args)
         return {
             "version": VERSION,
-            "args": {name: value for name, value in args.items() if name not in NOT_DECIDING},
+            "args": {
+                **{name: value for name, value in args.items() if name not in NOT_DECIDING},
+                "cache_dtype": "same" if self.bench.cache.storage.dtype is None else "bfloat16",
+            },
             "weights": weights_digest(Path(self.args.resume)),
             "annotations": file_digest(split_of(self.args, self.args.search_split).annotation_file),
             "schedule": dataclasses.asdict(self.schedule),

@@ -136,8 +136,9 @@ class GateGradient:
                 gates[part] = vector.expand(images, 1, -1).clone().requires_grad_()
             module.set_gate(*gates.values())
 
-        for _, loss in self._calibration.losses(module.name, open_gates):
-            gradients = torch.autograd.grad(loss, [gates[part] for part in joined])
+        for _, _, gradients in self._calibration.gradients(
+            module.name, lambda: [gates[part] for part in joined], open_gates
+        ):
             gradient = reduce(torch.add, gradients)[:, 0].double().cpu()
             total += gradient.sum(0) if self._order == 1 else gradient.square().sum(0)
         set_gate(module, kept, device)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from datasets.coco_eval import GroundTruth
 from engine import evaluate
 from models.criterion import Criterion
 from models.detector import Detector
+from pruning.cache_plan import Plan
 from pruning.calibration import Calibration
 from pruning.cost import count_parameters, params_per_channel
 from pruning.features import Batches, PassCounter, StateCache
@@ -49,9 +49,7 @@ class DetectorBench:
         calibration_batches: int,
         images_at_once: int,
         seed: int = 0,
-        cache_device: torch.device | None = None,
-        cache_dtype: torch.dtype | None = None,
-        cache_bytes: float = math.inf,
+        cache_plan: Callable[[Collection[int], Collection[int]], Plan] | None = None,
         amp: str = "off",
         eval_amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
@@ -65,9 +63,10 @@ class DetectorBench:
             calibration_batches: the first batches of the whole split, which moments and gradients are taken of.
             images_at_once: most images in a forward that scores several candidates.
             seed: of a random ranking.
-            cache_device, cache_dtype, cache_bytes, progress: see `StateCache`.
+            cache_plan: gives the `plan` of `StateCache`, by the batches whose states are kept and those calibrated on.
             amp: precision of the passes with gradients.
             eval_amp: precision of features, states and mAP.
+            progress: see `StateCache`.
         """
         self.modules = model.prunable_modules()
         self.counter = PassCounter(step_shares)
@@ -81,10 +80,12 @@ class DetectorBench:
         world, rank = distributed.world_size(), distributed.rank()
         self._own = {n: index for index, n in enumerate(batch_numbers) if n % world == rank}
         calibrated = [index for number, index in sorted(self._own.items()) if number < calibration_batches]
+        calibrated = calibrated if method.is_calibrated else []
+        kept = set(calibrated if method.search == "global" else self._own.values())
+        kept |= {0} if method.ranking == "exact" else set()
         self.cache = StateCache(
-            model, batches, self.counter, device=device, cache_device=cache_device, dtype=cache_dtype,
-            max_bytes=cache_bytes, state_batches=len(calibrated) if method.is_calibrated else 0, amp=eval_amp,
-            progress=progress,
+            model, batches, self.counter, device=device, amp=eval_amp, progress=progress,
+            plan=None if cache_plan is None else cache_plan(kept, calibrated),
         )  # fmt: skip
         self._num_batches = max(map(max, distributed.gather_objects(list(batch_numbers)))) + 1
         self._transformer_params = count_parameters(model.transformer)
@@ -95,7 +96,7 @@ class DetectorBench:
         self.loss = 0.0
         criterion.eval()
         if method.is_calibrated:
-            self._calibration = Calibration(model, criterion, self.cache, calibrated, device)
+            self._calibration = Calibration(model, criterion, self.cache, calibrated, device, amp)
             self._reconstruction = Reconstruction(self._calibration, method.reconstruction)
             self.loss = self._calibration.loss
         self.ranking = self._build_ranking(model, criterion, images_at_once, seed)
@@ -185,7 +186,7 @@ class DetectorBench:
                 self.cache.predict,
                 self._postprocess,
                 # A search of all modules at once measures mAP once for each cut, and visits many times.
-                self.cache.batches(
+                self.cache.states(
                     [index for number, index in self._own.items() if number < batches],
                     is_kept=self.method.search != "global",
                 ),

@@ -1,6 +1,9 @@
 """Reading COCO folders: targets, repeatable loading, and what a user gets to read when something is wrong."""
 
 import json
+import os
+import tempfile
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -203,6 +206,49 @@ def test_share_of_each_process(folder, monkeypatch):
     assert len(seen[0]) == len(seen[1]) == 2 and set(seen[0] + seen[1]) == {2, 5, 9}
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("numbers", [[], [1], [1, 0], [0, 1, 0]])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_any_batches_of_a_pass_are_read_again_in_the_order_asked_for(folder, batch_size, numbers, num_workers):
+    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    loader = build_loader(dataset, batch_size, shuffle=False, num_workers=num_workers)
+    reference = list(loader)
+    for _ in range(2):
+        found = list(loader.read(numbers))
+        assert len(found) == len(numbers)
+        for (images, targets), number in zip(found, numbers, strict=True):
+            expected = zip(*reference[number], strict=True)
+            assert same(list(zip(images, targets, strict=True)), list(expected))
+
+
+class StampProcess:
+    """A transform that puts the number of its process into every pixel, and leaves a file behind each image."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, image, boxes):
+        tempfile.mkstemp(dir=self.folder)
+        return torch.full_like(image, os.getpid(), dtype=torch.int64), boxes
+
+
+def test_batches_that_are_read_again_are_read_by_the_workers_before_they_are_asked_for(folder, tmp_path):
+    (tmp_path / "read").mkdir()
+    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    dataset.sample_transforms = StampProcess(tmp_path / "read")
+    read = build_loader(dataset, 1, shuffle=False, num_workers=2).read([2, 1, 0])
+    images = [next(read)[0][0]]
+    for _ in range(3000):
+        if len(list((tmp_path / "read").iterdir())) == 3:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the batches behind the first are not read before they are asked for")
+    images += [images[0] for images, _ in read]
+    processes = {int(image.unique()) for image in images}
+    assert len(images) == 3 and os.getpid() not in processes
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_corrupt_image_is_named(folder, num_workers):
     path = image_folder(folder, SPLIT) / "b.jpg"
@@ -210,9 +256,10 @@ def test_corrupt_image_is_named(folder, num_workers):
     loader = build_loader(
         build_dataset(SPLIT, options(folder), augment=False), 1, shuffle=False, num_workers=num_workers
     )
-    with pytest.raises(UserError, match=r"b\.jpg cannot be read as an image") as caught:
-        list(loader)
-    assert "\n" not in str(caught.value)
+    for read in (lambda: list(loader), lambda: list(loader.read([0, 1, 2]))):
+        with pytest.raises(UserError, match=r"b\.jpg cannot be read as an image") as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_workers_error_is_told_whole_even_if_a_file_name_has_a_line_end(folder):

@@ -1,22 +1,29 @@
 """Cached states and counted passes on a tiny detector."""
 
+import math
+
 import pytest
 import torch
 
 from models.state import Features
-from pruning import features
+from pruning.cache_plan import Storage
 from pruning.features import PassCounter, StateCache, _keep_unchanged, repeat_batch, split_outputs
 from pruning.gates import clear_gates, set_gate
 from pruning.kept import add, none_kept
-from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
+from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector
 
 CPU = torch.device("cpu")
-BATCHES = [pictures(seed=1), pictures(((64, 64), (64, 64)), seed=2), pictures(((96, 64),), seed=3)]
+BATCHES = ListedBatches([pictures(seed=1), pictures(((64, 64), (64, 64)), seed=2), pictures(((96, 64),), seed=3)])
 
 
 def cache_of(model, batches=BATCHES):
     shares = dict.fromkeys(model.step_names, 1 / len(model.step_names))
     return StateCache(model.eval(), batches, PassCounter(shares), device=CPU)
+
+
+def stored(**storage):
+    """A cache's plan that does not look at what there is."""
+    return lambda features, front_bytes: Storage(**storage)
 
 
 def assert_same(found, expected):
@@ -32,8 +39,8 @@ def test_outputs_from_any_position_are_those_of_the_whole_network(network):
     cache = cache_of(model)
     for name in model.step_names:
         cache.move_to(name)
-        for (state, _), (images, _) in zip(cache.batches(), BATCHES, strict=True):
-            assert_same(cache.predict(state.to(CPU)), model(images))
+        for (state, _), (images, _) in zip(cache.states(), BATCHES, strict=True):
+            assert_same(cache.predict(state), model(images))
 
 
 @torch.no_grad()
@@ -100,12 +107,12 @@ def test_what_the_steps_leave_alone_is_held_once():
 def test_a_cap_on_the_cache_changes_no_output_and_is_kept(network, share, dtype):
     model = tiny_detector(network)[0].eval()
     shares = dict.fromkeys(model.step_names, 1.0)
-    whole = StateCache(model, BATCHES, PassCounter(shares), device=CPU, dtype=dtype)
+    whole = StateCache(model, BATCHES, PassCounter(shares), device=CPU, plan=stored(dtype=dtype))
     for name in ("encoder.0.ffn", "decoder.1.ffn"):
         whole.move_to(name)
         outputs = [whole.predict(whole.state(batch)) for batch in range(3)]
     cap = share * whole.nbytes
-    capped = StateCache(model, BATCHES, PassCounter(shares), device=CPU, dtype=dtype, max_bytes=cap)
+    capped = StateCache(model, BATCHES, PassCounter(shares), device=CPU, plan=stored(dtype=dtype, max_bytes=cap))
     for name in ("encoder.0.ffn", "decoder.1.ffn"):
         capped.move_to(name)
         for batch in (2, 0, 1):
@@ -119,21 +126,59 @@ def test_a_cap_on_the_cache_changes_no_output_and_is_kept(network, share, dtype)
 
 
 @torch.no_grad()
+def test_images_without_features_are_read_in_one_pass_each_time(monkeypatch):
+    model, asked, read = tiny_detector()[0].eval(), [], ListedBatches.read
+    monkeypatch.setattr(ListedBatches, "read", lambda self, numbers: asked.append(numbers) or read(self, numbers))
+    whole = cache_of(model)
+    cap = whole.nbytes - 1  # the last batch does not fit
+    counter = PassCounter(dict.fromkeys(model.step_names, 1.0))
+    for max_bytes, unread in ((0, [[2, 0, 1], [2, 0, 1], [1]]), (cap, [[2], [2]]), (math.inf, [])):
+        cache = StateCache(model, BATCHES, counter, device=CPU, plan=stored(max_bytes=max_bytes))
+        asked.clear()
+        for _ in range(2):
+            found = list(cache.states([2, 0, 1], is_kept=False))
+            for (state, targets), batch in zip(found, (2, 0, 1), strict=True):
+                assert targets is cache.targets[batch]
+                assert_same(cache.predict(state), model(BATCHES[batch][0]))
+        list(cache.states([1]))
+        assert asked == unread
+
+
+@torch.no_grad()
+def test_states_may_be_forgotten_while_they_are_gone_through():
+    model = tiny_detector()[0].eval()
+    cache = StateCache(
+        model, BATCHES, PassCounter(dict.fromkeys(model.step_names, 1.0)), device=CPU, plan=stored(max_bytes=0)
+    )
+    cache.move_to("encoder.0.ffn")
+    found = []
+    for state, _ in cache.states():
+        found.append(cache.predict(state))
+        cache.forget()
+        cache.move_to("decoder.0.ffn")
+    for outputs, (images, _) in zip(found, BATCHES, strict=True):
+        assert_same(outputs, model(images))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
 def test_states_that_are_asked_for_again_have_their_room_kept_free_of_features(network):
     model = tiny_detector(network)[0].eval()
-    name, batches = model.step_names[-1], 20 * BATCHES
+    name, batches = model.step_names[-1], ListedBatches(20 * BATCHES)
     cap = cache_of(model, batches).nbytes + 1  # all features fit, and then no state does
     runs = {}
-    for state_batches in (0, 1):
+    one = cache_of(model, batches[:1])
+    one.move_to(name)
+    one.state(0)
+    for state_bytes in (0, one.nbytes):
         counter = PassCounter(dict.fromkeys(model.step_names, 1.0))
-        cache = StateCache(model, batches, counter, device=CPU, max_bytes=cap, state_batches=state_batches)
+        cache = StateCache(model, batches, counter, device=CPU, plan=stored(max_bytes=cap, state_bytes=state_bytes))
         cache.move_to(name)
         for _ in range(3):
             cache.state(0)
             assert cache.nbytes <= cap
-        runs[state_batches] = counter.images_by_range[model.step_names[0], name]
-    assert runs == {0: 3 * 2, 1: 2}
+        runs[state_bytes] = counter.images_by_range[model.step_names[0], name]
+    assert runs == {0: 3 * 2, one.nbytes: 2}
 
 
 def test_five_thousand_images_fit_eight_gigabytes():
@@ -155,27 +200,6 @@ def test_only_what_a_step_has_made_goes_to_the_caches_device(monkeypatch):
     assert found.memory is cached.memory
     assert found.hidden[0] is cached.hidden[0]
     assert all(tensor.is_meta for tensor in found.tensors())
-
-
-def test_features_that_do_not_fit_a_gpu_stay_in_ram(monkeypatch, capsys):
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(features, "_free_bytes", lambda device: 1000)
-    assert features.fitting_device(800, gpu) == gpu
-    assert features.fitting_device(801, gpu) == CPU
-    assert "kept in RAM" in capsys.readouterr().out
-    assert features.fitting_device(801, CPU) == CPU
-
-
-@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
-@torch.no_grad()
-def test_the_estimate_covers_the_cache_wherever_it_stands(network):
-    model = tiny_detector(network)[0].eval()
-    batch = pictures(((64, 96), (96, 64)))
-    estimate = features.bytes_needed(model.prepare(batch[0]), model.step_names)
-    cache = cache_of(model, [batch])
-    for name in model.step_names:
-        cache.move_to(name)
-        assert cache.nbytes <= 1.1 * estimate
 
 
 @pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)

@@ -12,11 +12,11 @@ from pruning.kept import all_kept
 from pruning.reconstruction import LEVELS, Reconstruction
 from pruning.selection import Order
 from pruning.transplant import cut_state_dict, slices_of, widths_after
-from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
+from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector
 from util.checkpoint import load_weights
 
 CPU = torch.device("cpu")
-BATCHES = [pictures(seed=1), pictures(((64, 64), (64, 64)), seed=2), pictures(((96, 64),), seed=3)]
+BATCHES = ListedBatches([pictures(seed=1), pictures(((64, 64), (64, 64)), seed=2), pictures(((96, 64),), seed=3)])
 NAMES = tuple(tiny_detector()[0].step_names)
 
 

@@ -14,10 +14,10 @@ from pruning.reconstruction import Reconstruction
 from pruning.scores import RANKINGS, Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder
 from pruning.transplant import SET_OF_PART
 from tests.pruning.samples import Sample, least_error
-from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
+from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector
 
 CPU = torch.device("cpu")
-BATCHES = [pictures(seed=1), pictures(((64, 64), (64, 64), (64, 64)), seed=2)]
+BATCHES = ListedBatches([pictures(seed=1), pictures(((64, 64), (64, 64), (64, 64)), seed=2)])
 NAMES = ("encoder.0.attention", "encoder.0.ffn", "decoder.0.cross_attention", "decoder.1.self_attention")
 
 

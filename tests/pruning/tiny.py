@@ -1,6 +1,7 @@
 """Tiny detectors and images that the tests of the search share."""
 
 import argparse
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -51,3 +52,11 @@ def pictures(sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96)), seed: in
         labels = torch.randint(1, 7, (count,), generator=generator)
         targets.append({"boxes": torch.cat((centre, size), 1), "labels": labels})
     return images, targets
+
+
+class ListedBatches(list):
+    """Batches (images, targets) in memory, as a loader gives them."""
+
+    def read(self, numbers: Sequence[int]) -> Iterator[tuple[list, list]]:
+        """Some of the batches, by their places in a pass."""
+        return (self[number] for number in numbers)

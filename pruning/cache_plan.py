@@ -1,0 +1,305 @@
+"""Where a search keeps features and states, and in which precision: what they take against what is there."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine import autocast
+from models.detector import Detector
+from models.state import DetectorState, Features
+from util import distributed
+from util.errors import UserError
+from util.logging import Notice, show
+from util.memory import USABLE_SHARE, PeakMemory, free_bytes, storage_bytes
+
+CPU = torch.device("cpu")
+GB = 1e9
+# Of the calibration images' features in float32: what calibration keeps, outputs of a module and weights of all tokens.
+CALIBRATION_SHARE = 1.5
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The images of one batch.
+
+    Attributes:
+        images: their number.
+        pixels: height times width of one, padded as in the batch.
+        is_padded: whether they differ in size.
+    """
+
+    images: int
+    pixels: int
+    is_padded: bool
+
+
+def shape_of(sizes_hw: Sequence[tuple[int, int]]) -> BatchShape:
+    """The batch that images of these heights and widths make."""
+    pixels = max(height for height, _ in sizes_hw) * max(width for _, width in sizes_hw)
+    return BatchShape(len(sizes_hw), pixels, is_padded=len(set(sizes_hw)) > 1)
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What the options say of the cache.
+
+    Attributes:
+        gigabytes: --cache_gb, None for what is free.
+        dtype: --cache_dtype, None for bfloat16 only where more does not fit.
+        device: --cache_device, None for --device, or RAM where that is a GPU whose memory does not suffice.
+        searched: the option that says which images are searched on, for messages.
+    """
+
+    gigabytes: float | None = None
+    dtype: str | None = None
+    device: torch.device | None = None
+    searched: str = "--search_images all"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a cache keeps things.
+
+    Attributes:
+        device: where.
+        dtype: of features; None keeps them as they are made.
+        max_bytes: most that features and states may take.
+        state_bytes: room within that for states, which no features take (half of it at most).
+    """
+
+    device: torch.device = CPU
+    dtype: torch.dtype | None = None
+    max_bytes: float = math.inf
+    state_bytes: float = 0.0
+
+
+# Given the features of the first batch, and the bytes that making them took at the peak.
+Plan = Callable[[Features, int], Storage]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a cache takes in all, in one process.
+
+    Attributes:
+        features: of all batches, as they are made.
+        halved: of the same in bfloat16.
+        states: at most, of the batches whose states are kept.
+    """
+
+    features: float
+    halved: float
+    states: float
+
+    def total(self, dtype: torch.dtype | None) -> float:
+        """Features of this precision, and states."""
+        return self.states + (self.features if dtype is None else self.halved)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes that a search takes beside its cache, at their peak.
+
+    Attributes:
+        passes: on the device, for passes through the network and what calibration keeps.
+        reading: of RAM, for images that are read ahead.
+        evaluation: of RAM, for the boxes of all images that mAP is measured on.
+    """
+
+    passes: float
+    reading: float
+    evaluation: float
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What a search does with the batches of this process.
+
+    Attributes:
+        shapes: of all batches, in order.
+        kept_batches: those whose states are kept.
+        calibrated_batches: those that gradients are taken of; none without calibration.
+        images_at_once: most images that are scored in one pass.
+        reading, evaluation: see `Work`.
+        images: of all processes.
+        amp, eval_amp: precision of passes with gradients, and of those without.
+    """
+
+    shapes: Sequence[BatchShape]
+    kept_batches: Collection[int]
+    calibrated_batches: Collection[int]
+    images_at_once: int
+    reading: float
+    evaluation: float
+    images: int
+    amp: str = "off"
+    eval_amp: str = "off"
+
+
+class CachePlanner:
+    """Decides on a `Storage` when the features of the first batch are there.
+
+    Attributes:
+        notices: what was logged about it.
+    """
+
+    def __init__(self, model: Detector, uses: Uses, options: CacheOptions, device: torch.device) -> None:
+        """Nothing is measured yet."""
+        self._model, self._uses, self._options, self._device = model, uses, options, device
+        self.notices: list[Notice] = []
+
+    def __call__(self, features: Features, front_bytes: int) -> Storage:
+        """How to keep everything; in one precision in all processes.
+
+        Args:
+            features: of the first batch.
+            front_bytes: what it took to make them.
+
+        Raises:
+            UserError: the search takes more RAM than there is, whatever is kept.
+        """
+        need, work = self.measure(features, front_bytes)
+        free = {device: free_bytes(device) for device in self._devices()}
+        limits = {device: self._limit(device, free[device], work) for device in free}
+        choices = [(device, dtype) for dtype in self._dtypes(features) for device in free]
+        fitting = [n for n, (device, dtype) in enumerate(choices) if need.total(dtype) <= limits[device]]
+        found = distributed.gather_objects((min(fitting, default=len(choices)), self._problem(work, free)))
+        if problems := [problem for _, problem in found if problem]:
+            raise UserError(problems[0])
+        choice = max(number for number, _ in found)
+        fits = choice < len(choices)
+        device = choices[choice][0] if fits else max(limits, key=limits.__getitem__)
+        # Half of nothing is no gain.
+        dtype = choices[choice][1] if fits else choices[-1 if limits[device] > 0 else 0][1]
+        storage = Storage(device, dtype, limits[device], need.states)
+        if distributed.is_main():
+            self.notices = self._notices(need, storage, free[device], fits)
+            show(self.notices)
+        return storage
+
+    @torch.no_grad()
+    def measure(self, features: Features, front_bytes: int) -> tuple[Need, Work]:
+        """What the cache and the passes take, from one image of the first batch."""
+        uses, model = self._uses, self._model
+        one = Features(features.memory[:1].clone(), tuple(p[:1] for p in features.paddings), features.is_padded)
+        last = model.step_names[-1]
+        with autocast(self._device, uses.eval_amp), PeakMemory() as forward:
+            state = model.run_steps(model.first_state(one), stop=last)
+            model.outputs(model.run_steps(state, last))
+        backward = self._backward_bytes(one) if uses.calibrated_batches else 0
+        first = uses.shapes[0]
+        scales = [shape.pixels / first.pixels for shape in uses.shapes]
+        images = [shape.images for shape in uses.shapes]
+        pixels = sum(n * scale for n, scale in zip(images, scales, strict=True))
+        halved = one.memory.numel() * torch.bfloat16.itemsize + one.nbytes - one.memory.nbytes
+        need = Need(pixels * one.nbytes, pixels * halved, self._state_bytes(state, scales))
+
+        calibrated = sum(images[batch] * scales[batch] for batch in uses.calibrated_batches)
+        passes = max(
+            front_bytes * max(n * scale for n, scale in zip(images, scales, strict=True)) / first.images,
+            forward.peak_bytes * max(max(n, uses.images_at_once) * s for n, s in zip(images, scales, strict=True)),
+            backward * max(scales),
+        )
+        passes += CALIBRATION_SHARE * calibrated * one.memory.numel() * torch.float32.itemsize
+        return need, Work(passes, uses.reading, uses.evaluation)
+
+    def _state_bytes(self, state: DetectorState, scales: Sequence[float]) -> float:
+        """Of all states that are kept, in front of the last step, from that of one image of the first batch."""
+        on_pixels = storage_bytes(t for t in (state.memory, state.memory_mask) if t is not None)
+        positions = storage_bytes([state.memory_pos])
+        on_queries = storage_bytes(state.tensors()) - on_pixels - positions
+        total = 0.0
+        for batch in self._uses.kept_batches:
+            shape, scale = self._uses.shapes[batch], scales[batch]
+            total += shape.images * (on_queries + scale * on_pixels)
+            total += positions * scale * (shape.images if shape.is_padded else 1)  # images that are alike share them
+        return total
+
+    def _backward_bytes(self, one: Features) -> int:
+        """The peak of a pass forward and backward of one image."""
+        with torch.enable_grad(), PeakMemory() as memory:
+            with autocast(self._device, self._uses.amp):
+                leaf = one.memory.float().requires_grad_()
+                outputs = self._model.outputs(
+                    self._model.run_steps(self._model.first_state(Features(leaf, one.paddings, one.is_padded)))
+                )
+            layers = [outputs, *outputs["aux_outputs"]]
+            loss = sum(layer[key].float().sum() for layer in layers for key in ("pred_logits", "pred_boxes"))
+            torch.autograd.grad(loss, leaf)
+        return memory.peak_bytes
+
+    def _devices(self) -> list[torch.device]:
+        """Where a cache may be, the better place first."""
+        if self._device.type == "cpu" or self._options.device == CPU:
+            return [CPU]
+        return [self._device, CPU]
+
+    def _dtypes(self, features: Features) -> list[torch.dtype | None]:
+        """Precisions that may be chosen, the better one first."""
+        if self._options.dtype is not None:
+            return [torch.bfloat16 if self._options.dtype == "bfloat16" else None]
+        return [None] if features.memory.itemsize <= torch.bfloat16.itemsize else [None, torch.bfloat16]
+
+    def _limit(self, device: torch.device, free: float, work: Work) -> float:
+        """Most bytes that the cache may take on a device."""
+        asked = math.inf if self._options.gigabytes is None else GB * self._options.gigabytes
+        if device.type == "cpu" and asked < math.inf:
+            return asked
+        return min(asked, max(0.0, USABLE_SHARE * free - self._beside(device, work)))
+
+    def _beside(self, device: torch.device, work: Work) -> float:
+        """Bytes that the search takes on a device beside its cache."""
+        passes = work.passes if device.type == self._device.type else 0.0
+        return passes + (work.reading + work.evaluation if device.type == "cpu" else 0.0)
+
+    def _problem(self, work: Work, free: Mapping[torch.device, float]) -> str | None:
+        """Why the search cannot run, whatever is kept; --cache_gb goes without this check."""
+        beside = self._beside(CPU, work)
+        if self._options.gigabytes is not None or beside <= USABLE_SHARE * free[CPU]:
+            return None
+        passes = f"{work.passes / GB:.1f} GB for passes through the network, " if self._device.type == "cpu" else ""
+        return (
+            f"{self._options.searched}: found {free[CPU] / GB:.1f} GB of free RAM{_each()}, expected at least "
+            f"{beside / USABLE_SHARE / GB:.1f} GB: {work.evaluation / GB:.1f} GB for mAP of {self._uses.images:,} "
+            f"images, {passes}{work.reading / GB:.1f} GB for images read ahead, and a margin; fewer --search_images, a "
+            "smaller --batch_size or --images_at_once take less, and with --cache_gb this is not checked"
+        )
+
+    def _notices(self, need: Need, storage: Storage, free: float, fits: bool) -> list[Notice]:
+        """Where things are kept, if that is not the best place in full precision."""
+        place = "RAM" if storage.device.type == "cpu" else str(storage.device)
+        whole = (
+            f"{self._options.searched}: features and states need {need.total(None) / GB:.1f} GB{_each()}, and "
+            f"{storage.max_bytes / GB:.1f} of {free / GB:.1f} GB of free {place} may be used (--cache_gb)"
+        )
+        is_halved = storage.dtype is not None
+        halved = f" in bfloat16 ({need.total(storage.dtype) / GB:.1f} GB)" if is_halved else ""
+        if not fits:
+            features = need.halved if is_halved else need.features
+            share = (storage.max_bytes - min(need.states, storage.max_bytes / 2)) / features
+            kept = (
+                f"features of about {100 * share:.0f} % of the images" if share < 1 else "all features, not all states,"
+            )
+            return [
+                (
+                    logging.WARNING,
+                    f"{whole}: {kept} are kept{halved}, the rest is computed again each time, which takes long; fewer "
+                    "--search_images or a larger --cache_gb avoid it",
+                )
+            ]
+        if is_halved and self._options.dtype is None:
+            return [(logging.WARNING, f"{whole}: features are kept{halved}; fewer --search_images keep them whole")]
+        if storage.device.type != self._device.type and self._options.device is None:
+            return [(logging.INFO, f"{whole}: they are kept there, as {self._device} has no room for them")]
+        return []
+
+
+def _each() -> str:
+    """What to add to a figure of one process."""
+    processes = distributed.world_size()
+    return f" for each of {processes} processes" if processes > 1 else ""
