@@ -22,6 +22,7 @@ from pruning.kept import Kept
 from pruning.moments import TINY
 from pruning.search import Workbench
 from pruning.selection import Order
+from util import distributed
 from util.errors import UserError
 
 # Damages add up where they are small. Where much is cut they compound, and their roots predict better; which power
@@ -99,7 +100,7 @@ class BudgetSearch:
     def _best_power(self, keep: float) -> Trial:
         best: Trial | None = None
         for power in POWERS:
-            trial = self._trial(keep, power, self.allocate(keep, power))
+            trial = self._trial(keep, power, distributed.on_main(functools.partial(self.allocate, keep, power)))
             if best is None or trial.full_ap > best.full_ap:
                 best = trial
                 self._keep_cut(trial)
@@ -123,10 +124,9 @@ class BudgetSearch:
         losses: dict[float, float] = {}
         evaluations = 0
         while evaluations < EVALUATIONS and passes - fails > PRECISION:
-            keep = self._guess(losses, allowed, fails, passes)
+            keep, widths = distributed.on_main(functools.partial(self._next, losses, allowed, fails, passes))
             if not fails < keep < passes:
                 break  # no number lies between the two
-            widths = self.allocate(keep, POWERS[0])
             if widths == self._whole:
                 passes = keep  # nothing is removed, which is no trial
                 continue
@@ -143,6 +143,12 @@ class BudgetSearch:
             if allowed > 0 and 0 <= trial.full_ap - threshold_ap <= NEAR * allowed:
                 break
         return best
+
+    def _next(
+        self, losses: Mapping[float, float], allowed: float, fails: float, passes: float
+    ) -> tuple[float, dict[str, int]]:
+        keep = self._guess(losses, allowed, fails, passes)
+        return keep, self.allocate(keep, POWERS[0])
 
     def _guess(self, losses: Mapping[float, float], allowed: float, fails: float, passes: float) -> float:
         """The kept fraction between two others with which mAP should fall by what it may.

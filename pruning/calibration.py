@@ -15,6 +15,7 @@ from models.prunable import PrunableModule
 from models.state import DetectorState
 from pruning.backward import LossGradients
 from pruning.features import StateCache, Targets
+from pruning.finite import are_finite, check_everywhere, image_ids
 from pruning.moments import TINY
 from util import distributed
 
@@ -75,7 +76,11 @@ class Calibration:
         """Run one module over the calibration images, the cache standing in front of it.
 
         Gives the place of the batch among the calibration batches, and what the layer shows its observer.
+
+        Raises:
+            NonFiniteLossError: behind the last batch, in every process, if an activation is not finite in one.
         """
+        bad: set[int] = set()
         names = self.model.step_names
         following = names.index(module.name) + 1
         stop = names[following] if following < len(names) else None
@@ -89,7 +94,10 @@ class Calibration:
             finally:
                 module.layer.observer = None
             self.cache.counter.add(module.name, stop, len(state.queries))
+            if not are_finite(tensor for value in seen.values() for tensor in _as_list(value)):
+                bad.update(self.image_ids(place))
             yield place, seen
+        check_everywhere({f"activations of {module.name} are": bad})
 
     def gradients(
         self,
@@ -101,12 +109,23 @@ class Calibration:
 
         Gives the place of the batch among the calibration batches, loss and gradients of each piece of it; for `wanted`
         and `before` see `LossGradients`.
+
+        Raises:
+            NonFiniteLossError: behind the last batch, in every process, if a loss is not finite in one.
         """
+        bad: set[int] = set()
         for place, (state, targets) in enumerate(self._states()):
             for images, loss, found in self._backward.of_batch(state, targets, start, wanted, before):
                 # Going backward costs about two passes forward.
                 self.cache.counter.add(start, None, 3 * images)
+                if not are_finite([loss]):
+                    bad.update(image_ids(targets))
                 yield place, loss, found
+        check_everywhere({f"the loss behind {start} is": bad})
+
+    def image_ids(self, place: int) -> list[int]:
+        """Ids of the images of a calibration batch."""
+        return image_ids(self.cache.targets[self.batches[place]])
 
     def _states(self) -> Iterator[tuple[DetectorState, Targets]]:
         """Cached states on the device; in float32, in which fits are made, whatever the search runs in."""
@@ -125,12 +144,15 @@ class Calibration:
             for name, module in self._modules.items()
         ]
         loss_sum = 0.0
+        bad: dict[str, set[int]] = {name: set() for name in self._modules}
         try:
             for place, loss, gradients in self.gradients(
                 self.model.step_names[0], lambda: list(outputs.values()), lambda images: outputs.clear()
             ):
                 loss_sum += float(loss)
                 for name, gradient in zip(outputs, gradients, strict=True):
+                    if not are_finite([gradient]):
+                        bad[name].update(self.image_ids(place))
                     gradient = gradient.double()
                     pieces[name][place].append(gradient.square().sum(-1).cpu())
                     self.cache.counter.moment_macs += gradient.numel() * gradient.shape[-1]
@@ -138,6 +160,8 @@ class Calibration:
         finally:
             for hook in hooks:
                 hook.remove()
+        # A gradient that is not finite spoils those of all modules in front, so the last module is named.
+        check_everywhere({f"the loss's gradient at {name} is": bad[name] for name in reversed(bad)})
         squares = {name: [torch.cat(batch) for batch in batches] for name, batches in pieces.items()}
         pixels = [state.pixels.cpu() for state, _ in self._states()]
         own_images = sum(map(len, squares[next(iter(squares))]))
@@ -161,6 +185,10 @@ class Calibration:
         trace = metric.diagonal().sum()
         metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / width
         return Sensitivity(weights, metric, total / images)
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def token_weights(

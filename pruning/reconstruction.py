@@ -13,7 +13,9 @@ compute the same function and the file formats stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from models.prunable import PrunableModule
 from pruning.calibration import Calibration
+from pruning.finite import decided_on_main
 from pruning.fit import error_covariance, low_rank_products, refit, value_directions
 from pruning.gates import gate_vector, set_gate
 from pruning.kept import Kept, width_of
@@ -30,6 +33,19 @@ from util import distributed
 LEVELS = ("none", "output", "full")
 QUERY_PARTS = {"query": 0, "position_query": 1}
 KEY_PARTS = {"key": 0, "position_key": 1, "common_key": 0}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a module becomes: decided in one process, then the same in all.
+
+    Attributes:
+        weights: new values of parameters by key, on the CPU.
+        damage: see `Reconstruction.apply`; 0 where it is not known yet.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    damage: float = 0.0
 
 
 class Reconstruction:
@@ -65,6 +81,11 @@ class Reconstruction:
 
         The damage is the weighted squared error of the module's output in the metric of the loss's gradients, a
         second-order estimate of what the loss of an image rises by, up to a factor that all modules share.
+
+        All processes take the sums of their images. The main process fits, and all get its weights and its damage.
+
+        Raises:
+            NonFiniteLossError: in all processes, where activations or the fit are not finite.
         """
         module = self._modules[self._name]
         self.restore(module.name)
@@ -72,23 +93,28 @@ class Reconstruction:
             return 0.0
         if module.has_logits:
             self._observe_whole(module)
-        if self.level == "none":
-            return self._damage_of_gates(module, kept)
         if self.level == "full" and module.has_logits:
-            self._project_logits(module, kept["query"])
-        part = "value" if module.is_attention else "hidden"
+            queries, keys = self.logit_moments()
+            self._install(module, lambda: self._fit_logits(module, kept["query"], queries, keys))
         moments = self._output_moments(module, kept)
-        weight, bias = (self._parameters[f"{module.output_name}.{leaf}"] for leaf in ("weight", "bias"))
-        if self.level == "full" and module.is_attention:
-            projection = self._project_values(module, kept[part], moments)
-            start, moments = weight.double().cpu() @ projection.T, moments.of_projected(projection)
-        else:
-            start, moments = weight[:, kept[part].to(weight.device)], moments.of_channels(kept[part])
-        fitted, fitted_bias = refit(start, moments)
-        weight[:, kept[part].to(weight.device)] = fitted.to(weight)
-        bias.copy_(fitted_bias)
+        fit = self._fit_gates if self.level == "none" else self._fit_output
+        damage = self._install(module, lambda: fit(module, kept, moments))
         set_gate(module, kept, self._calibration.device)
-        return self._damage(module, fitted, moments)
+        return damage
+
+    def _install(self, module: PrunableModule, fit: Callable[[], Fit]) -> float:
+        """Give the parameters of every process the values that `fit` has in the main one; returns its damage."""
+        fitted = decided_on_main(
+            f"the fit of {module.name}",
+            fit,
+            lambda fit: [*fit.weights.values(), torch.tensor(fit.damage, dtype=torch.float64)],
+        )
+        self.set_weights(fitted.weights)
+        return fitted.damage
+
+    def _copy(self, key: str) -> Tensor:
+        """A parameter as it is now, on the CPU, to be changed."""
+        return self._parameters[key].detach().cpu().clone()
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of all parameters that a reconstruction changes."""
@@ -173,9 +199,10 @@ class Reconstruction:
         first, *others = (part for part in distributed.gather_objects(total) if part is not None)
         return sum(others, first)
 
-    def _project_logits(self, module: PrunableModule, kept_queries: Tensor) -> None:
-        """Put the best directions of queries and keys into the places of the kept channels."""
-        queries, keys = self.logit_moments()
+    def _fit_logits(
+        self, module: PrunableModule, kept_queries: Tensor, queries: list[Tensor], keys: list[Tensor]
+    ) -> Fit:
+        """The best directions of queries and keys in the places of the kept channels, from `logit_moments`."""
         rank = len(kept_queries) // module.nheads
         heads = [
             low_rank_products([q[h] for q in queries], [k[h] for k in keys], rank, module.has_common_key)
@@ -184,25 +211,37 @@ class Reconstruction:
         projections = [
             [torch.stack([head[side][product] for head in heads]) for product in range(len(queries))] for side in (0, 1)
         ]
-        blocks = list(self._logit_blocks(module))
+        weights = {piece.key: self._copy(piece.key) for piece in module.parameter_slices() if piece.axis == 0}
+        blocks = list(_logit_blocks(module, weights))
         if not module.has_common_key:
             _balance(projections, blocks)
         for side, product, block in blocks:
             _project_rows(block, kept_queries, projections[side][product])
+        return Fit(weights)
 
-    def _logit_blocks(self, module: PrunableModule) -> Iterator[tuple[int, int, Tensor]]:
-        """0 for queries and 1 for keys, the product they take part in, and the rows of a weight or bias."""
-        for piece in module.parameter_slices():
-            for part, block in piece.blocks(self._parameters[piece.key]):
-                for side, products in enumerate((QUERY_PARTS, KEY_PARTS)):
-                    if part in products:
-                        yield side, products[part], block
+    def _fit_output(self, module: PrunableModule, kept: Kept, moments: Moments) -> Fit:
+        """The layer behind the kept channels refitted, with `full` on the best directions of the values."""
+        part = "value" if module.is_attention else "hidden"
+        weight, bias = (f"{module.output_name}.{leaf}" for leaf in ("weight", "bias"))
+        weights = {weight: self._copy(weight)}
+        if self.level == "full" and module.is_attention:
+            projection, projected = self._project_values(module, kept[part], moments)
+            start, moments = weights[weight].double() @ projection.T, moments.of_projected(projection)
+            weights |= projected
+        else:
+            start, moments = weights[weight][:, kept[part]], moments.of_channels(kept[part])
+        fitted, fitted_bias = refit(start, moments)
+        weights[weight][:, kept[part]] = fitted.to(weights[weight])
+        weights[bias] = fitted_bias.to(self._parameters[bias].dtype)
+        return Fit(weights, self._damage(module, fitted, moments))
 
-    def _project_values(self, module: PrunableModule, kept_values: Tensor, moments: Moments) -> Tensor:
-        """Put the best directions of the values into the places of the kept channels.
+    def _project_values(
+        self, module: PrunableModule, kept_values: Tensor, moments: Moments
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The best directions of the values in the places of the kept channels.
 
         Returns:
-            kept x width, the projection of all heads.
+            kept x width, the projection of all heads, and the weights by key.
         """
         rank, head_width = len(kept_values) // module.nheads, module.width // module.nheads
         root, _ = square_root(self.metric())
@@ -212,32 +251,46 @@ class Reconstruction:
             place = slice(head * head_width, (head + 1) * head_width)
             covariance = moments.covariance_xx[place, place]
             heads.append(value_directions(weight[:, place], covariance, rank))
+        weights: dict[str, Tensor] = {}
         for piece in module.parameter_slices():
-            for part, block in piece.blocks(self._parameters[piece.key]):
-                if part == "value" and piece.axis == 0:
-                    _project_rows(block, kept_values, torch.stack(heads))
-        return torch.block_diag(*heads)
+            if "value" in piece.parts and piece.axis == 0:
+                weights[piece.key] = self._copy(piece.key)
+                for part, block in piece.blocks(weights[piece.key]):
+                    if part == "value":
+                        _project_rows(block, kept_values, torch.stack(heads))
+        return torch.block_diag(*heads), weights
 
-    def _damage_of_gates(self, module: PrunableModule, kept: Kept) -> float:
-        moments = self._output_moments(module, kept)
+    def _fit_gates(self, module: PrunableModule, kept: Kept, moments: Moments) -> Fit:
+        """The damage where the kept channels stay as they are."""
         part = "value" if module.is_attention else "hidden"
-        set_gate(module, kept, self._calibration.device)
         weight = self._output_layer(module)[0].double().cpu()[:, kept[part]]
         moments, bias = moments.of_channels(kept[part]), self._output_layer(module)[1].double().cpu()
-        return self._damage(module, weight, moments, (moments.y - weight @ moments.x) / moments.weight - bias)
+        shift = (moments.y - weight @ moments.x) / moments.weight - bias
+        return Fit(damage=self._damage(module, weight, moments, shift))
 
     def _damage(self, module: PrunableModule, weight: Tensor, moments: Moments, shift: Tensor | None = None) -> float:
         """`shift` is the mean error, where the bias does not take it away."""
         error = error_covariance(weight, moments)
         if shift is not None:
             error = error + torch.outer(shift, shift)
-        level = self._calibration.sensitivities[module.name].level
-        return max(0.0, level * float((self.metric() * error).sum()))
+        damage = self._calibration.sensitivities[module.name].level * float((self.metric() * error).sum())
+        return damage if math.isnan(damage) else max(0.0, damage)  # max() takes a NaN for nothing
 
 
 def _keys(module: PrunableModule) -> list[str]:
     """The parameters that a reconstruction of the module may change."""
     return [*(piece.key for piece in module.parameter_slices()), f"{module.output_name}.bias"]
+
+
+def _logit_blocks(module: PrunableModule, weights: Mapping[str, Tensor]) -> Iterator[tuple[int, int, Tensor]]:
+    """0 for queries and 1 for keys, the product they take part in, and the rows of a weight or bias, a view."""
+    for piece in module.parameter_slices():
+        if piece.axis:
+            continue
+        for part, block in piece.blocks(weights[piece.key]):
+            for side, products in enumerate((QUERY_PARTS, KEY_PARTS)):
+                if part in products:
+                    yield side, products[part], block
 
 
 def _project_rows(block: Tensor, kept: Tensor, projections: Tensor) -> None:

@@ -185,8 +185,8 @@ class SearchRun:
         if not passed:
             target_ap = lowest_target_ap(self.schedule, base_ap, self._visits)
             raise RunFailedError(
-                f"no trial passed: removing anything took mAP from {base_ap:.4f} to below {target_ap:.4f}, so no "
-                f"{OUTPUT_NAME} was written; {self.journal.path} lists the trials, and a larger --map_tol allows more"
+                f"no trial passed: none with fewer channels kept mAP at {target_ap:.4f} ({base_ap:.4f} before), so no "
+                f"{OUTPUT_NAME} was written; {self.journal.path} lists the trials"
             )
         return result
 

@@ -20,6 +20,7 @@ from models.criterion import Criterion
 from models.detector import Detector
 from pruning.calibration import Calibration
 from pruning.features import StateCache, repeat_batch, split_outputs
+from pruning.finite import are_finite, check_everywhere, decided_on_main, image_ids
 from pruning.fit import Surgeon
 from pruning.gates import Gated, gate_vector, set_candidate_gates, set_gate
 from pruning.kept import Kept
@@ -32,7 +33,13 @@ class Ranking(Protocol):
     """What a search asks of a ranking."""
 
     def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """One float64 score on the CPU for each of the candidate channels of the parts `joined`, lower is better."""
+        """One float64 score on the CPU for each of the candidate channels of the parts `joined`, lower is better.
+
+        Scores are the same bits in every process: gathered from all, or computed in the main one.
+
+        Raises:
+            NonFiniteLossError: in every process, where something that they are made of is not finite.
+        """
         ...
 
 
@@ -58,6 +65,10 @@ class Magnitude:
 
     def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """See `Ranking`."""
+        return decided_on_main(f"the magnitude of {module.name}", lambda: self._scores(module, joined)[candidates],
+                               lambda scores: [scores])  # fmt: skip
+
+    def _scores(self, module: Gated, joined: Sequence[str]) -> Tensor:
         squares: dict[tuple[str, int], Tensor] = {}
         for piece in self._reconstruction.module(module.name).parameter_slices():
             for part, block in piece.blocks(self._reconstruction.original(piece.key).double().cpu()):
@@ -70,7 +81,7 @@ class Magnitude:
         score = torch.ones(module.width, dtype=torch.float64)
         for square in [*(logits if "query" in joined else []), *(others if set(joined) - {"query"} else [])]:
             score = score * square
-        return -score[candidates]
+        return -score
 
 
 class ExactLoss:
@@ -107,6 +118,8 @@ class ExactLoss:
         set_gate(module, kept, self._device)
         scores = torch.stack(losses).double().cpu()
         scores = torch.cat(distributed.gather_objects(scores))[: len(candidates)]
+        bad = [] if are_finite([scores]) else image_ids(self._targets)
+        check_everywhere({f"the loss with other channels of {module.name} is": bad})
         return -scores if leaving else scores
 
     def _loss(self, outputs: dict) -> Tensor:
@@ -136,12 +149,16 @@ class GateGradient:
                 gates[part] = vector.expand(images, 1, -1).clone().requires_grad_()
             module.set_gate(*gates.values())
 
-        for _, _, gradients in self._calibration.gradients(
+        bad: set[int] = set()
+        for place, _, gradients in self._calibration.gradients(
             module.name, lambda: [gates[part] for part in joined], open_gates
         ):
             gradient = reduce(torch.add, gradients)[:, 0].double().cpu()
+            if not are_finite([gradient]):
+                bad.update(self._calibration.image_ids(place))
             total += gradient.sum(0) if self._order == 1 else gradient.square().sum(0)
         set_gate(module, kept, device)
+        check_everywhere({f"the loss's gradient at the gates of {module.name} is": bad})
         total = sum(distributed.gather_objects(total))
         return -total.abs()[candidates]
 
@@ -161,23 +178,34 @@ class Elimination:
 
     def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """See `Ranking`. Candidates for addition are judged as if all of them were there."""
-        score = torch.zeros(module.width, dtype=torch.float64)
-        for part in joined:
-            one = self._logit_energy() if part == "query" else self._output_error(module, kept[part], candidates)
-            score += one / one[candidates].sum().clamp(min=TINY)
-        return -score[candidates]
+        # All processes take the sums, the main one judges by them.
+        moments = self._reconstruction.hidden_moments() if set(joined) - {"query"} else None
+        logits = self._reconstruction.logit_moments() if "query" in joined else None
 
-    def _output_error(self, module: Gated, kept: Tensor, candidates: Tensor) -> Tensor:
+        def judge() -> Tensor:
+            score = torch.zeros(module.width, dtype=torch.float64)
+            for part in joined:
+                if part == "query":
+                    assert logits is not None
+                    one = _logit_energy(*logits)
+                else:
+                    assert moments is not None
+                    one = self._output_error(module, kept[part], candidates, moments)
+                score += one / one[candidates].sum().clamp(min=TINY)
+            return -score[candidates]
+
+        return decided_on_main(f"the ranking of {module.name}", judge, lambda scores: [scores])
+
+    def _output_error(self, module: Gated, kept: Tensor, candidates: Tensor, moments: Moments) -> Tensor:
         channels = torch.cat((kept, candidates)).unique()
-        surgeon = self._surgeon_of(module, channels)
+        surgeon = self._surgeon_of(module, channels, moments)
         surgeon.remove(surgeon.channels[~torch.isin(surgeon.channels, channels)])
         score = torch.zeros(module.width, dtype=torch.float64)
         score[channels] = surgeon.scores()
         return score
 
-    def _surgeon_of(self, module: Gated, channels: Tensor) -> Surgeon:
+    def _surgeon_of(self, module: Gated, channels: Tensor, moments: Moments) -> Surgeon:
         """The one of the call before, if it still has all these channels of these moments."""
-        moments = self._reconstruction.hidden_moments()
         surgeon = self._surgeon
         if surgeon is None or moments is not self._moments or not torch.isin(channels, surgeon.channels).all():
             root, _ = square_root(self._reconstruction.metric())
@@ -187,13 +215,12 @@ class Elimination:
             self._moments, self._surgeon = moments, surgeon
         return surgeon
 
-    def _logit_energy(self) -> Tensor:
-        queries, keys = self._reconstruction.logit_moments()
-        energies = (
-            (q.diagonal(dim1=1, dim2=2) * k.diagonal(dim1=1, dim2=2)).flatten()
-            for q, k in zip(queries, keys, strict=True)
-        )
-        return reduce(torch.add, energies)
+
+def _logit_energy(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
+    energies = (
+        (q.diagonal(dim1=1, dim2=2) * k.diagonal(dim1=1, dim2=2)).flatten() for q, k in zip(queries, keys, strict=True)
+    )
+    return reduce(torch.add, energies)
 
 
 RANKINGS = ("elimination", "fisher", "first_order", "exact", "magnitude", "random")

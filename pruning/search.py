@@ -24,6 +24,7 @@ from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.scores import Ranking
 from pruning.selection import Order, best_of_each_head, draw_candidates
+from util import distributed
 from util.errors import UserError
 
 
@@ -99,6 +100,15 @@ class Units:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}/{step}".encode()))
 
 
+@dataclass(frozen=True)
+class Thresholds:
+    """What the mAP in [0, 1] of a visit is held to; see `Schedule`."""
+
+    target_ap: float
+    subset_threshold_ap: float
+    full_threshold_ap: float
+
+
 @dataclass
 class Search:
     """One search; `run` gives the kept set of every module.
@@ -123,6 +133,8 @@ class Search:
     def __post_init__(self) -> None:
         self.kept = {name: all_kept(module) for name, module in self.bench.modules.items()}
         self._ap_before = self.base_ap
+        # Powers are rounded differently on different machines, so all processes take those of the main one.
+        self._visits = distributed.on_main(self._thresholds)
         self._past = deque(self.replayed)
         self.effort = Effort(self.bench.counter, self._past)
         self._kept_in_bench: Kept | None = None
@@ -182,7 +194,7 @@ class Search:
                 decision, is_new = self._measure(visit, step, name, tried, False, accept=False), True
             yield decision, is_new
             step += 1
-            if decision.full_ap is not None and decision.full_ap >= self._full_threshold_ap(visit):
+            if decision.full_ap is not None and decision.full_ap >= self._visits[visit].full_threshold_ap:
                 passes, kept, full_ap = middle, decision.kept, decision.full_ap
             else:
                 fails = middle
@@ -227,10 +239,10 @@ class Search:
         if not subset_passed:
             subset_ap = self.bench.subset_ap(name)
             # A subset without boxes (-1) can tell nothing: the whole split decides.
-            subset_passed = subset_ap < 0 or subset_ap >= self.schedule.subset_threshold_ap(self.base_ap, visit)
+            subset_passed = subset_ap < 0 or subset_ap >= self._visits[visit].subset_threshold_ap
         if subset_passed:
             full_ap = self.bench.full_ap()
-        passed = full_ap is not None and full_ap >= self._full_threshold_ap(visit)
+        passed = full_ap is not None and full_ap >= self._visits[visit].full_threshold_ap
         return self._decision(visit, step, name, kept, subset_ap, full_ap, accept and passed)
 
     def _show_bench(self, name: str, kept: Kept) -> None:
@@ -239,8 +251,12 @@ class Search:
             self.bench.set_kept(name, kept)
             self._kept_in_bench = kept
 
-    def _full_threshold_ap(self, visit: int) -> float:
-        return self.schedule.full_threshold_ap(self.base_ap, visit)
+    def _thresholds(self) -> list[Thresholds]:
+        of_visit = (self.schedule.target_ap, self.schedule.subset_threshold_ap, self.schedule.full_threshold_ap)
+        return [
+            Thresholds(*(threshold(self.base_ap, visit) for threshold in of_visit))
+            for visit in range(len(self.bench.modules))
+        ]
 
     def _decision(
         self,
@@ -259,7 +275,7 @@ class Search:
             step=step,
             width=width_of(kept),
             kept=kept,
-            target_ap=self.schedule.target_ap(self.base_ap, visit),
+            target_ap=self._visits[visit].target_ap,
             subset_ap=subset_ap,
             full_ap=full_ap,
             accepted=accepted,

@@ -194,5 +194,6 @@ class DetectorBench:
                 device=self._device,
                 progress=False,
             )
-            self._measured[batches] = float(result.stats["AP"])
+            # The main process's, bit for bit, so that all come to the same decisions.
+            self._measured[batches] = distributed.on_main(lambda: float(result.stats["AP"]))
         return self._measured[batches]

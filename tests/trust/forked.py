@@ -2,10 +2,11 @@
 
     python -m tests.trust.forked JOBS.json
 
-`JOBS.json` is a list of `{"processes": N, "script": "main", "gp" or "mgp", "words": [options, ...]}`, done in order.
+`JOBS.json` is a list of `{"processes": N, "script": one of SCRIPTS, "words": [options, ...]}`, done in order.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -13,15 +14,22 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 import main
-from pruning import plots
+from models.layers import GatedLayer
+from pruning import plots, workbench
 from pruning.arguments import get_pruning_parser
+from pruning.budget import BudgetSearch
 from pruning.cli import search
+from pruning.run import SearchRun
 from pruning.schedule import GP, MGP, Schedule
+from pruning.scores import Magnitude
+from util.errors import run_cli
 from util.options import parse
 
 
@@ -36,10 +44,75 @@ def prune(schedule: Schedule, words: Sequence[str]) -> None:
     search(schedule, *parse(get_pruning_parser(schedule, "a test"), list(words)))
 
 
+def prune_askew(error: float, words: Sequence[str]) -> None:
+    """`prune` where every process but the first rounds as if on another machine, off by the relative `error`.
+
+    Each process leaves its weights and kept sets in --output_dir, as `rankN.pth`.
+    """
+
+    def skewed(value):
+        if isinstance(value, torch.Tensor):
+            signs = 1 - 2 * (torch.arange(value.numel()) % 2).view(value.shape)
+            return value * (1 + error * signs)
+        if isinstance(value, tuple):
+            return type(value)([skewed(item) for item in value])  # a named one too
+        return (1 + error) * value
+
+    def skew(owner, name):
+        function = getattr(owner, name)
+        return mock.patch.object(owner, name, lambda *args, **options: skewed(function(*args, **options)))
+
+    def evaluate_askew(*args, **options):
+        found = evaluate(*args, **options)
+        return dataclasses.replace(found, stats={name: skewed(value) for name, value in found.stats.items()})
+
+    def search_and_save(self, base_ap):
+        result = search_as_is(self, base_ap)
+        saved = {"model": self.model.state_dict(), "kept": dict(result.kept), "ap": result.ap}
+        torch.save(saved, self.output_dir / f"rank{os.environ['RANK']}.pth")
+        return result
+
+    evaluate, search_as_is = workbench.evaluate, SearchRun.search
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(SearchRun, "search", search_and_save))
+        if os.environ["RANK"] != "0":
+            patches.enter_context(mock.patch.object(workbench, "evaluate", evaluate_askew))
+            for name in ("solve", "svd", "eigh", "inv", "qr"):
+                patches.enter_context(skew(torch.linalg, name))
+            for name in ("target_ap", "subset_threshold_ap", "full_threshold_ap"):
+                patches.enter_context(skew(Schedule, name))
+            patches.enter_context(skew(BudgetSearch, "_guess"))
+            patches.enter_context(skew(Magnitude, "_scores"))
+        prune(MGP, words)
+
+
+def prune_spoiled(where: str, words: Sequence[str]) -> None:
+    """`prune` as a command, where a fit fails in the first process, or activations are NaN in the second alone."""
+
+    def observe_nan(self, block, **activations):
+        if "hidden" in activations:
+            activations["hidden"] = activations["hidden"] * float("nan")
+        observe(self, block, **activations)
+
+    refused = torch.linalg.LinAlgError("the algorithm failed to converge")
+    observe = GatedLayer.observe
+    with ExitStack() as patches:
+        if where == "fit" and os.environ["RANK"] == "0":
+            patches.enter_context(mock.patch("torch.linalg.svd", side_effect=refused))
+        if where == "activations" and os.environ["RANK"] == "1":
+            patches.enter_context(mock.patch.object(GatedLayer, "observe", observe_nan))
+        run_cli(functools.partial(prune, MGP, words))
+
+
 SCRIPTS: dict[str, Callable[[Sequence[str]], None]] = {
     "main": train,
     "gp": functools.partial(prune, GP),
     "mgp": functools.partial(prune, MGP),
+    "mgp alike": functools.partial(prune_askew, 0.0),
+    "mgp askew": functools.partial(prune_askew, 1e-7),
+    "mgp far askew": functools.partial(prune_askew, 0.05),
+    "mgp, a fit fails": functools.partial(prune_spoiled, "fit"),
+    "mgp, activations are NaN": functools.partial(prune_spoiled, "activations"),
 }
 
 

@@ -68,7 +68,7 @@ JOURNAL = ("tests/pruning/test_journal.py",)
 MUTANTS = (
     Mutant(
         "subset's threshold: > for >=", "pruning/search.py",
-        "subset_ap >= self.schedule.subset_threshold_ap", "subset_ap > self.schedule.subset_threshold_ap", SEARCH,
+        "subset_ap >= self._visits[visit]", "subset_ap > self._visits[visit]", SEARCH,
     ),
     Mutant(
         "growing, whole split's threshold: > for >=", "pruning/search.py",
@@ -76,7 +76,7 @@ MUTANTS = (
     ),
     Mutant(
         "halving, whole split's threshold: > for >=", "pruning/search.py",
-        "decision.full_ap >= self._full", "decision.full_ap > self._full", SEARCH,
+        "decision.full_ap >= self._visits", "decision.full_ap > self._visits", SEARCH,
     ),
     Mutant(
         "halving stops one width early", "pruning/search.py",
