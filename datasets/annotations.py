@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from util.errors import UserError, reason_of, shorten
+from util.errors import UserError, plain_name, reason_of, shorten
 
 TABLES = ("images", "annotations", "categories")
 # All that is read of a file. Outlines are most of COCO's, and nothing here reads them.
@@ -68,7 +68,7 @@ class Annotations:
             np.array([image["id"] for image in images], np.int64),
             [image.get("file_name", "") for image in images],
             np.array([listed_size(image) or (0, 0) for image in images], np.int64).reshape(-1, 2),
-            {category["id"]: str(category.get("name", category["id"])) for category in content["categories"]},
+            {category["id"]: name_of(category) for category in content["categories"]},
             box_image_ids[order],
             np.array([item["category_id"] for item in items], np.int64)[order],
             boxes[order],
@@ -186,6 +186,12 @@ def find_problems(content: dict[str, list]) -> Iterator[Problem]:
     for number, item in enumerate(items, start=1):
         for kind, problem in _annotation_problems(item, image_ids, category_ids):
             yield kind, f": annotation {shorten(item.get('id', f'number {number}'))} {problem}"
+
+
+def name_of(category: Mapping[str, Any]) -> str:
+    """A category's name on one line, or its id where it has none."""
+    name = category.get("name")
+    return ("" if name is None else plain_name(str(name))) or str(category.get("id"))
 
 
 def entries_of(content: dict[str, list], table: str) -> list[dict[str, Any]]:

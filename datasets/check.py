@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from datasets.annotations import entries_of, find_problems, is_box, listed_size, read_tables
+from datasets.annotations import entries_of, find_problems, is_box, listed_size, name_of, read_tables
 from datasets.boxes import are_below_pixel
 from datasets.check_images import Facts, ImageFacts, check_images, file_name, read_images
 from datasets.coco import SPLITS, Split, split_of
 from datasets.transforms import scaled
-from util.errors import UserError, run_cli, shorten
+from util.errors import UserError, one_line, run_cli, shorten
 from util.files import write_json
 from util.logging import table
 from util.options import DATA_OPTIONS, add_split_options, script_parser, whole
@@ -186,11 +186,6 @@ def _hashable(value: Any) -> Any:
     return repr(value) if isinstance(value, list | dict) else value
 
 
-def name_of(category: Mapping) -> str:
-    """A category's name, or its id as text."""
-    return str(category.get("name", category.get("id")))
-
-
 def check_between(reports: Sequence[SplitReport]) -> list[Finding]:
     """Categories that two splits do not have in common."""
     if len(reports) < 2:
@@ -248,7 +243,7 @@ def show_findings(findings: Sequence[Finding]) -> str:
     for finding in findings:
         shown = [example for example in finding.examples[:SHOWN_EXAMPLES] if example]
         more = ["..."] if finding.total > SHOWN_EXAMPLES else []
-        lines += [f"{finding.kind}:", *(f"  {example}" for example in shown + more)] if shown else []
+        lines += [f"{finding.kind}:", *(f"  {one_line(example)}" for example in shown + more)] if shown else []
     return "\n".join(lines)
 
 
@@ -270,15 +265,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports = []
     for split in splits_to_check(args):
         reports.append(check_split(split, args.num_workers, args.image_size))
-        print(f"{show(reports[-1])}\n", flush=True)
     between = check_between(reports)
-    if between:
-        print(f"between the splits:\n\n{show_findings(between)}\n")
     findings = [*between, *(finding for report in reports for finding in report.findings)]
     stopping = sum(finding.total for finding in findings if finding.stops)
     if args.json is not None:
         content = {"stops": stopping > 0, "splits": [asdict(report) for report in reports]}
         write_json(args.json, {**content, "between": [asdict(finding) for finding in between]})
+    for report in reports:
+        print(f"{show(report)}\n")
+    if between:
+        print(f"between the splits:\n\n{show_findings(between)}\n")
     print(f"{stopping} findings stop a training run" if stopping else "nothing stops a training run")
     return 1 if stopping else 0
 

@@ -318,22 +318,29 @@ class SearchRun:
         )
 
     def _write(self, result: Result) -> None:
-        """The output file, pictures, tables, the command to type next, and at last the report."""
+        """The output file, pictures, the journal's end and the report; then tables and the command to type next."""
         self._save(result.kept)
-        if result.ap < result.base_ap / 2:
-            self.log.warning("mAP fell below half: %.4f before, %.4f after", result.base_ap, result.ap)
         before, after = self._costs(result.widths)
         caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
         plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.model.widths, result.widths)
-        self._log_steps()
         if self.decisions:
             points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
         else:
             points = [(self._params_at(t.widths), t.full_ap, t is self.best_trial) for t in self.trials]
-            self.log.info("%s", report.width_table(self.model.widths, result.widths))
         plots.plot_ap_against_parameters(
             self.output_dir / AP_PICTURE, points, result.base_ap, before.transformer_params, caption
         )
+        self.journal.end(self._outcome(result, passed=True))
+        write_report(self.output_dir, "search", Samples(self.device))
+        self._log_result(result, before, after)
+
+    def _log_result(self, result: Result, before: Cost, after: Cost) -> None:
+        """Tables of what was found and what it costs, and the command to type next."""
+        if result.ap < result.base_ap / 2:
+            self.log.warning("mAP fell below half: %.4f before, %.4f after", result.base_ap, result.ap)
+        self._log_steps()
+        if not self.decisions:
+            self.log.info("%s", report.width_table(self.model.widths, result.widths))
         effort = self.effort.so_far()
         self.log.info("%s", cost_table([("before", before), ("after", after)]))
         self.log.info(
@@ -344,15 +351,13 @@ class SearchRun:
         )  # fmt: skip
         self.log.info("--cfgs '%s'", result.widths)
         self.log.info("next: %s", report.next_command(self.args, result.path))
-        self.journal.end(self._outcome(result, passed=True))
-        write_report(self.output_dir, "search", Samples(self.device))
 
     def _write_failure(self, result: Result) -> None:
-        """The table of what was tried, the journal's end and the report of a search in which nothing passed."""
+        """The journal's end and the report of a search in which nothing passed, and the table of what was tried."""
         self._move_results_aside()
-        self._log_steps()
         self.journal.end(self._outcome(result, passed=False))
         write_report(self.output_dir, "search", Samples(self.device))
+        self._log_steps()
 
     def _move_results_aside(self) -> None:
         """Rename what an older search left, so that nothing is taken for the result of this one."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from models.widths import Widths
 from pruning.transplant import paper_masks_to_kept
 from util import huggingface
-from util.errors import UserError, one_line, shorten
+from util.errors import UserError, one_line, plain_name, shorten
 from util.tensor_checks import check_finite, check_training, tensors_in
 
 FORMAT = "dn-detr-pruning"
@@ -143,7 +143,7 @@ def check_keys(path: Path, name: str, values: dict) -> None:
 
 
 def _check_categories(path: Path, categories: Any) -> dict[int, str] | None:
-    """The names by id, or None, as the file has them; older ones of ours have none."""
+    """The names by id, or None where the file has none, as older ones of ours."""
     if categories is None:
         return None
     if not isinstance(categories, dict) or not categories:
@@ -153,7 +153,7 @@ def _check_categories(path: Path, categories: Any) -> dict[int, str] | None:
             raise UserError(
                 f"{path}: found {shorten(number)}: {shorten(name)} under `categories`, expected names by id"
             )
-    return categories
+    return {number: plain_name(name) for number, name in categories.items()}
 
 
 def _check_kept(path: Path, kept: Any) -> None:

@@ -11,6 +11,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from util.errors import one_line
 from util.files import write_atomic
 
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
@@ -79,7 +80,7 @@ def _chosen(
 ) -> list[tuple[str, int, list[float]]]:
     """Text, category id and box of what is drawn, the best scores last."""
     labels, boxes = result["labels"].tolist(), result["boxes"].tolist()
-    titles = [str(names.get(label, label)) for label in labels]
+    titles = [one_line(str(names.get(label, label))) for label in labels]  # line ends make Pillow's layout fail
     if "scores" not in result:
         return list(zip(titles, labels, boxes, strict=True))
     found = sorted(zip(result["scores"].tolist(), titles, labels, boxes, strict=True))

@@ -1,6 +1,7 @@
 """Errors that are the user's to mend, and how an entry script reports them."""
 
 import errno
+import io
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -38,6 +39,11 @@ def one_line(text: str, length: int | None = None) -> str:
     return text if length is None or len(text) <= length else f"{text[:length]}..."
 
 
+def plain_name(text: str) -> str:
+    """The name of a category as it is compared, printed and drawn: `one_line` with all white space collapsed."""
+    return one_line(" ".join(text.split()))
+
+
 def _printable(character: str) -> str:
     is_control = unicodedata.category(character) in ("Cc", "Cs")
     return character.encode("unicode_escape").decode() if is_control else character
@@ -60,11 +66,19 @@ def reason_of(error: Exception, length: int = 120) -> str:
     return one_line(lines[0], length) if lines else type(error).__name__
 
 
+def _escape_what_consoles_lack() -> None:
+    """Let standard output and errors escape characters that their encoding lacks, which would else end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_cli(main: Callable[[], object]) -> None:
     """Run an entry script; a `UserError`, or a disk that takes no more, becomes one line on stderr and exit code 2.
 
     A `RunFailedError` is one line, too, and exit code 1.
     """
+    _escape_what_consoles_lack()
     try:
         main()
     except UserError as error:

@@ -83,8 +83,8 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
-    write_atomic(path, lambda stream: stream.write(text.encode()))
+    """Write `text` as UTF-8, atomically; bytes of file names that are no UTF-8 are escaped."""
+    write_atomic(path, lambda stream: stream.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from util import distributed
 from util.colour import paint
+from util.errors import one_line
 
 LOGGER_NAME = "dn_detr_pruning"
 Notice = tuple[int, str]  # level of logging, and a sentence about the data of a run
@@ -96,8 +97,10 @@ def bar_off(progress: bool = True) -> bool | None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Text table: the first column to the left, the others to the right; floats with 4 decimals."""
-    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
+    """Text table: the first column to the left, the others to the right; floats with 4 decimals, a line a row."""
+    cells = [
+        [f"{cell:.4f}" if isinstance(cell, float) else one_line(str(cell)) for cell in row] for row in [header, *rows]
+    ]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [
         "  ".join(

@@ -26,7 +26,7 @@ from models.post_process import PostProcess
 from pruning.cost import count_parameters
 from util.checkpoint import read_checkpoint
 from util.draw import draw_detections, scale_to_read, write_grid, write_picture
-from util.errors import UserError
+from util.errors import UserError, one_line
 from util.files import write_json
 from util.image_files import (
     ImageFiles,
@@ -178,7 +178,7 @@ class Prediction:
         for batch in loader:
             for sample in batch:
                 if sample.problem:
-                    self.log.warning("skipped: %s", sample.problem)
+                    self.log.warning("skipped: %s", one_line(sample.problem))
             good = [sample for sample in batch if not sample.problem]
             if good:
                 yield good

@@ -115,9 +115,9 @@ class Run:
             criterion=self.criterion if with_losses else None,
             amp=self.args.eval_amp,
         )
-        show(size_notices(self.val_loader))
         if self.args.save_results and distributed.is_main():
             write_json(self.output_dir / "results.json", engine.to_coco_results(result.detections), indent=None)
+        show(size_notices(self.val_loader))
         return result
 
     def evaluate_only(self) -> dict[str, float]:
@@ -127,9 +127,6 @@ class Run:
         result = self.evaluate(self.model)
         figures = {**result.stats, **self.costs()}
         categories = self._by_category(result)
-        self.log.info("%s", _category_table(categories))
-        rows = [(name, shown(value) if name in STAT_NAMES else value) for name, value in figures.items()]
-        self.log.info("%s", table(["val2017", ""], rows))
         if distributed.is_main():
             content = {
                 **figures,
@@ -138,6 +135,9 @@ class Run:
                 "categories": categories,
             }
             write_json(self.output_dir / "eval.json", content)
+        self.log.info("%s", _category_table(categories))
+        rows = [(name, shown(value) if name in STAT_NAMES else value) for name, value in figures.items()]
+        self.log.info("%s", table(["val2017", ""], rows))
         return result.stats
 
     def _by_category(self, result: engine.EvalResult) -> list[dict[str, Any]]:
@@ -246,10 +246,10 @@ class Run:
             save_checkpoint(self.output_dir / "checkpoint_best.pth", **content)
         append_json_line(self.output_dir / "log.txt", line)
         save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
+        write_report(self.output_dir, "training", self.samples)
         found = _shown_ap(line.get("test_AP"), is_best)
         seconds = line["train_seconds"] + line.get("test_seconds", 0)
         self.log.info("epoch %d: loss %.4f, %s, %.1f s", line["epoch"], line["train_loss"], found, seconds)
-        write_report(self.output_dir, "training", self.samples)
 
     def _make_way(self, epoch: int) -> None:
         """Once, before the first files of a run: those of an older one are moved aside, those it goes on with taken up.

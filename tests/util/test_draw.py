@@ -61,6 +61,19 @@ def test_long_names_leave_room_for_their_score_and_all_letters_are_there():
     assert len(shown) == 6
 
 
+@pytest.mark.parametrize(
+    "end", ["\n", "\r", "\r\n", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\0", "\x1b", "\ud800"]
+)
+def test_names_with_line_ends_and_control_characters_are_drawn_on_one_line(end):
+    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    result = {"labels": torch.tensor([0]), "boxes": torch.tensor([[20.0, 50.0, 80.0, 90.0]])}
+    drawn, plain = (np.array(draw_detections(image, result, {0: name})) for name in (f"ring{end}", "ring"))
+    if end.isspace():
+        assert np.array_equal(drawn, plain)
+    assert drawn[60:].any()
+    draw_detections(image, result, {0: f"{end}a{end}b"})
+
+
 def test_better_scores_are_drawn_on_top_and_boxes_off_the_image_are_drawn_too():
     image = torch.zeros(3, 100, 100, dtype=torch.uint8)
     boxes = torch.tensor([[20.0, 50.0, 80.0, 90.0], [20.0, 50.0, 80.0, 90.0], [-50.0, -50.0, 300.0, -20.0]])

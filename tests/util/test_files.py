@@ -11,7 +11,16 @@ import torch
 
 from util.distributed import choose_device
 from util.errors import UserError
-from util.files import append_json_line, check_output_dir, file_digest, move_aside, save_torch, write_atomic, write_json
+from util.files import (
+    append_json_line,
+    check_output_dir,
+    file_digest,
+    move_aside,
+    save_torch,
+    write_atomic,
+    write_json,
+    write_text,
+)
 from util.logging import get_logger, log_to_file, stop_logging_to_file, table
 
 
@@ -83,6 +92,16 @@ def test_a_table_aligns_its_columns():
         table(["name", "AP"], [("dense", 0.5), ("x", 12)])
         == "name       AP\n-----  ------\ndense  0.5000\nx          12"
     )
+
+
+def test_a_row_of_a_table_is_one_line_whatever_its_cells():
+    lines = table(["name\n", "AP"], [("a\nb", 0.5), ("\x1b[2J", "1\r\n")]).split("\n")
+    assert lines == ["name         AP", "-------  ------", "a b      0.5000", r"\x1b[2J       1"]
+
+
+def test_text_that_no_encoding_knows_is_escaped(tmp_path):
+    write_text(tmp_path / "a.html", "a\udcffb")
+    assert (tmp_path / "a.html").read_text() == r"a\udcffb"
 
 
 def test_one_gpu_is_not_shared_by_several_processes(monkeypatch):

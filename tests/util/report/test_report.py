@@ -80,7 +80,7 @@ def root(tmp_path_factory):
         path = annotation_path(root, split)
         tables = json.loads(path.read_text())
         for category in tables["categories"]:
-            category["name"] = HOSTILE
+            category["name"] = f" {HOSTILE}\r\n"
         path.write_text(json.dumps(tables))
     return root
 
