@@ -26,7 +26,7 @@ from util.errors import UserError
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
-FFN_UNIT_OF_HEADS = 4  # DESIGN: an FFN grows by 4 * nheads channels a step, an attention by nheads
+FFN_UNIT_OF_HEADS = 4  # an FFN grows by 4 * nheads channels a step, an attention by nheads
 
 
 def prune_as_paper(

@@ -1,4 +1,4 @@
-"""Initial values of a detector trained from scratch (DESIGN.md section 3)."""
+"""Initial values of a detector trained from scratch, those of DN-DETR (arXiv 2203.01305) and its predecessors."""
 
 import math
 from collections.abc import Iterable

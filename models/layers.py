@@ -57,10 +57,10 @@ class OutputProjection(nn.Module):
 class GatedLayer(nn.Module):
     """Base of the transformer layers: holds the gates of its modules and the feed-forward block.
 
-    A gate multiplies exactly the channels that a cut would remove (DESIGN.md section 5), so that the gated layer and
-    the cut one compute the same function. `gates[block]` is `(query gate, value gate)` for an attention,
-    `(value gate, None)` for a deformable one and `(hidden gate, None)` for the FFN; a gate has the shape `width`, or
-    `B x 1 x width` for one gate an image. Gates are no part of the state dict.
+    A gate multiplies exactly the channels that a cut would remove, so that the gated layer and the cut one compute the
+    same function. `gates[block]` is `(query gate, value gate)` for an attention, `(value gate, None)` for a deformable
+    one and `(hidden gate, None)` for the FFN; a gate has the shape `width`, or `B x 1 x width` for one gate an image.
+    Gates are no part of the state dict.
 
     `observer`, where there is one, is called with a block's name and its activations as they come by: `queries` and
     `keys`, tuples of B x L x width that are multiplied with each other pair by pair, before any gate; `attended`, what

@@ -1,6 +1,7 @@
 """Several processes started by torchrun, or one: the same calls serve both."""
 
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -91,7 +92,8 @@ def gather_objects(value: Any) -> list[Any]:
 def on_main(action: Callable[[], T]) -> T:
     """What `action` gives in the main process, in every process; what it raises there is raised in every process.
 
-    For whatever writes files: a full disk then ends all processes alike, and none waits for one that is gone.
+    For whatever writes files: a full disk then ends all processes alike, and none waits for one that is gone. An
+    exception that cannot be pickled is raised in the main process; the others raise a `RuntimeError` with its text.
     """
     result, problem = None, None
     if is_main():
@@ -99,10 +101,23 @@ def on_main(action: Callable[[], T]) -> T:
             result = action()
         except Exception as error:
             problem = error
-    result, problem = gather_objects((result, problem))[0]
+    own = problem
+    result, problem = gather_objects(_picklable(result, problem) if world_size() > 1 else (result, problem))[0]
+    if own is not None:
+        raise own
     if problem is not None:
         raise problem
     return result
+
+
+def _picklable(result: Any, problem: Exception | None) -> tuple[Any, Exception | None]:
+    """Both as they are; where one of them cannot be pickled and read back, a `RuntimeError` says what it was."""
+    try:
+        pickle.loads(pickle.dumps((result, problem)))
+    except Exception as error:
+        told = error if problem is None else problem
+        return None, RuntimeError(f"{type(told).__name__}: {told}")
+    return result, problem
 
 
 def average(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

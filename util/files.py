@@ -6,11 +6,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,9 +19,12 @@ import torch
 
 from util.errors import UserError
 
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
+# Which process a temporary file belongs to; files of an older version name no host.
+OWNER = r"(?P<pid>\d+)(?:@(?P<host>[A-Za-z0-9-]+))?"
+TEMPORARY = re.compile(rf"\.(?P<name>.+)\.{OWNER}\.tmp")
 PROBE_SECONDS = 600  # older ones are of processes that were killed: one is there for a millisecond
-PROBE = re.compile(r"\.probe-(?P<pid>\d+)-.*")
+PROBE = re.compile(rf"\.probe-{OWNER}-.*")
+ABANDONED_SECONDS = 24 * 3600  # no file takes so long to write, and no two clocks differ by so much
 
 
 @contextmanager
@@ -36,14 +40,29 @@ def naming(path: str | Path) -> Iterator[None]:
 
 def temporary_of(path: Path) -> Path:
     """The name beside `path` under which this process makes what is then renamed to it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{_owner()}.tmp")
+
+
+def _owner() -> str:
+    """This process among those of all hosts that share a file system."""
+    return f"{os.getpid()}@{_host()}"
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "-"
 
 
 def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
-    """Remove what killed processes were writing in `folder` (of the file `name` alone); call it before writing."""
+    """Remove what killed processes were writing in `folder` (of the file `name` alone); call it before writing.
+
+    A process of another host cannot be looked up from here: what it wrote last more than a day ago is removed.
+    """
     for path in Path(folder).iterdir():
         match = TEMPORARY.fullmatch(path.name) or PROBE.fullmatch(path.name)
-        if match is None or (name is not None and match.groupdict().get("name") != name) or _is_running(match["pid"]):
+        if match is None or (name is not None and match.groupdict().get("name") != name):
+            continue
+        is_elsewhere = match["host"] not in (None, _host())
+        if not (_is_old(path, ABANDONED_SECONDS) if is_elsewhere else _has_ended(match["pid"])):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -51,19 +70,27 @@ def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
-def _is_running(pid: str) -> bool:
-    """Whether there is another process of that number."""
+def _has_ended(pid: str) -> bool:
+    """Whether this host has no other process of that number."""
     if int(pid) == os.getpid():
-        return False
-    if sys.platform == "win32":  # where signal 0 is Ctrl-C
         return True
+    if sys.platform == "win32":  # where signal 0 is Ctrl-C
+        return False
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
         return True
-    return True
+    except OSError:
+        return False
+    return False
+
+
+def _is_old(path: Path, seconds: float) -> bool:
+    """Whether nothing was written there for so long; False where it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime > seconds
+    except FileNotFoundError:  # another process has just removed it
+        return False
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -159,7 +186,7 @@ def check_output_dir(path: str | Path) -> Path:
             raise UserError(f"--output_dir {path}: {nearest} is a file, expected a folder")
         _remove_old_probes(nearest)
         # Permissions do not tell all, so the missing folders are made once: under a name of this process alone.
-        with tempfile.TemporaryDirectory(prefix=f".probe-{os.getpid()}-", dir=nearest) as probe:
+        with tempfile.TemporaryDirectory(prefix=f".probe-{_owner()}-", dir=nearest) as probe:
             Path(probe, *missing).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -169,8 +196,5 @@ def check_output_dir(path: str | Path) -> Path:
 
 def _remove_old_probes(folder: Path) -> None:
     for path in folder.iterdir():
-        if PROBE.fullmatch(path.name) is None:
-            continue
-        with suppress(FileNotFoundError):  # that of another process, which has just removed it
-            if time.time() - path.stat().st_mtime > PROBE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+        if PROBE.fullmatch(path.name) and _is_old(path, PROBE_SECONDS):
+            shutil.rmtree(path, ignore_errors=True)

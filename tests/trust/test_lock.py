@@ -23,7 +23,7 @@ from pruning.schedule import GP, MGP
 from tests.tiny_run import tiny_options
 from util import distributed, lock
 from util.errors import UserError
-from util.files import check_output_dir, remove_leftovers
+from util.files import check_output_dir, remove_leftovers, temporary_of
 from util.lock import LOCK_NAME, hold_folder, hold_name
 
 ROOT = Path(main.__file__).parent
@@ -224,6 +224,25 @@ def test_what_dead_processes_were_writing_is_removed_and_nothing_else(tmp_path):
     with hold_folder(tmp_path):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {*stay, f".probe-{running}-x"}
+
+
+def test_what_another_host_is_writing_stays_until_it_is_a_day_old(tmp_path, monkeypatch):
+    """On a shared file system the processes of another host have numbers that say nothing here."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    monkeypatch.setattr("socket.gethostname", lambda: "node_2.cluster")
+    ours, running = temporary_of(tmp_path / "a.pth"), f".b.pth.{os.getppid()}@node-2-cluster.tmp"
+    assert ours.name == f".a.pth.{os.getpid()}@node-2-cluster.tmp"
+    old = [f".a.pth.{os.getppid()}@node-1.tmp", f".probe-{ended.pid}@node-1-x"]
+    new = [f".b.pth.{ended.pid}@node-1.tmp", f".c.pth.{os.getpid()}@node-1.tmp", f".probe-{ended.pid}@node-1-y"]
+    gone = [ours.name, f".c.pth.{ended.pid}@node-2-cluster.tmp"]
+    for name in (*old, *new, *gone, running):
+        (tmp_path / name).mkdir() if name.startswith(".probe") else (tmp_path / name).write_text("half")
+    for name, hours in [*((name, 25) for name in old), *((name, 23) for name in new)]:
+        os.utime(tmp_path / name, times=(time.time() - 3600 * hours,) * 2)
+    with hold_folder(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*new, running}
 
 
 def test_an_old_probe_of_a_folder_is_removed_by_the_next(tmp_path):

@@ -1,4 +1,9 @@
-"""One process: what is done in the main one alone."""
+"""What is done in the main process alone: its result and its error reach every process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +36,77 @@ def test_an_error_reaches_the_caller_as_it_is():
     with pytest.raises(UserError) as raised:
         distributed.on_main(fail)
     assert raised.value is error
+
+
+SCRIPT = """
+import datetime, multiprocessing, sys, threading
+import torch.distributed as dist
+from util import distributed
+
+class Odd(Exception):
+    def __init__(self, number, text):  # pickled, and then cannot be read back
+        super().__init__(text)
+
+def with_lock():
+    error = OSError(28, "disk full")
+    error.lock = threading.Lock()
+    return error
+
+def fail(error):
+    raise error
+
+ACTIONS = {
+    "pickled": lambda: fail(OSError(28, "disk full")),
+    "not pickled": lambda: fail(with_lock()),
+    "not read back": lambda: fail(Odd(1, "disk full")),
+    "local class": lambda: fail(type("Local", (ValueError,), {})("disk full")),
+    "a result that is not pickled": lambda: threading.Lock(),
+}
+
+def work(rank, store, name):
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2,
+                            timeout=datetime.timedelta(seconds=300))
+    try:
+        distributed.on_main(ACTIONS[name])
+    except Exception as error:
+        print(f"{rank} {type(error).__name__}: {error}\\n", end="", flush=True)
+    assert distributed.gather_objects(rank) == [0, 1]  # both are still there, and in step
+    distributed.stop()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(rank, *sys.argv[1:])) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    sys.exit(max(worker.exitcode != 0 for worker in workers))
+"""
+TOLD = {
+    "pickled": ("OSError: [Errno 28] disk full", "OSError: [Errno 28] disk full"),
+    "not pickled": ("OSError: [Errno 28] disk full", "RuntimeError: OSError: [Errno 28] disk full"),
+    "not read back": ("Odd: disk full", "RuntimeError: Odd: disk full"),
+    "local class": ("Local: disk full", "RuntimeError: Local: disk full"),
+    "a result that is not pickled": (
+        "RuntimeError: TypeError: cannot pickle",
+        "RuntimeError: TypeError: cannot pickle",
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+@pytest.mark.parametrize("name", TOLD)
+def test_no_process_waits_for_an_error_that_cannot_be_pickled(tmp_path, name):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "store"), name],
+        cwd=Path(distributed.__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = sorted(done.stdout.splitlines())
+    assert [line[:2] for line in lines] == ["0 ", "1 "]
+    for line, told in zip(lines, TOLD[name], strict=True):
+        assert line[2:].startswith(told)
