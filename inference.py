@@ -48,13 +48,14 @@ def get_inference_parser() -> argparse.ArgumentParser:
     add_output_options(network)
     group = parser.add_argument_group("images and pictures")
     add = group.add_argument
-    add("inputs", nargs="+", metavar="IMAGES", help="images, folders of images, or globs in quotes (** reaches deeper)")
-    add("--compare", nargs=2, metavar=("DENSE", "SLIM"), default=None,
+    add("inputs", type=os.path.expanduser, nargs="+", metavar="IMAGES",
+        help="images, folders of images, or globs in quotes (** reaches deeper)")  # fmt: skip
+    add("--compare", type=os.path.expanduser, nargs=2, metavar=("DENSE", "SLIM"), default=None,
         help="in place of --resume: checkpoints of two detectors, drawn side by side with milliseconds an image, the "
         "median of one image alone after a warm-up, the two taking turns")  # fmt: skip
     add("--score_threshold", type=real(0, at_most=1), default=0.3,
         help="least score that is drawn, in [0, 1]; results.json has all detections")  # fmt: skip
-    add("--names", metavar="FILE", default=None,
+    add("--names", type=os.path.expanduser, metavar="FILE", default=None,
         help="COCO annotations with the names of the categories, by default those that the checkpoint tells; where "
         "they list all the images, results.json has their ids")  # fmt: skip
     add("--max_images", type=whole(1), default=None, help="first images to look at, by default all")

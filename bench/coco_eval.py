@@ -10,7 +10,6 @@ import importlib.util
 import json
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from datasets.coco_eval import GroundTruth, coco_stats
 from util.environment import environment
 from util.errors import UserError, run_cli
-from util.options import script_parser
+from util.options import script_parser, user_path
 
 PACKAGES = {"hotcoco": "hotcoco", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}
 CATEGORY_IDS = np.array([number for number in range(1, 91) if number % 9 != 3])  # 80 ids with gaps, as in COCO
@@ -109,7 +108,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5000, help="images")
     parser.add_argument("--detections", type=int, default=300, help="detections an image")
     parser.add_argument("--backends", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), help="which to time")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--output", type=user_path, help="JSON file for the figures")
     args = parser.parse_args()
     if args.images < 1 or args.detections < 0:
         raise UserError(f"--images {args.images} --detections {args.detections}, expected at least 1 and 0")

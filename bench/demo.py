@@ -28,7 +28,7 @@ from util.errors import UserError, run_cli
 from util.files import copy_file, write_json
 from util.lock import hold_folder
 from util.logging import table
-from util.options import get_args_parser, parse, script_parser, whole
+from util.options import get_args_parser, parse, script_parser, user_path, whole
 from util.setup import build_detector, settle_arguments
 from util.timing import milliseconds_per_image
 
@@ -44,8 +44,8 @@ def get_parser() -> argparse.ArgumentParser:
     """The options of the demo: sizes that keep it within minutes."""
     parser = script_parser(__doc__, prog="python -m bench.demo")
     add = parser.add_argument
-    add("--output", type=Path, default=Path("output/demo"), help="folder for all results")
-    add("--checkpoint", type=Path, default=CHECKPOINT, help="detector to prune")
+    add("--output", type=user_path, default=Path("output/demo"), help="folder for all results")
+    add("--checkpoint", type=user_path, default=CHECKPOINT, help="detector to prune")
     add("--images", type=whole(1), default=1000, help="training images to draw")
     add("--val_images", type=whole(1), default=400, help="validation images to draw")
     add("--seed", type=whole(0), default=42, help="seed of the drawing")

@@ -22,7 +22,7 @@ from util.checkpoint import LOCAL_ARGUMENTS, load_weights, read_checkpoint, save
 from util.errors import UserError, run_cli
 from util.logging import table
 from util.options import get_args_parser as get_detector_parser
-from util.options import parse, real, whole
+from util.options import parse, real, user_path, whole
 from util.setup import build_detector
 
 SIZES = ("hidden_dim", "dim_feedforward", "enc_layers", "dec_layers", "num_queries")
@@ -352,8 +352,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="dense dn_dab_detr to grow")
-    add("--output", type=Path, required=True, help="file to write the grown detector to")
+    add("--checkpoint", type=user_path, required=True, help="dense dn_dab_detr to grow")
+    add("--output", type=user_path, required=True, help="file to write the grown detector to")
     add("--hidden_dim", type=whole(8), default=256, help="channels of the transformer, a multiple of what there are")
     add("--dim_feedforward", type=whole(1), default=2048, help="hidden channels of an FFN")
     add("--enc_layers", type=whole(1), default=6, help="encoder layers")

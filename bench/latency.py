@@ -40,7 +40,7 @@ from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import bar_off, table
-from util.options import get_args_parser, whole
+from util.options import get_args_parser, user_path, whole
 from util.timing import seconds_side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,8 +241,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batches", nargs="+", type=whole(1), default=[1, 8], help="images at once")
     add("--repeats", type=whole(1), default=5, help="turns of each form, behind one to warm up")
     add("--threads", type=whole(1), default=1, help="of the CPU; time of one alone leaves out waiting for other work")
-    add("--checkpoint", type=Path, default=ROOT / "checkpoints" / "demo.pth", help="the demo's detector")
-    add("--output", type=Path, default=Path("bench/results"), help="folder for the figures")
+    add("--checkpoint", type=user_path, default=ROOT / "checkpoints" / "demo.pth", help="the demo's detector")
+    add("--output", type=user_path, default=Path("bench/results"), help="folder for the figures")
     return parser
 
 

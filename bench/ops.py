@@ -22,7 +22,7 @@ from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table
-from util.options import script_parser
+from util.options import script_parser, user_path
 
 SIZES = [100, 167, 50, 84, 25, 42, 13, 21]  # 800 x 1333 at strides 8 to 64
 BATCH, HEADS, CHANNELS, POINTS = 2, 8, 32, 4
@@ -179,7 +179,7 @@ def main() -> None:
     parser = script_parser(__doc__, prog="python -m bench.ops")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each form")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--output", type=user_path, help="JSON file for the figures")
     args = parser.parse_args()
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}, expected at least 1")

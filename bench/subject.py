@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pruning.schedule import Schedule
 from pruning.search import Search, Units
 from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
 from pruning.workbench import DetectorBench
-from util.options import get_args_parser, parse, script_parser, whole
+from util.options import get_args_parser, parse, script_parser, user_path, whole
 from util.setup import build_detector, build_distillation, settle_arguments
 from util.training_state import TrainingState, seed_everything
 
@@ -46,9 +47,9 @@ def get_subject_parser(name: str, doc: str, search_images: int) -> argparse.Argu
     parser = script_parser(doc, prog=f"python -m {name}")
     add = parser.add_argument
     add("name", help="of the data set, as files and table show it")
-    add("--coco_path", required=True, help="data set in COCO's layout")
-    add("--checkpoint", required=True, help="dense detector")
-    add("--output", type=Path, default=Path("bench/results"), help="folder for the results")
+    add("--coco_path", type=os.path.expanduser, required=True, help="data set in COCO's layout")
+    add("--checkpoint", type=os.path.expanduser, required=True, help="dense detector")
+    add("--output", type=user_path, default=Path("bench/results"), help="folder for the results")
     add(
         "--search_images",
         type=whole(1),

@@ -250,12 +250,16 @@ def show_findings(findings: Sequence[Finding]) -> str:
 def get_args_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = script_parser(__doc__, prog="python -m datasets.check")
-    parser.add_argument("coco_path", metavar="COCODIR", nargs="?", help="folder of a data set in COCO layout")
+    parser.add_argument(
+        "coco_path", type=os.path.expanduser, metavar="COCODIR", nargs="?", help="folder of a data set in COCO layout"
+    )
     add_split_options(parser)
     workers = min(8, os.cpu_count() or 1)
     parser.add_argument("--num_workers", type=whole(0), default=workers, help="processes that read images, 0 for none")
     parser.add_argument("--image_size", type=whole(32), default=800, help="short side in a run, in pixels")
-    parser.add_argument("--json", metavar="FILE", default=None, help="write the findings there, too")
+    parser.add_argument(
+        "--json", type=os.path.expanduser, metavar="FILE", default=None, help="write the findings there, too"
+    )
     return parser
 
 

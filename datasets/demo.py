@@ -30,7 +30,7 @@ from datasets.shapes import (
 from util.errors import UserError, run_cli
 from util.files import naming, temporary_of
 from util.lock import hold_name
-from util.options import script_parser
+from util.options import script_parser, user_path
 
 MARKER = "demo_set.json"  # says that a folder is a demo set, and drawn with which settings
 DRAWING_VERSION = 2  # raise it when the same seed draws other pictures
@@ -227,7 +227,7 @@ def _refuse_other_content(out: Path, settings: dict[str, int]) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = script_parser(__doc__, prog="python -m datasets.demo")
-    parser.add_argument("out", type=Path, help="folder to write, new or empty")
+    parser.add_argument("out", type=user_path, help="folder to write, new or empty")
     parser.add_argument("--images", type=int, default=5000, help="training images")
     parser.add_argument("--val-images", type=int, help="validation images, by default a tenth of --images, at least 1")
     parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn")

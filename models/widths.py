@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,10 +46,11 @@ class Widths:
         if isinstance(given, list | tuple) and all(isinstance(word, str) for word in given):
             given = " ".join(given)
         if isinstance(given, str):
+            content: str | bytes = given
             if not given.lstrip().startswith("["):
-                shown, given = f"--cfgs {one_line(given, 200)}", _read_file(given)
+                shown, content = f"--cfgs {one_line(given, 200)}", _read_file(given)
             try:
-                given = json.loads(given)
+                given = json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{shown}: found no JSON ({reason_of(error)}), expected {GRAMMAR}") from None
         return cls(*_stacks(given, shown))
@@ -102,13 +104,14 @@ def _locate(module_name: str) -> tuple[str, int, int]:
     return stack, int(index), {"encoder": ENCODER_BLOCKS, "decoder": DECODER_BLOCKS}[stack].index(block)
 
 
-def _read_file(path: str) -> str:
+def _read_file(path: str) -> bytes:
+    """The content of a file of widths: JSON in UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
     try:
-        with Path(path).open("rb") as stream:
+        with Path(os.path.expanduser(path)).open("rb") as stream:
             content = stream.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
             raise ValueError
-        return content.decode()
+        return content
     except (OSError, ValueError):
         raise UserError(
             f"--cfgs: found {shorten(path, 80)}, expected {GRAMMAR} or the path of a file that holds it"

@@ -25,6 +25,7 @@ PARSERS = {
     "inference.py": inference.get_inference_parser,
     "export.py": export.get_export_parser,
 }
+PATHS = ("FILE", "FOLDER", "TEACHER", "IMAGES", "('DENSE', 'SLIM')")
 THEMES = {
     "run": {"output_dir", "resume", "eval", "device", "amp", "seed"},
     "data": {"coco_path", "batch_size", "num_workers", "image_size"},
@@ -62,6 +63,17 @@ def test_examples_are_command_lines_that_the_script_takes(script):
     for line in (line.strip() for line in parser.epilog.splitlines()[1:]):
         words = line.partition(name)[2].replace("[", "").replace("]", "").replace('"', "").split()
         parser.parse_args(words)
+
+
+def test_a_path_may_begin_with_the_home_folder(script, monkeypatch):
+    """Shells leave the `~` of `--output_dir=~/x` alone."""
+    monkeypatch.setenv("HOME", "/home/me")
+    _, parser = script
+    paths = {action for action in parser._actions if str(action.metavar) in PATHS}
+    assert {"output_dir", "resume"} <= {action.dest for action in paths}
+    for action in paths:
+        read = parser._get_values(action, ["~/x"] * (action.nargs if isinstance(action.nargs, int) else 1))
+        assert read in ("/home/me/x", ["/home/me/x"], ["/home/me/x"] * 2), action.dest
 
 
 def test_options_stand_under_their_theme():

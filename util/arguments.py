@@ -1,6 +1,7 @@
 """Which options come out of a checkpoint, and which of those typed contradict it."""
 
 import argparse
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _check_stored(option: argparse.Action, value: Any, path: Path) -> None:
     if option.choices is not None:
         if value not in option.choices:
             raise UserError(f"{shown}, expected one of {', '.join(map(str, option.choices))}")
-    elif option.type is None:
+    elif option.type in (None, os.path.expanduser):
         if isinstance(option.default, bool) and not isinstance(value, bool):
             raise UserError(f"{shown}, expected True or False")
         if not isinstance(option.default, bool) and not isinstance(value, str | None):

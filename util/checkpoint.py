@@ -249,8 +249,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rewrite checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("slim-down", help="copy a checkpoint without the state that only training needs")
-    command.add_argument("source", metavar="IN", help="checkpoint written by main.py or a search")
-    command.add_argument("target", metavar="OUT", help="file to write")
+    command.add_argument(
+        "source", type=os.path.expanduser, metavar="IN", help="checkpoint written by main.py or a search"
+    )
+    command.add_argument("target", type=os.path.expanduser, metavar="OUT", help="file to write")
     command.add_argument("--half", action="store_true", help="store weights as float16")
     args = parser.parse_args()
     slim_down(args.source, args.target, args.half)

@@ -2,7 +2,9 @@
 
 import argparse
 import copy
+import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import engine
@@ -112,12 +114,17 @@ def add_folder_options(group: argparse._ActionsContainer) -> None:
     """Where a script writes, and the checkpoint that it reads."""
     group.add_argument(
         "--output_dir",
+        type=os.path.expanduser,
         metavar="FOLDER",
         default="output/run",
         help="for checkpoints, results, logs and report.html, which `python -m util.report FOLDER` makes anew",
     )
     group.add_argument(
-        "--resume", metavar="FILE", default=None, help="checkpoint to start from, of any format the README lists"
+        "--resume",
+        type=os.path.expanduser,
+        metavar="FILE",
+        default=None,
+        help="checkpoint to start from, of any format the README lists",
     )
 
 
@@ -168,7 +175,9 @@ def add_seed_option(group: argparse._ActionsContainer) -> None:
 
 def add_data_set_options(group: argparse._ActionsContainer) -> None:
     """The annotated images."""
-    group.add_argument("--coco_path", metavar="FOLDER", default="data/coco", help="a data set in COCO layout")
+    group.add_argument(
+        "--coco_path", type=os.path.expanduser, metavar="FOLDER", default="data/coco", help="a data set in COCO layout"
+    )
     add_split_options(group)
 
 
@@ -201,9 +210,9 @@ def add_board_option(group: argparse._ActionsContainer) -> None:
 def add_split_options(group: argparse._ActionsContainer) -> None:
     """The options that take the place of parts of the COCO layout; `datasets.coco.split_of` reads them."""
     for prefix in ("train", "val"):
-        group.add_argument(f"--{prefix}_json", metavar="FILE", default=None,
+        group.add_argument(f"--{prefix}_json", type=os.path.expanduser, metavar="FILE", default=None,
                            help=f"COCO annotations in place of annotations/instances_{prefix}2017.json")  # fmt: skip
-        group.add_argument(f"--{prefix}_images", metavar="FOLDER", default=None,
+        group.add_argument(f"--{prefix}_images", type=os.path.expanduser, metavar="FOLDER", default=None,
                            help=f"images in place of those in {prefix}2017")  # fmt: skip
 
 
@@ -340,6 +349,7 @@ def add_distillation_options(group: argparse._ActionsContainer) -> None:
     """Training towards a teacher."""
     group.add_argument(
         "--distill",
+        type=os.path.expanduser,
         metavar="TEACHER",
         default=None,
         help="train towards this detector's outputs, too: path of the checkpoint that a search pruned to get the "
@@ -378,6 +388,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; see --help")
+
+
+def user_path(text: str) -> Path:
+    """Type of an option: a file or folder, where a leading `~` is the home folder (shells leave it in `--name=~/x`)."""
+    return Path(os.path.expanduser(text))
 
 
 def whole(minimum: int, *, at_most: int | None = None) -> Callable[[str], int]:

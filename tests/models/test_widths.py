@@ -30,6 +30,20 @@ def test_a_file_holds_widths(tmp_path):
     assert Widths.parse([str(path)]).to_list() == GOOD
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_of_widths_as_editors_and_shells_of_windows_write_it(tmp_path, monkeypatch, encoding):
+    (tmp_path / "widths.json").write_text(json.dumps(GOOD) + "\r\n", encoding=encoding)
+    assert Widths.parse([str(tmp_path / "widths.json")]).to_list() == GOOD
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Widths.parse("~/widths.json").to_list() == GOOD
+
+
+def test_a_file_in_no_encoding_is_one_sentence(tmp_path):
+    (tmp_path / "widths.json").write_bytes(b"\xff[[[8, 16]]]")
+    with pytest.raises(UserError, match=r"widths\.json: found no JSON \(.*\), expected"):
+        Widths.parse(str(tmp_path / "widths.json"))
+
+
 @given(st.text(max_size=40) | st.lists(st.recursive(st.integers() | st.text(), lambda s: st.lists(s, max_size=3))))
 def test_anything_else_is_one_sentence(given_value):
     try:

@@ -18,7 +18,7 @@ from pruning.journal import JOURNAL_NAME
 from util.distributed import choose_device
 from util.errors import UserError, run_cli
 from util.files import write_text
-from util.options import parse
+from util.options import parse, user_path
 from util.report import REPORT_NAME, render
 from util.report.folder import LOG_NAME
 from util.report.samples import Samples
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "output_dir", type=Path, metavar="OUTPUT_DIR",
+        "output_dir", type=user_path, metavar="OUTPUT_DIR",
         help="--output_dir of the run; if it holds a search and a training run, the one that wrote last is reported",
     )  # fmt: skip
     parser.add_argument(
