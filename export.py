@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from util.errors import UserError, run_cli
 from util.export import FORMATS, LEAST_OPSET, ExportResult, export, require_packages
 from util.export_check import BATCH_SIZES, TOLERANCE
 from util.files import check_output_dir
+from util.huggingface import INDEX_SUFFIX
 from util.lock import hold_folder
 from util.logging import bar_off, get_logger, table
 from util.options import (
@@ -94,11 +96,13 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     require_packages(args.format)
     output_dir = check_output_dir(args.output_dir)
     checkpoint = read_checkpoint(args.resume)
+    if checkpoint.remark:
+        get_logger().info("%s", checkpoint.remark)
     args = arguments_for(args, checkpoint, typed)
     model, _, postprocessors = build_detector(args, checkpoint)
     short = args.image_size
     sizes_hw = [tuple(size) for size in args.image_size_hw or ((short, short * 4 // 3), (short * 3 // 4,) * 2)]
-    name = f"{checkpoint.path.stem}.{{}}"
+    name = f"{Path(checkpoint.path.name.removesuffix(INDEX_SUFFIX)).stem}.{{}}"
     paths = {format_: output_dir / name.format(format_) for format_ in FORMATS if format_ in args.format}
     steps = 1 + len(paths) * (2 + len(sizes_hw) * len(BATCH_SIZES))
     with hold_folder(output_dir), tqdm(total=steps, disable=bar_off(), leave=False) as bar:

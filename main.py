@@ -55,6 +55,8 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
             run.prepare_training(checkpoint, continuing)
         # From here on the inputs are known to be good, and files are written.
         handler = log_to_file(output_dir / "run.log", run.notices)
+        if checkpoint is not None and checkpoint.remark:
+            run.log.info("%s", checkpoint.remark)
         if new_parts is not None:
             run.log.info("%s", new_parts.told)
         if checkpoint is not None and checkpoint.is_search:

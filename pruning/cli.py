@@ -59,6 +59,8 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
         base_ap = run.base_ap()
         # From here on the inputs are known to be good, and files are written.
         handler = log_to_file(output_dir / "run.log", run.notices)
+        if checkpoint is not None and checkpoint.remark:
+            run.log.info("%s", checkpoint.remark)
         if args.search == "fast" and "skip_eval_converge" in typed:
             get_logger().info("--skip_eval_converge: not used by --search fast, which has no subset of the images")
         return run.search(base_ap)

@@ -42,6 +42,7 @@ from util.checkpoint import plain_arguments, save_checkpoint
 from util.environment import record_run
 from util.errors import RunFailedError
 from util.files import file_digest, move_aside
+from util.huggingface import weights_digest
 from util.interrupt import stop_after_step
 from util.logging import Notice, bar_off, get_logger, show
 from util.options import DATA_OPTIONS
@@ -275,7 +276,7 @@ class SearchRun:
         return {
             "version": VERSION,
             "args": {name: value for name, value in args.items() if name not in NOT_DECIDING},
-            "weights": file_digest(self.args.resume),
+            "weights": weights_digest(Path(self.args.resume)),
             "annotations": file_digest(split_of(self.args, self.args.search_split).annotation_file),
             "schedule": dataclasses.asdict(self.schedule),
             "method": dataclasses.asdict(self.bench.method),

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import dataclasses
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from models.widths import Widths
 from pruning.transplant import check_kept_sets, cut_state_dict, slices_of
 from util.checkpoint_formats import (
+    AVERAGED,
     FORMAT,
     OPTIONAL,
     REQUIRED,
@@ -33,7 +35,7 @@ from util.checkpoint_formats import (
 )
 from util.errors import UserError, one_line, reason_of, run_cli
 from util.files import save_torch
-from util.huggingface import weights_file
+from util.huggingface import INDEX_SUFFIX, read_shards, weights_file
 from util.safetensors_files import SUFFIX, load_safetensors, save_safetensors
 from util.tensor_checks import check_archive, check_finite, check_tensor, tensors_in
 
@@ -53,7 +55,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if os.path.isdir(path):  # unlike Path.is_dir it takes any name
         path = weights_file(path)
-    content = _load(path)
+    content = read_shards(path, _load) if path.name.endswith(INDEX_SUFFIX) else _load(path)
     try:
         for name, tensor in tensors_in(content, ""):
             check_tensor(path, name.lstrip("."), tensor)
@@ -66,7 +68,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: found no weights in it, expected a checkpoint with a state dict under `model`")
     check_keys(path, "model", weights)
     check_finite(path, weights)
-    return recognise_foreign(path, strip_module(weights), foreign_arguments(content))
+    checkpoint = recognise_foreign(path, strip_module(weights), foreign_arguments(content))
+    averaged = tuple(name for name in AVERAGED if "model" in content and isinstance(content.get(name), dict))
+    return dataclasses.replace(checkpoint, averaged=averaged)
 
 
 def save_checkpoint(

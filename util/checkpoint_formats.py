@@ -39,6 +39,7 @@ FOREIGN_ARGUMENTS = (
 ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:in_proj_|out_proj\.)(?:weight|bias))$")
 LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d{1,4})\.")  # not more: each layer is looked for
 DEFORMABLE_KEY = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
+AVERAGED = ("ema_model", "model_ema", "ema")  # names of averaged weights in others' files
 CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # of the dense variant, of the deformable one
 
 
@@ -58,6 +59,7 @@ class Checkpoint:
         trace: decisions of a search.
         full_widths: of a search, channels of each module before the cut, those of the weights.
         categories: id -> name of what it was trained to find; None where the file does not tell.
+        averaged: entries of a foreign file that hold averaged weights beside those under `model`, which are taken.
     """
 
     path: Path
@@ -71,11 +73,20 @@ class Checkpoint:
     trace: list[dict[str, Any]] = field(default_factory=list)
     full_widths: Widths | None = None
     categories: dict[int, str] | None = None
+    averaged: tuple[str, ...] = ()
 
     @property
     def is_search(self) -> bool:
         """True where the weights are to be cut by `kept` before they fit `widths`."""
         return self.kept is not None
+
+    @property
+    def remark(self) -> str | None:
+        """A line for the log where the file has other weights beside those that are taken."""
+        if not self.averaged:
+            return None
+        others = " and ".join(f"`{name}`" for name in self.averaged)
+        return f"{self.path}: takes the weights under `model`, not the averaged ones under {others}"
 
 
 def rename_encoder_attention(state_dict: Mapping[str, Tensor], slim: bool) -> dict[str, Tensor]:
@@ -201,11 +212,14 @@ def recognise_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict
         UserError: they are no DN-DETR detector's.
     """
     if huggingface.is_huggingface(state_dict):
-        state_dict, arguments = huggingface.convert(path, state_dict)
+        state_dict, arguments, categories = huggingface.convert(path, state_dict)
         arguments["modelname"] = "dn_dab_detr"
         widths = _widths_of(path, state_dict)
         num_classes = len(_class_bias(state_dict))
-        return Checkpoint(path, "huggingface", state_dict, widths, None, num_classes, arguments, full_widths=widths)
+        return Checkpoint(
+            path, "huggingface", state_dict, widths, None, num_classes, arguments, full_widths=widths,
+            categories=categories,
+        )  # fmt: skip
     arguments["modelname"] = "dn_dab_deformable_detr" if DEFORMABLE_KEY in state_dict else "dn_dab_detr"
     if DEFORMABLE_KEY in state_dict or "transformer.encoder.layers.0.self_attn.in_proj_weight" in state_dict:
         kind = "release"

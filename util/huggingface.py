@@ -1,23 +1,26 @@
 """DAB-DETR weights under the names of `transformers` (`DabDetrForObjectDetection`), as weights of `dn_dab_detr`.
 
 Such a detector is one of ours without denoising: its queries' content begins at zero, which is a zero last row of
-`label_enc` (arXiv 2201.12329). What the shapes do not tell (heads, temperatures, dilation) comes from the config.json
-beside the file; without one they are transformers' defaults.
+`label_enc` (arXiv 2201.12329). What the shapes do not tell (heads, temperatures, dilation, names of classes) comes from
+the config.json beside the file; without one they are transformers' defaults.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from util.errors import UserError, one_line, reason_of, shorten
+from util.errors import UserError, one_line, plain_name, reason_of, shorten
+from util.files import file_digest
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_SUFFIX = ".index.json"  # of the list of files that weights of several gigabytes are split into
+WEIGHT_FILES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX_SUFFIX))
+UNUSED_LABEL = "N/A"  # in place of ids without a class, such as COCO's gaps
 MODEL_TYPE = "dab-detr"
 ANCHOR_EPS = 1e-5  # of `inverse_sigmoid` in transformers
 SHOWN_KEYS = 3
@@ -97,11 +100,57 @@ def weights_file(folder: Path) -> Path:
     raise UserError(f"{folder}: found a folder, expected a checkpoint file, or {' or '.join(WEIGHT_FILES)} in it")
 
 
-def convert(path: Path, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights under our names, and the options of the detector that they are for.
+def read_shards(path: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
+    """The weights of the files that an index lists.
+
+    Args:
+        path: the index, JSON with the file of each weight under `weight_map`.
+        read: gives the content of one file.
+
+    Raises:
+        UserError: the index is malformed, or a file or a weight in it is missing.
+    """
+    files = _weight_map(path)
+    contents = {name: read(path.parent / name) for name in sorted(set(files.values()))}
+    for key, name in files.items():
+        if not isinstance(contents[name], dict) or not isinstance(contents[name].get(key), Tensor):
+            raise UserError(f"{path.parent / name}: found no {one_line(key, 120)}, expected it as {path.name} lists it")
+    return {key: contents[name][key] for key, name in files.items()}
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of a checkpoint's file; of an index with those of its files."""
+    if not path.name.endswith(INDEX_SUFFIX):
+        return file_digest(path)
+    names = sorted(set(_weight_map(path).values()))
+    return " ".join(file_digest(file) for file in (path, *(path.parent / name for name in names)))
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Name of a weight -> name of its file, beside the index."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: found no JSON ({reason_of(error)}), expected an index of weights") from None
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{path}: found {shorten(files)} under weight_map, expected the file of each weight")
+    for name in files.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise UserError(f"{path}: found {shorten(name)} under weight_map, expected the name of a file beside it")
+    return files
+
+
+def convert(
+    path: Path, state_dict: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[int, str] | None]:
+    """Weights under our names, the options of the detector that they are for, and its categories.
 
     Args:
         path: the file, which errors name, and beside which config.json is looked for.
+
+    Returns:
+        Weights and options by name, and the names of the categories by id, None where config.json has none.
 
     Raises:
         UserError: a key is missing or unknown, or the architecture is none of ours.
@@ -122,7 +171,29 @@ def convert(path: Path, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     arguments = _arguments(path, weights, layers, config)
     num_classes = len(found["class_embed.bias"])
     found["label_enc.weight"] = torch.zeros(num_classes + 1, arguments["hidden_dim"] - 1)
-    return found, arguments
+    return found, arguments, _categories(path, config, num_classes)
+
+
+def _categories(path: Path, config: Mapping[str, Any], num_classes: int) -> dict[int, str] | None:
+    """The names under `id2label`, but for the placeholders that transformers writes in place of names."""
+    labels = config.get("id2label")
+    if labels is None:
+        return None
+    file = path.parent / "config.json"
+    if not isinstance(labels, dict):
+        raise UserError(f"{file}: found {shorten(labels)} under id2label, expected names by id")
+    for key, name in labels.items():
+        if not re.fullmatch(r"[0-9]{1,9}", key) or not isinstance(name, str):
+            raise UserError(f"{file}: found {shorten(key)}: {shorten(name)} under id2label, expected names by id")
+        if int(key) >= num_classes:
+            raise UserError(
+                f"{file}: found the id {int(key)} under id2label, expected ids below {num_classes}, the classes of "
+                f"{path.name}"
+            )
+    names = {int(key): plain_name(name) for key, name in labels.items()}
+    placeholders = ("", UNUSED_LABEL)
+    told = {i: name for i, name in names.items() if name not in placeholders and name != f"LABEL_{i}"}
+    return told or None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -131,7 +202,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: found no JSON ({reason_of(error)}), expected transformers' config.json") from None
     found = config.get("model_type") if isinstance(config, dict) else None

@@ -58,6 +58,7 @@ class Detector:
         path: its checkpoint.
         image_size: short side of its inputs in pixels.
         names: category name by id, empty if the checkpoint tells none.
+        remark: see `Checkpoint.remark`.
         rows: detections of each image, see `to_detections`.
         drawn: by category id, how many detections reached the score that is drawn.
     """
@@ -69,6 +70,7 @@ class Detector:
     image_size: int
     num_classes: int
     names: dict[int, str]
+    remark: str | None
     rows: list[np.ndarray] = field(default_factory=list)
     drawn: Counter[int] = field(default_factory=Counter)
 
@@ -91,8 +93,9 @@ def load_detector(
     names = checkpoint.categories or {}
     model = model.to(device).eval()
     return Detector(
-        title, checkpoint.path, model, postprocessors["bbox"], theirs.image_size, checkpoint.num_classes, names
-    )
+        title, checkpoint.path, model, postprocessors["bbox"], theirs.image_size, checkpoint.num_classes, names,
+        checkpoint.remark,
+    )  # fmt: skip
 
 
 class Prediction:
@@ -145,6 +148,9 @@ class Prediction:
         Raises:
             UserError: none of the images can be read.
         """
+        for detector in self.detectors:
+            if detector.remark:
+                self.log.info("%s", detector.remark)
         if self.args.names is not None and self.are_places:
             self.log.info(
                 "--names %s does not tell an id for each of these images: their ids are their places, from 1",

@@ -5,8 +5,10 @@ import argparse
 import pytest
 import torch
 
+import main
 from models.widths import Widths
-from tests.pruning.tiny import VARIANTS, pictures, tiny_args, tiny_detector
+from tests.pruning.tiny import NETWORK, VARIANTS, pictures, tiny_args, tiny_detector
+from tests.tiny_run import options
 from util.arguments import take_from_checkpoint
 from util.checkpoint import (
     load_weights,
@@ -104,6 +106,20 @@ def test_the_papers_slim_model_tells_its_widths(tmp_path):
     target = tiny_detector(cfgs=checkpoint.widths, seed=2)[0]
     load_weights(target, checkpoint.state_dict, checkpoint.path)
     assert torch.equal(outputs_of(model), outputs_of(target))
+
+
+@pytest.mark.parametrize("name", ["ema_model", "model_ema", "ema"])
+def test_averaged_weights_beside_those_taken_are_told_in_the_log(tmp_path, coco, name):
+    weights = tiny_detector()[0].state_dict()
+    torch.save({"model": weights, name: {key: value + 1 for key, value in weights.items()}}, tmp_path / "a.pth")
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    assert torch.equal(checkpoint.state_dict["class_embed.bias"], weights["class_embed.bias"])
+    assert f"a.pth: takes the weights under `model`, not the averaged ones under `{name}`" in checkpoint.remark
+    words = f"{NETWORK} --eval --image_size 64 --device cpu --num_workers 0 --resume {tmp_path}/a.pth"
+    main.main(*options(words, "--coco_path", coco, "--output_dir", tmp_path / "out"))
+    assert checkpoint.remark in (tmp_path / "out" / "run.log").read_text()
+    torch.save({"model": weights, name: None}, tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth").remark is None
 
 
 def test_the_papers_search_output_is_cut_by_its_masks(tmp_path):

@@ -3,21 +3,28 @@
 import argparse
 import json
 import os
+import re
 
 import pytest
 import torch
 
+import inference
+from datasets.coco import annotation_path
 from models import build_model
 from models.padding import PaddedImages
 from pruning.arguments import get_pruning_parser
 from pruning.cli import search
 from pruning.schedule import MGP
 from tests.pruning.tiny import pictures
-from tests.tiny_run import options, write_self_annotated
+from tests.tiny_run import options, write_self_annotated, write_split
 from util.arguments import take_from_checkpoint
 from util.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from util.errors import UserError
+from util.files import file_digest
+from util.finetune import find_new_parts
+from util.huggingface import weights_digest
 from util.options import get_args_parser, parse
+from util.predict import load_detector
 from util.setup import build_detector, settle_arguments
 
 pytest.importorskip("timm")
@@ -95,6 +102,150 @@ def test_every_file_of_the_same_weights_reads_alike(tmp_path):
     alone = read_checkpoint(tmp_path / "alone.pth").arguments
     differing = {name: (value, alone[name]) for name, value in whole.arguments.items() if value != alone[name]}
     assert differing == {"nheads": (4, 8)}
+
+
+NAMES = {0: "crescent", 1: "ring", 2: "cross"}
+
+
+def saved_with(folder, model=None, **config):
+    """`folder` with a tiny detector of three classes, and `config` in its config.json."""
+    (tiny(num_labels=3) if model is None else model).save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (None, None),
+        ({}, None),
+        ({"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}, None),
+        ({"0": "N/A", "1": " a\nring\r\n", "2": "cross"}, {1: "a ring", 2: "cross"}),
+        ({"2": "cross", "0": "LABEL_1"}, {0: "LABEL_1", 2: "cross"}),
+    ],
+)
+def test_names_in_its_config_are_the_categories(tmp_path, labels, names):
+    assert read_checkpoint(saved_with(tmp_path, id2label=labels)).categories == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ({"3": "star"}, r"found the id 3 under id2label, expected ids below 3, the classes of model\.safetensors"),
+        ({"one\n": "ring"}, r"found 'one\\n': 'ring' under id2label, expected names by id"),
+        ({"1": ["ring"]}, r"found '1': \['ring'\] under id2label"),
+        (["ring"], r"found \['ring'\] under id2label"),
+        ({"9" * 5000: "ring"}, r"found '9{39}\.\.\.: 'ring' under id2label"),
+    ],
+)
+def test_names_that_do_not_fit_its_classes_are_told(tmp_path, labels, told):
+    with pytest.raises(UserError, match=rf"config\.json: {told}") as error:
+        read_checkpoint(saved_with(tmp_path, id2label=labels))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def write_named(root, names):
+    """A data set with categories of these names by id."""
+    for seed, split in enumerate(("train2017", "val2017")):
+        write_split(root, split, 2, seed)
+        path = annotation_path(root, split)
+        tables = json.loads(path.read_text())
+        tables["categories"] = [{"id": number, "name": name} for number, name in names.items()]
+        for item in tables["annotations"]:
+            item["category_id"] = min(item["category_id"], 2)
+        path.write_text(json.dumps(tables))
+    return root
+
+
+def test_annotations_that_number_its_names_otherwise_are_refused_and_their_heads_carried_over(tmp_path):
+    theirs = saved_with(tmp_path / "theirs", id2label=NAMES)
+    permuted = write_named(tmp_path / "permuted", {0: "ring", 1: "cross", 2: "crescent"})
+    words = ("--resume", theirs, "--device cpu --num_workers 0 --coco_path")
+    with pytest.raises(UserError, match="found 'crescent' as category 0 of the checkpoint, expected 'ring'"):
+        settle_arguments(*options(*words, permuted, "--eval"))
+    searching = f"--resume {theirs} --coco_path {permuted} --output_dir {tmp_path / 'out'} --device cpu"
+    with pytest.raises(UserError, match="found 'crescent' as category 0 of the checkpoint, expected 'ring'"):
+        search(MGP, *parse(get_pruning_parser(MGP, ""), searching.split()))
+    args, typed = options(*words, permuted)
+    checkpoint, continuing = settle_arguments(args, typed, new_classes=True)
+    new_parts = find_new_parts(args, checkpoint, continuing)
+    assert "3 of 3 categories carried over by name (ring, cross, crescent)" in new_parts.told
+    model = build_detector(args, checkpoint, new_parts)[0]
+    before = checkpoint.state_dict["class_embed.bias"]
+    assert torch.equal(model.class_embed.bias, before[[1, 2, 0]]) and len(set(before.tolist())) == 3
+    args, typed = options(*words, write_named(tmp_path / "same", NAMES), "--eval")
+    settle_arguments(args, typed)
+    assert args.categories == NAMES
+
+
+def test_its_names_are_drawn(tmp_path):
+    path = str(saved_with(tmp_path, id2label=NAMES))
+    args, typed = parse(inference.get_inference_parser(), ["x.jpg", "--resume", path, "--device", "cpu"])
+    assert load_detector("detector", path, args, typed, torch.device("cpu")).names == NAMES
+
+
+def sharded(folder, suffix):
+    """A folder with a tiny detector whose weights are in several files, its index, and the same in one file."""
+    model = tiny()
+    model.save_pretrained(folder / "whole")
+    if suffix == ".safetensors":
+        model.save_pretrained(folder / "parts", max_shard_size="2MB")
+        return folder / "whole", folder / "parts", folder / "parts" / "model.safetensors.index.json"
+    (folder / "parts").mkdir()
+    weights = list(model.state_dict().items())
+    halves = {"pytorch_model-1.bin": dict(weights[::2]), "pytorch_model-2.bin": dict(weights[1::2])}
+    for name, part in halves.items():
+        torch.save(part, folder / "parts" / name)
+    index = {"metadata": {}, "weight_map": {key: name for name, part in halves.items() for key in part}}
+    (folder / "parts" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "parts" / "config.json").write_bytes((folder / "whole" / "config.json").read_bytes())
+    return folder / "whole", folder / "parts", folder / "parts" / "pytorch_model.bin.index.json"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_weights_in_several_files_are_those_of_one(tmp_path, suffix):
+    whole, parts, index = sharded(tmp_path, suffix)
+    assert len(set(json.loads(index.read_text())["weight_map"].values())) > 1
+    expected = read_checkpoint(whole)
+    for path in (parts, index):
+        found = read_checkpoint(path)
+        assert (found.path, found.arguments, found.widths) == (index, expected.arguments, expected.widths)
+        assert found.state_dict.keys() == expected.state_dict.keys()
+        assert all(torch.equal(found.state_dict[key], value) for key, value in expected.state_dict.items())
+
+
+def test_an_index_that_does_not_fit_its_files_is_told(tmp_path):
+    _, parts, index = sharded(tmp_path, ".bin")
+    content = json.loads(index.read_text())
+    key = next(iter(content["weight_map"]))
+    for weight_map, told in (
+        ({**content["weight_map"], key: "pytorch_model-2.bin"}, rf"pytorch_model-2\.bin: found no {re.escape(key)}"),
+        ({**content["weight_map"], key: "gone.bin"}, r"gone\.bin: no such file"),
+        ({**content["weight_map"], key: "../whole/model.safetensors"}, "expected the name of a file beside it"),
+        ({**content["weight_map"], key: 3}, "expected the name of a file beside it"),
+        ({**content["weight_map"], key: index.name}, r"index\.json: cannot be read as a checkpoint"),
+        ({}, r"found \{\} under weight_map"),
+        ([], r"found \[\] under weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UserError, match=told):
+            read_checkpoint(parts)
+    index.write_text("{")
+    with pytest.raises(UserError, match="found no JSON"):
+        read_checkpoint(parts)
+
+
+def test_the_digest_of_weights_in_several_files_is_that_of_all(tmp_path):
+    """A search goes on only with the weights that it began with."""
+    whole, _, index = sharded(tmp_path, ".bin")
+    assert weights_digest(whole / "model.safetensors") == file_digest(whole / "model.safetensors")
+    before = weights_digest(index)
+    path = index.with_name("pytorch_model-2.bin")
+    weights = torch.load(path)
+    weights["class_embed.bias" if "class_embed.bias" in weights else next(iter(weights))] += 1
+    torch.save(weights, path)
+    assert weights_digest(index) != before
 
 
 def test_a_search_prunes_it_and_its_output_keeps_the_bound(tmp_path):
