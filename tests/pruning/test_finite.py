@@ -1,12 +1,14 @@
 """NaN and infinity in a calibration: one sentence that names module and images, never a price of nothing."""
 
 import itertools
+import math
 from unittest import mock
 
 import pytest
 import torch
 
 from pruning import reconstruction as reconstruction_module
+from pruning.backward import LossGradients
 from pruning.calibration import Calibration
 from pruning.features import PassCounter, StateCache
 from pruning.finite import are_finite, check_everywhere, decided_on_main
@@ -50,6 +52,18 @@ class Setting:
         self.cache.move_to(name)
         reconstruction.begin(name)
         return self.modules[name], reconstruction
+
+
+@pytest.fixture(autouse=True)
+def whole_batches(monkeypatch):
+    """Passes with gradients take whole batches: no image is a piece of its own, to be measured."""
+    start = LossGradients.__init__
+
+    def start_with_the_largest(self, *args):
+        start(self, *args)
+        self._largest_pixels = math.inf
+
+    monkeypatch.setattr(LossGradients, "__init__", start_with_the_largest)
 
 
 @pytest.fixture
