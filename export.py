@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from util.checkpoint import Checkpoint, read_checkpoint
+from util.command_line import script_parser, whole
 from util.errors import UserError, run_cli
 from util.export import FORMATS, LEAST_OPSET, ExportResult, export, require_packages
 from util.export_check import BATCH_SIZES, TOLERANCE
@@ -37,8 +38,6 @@ from util.options import (
     add_padding_option,
     add_position_options,
     parse,
-    script_parser,
-    whole,
 )
 from util.setup import arguments_for, build_detector
 

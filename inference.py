@@ -12,6 +12,7 @@ from collections.abc import Collection
 import torch
 
 from util import distributed
+from util.command_line import real, script_parser, whole
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
@@ -26,9 +27,6 @@ from util.options import (
     add_padding_option,
     add_position_options,
     parse,
-    real,
-    script_parser,
-    whole,
 )
 from util.predict import Prediction
 

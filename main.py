@@ -15,12 +15,13 @@ import torch
 
 from datasets.coco_eval import shown
 from util import distributed
+from util.command_line import script_parser
 from util.errors import run_cli
 from util.files import check_output_dir
 from util.finetune import find_new_parts
 from util.lock import hold_folder
 from util.logging import log_to_file, stop_logging_to_file
-from util.options import get_args_parser, parse, script_parser
+from util.options import get_args_parser, parse
 from util.setup import build_detector, settle_arguments
 from util.training_run import Run
 from util.training_state import seed_everything

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from datasets.coco_eval import GroundTruth, coco_stats
+from util.command_line import script_parser, user_path
 from util.environment import environment
 from util.errors import UserError, run_cli
-from util.options import script_parser, user_path
 
 PACKAGES = {"hotcoco": "hotcoco", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}
 CATEGORY_IDS = np.array([number for number in range(1, 91) if number % 9 != 3])  # 80 ids with gaps, as in COCO

@@ -19,10 +19,11 @@ from torch import Tensor
 from models import build_model
 from util.arguments import take_from_checkpoint
 from util.checkpoint import LOCAL_ARGUMENTS, load_weights, read_checkpoint, save_checkpoint
+from util.command_line import real, user_path, whole
 from util.errors import UserError, run_cli
 from util.logging import table
 from util.options import get_args_parser as get_detector_parser
-from util.options import parse, real, user_path, whole
+from util.options import parse
 from util.setup import build_detector
 
 SIZES = ("hidden_dim", "dim_feedforward", "enc_layers", "dec_layers", "num_queries")

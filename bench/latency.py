@@ -36,11 +36,12 @@ from models.widths import Widths
 from pruning.cost import cost_of
 from util.arguments import take_from_checkpoint
 from util.checkpoint import read_checkpoint
+from util.command_line import user_path, whole
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import bar_off, table
-from util.options import get_args_parser, user_path, whole
+from util.options import get_args_parser
 from util.timing import seconds_side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from models.dn_dab_deformable_detr.ops import sample_in_pytorch
 from models.dn_dab_deformable_detr.ops.sampling import load_operator
+from util.command_line import script_parser, user_path
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table
-from util.options import script_parser, user_path
 
 SIZES = [100, 167, 50, 84, 25, 42, 13, 21]  # 800 x 1333 at strides 8 to 64
 BATCH, HEADS, CHANNELS, POINTS = 2, 8, 32, 4

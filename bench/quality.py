@@ -26,11 +26,11 @@ from bench.torch_pruning_baseline import prune_with_torch_pruning
 from pruning.cost import count_parameters
 from pruning.method import FAST, VISIT, Method
 from pruning.schedule import GP, MGP
+from util.command_line import whole
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import file_digest, write_json
 from util.logging import table
-from util.options import whole
 
 FRACTIONS = (0.25, 0.47, 0.70)
 AFTER = ("ap_after", "ap_distilled")

@@ -27,10 +27,10 @@ from datasets.shapes import (
     object_colours,
     shape_grid,
 )
+from util.command_line import script_parser, user_path
 from util.errors import UserError, run_cli
 from util.files import naming, temporary_of
 from util.lock import hold_name
-from util.options import script_parser, user_path
 
 MARKER = "demo_set.json"  # says that a folder is a demo set, and drawn with which settings
 DRAWING_VERSION = 2  # raise it when the same seed draws other pictures

@@ -12,6 +12,7 @@ from pruning.schedule import Schedule
 from pruning.scores import RANKINGS
 from pruning.search import Units
 from pruning.selection import DIRECTIONS
+from util.command_line import real, script_parser, whole
 from util.errors import UserError
 from util.options import (
     NETWORK_TITLE,
@@ -30,9 +31,6 @@ from util.options import (
     add_safetensors_option,
     add_seed_option,
     option_names,
-    real,
-    script_parser,
-    whole,
 )
 
 # What each search reads besides the options that all of them read.

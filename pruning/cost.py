@@ -35,9 +35,10 @@ from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
 from models.widths import Widths
 from pruning.products import Product, deformable_products, dense_products
 from util.arguments import take_from_command_line
+from util.command_line import script_parser, whole
 from util.errors import run_cli
 from util.logging import table
-from util.options import NETWORK_TITLE, add_network_options, parse, script_parser, whole
+from util.options import NETWORK_TITLE, add_network_options, parse
 from util.unread import refuse_unread
 
 GIGA = 1e9

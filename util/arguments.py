@@ -67,6 +67,8 @@ def take_from_checkpoint(
         UserError: a typed option, or `--cfgs`, differs from what the checkpoint was made with.
     """
     stored = {**OF_OLDER_CHECKPOINTS, **checkpoint.arguments}
+    if stored.get("modelname") == "dn_dab_deformable_detr":
+        stored["transformer_activation"] = "relu"  # it has no other, whatever the option's default was
     options = {action.dest: action for action in get_args_parser()._actions}
     # What foreign files tell of themselves may be wrong, so what is typed wins; if it does not fit, the weights tell.
     binding = ARCHITECTURE if checkpoint.kind in ("ours", "search") else ()

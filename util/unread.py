@@ -18,23 +18,25 @@ from util.options import (
     option_names,
 )
 
-OF_TRAINING = (
-    *option_names(
-        add_training_options, add_distillation_options, add_noise_options, add_loss_options, add_print_option,
-        add_board_option, add_safetensors_option,
-    ),
-    *("dropout", "start_fresh", "train_json", "train_images"),
-)  # fmt: skip
 OF_DISTILLATION = ("distill_logits_coef", "distill_boxes_coef", "distill_memory_coef")
 OF_DEFORMABLE = ("num_feature_levels", "enc_n_points", "dec_n_points")
 OF_DENSE = ("pe_temperatureH", "pe_temperatureW")
+
+
+def names_of_training() -> list[str]:
+    """Options of main.py that only training reads."""
+    groups = (
+        add_training_options, add_distillation_options, add_noise_options, add_loss_options, add_print_option,
+        add_board_option, add_safetensors_option,
+    )  # fmt: skip
+    return [*option_names(*groups), "dropout", "start_fresh", "train_json", "train_images"]
 
 
 def refuse_unread_by_main(args: argparse.Namespace, typed: Collection[str]) -> None:
     """Raise a `UserError` for options of main.py that --eval, or a run without --resume, does not read."""
     if args.eval:
         _refuse(["amp"], typed, "--eval does not train, expected --eval_amp")
-        _refuse(OF_TRAINING, typed, "found with --eval, which does not train")
+        _refuse(names_of_training(), typed, "found with --eval, which does not train")
     if args.resume is None:
         _refuse(["start_fresh"], typed, "found no --resume")
     elif args.pretrained_backbone:

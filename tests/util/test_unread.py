@@ -11,9 +11,10 @@ from pruning.arguments import get_pruning_parser
 from pruning.cost import get_parser as get_cost_parser
 from pruning.schedule import GP, MGP
 from tests.tiny_run import options, tiny_options, write_self_annotated
+from util.command_line import script_parser
 from util.errors import UserError
-from util.options import get_args_parser, parse, script_parser
-from util.unread import OF_TRAINING, refuse_unread, refuse_unread_by_main
+from util.options import get_args_parser, parse
+from util.unread import names_of_training, refuse_unread, refuse_unread_by_main
 
 DEFORMABLE = "-m dn_dab_deformable_detr"
 FLAGS = ("save_safetensors", "tensorboard", "start_fresh")
@@ -27,7 +28,7 @@ def check(words: str) -> None:
     refuse_unread(args, typed)
 
 
-@pytest.mark.parametrize("name", OF_TRAINING)
+@pytest.mark.parametrize("name", names_of_training())
 def test_an_evaluation_takes_no_option_of_training(name):
     value = "" if name in FLAGS else WORDS.get(name, "0" if name in ("dropout", "ema_decay") else "1")
     with pytest.raises(UserError, match=f"^--{name}: found with --eval, which does not train$"):
@@ -116,9 +117,9 @@ def test_what_the_checkpoint_says_decides(coco, tmp_path):
     """The variant, and a training run's schedule, denoising and teacher, come out of it."""
     root = write_self_annotated(tmp_path / "data", f"{DEFORMABLE} --return_layer layer3 --num_feature_levels 3")
     common = ("--num_workers 0 --device cpu --coco_path", root, "--output_dir", tmp_path / "out", "--resume")
-    with pytest.raises(UserError, match="--transformer_activation: found prelu, expected relu"):
+    with pytest.raises(UserError, match=r"--transformer_activation prelu: .*dense\.pth was made with relu"):
         main.main(*options(*common, root / "dense.pth", "--eval --transformer_activation prelu"))
-    main.main(*options(*common, root / "dense.pth", "--eval --num_feature_levels 3"))
+    main.main(*options(*common, root / "dense.pth", "--eval --num_feature_levels 3 --transformer_activation relu"))
     main.main(*tiny_options("--epochs 1 --lr_schedule cosine --coco_path", coco, "--output_dir", tmp_path / "run"))
     again = ("--coco_path", coco, "--output_dir", tmp_path / "run", "--resume", tmp_path / "run" / "checkpoint.pth")
     with pytest.raises(UserError, match="--lr_drop: found --lr_schedule cosine"):

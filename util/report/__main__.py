@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from pruning.journal import JOURNAL_NAME
+from util.command_line import user_path
 from util.distributed import choose_device
 from util.errors import UserError, run_cli
 from util.files import write_text
-from util.options import parse, user_path
+from util.options import parse
 from util.report import REPORT_NAME, render
 from util.report.folder import LOG_NAME
 from util.report.samples import Samples
