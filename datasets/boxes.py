@@ -78,6 +78,16 @@ def measured_box_notices(annotation_file: Path) -> list[Notice]:
     return [(logging.WARNING, f"{annotation_file}: {below} of {total} boxes are below a pixel, {expected}")]
 
 
+def query_notices(annotation_file: Path, num_queries: int) -> list[Notice]:
+    """A warning where images have more objects than a detector has queries, each of which finds at most one."""
+    counts = load_annotations(annotation_file).object_counts()
+    images = int((counts > num_queries).sum())
+    if not images:
+        return []
+    found = f"{images} of {len(counts)} images have more objects (up to {counts.max()}) than the detector has queries"
+    return [(logging.WARNING, f"{annotation_file}: {found} ({num_queries}), which find at most one each")]
+
+
 def _left_out(annotation_file: Path) -> tuple[int, int, str]:
     """Number of boxes, of those that training leaves out, and how many of each kind these are."""
     counts = box_counts(load_annotations(annotation_file))

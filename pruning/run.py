@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from datasets.boxes import measured_box_notices
 from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import GroundTruth
-from datasets.sizes import header_notices, size_notices
+from datasets.notices import measured_notices
+from datasets.sizes import size_notices
 from models import build_model
 from models.criterion import Criterion
 from models.detector import Detector
@@ -88,7 +88,7 @@ class SearchRun:
         """Read the images once and keep what the backbone makes of them."""
         args = self.args
         dataset = build_dataset(args.search_split, args, augment=False)
-        self.notices = [*measured_box_notices(dataset.annotation_file), *header_notices(dataset)]
+        self.notices = measured_notices(dataset, args.num_queries * max(1, args.num_patterns))
         show(self.notices)
         asked = len(dataset) if args.search_images in (None, "all") else args.search_images
         self.num_images = min(asked, len(dataset))

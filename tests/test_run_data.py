@@ -91,8 +91,11 @@ def test_training_on_boxes_below_a_pixel_alone_is_refused_and_some_are_counted(c
     assert not (tmp_path / "out" / "run.log").exists()
     root = changed(coco, tmp_path / "some", lambda tables: tables["annotations"][0].update(bbox=[3, 3, 9, 0.5]),
                    ("train2017",))  # fmt: skip
-    train(root, tmp_path / "out", "--epochs 1 --lr 0")
-    assert "training leaves out 1 of 6 boxes (1 below a pixel)" in (tmp_path / "out" / "run.log").read_text()
+    train(root, tmp_path / "out", "--epochs 1 --lr 0 --num_queries 1")
+    log = (tmp_path / "out" / "run.log").read_text()
+    assert "training leaves out 1 of 6 boxes (1 below a pixel)" in log
+    for split in ("train2017", "val2017"):
+        assert f"{split}.json: 3 of 4 images have more objects (up to 2) than the detector has queries (1)" in log
 
 
 def test_an_evaluation_on_boxes_below_a_pixel_says_so(annotated, tmp_path):

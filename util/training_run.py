@@ -15,10 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 import engine
-from datasets.boxes import measured_box_notices, require_training_boxes, training_box_notices
+from datasets.boxes import require_training_boxes
 from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import STAT_NAMES, GroundTruth, ap_by_category, shown
-from datasets.sizes import header_notices, size_notices
+from datasets.notices import measured_notices, training_notices
+from datasets.sizes import size_notices
 from pruning.cost import cost_of
 from util import distributed
 from util.arguments import full_widths
@@ -59,7 +60,7 @@ class Run:
         self.ground_truth = GroundTruth(split_of(args, "val2017").annotation_file)
         self.val_dataset = build_dataset("val2017", args, augment=False)
         self.notices: list[Notice] = []
-        self._notice([*measured_box_notices(self.val_dataset.annotation_file), *header_notices(self.val_dataset)])
+        self._notice(measured_notices(self.val_dataset, args.num_queries * max(1, args.num_patterns)))
         by_shape = Subset(self.val_dataset, self.val_dataset.order_by_shape())
         self.val_loader = build_loader(by_shape, args.batch_size, shuffle=False, **self.loader_options)
         self.log = get_logger()
@@ -70,7 +71,7 @@ class Run:
         args = self.args
         dataset = build_dataset("train2017", args, augment=True)
         require_training_boxes(dataset.annotation_file)
-        self._notice([*training_box_notices(dataset.annotation_file), *header_notices(dataset)])
+        self._notice(training_notices(dataset, args.num_queries * max(1, args.num_patterns)))
         self.train_loader = build_loader(dataset, args.batch_size, shuffle=True, **self.loader_options)
         self.wrapped = self.model
         if distributed.is_distributed():

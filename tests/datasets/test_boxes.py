@@ -11,6 +11,7 @@ from datasets.boxes import (
     are_below_pixel,
     box_counts,
     measured_box_notices,
+    query_notices,
     require_training_boxes,
     training_box_notices,
 )
@@ -70,6 +71,16 @@ def test_a_file_without_boxes_is_said_once_and_not_refused(tmp_path):
         require_training_boxes(path)
         assert training_box_notices(path)[0][1].endswith("found no boxes, so there are no objects to learn")
         assert measured_box_notices(path)[0][1].endswith("found no boxes, so AP cannot be measured")
+
+
+def test_images_with_more_objects_than_queries_are_counted(tmp_path):
+    content = tables(GOOD)
+    content["annotations"] += tables(GOOD, iscrowd=1)["annotations"]
+    content["images"].append({"id": 2, "file_name": "b.jpg"})
+    path = write(tmp_path / "a.json", content)
+    assert query_notices(path, 6) == []
+    said = "1 of 2 images have more objects (up to 6) than the detector has queries (5), which find at most one each"
+    assert query_notices(path, 5) == [(logging.WARNING, f"{path}: {said}")]
 
 
 @pytest.mark.parametrize("augmentation", TRAINING_TRANSFORMS)
