@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from datasets import demo
 from datasets.annotations import category_names
 from datasets.shapes import CATEGORIES, COSINES, DIRECTIONS, SAMPLES, coverage, erode, shape_grid
+from util.checkpoint import read_checkpoint
 from util.errors import UserError
 
 
@@ -137,3 +139,8 @@ def test_command_line_checks_its_options(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["demo", str(tmp_path / "set"), option, value])
         with pytest.raises(UserError, match=option):
             demo.main()
+
+
+def test_the_demo_detector_carries_the_names_of_its_categories():
+    checkpoint = read_checkpoint(Path(__file__).parents[2] / "checkpoints" / "demo.pth")
+    assert checkpoint.categories == {number: name for number, (name, _) in CATEGORIES.items()}
