@@ -130,9 +130,10 @@ def test_a_training_runs_report_tells_its_epochs(trained, searched):
     for line in lines:
         row = [line["train_loss"], line["test_loss"], line["test_AP"], line["test_AP50"], line["train_seconds"]]
         assert " ".join(f"{value:.4f}" for value in row) in page.text
-    for name in ("AP75", "APm", "AR1", "ARm"):
-        assert f"{name} {best[f'test_{name}']:.4f}" in page.text
-    assert best["test_APl"] == -1 and "APl not measurable" in page.text
+    figures = {name: best[f"test_{name}"] for name in ("AP75", "APs", "APm", "APl", "AR1", "ARl")}
+    for name, figure in figures.items():
+        assert f"{name} {'not measurable' if figure == -1 else f'{figure:.4f}'}" in page.text
+    assert figures["AP75"] > 0 and -1 in figures.values()  # objects of every size there are not
     assert f"--cfgs '{searched[1].widths}'" in page.text and "Fine-tuning of pruned.pth" in page.text
     assert "before fine-tuning: " in page.text and f"trained, epoch {best['epoch']}: " in page.text
     assert "learning rate" in page.content and "has not ended" not in page.text
