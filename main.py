@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 import torch
 
-from datasets.coco_eval import shown
+from datasets.coco_eval import evaluator_name, shown
 from util import distributed
 from util.command_line import script_parser
 from util.errors import run_cli
@@ -66,7 +66,8 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
                 run.log.warning("%s: its search was cut short; the modules it had left are whole", checkpoint.path)
             if not args.eval:
                 ap = shown(run.evaluate(run.model).stats["AP"])
-                run.log.info("AP before fine-tuning: %s", ap if isinstance(ap, str) else f"{ap:.4f}")
+                ap = ap if isinstance(ap, str) else f"{ap:.4f}"
+                run.log.info("AP before fine-tuning: %s, by %s", ap, evaluator_name())
         return run.evaluate_only() if args.eval else run.train()
     finally:
         stop_logging_to_file(handler)

@@ -4,6 +4,8 @@ A search asks for them hundreds of times on one ground truth: that is prepared o
 """
 
 import contextlib
+import functools
+import importlib.metadata
 import importlib.util
 import io
 from collections import Counter
@@ -175,6 +177,14 @@ def default_backend() -> str:
     """The quickest installed evaluator; `bench/coco_eval.py` measures them."""
     packages = {"hotcoco": "hotcoco", "faster": "faster_coco_eval"}
     return next((name for name, package in packages.items() if importlib.util.find_spec(package)), "pycocotools")
+
+
+@functools.lru_cache
+def evaluator_name() -> str:
+    """Package and version of the default evaluator, such as `hotcoco 1.3.0`, to stand beside its figures."""
+    backend = default_backend()
+    package = "faster-coco-eval" if backend == "faster" else backend
+    return f"{package} {importlib.metadata.version(package)}"
 
 
 def _result_tables(ground_truth: GroundTruth, detections: np.ndarray) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from datasets.coco import build_dataset, build_loader, split_of
-from datasets.coco_eval import GroundTruth
+from datasets.coco_eval import GroundTruth, evaluator_name
 from datasets.notices import measured_notices
 from datasets.sizes import size_notices
 from models import build_model
@@ -163,9 +163,9 @@ class SearchRun:
         """
         self.journal, cache = Journal(self.output_dir / JOURNAL_NAME), self.bench.cache
         self.log.info(
-            "%s on %s: %d images, mAP %.4f before; features take %.0f MB on %s%s",
-            self.schedule.name, self.args.search_split, self.num_images,
-            base_ap, cache.nbytes / 1e6, cache.storage.device, " in bfloat16" if cache.storage.dtype else "",
+            "%s on %s: %d images, mAP %.4f before, by %s; features take %.0f MB on %s%s",
+            self.schedule.name, self.args.search_split, self.num_images, base_ap, evaluator_name(),
+            cache.nbytes / 1e6, cache.storage.device, " in bfloat16" if cache.storage.dtype else "",
         )  # fmt: skip
         if left_out := cache.images_without_features:
             self.log.info("%d images are read and run through the backbone each time (--cache_gb)", left_out)
@@ -214,7 +214,7 @@ class SearchRun:
                 self._move_results_aside()
                 if not self.journal.begun:
                     self.journal.start(facts)
-            record_run(self.output_dir, self.args, self.device, continuing=self.args.resume_search)
+            record_run(self.output_dir, self.args, self.device, evaluator_name(), continuing=self.args.resume_search)
             return base_ap, past
 
         base_ap, past = distributed.on_main(begin)
@@ -355,9 +355,9 @@ class SearchRun:
         effort = self.effort.so_far()
         self.log.info("%s", cost_table([("before", before), ("after", after)]))
         self.log.info(
-            "mAP on %s: %.4f before, %.4f after; %d images through the backbone, %d through a part of the rest, "
+            "mAP on %s: %.4f before, %.4f after, by %s; %d images through the backbone, %d through a part of the rest, "
             "worth %.0f whole passes; %.0f s",
-            self.args.search_split, result.base_ap, result.ap, self.bench.counter.backbone_images,
+            self.args.search_split, result.base_ap, result.ap, evaluator_name(), self.bench.counter.backbone_images,
             effort["image_passes"], effort["whole_passes"], effort["seconds"],
         )  # fmt: skip
         self.log.info("--cfgs '%s'", result.widths)

@@ -14,6 +14,7 @@ import main
 from datasets import check
 from datasets.annotations import category_names
 from datasets.coco import annotation_path
+from datasets.coco_eval import evaluator_name
 from pruning.arguments import get_pruning_parser
 from pruning.cli import search
 from pruning.schedule import MGP
@@ -106,6 +107,8 @@ def test_files_are_written_before_their_figures_are_printed(root, tmp_path, comm
         get_logger().removeHandler(watch)
     there = next(there for message, there in watch.seen if message.startswith(table))
     assert files <= there
+    if command is not detect:  # what measured an AP stands beside it
+        assert any(evaluator_name() in message and "AP" in message for message, _ in watch.seen)
 
 
 def test_a_check_whose_console_is_gone_has_written_its_findings(root, tmp_path, monkeypatch):
@@ -131,4 +134,4 @@ def test_a_checkpoint_of_plain_names_fits_annotations_with_line_ends(root, tmp_p
         path.write_text(json.dumps(tables))
     words = ("--coco_path", data, "--output_dir", tmp_path / "out", "--resume", tmp_path / "first" / "pruned.pth")
     main.main(*options(*words, "--eval --batch_size 2 --num_workers 0 --device cpu"))
-    assert (tmp_path / "out" / "eval.json").exists()
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["evaluator"] == evaluator_name()

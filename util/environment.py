@@ -65,7 +65,9 @@ def typed_command() -> str:
     return shlex.join([*launcher, *sys.argv])
 
 
-def record_run(output_dir: Path, args: argparse.Namespace, device: torch.device, *, continuing: bool) -> None:
+def record_run(
+    output_dir: Path, args: argparse.Namespace, device: torch.device, evaluator: str, *, continuing: bool
+) -> None:
     """Write args.json: the options, and under `runs` how the program was started, once more where a run goes on.
 
     None of it is what an interrupted search is compared by: another machine or command may go on with it.
@@ -81,6 +83,7 @@ def record_run(output_dir: Path, args: argparse.Namespace, device: torch.device,
         "commit": program_commit(),
         "processes": distributed.world_size(),
         "environment": environment(device),
+        "evaluator": evaluator,
     }
     write_json(path, {**plain_arguments(args), "runs": [*earlier, run]})
 

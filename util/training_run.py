@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 import engine
 from datasets.boxes import require_training_boxes
 from datasets.coco import build_dataset, build_loader, split_of
-from datasets.coco_eval import STAT_NAMES, GroundTruth, ap_by_category, shown
+from datasets.coco_eval import STAT_NAMES, GroundTruth, ap_by_category, evaluator_name, shown
 from datasets.notices import measured_notices, training_notices
 from datasets.sizes import size_notices
 from pruning.cost import cost_of
@@ -126,7 +126,7 @@ class Run:
         if self.args.resume is None:
             self.log.warning("no --resume: these are the figures of a network that has not been trained")
         result = self.evaluate(self.model)
-        figures = {**result.stats, **self.costs()}
+        figures = {**result.stats, "evaluator": evaluator_name(), **self.costs()}
         categories = self._by_category(result)
         if distributed.is_main():
             content = {
@@ -156,7 +156,9 @@ class Run:
         args, state = self.args, self.state
         figures = self.costs()
         self.log.info("%s", table(["network", ""], figures.items()))
-        distributed.on_main(lambda: record_run(self.output_dir, args, self.device, continuing=self.continuing))
+        distributed.on_main(
+            lambda: record_run(self.output_dir, args, self.device, evaluator_name(), continuing=self.continuing)
+        )
         self.board.open(state.batches)
         if self.changes:
             self.log.info("epoch %d continues with %s", state.epoch, ", ".join(self.changes))
@@ -174,6 +176,7 @@ class Run:
                     raise NonFiniteLossError(f"epoch {state.epoch - 1}: {error}") from None
                 stats = result.stats
                 line |= {f"test_{name}": value for name, value in {**stats, **result.losses}.items()}
+                line["evaluator"] = evaluator_name()
                 line["test_seconds"] = round(time.perf_counter() - start, 3)
             lines.append({**line, "n_parameters": figures["params"]})
             self._save(lines[-1])
@@ -276,7 +279,7 @@ def _shown_ap(ap: float | None, is_best: bool) -> str:
         return "not evaluated"
     if ap == -1:
         return "AP not measurable"
-    return f"AP {ap:.4f}{' (best)' if is_best else ''}"
+    return f"AP {ap:.4f}{' (best)' if is_best else ''}, by {evaluator_name()}"
 
 
 def _epoch_scalars(line: Mapping[str, Any]) -> dict[str, float]:

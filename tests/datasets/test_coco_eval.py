@@ -1,6 +1,7 @@
 """All evaluators give what plain pycocotools gives, and what COCO's rules say on cases worked out by hand."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import io
 
@@ -19,6 +20,7 @@ from datasets.coco_eval import (
     ap_by_category,
     coco_stats,
     default_backend,
+    evaluator_name,
     to_detections,
 )
 
@@ -187,3 +189,12 @@ def test_pycocotools_is_the_fallback(monkeypatch):
     assert default_backend() in BACKENDS
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert default_backend() == "pycocotools"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_evaluator_is_named_with_its_version(monkeypatch, backend):
+    monkeypatch.setattr("datasets.coco_eval.default_backend", lambda: backend)
+    evaluator_name.cache_clear()
+    name = "faster-coco-eval" if backend == "faster" else backend
+    assert evaluator_name() == f"{name} {importlib.metadata.version(name)}"
+    evaluator_name.cache_clear()

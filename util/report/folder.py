@@ -40,6 +40,12 @@ class RunFolder:
     runs: list[dict[str, Any]]
 
     @property
+    def measured_by(self) -> str:
+        """What measured the APs, to follow a comma; empty for an older run."""
+        evaluator = self.runs[-1].get("evaluator") if self.runs else None
+        return f", by {evaluator}" if evaluator else ""
+
+    @property
     def first_resume(self) -> str | None:
         """The checkpoint that the run began with, whatever it went on from later."""
         return self.runs[0].get("resume") if self.runs else self.args.resume
@@ -143,6 +149,7 @@ def environment_section(folder: RunFolder, seconds: float) -> str:
         ("seed", str(folder.args.seed)),
         ("device", device),
         ("processes", last.get("processes")),
+        ("AP measured by", last.get("evaluator")),
         ("started", last.get("started", NOT_RECORDED)),
         ("duration", duration(seconds)),
         *((name, told[name]) for name in ("python", "torch", "torchvision") if name in told),

@@ -171,7 +171,11 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
     text = f"{args.modelname}, {asked}, on {count} images of {facts.split} in {args.coco_path}."
     base_ap = facts.start["base_ap"]
     figures = [
-        (f"AP on {facts.split}", facts.ap, f"from {base_ap:.4f}, on {count} images, before fine-tuning"),
+        (
+            f"AP on {facts.split}",
+            facts.ap,
+            f"from {base_ap:.4f}, on {count} images, before fine-tuning{facts.folder.measured_by}",
+        ),
         _tile("transformer parameters", before.transformer_params, after.transformer_params),
         _tile("all parameters", before.params, after.params),
     ]

@@ -76,9 +76,9 @@ def _lead(folder: RunFolder, epochs: Sequence[Mapping[str, Any]], best: Mapping[
     text = f"{args.modelname}, {start}{teacher}, on train2017 of {args.coco_path}."
     figures = []
     if best is not None:
-        figures.append(("best AP", best["test_AP"], f"epoch {best['epoch']}, on {SPLIT}"))
+        figures.append(("best AP", best["test_AP"], f"epoch {best['epoch']}, on {SPLIT}{folder.measured_by}"))
     if last.get("test_AP") not in (None, -1):
-        figures.append(("last AP", last["test_AP"], f"epoch {last['epoch']}"))
+        figures.append(("last AP", last["test_AP"], f"epoch {last['epoch']}{folder.measured_by}"))
     figures += [
         ("last training loss", last["train_loss"], f"epoch {last['epoch']}"),
         ("epochs", f"{last['epoch'] + 1} of {args.epochs}", f"batch size {args.batch_size}"),

@@ -16,6 +16,7 @@ import torch
 import main
 import util.report as report
 from datasets.coco import annotation_path
+from datasets.coco_eval import evaluator_name
 from pruning.arguments import get_pruning_parser
 from pruning.cli import search
 from pruning.cost import cost_of
@@ -113,6 +114,7 @@ def test_a_searchs_report_tells_what_it_found(root, searched):
     assert f"--cfgs '{result.widths}'" in page.text and "--resume_search" not in page.text
     for name, width in result.widths.items():
         assert re.search(rf"\b{name}\s+32\s+{width}\s", page.text)
+    assert f"before fine-tuning, by {evaluator_name()}" in page.text
     assert QUOTED in page.text and "val2017, so the AP it reports" in page.text
     for fact in (torch.__version__, "torchvision", "seed42", "threads", "duration", f"{folder}/finetuned"):
         assert fact in page.text.replace("'\"'\"'", "'")
@@ -126,6 +128,8 @@ def test_a_training_runs_report_tells_its_epochs(trained, searched):
     lines = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
     best = max(lines, key=lambda line: line["test_AP"])
     assert f"best AP{best['test_AP']:.4f}epoch {best['epoch']}" in page.text
+    assert f"epoch {best['epoch']}, on val2017, by {evaluator_name()}" in page.text
+    assert all(line["evaluator"] == evaluator_name() for line in lines)
     assert f"best: epoch {best['epoch']}" in page.content  # marked in the plot
     for line in lines:
         row = [line["train_loss"], line["test_loss"], line["test_AP"], line["test_AP50"], line["train_seconds"]]
