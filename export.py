@@ -24,7 +24,7 @@ from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from util.checkpoint import Checkpoint, read_checkpoint
 from util.command_line import script_parser, whole
 from util.errors import UserError, run_cli
-from util.export import FORMATS, LEAST_OPSET, ExportResult, export, require_packages
+from util.export import FORMATS, GREATEST_OPSET, GREATEST_SIDE, LEAST_OPSET, ExportResult, export, require_packages
 from util.export_check import BATCH_SIZES, TOLERANCE
 from util.files import check_output_dir
 from util.huggingface import INDEX_SUFFIX
@@ -53,15 +53,16 @@ def get_export_parser() -> argparse.ArgumentParser:
     add_output_options(network)
     group = parser.add_argument_group("export")
     group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="what to write")
-    group.add_argument("--opset", type=whole(LEAST_OPSET), default=LEAST_OPSET, help="operator set of ONNX")
+    group.add_argument("--opset", type=whole(LEAST_OPSET, at_most=GREATEST_OPSET), default=LEAST_OPSET,
+                       help=f"operator set of ONNX, up to {GREATEST_OPSET}")  # fmt: skip
     group.add_argument(
         "--image_size_hw",
-        type=whole(1),
+        type=whole(1, at_most=GREATEST_SIDE),
         nargs=2,
         action="append",
         metavar=("HEIGHT", "WIDTH"),
         help="pixels of the images that the files are checked on, as often as wanted; by default the checkpoint's "
-        "image size by 4/3 of it, and 3/4 of it square",
+        f"image size by 4/3 of it, and 3/4 of it square; sides up to {GREATEST_SIDE}",
     )
     group.add_argument(
         "--mask",

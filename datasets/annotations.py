@@ -144,7 +144,7 @@ def read_tables(path: Path, needed: Sequence[str] = TABLES) -> dict[str, list]:
         ) from None
     for table in TABLES:
         if isinstance(content, dict) and table not in needed:
-            content.setdefault(table, [])
+            content[table] = content.get(table) or []
         if not isinstance(content, dict) or not isinstance(content.get(table), list):
             raise UserError(f"{path} has no list {table!r}; expected a COCO annotation file")
     return content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from datasets.annotations import load_annotations
 from datasets.coco import Split
@@ -14,18 +13,19 @@ HEAD_BYTES = 4096  # files of equal names and sizes are compared this far
 def shared_images(split: Split, other: Split) -> list[str]:
     """File names in `split` of the images that `other` lists, too.
 
-    An image counts if both annotation files name the same file, directly or by a link, or if the file of that name in
-    the other folder has the same size and the same first bytes, as a copy has.
+    An image counts if both annotation files name the same file, or if a file of that name in the other folder is a link
+    to it or has the same size and the same first bytes, as a copy has.
     """
     own, others = _paths(split), _paths(other)
     same_path = own.keys() & others.keys()
-    by_name = {Path(path).name: path for path in others}
-    shared = []
-    for path, file_name in own.items():
-        namesake = by_name.get(Path(path).name)
-        if path in same_path or (namesake is not None and _is_copy(path, namesake)):
-            shared.append(file_name)
-    return shared
+    by_name: dict[str, list[str]] = {}
+    for path in others:
+        by_name.setdefault(os.path.basename(path), []).append(path)
+    return [
+        file_name
+        for path, file_name in own.items()
+        if path in same_path or any(_is_copy(path, namesake) for namesake in by_name.get(os.path.basename(path), []))
+    ]
 
 
 def _paths(split: Split) -> dict[str, str]:

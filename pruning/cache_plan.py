@@ -161,9 +161,18 @@ class CachePlanner:
             front_bytes: what it took to make them.
 
         Raises:
-            UserError: the search takes more RAM than there is, whatever is kept.
+            UserError: the search takes more memory than there is, whatever is kept; in all processes.
         """
-        need, work = self.measure(features, front_bytes)
+        problem = ""
+        try:
+            need, work = self.measure(features, front_bytes)
+        except torch.OutOfMemoryError:
+            problem = (
+                f"{self._device}: found too little memory for one image of the search, expected a smaller "
+                "--image_size, --amp or --cache_device cpu"
+            )
+        if problems := [found for found in distributed.gather_objects(problem) if found]:
+            raise UserError(problems[0])
         free = {device: free_bytes(device) for device in self._devices()}
         limits = {device: self._limit(device, free[device], work) for device in free}
         choices = [(device, dtype) for dtype in self._dtypes(features) for device in free]

@@ -67,7 +67,8 @@ def cache_options(args: argparse.Namespace, journal: Path) -> CacheOptions:
         if not (args.resume_search and journal.exists()):
             return None
         lines, _ = Journal(journal).read()
-        dtype = lines[0].get("args", {}).get("cache_dtype") if lines else None
+        args_then = lines[0].get("args") if lines else None  # what is no dict is refused where the journal is resumed
+        dtype = args_then.get("cache_dtype") if isinstance(args_then, dict) else None
         return dtype if dtype in CACHE_DTYPES else None
 
     return CacheOptions(

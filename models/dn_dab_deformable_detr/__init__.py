@@ -43,5 +43,5 @@ def build(
         dropout=args.dropout,
         anchor_eps=args.anchor_eps,
         denoising=denoising,
-        padding_rule=args.padding_rule,
+        padding_rule=getattr(args, "padding_rule", "exact"),
     )

@@ -27,5 +27,5 @@ def build(args: Namespace, widths: Widths | None, backbone: Backbone, denoising:
         slim_names=widths is not None,
         temperatures=(args.pe_temperatureH, args.pe_temperatureW),
         denoising=denoising,
-        padding_rule=args.padding_rule,
+        padding_rule=getattr(args, "padding_rule", "exact"),
     )
