@@ -16,7 +16,7 @@ from torch.distributed.run import get_args_parser as get_torchrun_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTS = ("python ", "torchrun ", "make ", "pip ", "cd ")
-CODE_BLOCK = re.compile(r"^```\w*\n(?P<fenced>.*?)^```|(?:^(?: {4}.*|)\n)+", re.MULTILINE | re.DOTALL)
+CODE_BLOCK = re.compile(r"^```\w*\n(?P<fenced>[\s\S]*?)^```|^ {4}.*\n(?:(?: {4}.*)?\n)*", re.MULTILINE)
 CODE_SPAN = re.compile(r"`([^`]+)`")
 
 
@@ -39,7 +39,7 @@ def code_spans(text: str) -> list[str]:
 
 
 def commands_in(text: str) -> Iterator[tuple[Path, list[str]]]:
-    """Folder and words of each command in a page's code blocks and code spans."""
+    """Folder and words of each command in a page's code blocks and code spans; a torchrun without a script is none."""
     blocks = (match["fenced"] or match[0] for match in CODE_BLOCK.finditer(text))
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     for line in [*lines, *code_spans(text)]:
@@ -50,7 +50,7 @@ def commands_in(text: str) -> Iterator[tuple[Path, list[str]]]:
             words = shlex.split(command, comments=True)
             if words[0] == "cd":
                 folder = ROOT / words[1]
-            else:
+            elif words[0] != "torchrun" or any(word.endswith(".py") for word in words):
                 yield folder, words
 
 

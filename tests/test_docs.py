@@ -30,7 +30,7 @@ FOREIGN_OPTIONS = {
     "--standalone",
     "--nproc_per_node",
     "--nnodes",
-    "--cpus-per-task",
+    "--rdzv_endpoint",
 }
 MEASURED = re.compile(
     r"\d\s?(?:%|ms\b|s\b|milliseconds?|seconds?|minutes?|hours?|times\b|AP\b|points?\b|GMACs|GB\b|MB\b)|\bAP (?:of )?\d"
@@ -81,6 +81,18 @@ def test_a_command_that_no_script_takes_is_noticed():
     with pytest.raises(SystemExit):
         parse_torchrun(["--nproc_per_node", "2", "main.py", "--batch_size", "none"])
     assert parse_as_started(["main.py", "--batch_size", "3"]).options.batch_size == 3
+
+
+def test_prose_behind_code_is_read():
+    page = (
+        "see `make demo`\n\n    python main.py --eval\n\nand `--seed`, 12 ms\n\n"
+        "```bash\nmake test\n```\n\n`make lint`, 3 s\n"
+    )
+    assert [words for _, words in commands_in(page)] == [
+        ["python", "main.py", "--eval"], ["make", "test"], ["make", "demo"], ["make", "lint"]
+    ]  # fmt: skip
+    assert code_spans(page) == ["make demo", "--seed", "make lint"]
+    assert MEASURED.findall(without_code(page)) == ["2 ms", "3 s"] and "main.py" not in without_code(page)
 
 
 def test_the_main_path_is_on_the_pages():
