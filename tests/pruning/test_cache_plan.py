@@ -334,7 +334,7 @@ def test_a_search_is_resumed_in_the_precision_that_it_began_with(variant, tmp_pa
     journal.write_text("\n".join(lines[:2]) + "\n")
     resumed = run(MGP, folder, tmp_path, f"{words} --resume_search")
     assert (resumed.widths, resumed.ap) == (begun.widths, begun.ap)
-    with pytest.raises(UserError, match=r"found a search with args\.cache_dtype bfloat16, expected same"):
+    with pytest.raises(UserError, match=r"found a search with args\.cache_dtype 'bfloat16', expected 'same'"):
         journal.write_text("\n".join(lines[:2]) + "\n")
         run(MGP, folder, tmp_path, f"{words} --resume_search --cache_dtype same")
 
