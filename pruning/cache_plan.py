@@ -163,7 +163,6 @@ class CachePlanner:
         Raises:
             UserError: the search takes more memory than there is, whatever is kept; in all processes.
         """
-        problem = ""
         try:
             need, work = self.measure(features, front_bytes)
         except torch.OutOfMemoryError:
@@ -171,8 +170,8 @@ class CachePlanner:
                 f"{self._device}: found too little memory for one image of the search, expected a smaller "
                 "--image_size, --amp or --cache_device cpu"
             )
-        if problems := [found for found in distributed.gather_objects(problem) if found]:
-            raise UserError(problems[0])
+            distributed.gather_objects((0, problem))  # the other processes end with it below
+            raise UserError(problem) from None
         free = {device: free_bytes(device) for device in self._devices()}
         limits = {device: self._limit(device, free[device], work) for device in free}
         choices = [(device, dtype) for dtype in self._dtypes(features) for device in free]

@@ -168,11 +168,22 @@ def test_a_graph_whose_shapes_depend_on_values_or_with_foreign_operators_is_refu
     exporting.check_graph(helper.make_model(helper.make_graph([helper.make_node("Add", ["a"], ["b"])], "g", [], [])))
 
 
+@pytest.mark.parametrize("mask", ["--mask", "--no-mask"])
+@pytest.mark.parametrize("opset", range(exporting.LEAST_OPSET + 1, exporting.GREATEST_OPSET + 1))
+def test_every_opset_that_is_offered_works(tmp_path, checkpoint, opset, mask):
+    pytest.importorskip("onnxruntime")
+    (result,) = run_script("--resume", checkpoint[0], "--output_dir", tmp_path, "--format", "onnx",
+                           "--opset", opset, mask)  # fmt: skip
+    assert result.passed and result.opset == opset
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         ("", "--resume: found none"),
-        ("--resume {path} --opset 19", "19: expected a whole number from 20 up"),
+        ("--resume {path} --opset 19", "19: expected a whole number from 20 to 22"),
+        ("--resume {path} --opset 23", "23: expected a whole number from 20 to 22"),
+        ("--resume {path} --image_size_hw 100000 100000", "100000: expected a whole number from 1 to 4096"),
         ("--resume {path} --format tflite", "--format"),
         ("--resume {path} --lr 1", "unrecognized arguments: --lr 1"),
         ("--resume {path} --num_select 4", "--num_select: found no --detections"),

@@ -60,6 +60,9 @@ def test_names_alone_need_no_list_of_annotations(tmp_path):
     assert load_annotations(path, needs_boxes=False).image_ids.tolist() == [2, 5, 9]
     with pytest.raises(UserError, match="has no list 'annotations'"):
         load_annotations(path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": None}))
+    assert category_names(path, needs_boxes=False) == {7: "dog", 3: "3"}
     for table in ("images", "categories"):
         with pytest.raises(UserError, match=f"has no list '{table}'"):
             load_annotations(write(tmp_path / f"{table}.json", annotations=None, **{table: None}), needs_boxes=False)

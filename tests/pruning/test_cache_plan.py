@@ -285,6 +285,20 @@ def test_all_processes_keep_one_precision_and_end_together(machine, monkeypatch)
         settled.decide()
 
 
+def test_a_gpu_that_cannot_hold_one_image_ends_all_processes_by_one_sentence(machine, monkeypatch):
+    settled, sent = Settled(GPU), []
+
+    def measure(features, front_bytes):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(settled.planner, "measure", measure)
+    monkeypatch.setattr(distributed, "gather_objects", sent.append)
+    with pytest.raises(UserError, match=r"^cuda.*: found too little memory for one image of the search, expected"):
+        settled.decide()
+    ((choice, problem),) = sent
+    assert choice == 0 and problem.startswith("cuda")
+
+
 def test_shapes_are_those_of_the_batches_without_reading_images(variant):
     folder, network = variant
     args = tiny_args(f"{SMALL} {network} --coco_path {folder}")
@@ -347,7 +361,8 @@ def test_the_cache_follows_the_options(tmp_path):
     assert cache_options(args, journal) == CacheOptions(2.5, None, None, "--search_images 7")
     journal.write_text(json.dumps({"event": "start", "args": {"cache_dtype": "same"}}) + "\n")
     assert cache_options(args, journal).dtype == "same"
-    journal.write_text(json.dumps({"event": "start"}) + "\n")
-    assert cache_options(args, journal).dtype is None
+    for damaged in ({}, {"args": None}, {"args": [1]}):
+        journal.write_text(json.dumps({"event": "start", **damaged}) + "\n")
+        assert cache_options(args, journal).dtype is None
     args.cache_dtype, args.cache_device = "bfloat16", "cpu"
     assert cache_options(args, journal) == CacheOptions(2.5, "bfloat16", CPU, "--search_images 7")

@@ -77,6 +77,16 @@ def test_image_files_that_both_splits_list_are_a_warning(root, capsys):
     assert "val2017 lists 2 of the image files of train2017, first '1.jpg'" in warnings(root, capsys)
 
 
+def test_copies_of_equal_names_in_subfolders_all_count(root, capsys):
+    names = ["a/1.jpg", "b/1.jpg"]
+    for split in ("train2017", "val2017"):
+        for number, name in enumerate(names):
+            (root / split / name).parent.mkdir()
+            (root / split / name).write_text(f"picture {number}")
+        write(root, split, [{"id": n, "file_name": name, "height": 4, "width": 4} for n, name in enumerate(names)])
+    assert "val2017 lists 2 of the image files of train2017, first 'a/1.jpg'" in warnings(root, capsys)
+
+
 def test_splits_in_one_folder_share_what_both_list(root, capsys):
     write(root, "val2017", [{"id": 7, "file_name": "./2.jpg", "height": 4, "width": 4}])
     text = warnings(root, capsys, f"--val_images {root}/train2017")
