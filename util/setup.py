@@ -56,6 +56,8 @@ def settle_arguments(
         args.resume = str(checkpoint.path)  # of a folder the file in it
         args.pretrained_backbone = False
     refuse_unread(args, typed)
+    if args.modelname == "dn_dab_deformable_detr":
+        args.transformer_activation = "relu"  # it has no other, and its checkpoints say so
     splits = ["val2017"] if args.eval else ["val2017", "train2017"]
     args.categories = _categories_of(args, splits)
     args.num_classes = max(args.categories) + 1  # 91 for COCO, whose ids have gaps
