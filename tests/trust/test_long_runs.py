@@ -108,9 +108,9 @@ def decide(folder: Path, out: Path, warm_up: int, steps: int, network: str) -> t
         mock.patch.object(Journal, "decision", watched),
         mock.patch.object(Schedule, "full_threshold_ap", lambda *arguments: 1.1),
         mock.patch.multiple(plots, plot_widths=mock.DEFAULT, plot_ap_against_parameters=mock.DEFAULT),
+        pytest.raises(RunFailedError),  # every module is whole in the end
     ):
-        with pytest.raises(RunFailedError):  # every module is whole in the end
-            search(GP, args, typed)
+        search(GP, args, typed)
     assert len(found) == 2, f"the search ended with {next(decisions) - 1} decisions"
     return found[1]
 
