@@ -11,7 +11,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make soak        run the long tests: kills, fuzzing, 1,000 steps (about half an hour)"
 	@echo "make lint        check format, style and types"
-	@echo "make coverage    run the tests and list the lines of pruning/ and util/ that they miss"
+	@echo "make coverage    run the tests and list the lines that they miss"
 	@echo "make mutants     mutation testing: inject bugs into a copy; the tests must fail (about 10 minutes)"
 	@echo "make gpu-check   run the tests that need a GPU"
 	@echo "make checkpoint  train checkpoints/demo.pth from scratch (about 70 minutes on two CPU cores)"

@@ -21,16 +21,25 @@ import torch
 from tqdm import tqdm
 
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
-from util.checkpoint import Checkpoint, read_checkpoint
-from util.command_line import script_parser, whole
+from tools.export_check import BATCH_SIZES, TOLERANCE
+from tools.export_formats import (
+    FORMATS,
+    GREATEST_OPSET,
+    GREATEST_SIDE,
+    LEAST_OPSET,
+    ExportResult,
+    export,
+    require_packages,
+)
+from util.cli import script_parser, whole
 from util.errors import UserError, run_cli
-from util.export import FORMATS, GREATEST_OPSET, GREATEST_SIDE, LEAST_OPSET, ExportResult, export, require_packages
-from util.export_check import BATCH_SIZES, TOLERANCE
 from util.files import check_output_dir
-from util.huggingface import INDEX_SUFFIX
 from util.lock import hold_folder
 from util.logging import bar_off, get_logger, table
-from util.options import (
+from weights.build import arguments_for, build_detector
+from weights.checkpoint_file import Checkpoint, read_checkpoint
+from weights.huggingface import INDEX_SUFFIX
+from weights.options import (
     NETWORK_TITLE,
     add_folder_options,
     add_network_options,
@@ -39,7 +48,6 @@ from util.options import (
     add_position_options,
     parse,
 )
-from util.setup import arguments_for, build_detector
 
 
 def get_export_parser() -> argparse.ArgumentParser:

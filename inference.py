@@ -11,13 +11,14 @@ from collections.abc import Collection
 
 import torch
 
+from tools.prediction import Prediction
 from util import distributed
-from util.command_line import real, script_parser, whole
+from util.cli import real, script_parser, whole
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
 from util.logging import log_to_file, stop_logging_to_file
-from util.options import (
+from weights.options import (
     NETWORK_TITLE,
     add_device_options,
     add_folder_options,
@@ -28,7 +29,6 @@ from util.options import (
     add_position_options,
     parse,
 )
-from util.predict import Prediction
 
 
 def get_inference_parser() -> argparse.ArgumentParser:

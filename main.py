@@ -14,18 +14,18 @@ from collections.abc import Collection
 import torch
 
 from datasets.coco_eval import evaluator_name, shown
+from runs.training_run import Run
+from runs.training_state import seed_everything
 from util import distributed
-from util.command_line import script_parser
+from util.cli import script_parser
 from util.errors import run_cli
 from util.files import check_output_dir
-from util.finetune import find_new_parts
 from util.lock import hold_folder
 from util.logging import log_to_file, stop_logging_to_file
-from util.options import get_args_parser, parse
-from util.setup import build_detector, settle_arguments
-from util.training_run import Run
-from util.training_state import seed_everything
-from util.unread import refuse_unread_by_main
+from weights.build import build_detector, settle_arguments
+from weights.class_heads import find_new_parts
+from weights.options import get_args_parser, parse
+from weights.unread import refuse_unread_by_main
 
 __all__ = ["build_detector", "get_args_parser", "main", "settle_arguments"]
 

@@ -4,8 +4,8 @@ python prune_greedy.py -m dn_dab_detr --output_dir out --coco_path COCODIR --res
 python prune_greedy.py --output_dir out --coco_path COCODIR --resume CKPT --keep 0.5 --cost macs
 """
 
-from pruning.cli import run
 from pruning.schedule import GP
+from runs.search_command import run
 
 if __name__ == "__main__":
     run(GP, __doc__)

@@ -4,8 +4,8 @@ python prune_greedy_ad.py -m dn_dab_detr --output_dir out --coco_path COCODIR --
 torchrun --nproc_per_node 8 prune_greedy_ad.py --output_dir out --coco_path COCODIR --resume CKPT --batch_size 8
 """
 
-from pruning.cli import run
 from pruning.schedule import MGP
+from runs.search_command import run
 
 if __name__ == "__main__":
     run(MGP, __doc__)

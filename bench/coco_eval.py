@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from datasets.coco_eval import GroundTruth, coco_stats
-from util.command_line import script_parser, user_path
+from util.cli import script_parser, user_path
 from util.environment import environment
 from util.errors import UserError, run_cli
 

@@ -22,16 +22,16 @@ import torch
 from torch import nn
 
 from datasets.coco import CocoDataset, build_dataset
-from util.command_line import script_parser, user_path, whole
-from util.draw import draw_detections, write_grid
+from tools.draw import draw_detections, write_grid
+from util.cli import script_parser, user_path, whole
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import copy_file, write_json
 from util.lock import hold_folder
 from util.logging import table
-from util.options import get_args_parser, parse
-from util.setup import build_detector, settle_arguments
 from util.timing import milliseconds_per_image
+from weights.build import build_detector, settle_arguments
+from weights.options import get_args_parser, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "demo.pth"

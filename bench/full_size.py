@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from models import build_model
-from util.arguments import take_from_checkpoint
-from util.checkpoint import LOCAL_ARGUMENTS, load_weights, read_checkpoint, save_checkpoint
-from util.command_line import real, user_path, whole
+from util.checkpoint import load_weights
+from util.cli import real, user_path, whole
 from util.errors import UserError, run_cli
 from util.logging import table
-from util.options import get_args_parser as get_detector_parser
-from util.options import parse
-from util.setup import build_detector
+from weights.build import build_detector
+from weights.checkpoint_file import read_checkpoint, save_checkpoint
+from weights.options import get_args_parser as get_detector_parser
+from weights.options import parse
+from weights.slim_down import LOCAL_ARGUMENTS
+from weights.stored_options import take_from_checkpoint
 
 SIZES = ("hidden_dim", "dim_feedforward", "enc_layers", "dec_layers", "num_queries")
 SPREAD = 0.25  # standard deviation of the shares in which copies of a channel carry its weight, about their mean

@@ -34,15 +34,15 @@ from models import build_model
 from models.state import Features
 from models.widths import Widths
 from pruning.cost import cost_of
-from util.arguments import take_from_checkpoint
-from util.checkpoint import read_checkpoint
-from util.command_line import user_path, whole
+from util.cli import user_path, whole
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import bar_off, table
-from util.options import get_args_parser
 from util.timing import seconds_side_by_side
+from weights.checkpoint_file import read_checkpoint
+from weights.options import get_args_parser
+from weights.stored_options import take_from_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO_IMAGE_HW = (800, 1066)  # a photograph of 480 x 640

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.dn_dab_deformable_detr.ops import sample_in_pytorch
 from models.dn_dab_deformable_detr.ops.sampling import load_operator
-from util.command_line import script_parser, user_path
+from util.cli import script_parser, user_path
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from models.state import DetectorState
 from models.widths import Widths
 from pruning.cost import count_parameters
-from pruning.features import repeat_batch, split_outputs
 from pruning.gates import clear_gates
 from pruning.schedule import MGP
+from pruning.state_cache import repeat_batch, split_outputs
 from pruning.transplant import MASKED_BLOCK, cut_state_dict, paper_masks_to_kept, slices_of, slim_copy
 from util.errors import UserError
 

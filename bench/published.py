@@ -16,7 +16,7 @@ from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost, cost_of, cost_table
 from util.environment import environment
 from util.errors import run_cli
 from util.files import write_json
-from util.options import get_args_parser
+from weights.options import get_args_parser
 
 COCO_CLASSES = 91
 GP_WIDTHS = Widths.parse(

@@ -26,7 +26,8 @@ from bench.torch_pruning_baseline import prune_with_torch_pruning
 from pruning.cost import count_parameters
 from pruning.method import FAST, VISIT, Method
 from pruning.schedule import GP, MGP
-from util.command_line import whole
+from reports.plots import new_figure, save_figure
+from util.cli import whole
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import file_digest, write_json
@@ -190,8 +191,6 @@ def _before(row: Mapping[str, Any]) -> str:
 
 def plot(path: Path, result: Mapping[str, Any]) -> None:
     """AP against the parameters that are left, before and after fine-tuning."""
-    from pruning.plots import new_figure, save_figure
-
     figure = new_figure(11, 5)
     panels = figure.subplots(1, 2, sharey=True)
     names = list(dict.fromkeys(row["name"] for row in result["rows"]))

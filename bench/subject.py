@@ -27,10 +27,10 @@ from pruning.schedule import Schedule
 from pruning.search import Search, Units
 from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
 from pruning.workbench import DetectorBench
-from util.command_line import script_parser, user_path, whole
-from util.options import get_args_parser, parse
-from util.setup import build_detector, build_distillation, settle_arguments
-from util.training_state import TrainingState, seed_everything
+from runs.training_state import TrainingState, seed_everything
+from util.cli import script_parser, user_path, whole
+from weights.build import build_detector, build_distillation, settle_arguments
+from weights.options import get_args_parser, parse
 
 BATCH_SIZE = 16
 PAPER_BATCH_SIZE = 8  # images of the one batch that the paper's candidates are scored on

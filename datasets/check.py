@@ -22,11 +22,11 @@ from datasets.boxes import are_below_pixel
 from datasets.check_images import Facts, ImageFacts, check_images, file_name, read_images
 from datasets.coco import SPLITS, Split, split_of
 from datasets.transforms import scaled
-from util.command_line import script_parser, whole
+from util.cli import script_parser, whole
 from util.errors import UserError, one_line, run_cli, shorten
 from util.files import write_json
 from util.logging import table
-from util.options import DATA_OPTIONS, add_split_options
+from weights.options import DATA_OPTIONS, add_split_options
 
 SHOWN_EXAMPLES = 3
 KEPT_EXAMPLES = 20  # in the JSON

@@ -27,7 +27,7 @@ from datasets.shapes import (
     object_colours,
     shape_grid,
 )
-from util.command_line import script_parser, user_path
+from util.cli import script_parser, user_path
 from util.errors import UserError, run_cli
 from util.files import naming, temporary_of
 from util.lock import hold_name

@@ -12,9 +12,9 @@ from pruning.schedule import Schedule
 from pruning.scores import RANKINGS
 from pruning.search import Units
 from pruning.selection import DIRECTIONS
-from util.command_line import real, script_parser, whole
+from util.cli import real, script_parser, whole
 from util.errors import UserError
-from util.options import (
+from weights.options import (
     NETWORK_TITLE,
     add_board_option,
     add_data_set_options,

@@ -13,7 +13,7 @@ from engine import autocast, move_to
 from models.criterion import Criterion
 from models.detector import Detector
 from models.state import DetectorState
-from pruning.features import Targets
+from pruning.state_cache import Targets
 from util.errors import UserError
 from util.memory import USABLE_SHARE, PeakMemory, free_bytes
 

@@ -14,9 +14,9 @@ from models.detector import Detector
 from models.prunable import PrunableModule
 from models.state import DetectorState
 from pruning.backward import LossGradients
-from pruning.features import StateCache, Targets
 from pruning.finite import are_finite, check_everywhere, image_ids
 from pruning.moments import TINY
+from pruning.state_cache import StateCache, Targets
 from util import distributed
 
 # A token counts by the squared norm of the loss's gradient there, at most OUTLIER times the mean, mixed with an even

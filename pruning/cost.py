@@ -1,9 +1,6 @@
 """What a detector costs: parameters, and multiply-accumulates of its transformer by three ways of counting.
 
-    python -m pruning.cost --image-size 800 1088 --cfgs WIDTHS
-
-prints them for the dense and the given widths. The counting rules are those behind the figures printed for the
-original:
+The counting rules are those behind the figures printed for the original:
 
 - all products: every matrix product between the backbone's features and the heads, for one image without padding:
   projections, attention products, FFNs, `query_scale` (decoder: not in layer 0), `ref_point_head`, `ref_anchor_head`,
@@ -20,7 +17,6 @@ A batch's denoising queries are not counted: there are none when a detector is u
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -29,17 +25,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine import eval_mode
-from models import build_model
 from models.detector import Detector
 from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
 from models.widths import Widths
-from pruning.products import Product, deformable_products, dense_products
-from util.arguments import take_from_command_line
-from util.command_line import script_parser, whole
-from util.errors import run_cli
+from pruning.macs import Product, deformable_products, dense_products
 from util.logging import table
-from util.options import NETWORK_TITLE, add_network_options, parse
-from util.unread import refuse_unread
 
 GIGA = 1e9
 PAPER_IMAGE_SIZE_HW = (800, 1088)
@@ -153,42 +143,3 @@ def _feature_pixels(model: Detector, image_size_hw: tuple[int, int]) -> int:
     # In training mode BatchNorm would count this as a batch.
     with eval_mode(model), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         return model.features(torch.empty(1, 3, *image_size_hw, device=device)).memory.shape[1]
-
-
-def get_parser() -> argparse.ArgumentParser:
-    """The options of `main.py` (those that shape a network) and the size of the image."""
-    parser = script_parser(__doc__, prog="python -m pruning.cost")
-    add_network_options(parser.add_argument_group(NETWORK_TITLE))
-    parser.add_argument("--image-size", dest="image_size_hw", type=whole(1), nargs=2, default=PAPER_IMAGE_SIZE_HW,
-                        metavar=("HEIGHT", "WIDTH"), help="pixels of the one image counted for")  # fmt: skip
-    parser.add_argument("--num_classes", type=whole(1), default=91, help="largest category id + 1 (COCO: 91)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table.
-
-    Raises:
-        UserError: widths that do not fit the network, or an option that changes no figure.
-    """
-    args, typed = parse(get_parser(), argv)
-    refuse_unread(args, typed)
-    args.pretrained_backbone = False
-    take_from_command_line(args)
-    costs = [("dense", _cost_of_args(args, None))]
-    if args.cfgs is not None:
-        costs.append(("--cfgs", _cost_of_args(args, args.cfgs)))
-    height, width = args.image_size_hw
-    print(f"{args.num_classes} classes, {args.backbone}, {args.num_queries} queries, one image of {height} x {width}")
-    print(cost_table(costs))
-
-
-def _cost_of_args(args: argparse.Namespace, widths: Widths | None) -> Cost:
-    with torch.device("meta"):
-        model, _, _ = build_model(argparse.Namespace(**{**vars(args), "cfgs": widths}))
-    height, width = args.image_size_hw
-    return cost_of(model, (height, width))
-
-
-if __name__ == "__main__":
-    run_cli(main)

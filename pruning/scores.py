@@ -19,13 +19,13 @@ from engine import move_to
 from models.criterion import Criterion
 from models.detector import Detector
 from pruning.calibration import Calibration
-from pruning.features import StateCache, repeat_batch, split_outputs
 from pruning.finite import are_finite, check_everywhere, decided_on_main, image_ids
 from pruning.fit import Surgeon
 from pruning.gates import Gated, gate_vector, set_candidate_gates, set_gate
 from pruning.kept import Kept
 from pruning.moments import TINY, Moments, square_root
 from pruning.reconstruction import Reconstruction
+from pruning.state_cache import StateCache, repeat_batch, split_outputs
 from util import distributed
 
 

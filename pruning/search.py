@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 
-from pruning.features import PassCounter
 from pruning.gates import Gated
 from pruning.journal import Decision, Effort
 from pruning.kept import Kept, add, all_kept, check_kept, missing, none_kept, unit_channels, width_of
@@ -24,6 +23,7 @@ from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.scores import Ranking
 from pruning.selection import Order, best_of_each_head, draw_candidates
+from pruning.state_cache import PassCounter
 from util import distributed
 from util.errors import UserError
 

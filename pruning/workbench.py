@@ -15,13 +15,13 @@ from models.detector import Detector
 from pruning.cache_plan import Plan
 from pruning.calibration import Calibration
 from pruning.cost import count_parameters, params_per_channel
-from pruning.features import Batches, PassCounter, StateCache
 from pruning.gates import clear_gates, set_gate
 from pruning.kept import Kept, all_kept, width_of
 from pruning.method import Method
 from pruning.reconstruction import Reconstruction
 from pruning.scores import Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder, Ranking
 from pruning.selection import Order, order_channels
+from pruning.state_cache import Batches, PassCounter, StateCache
 from util import distributed
 
 

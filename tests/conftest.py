@@ -18,7 +18,7 @@ def coco(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def draw_reports():
     """Reports stay empty where tests are not about them: drawing one takes longer than many a tiny run."""
-    with mock.patch("util.report.render", return_value=""):
+    with mock.patch("reports.report.render", return_value=""):
         yield
 
 

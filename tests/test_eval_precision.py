@@ -8,12 +8,12 @@ import torch
 
 import main
 from pruning.arguments import get_pruning_parser
-from pruning.cli import search
 from pruning.schedule import MGP
+from reports.samples import Samples
+from reports.training_page import training_page
+from runs.search_command import search
 from tests.tiny_run import options, write_self_annotated
-from util.options import parse
-from util.report.samples import Samples
-from util.report.training import training_page
+from weights.options import parse
 
 SLOW = "--lr 1e-6 --lr_backbone 1e-6 --weight_decay 0 --augmentation flip --num_workers 0 --device cpu"
 

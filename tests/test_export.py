@@ -11,11 +11,11 @@ from models.dn_dab_deformable_detr.ops import sampling
 from models.padding import PaddedImages, pad_images
 from models.widths import Widths
 from tests.pruning.tiny import VARIANTS, pictures, tiny_args, tiny_detector
-from util import export as exporting
-from util.checkpoint import save_checkpoint
+from tools import export_formats as exporting
+from tools.export_check import Case, check_export, greatest_difference
 from util.errors import UserError
-from util.export_check import Case, check_export, greatest_difference
-from util.options import parse
+from weights.checkpoint_file import save_checkpoint
+from weights.options import parse
 
 FULL = Widths.dense(1, 2, 32, 32)
 SLIM = Widths.parse([[[16, 20]], [[8, 32, 16], [32, 4, 32]]])

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import main
+from runs.training_state import parameter_groups
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 from tests.tiny_run import options, tiny_options
 from tests.trust.test_exact import differing
 from tests.trust.test_processes import job, run_jobs
-from util.training_state import parameter_groups
 
 BATCH_NORM = "--batch_norm_type BatchNorm2d"
 FROZEN = f"{BATCH_NORM} --lr_backbone 0"

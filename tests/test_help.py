@@ -15,8 +15,8 @@ import prune_greedy
 import prune_greedy_ad
 from pruning.arguments import get_pruning_parser
 from pruning.schedule import GP, MGP
-from util.command_line import script_parser
-from util.options import get_args_parser
+from util.cli import script_parser
+from weights.options import get_args_parser
 
 ROOT = Path(main.__file__).parent
 PARSERS = {

@@ -14,10 +14,10 @@ from datasets.coco import annotation_path
 from pruning.kept import all_kept
 from tests.pruning.tiny import tiny_detector
 from tests.tiny_run import TINY, options, write_self_annotated
-from util import predict
-from util.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from tools import prediction as predict
 from util.errors import UserError, run_cli
-from util.options import parse
+from weights.checkpoint_file import Checkpoint, read_checkpoint, save_checkpoint
+from weights.options import parse
 
 
 @pytest.fixture(scope="module")

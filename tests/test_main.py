@@ -16,8 +16,9 @@ import engine
 import main
 from pruning.kept import all_kept
 from tests.tiny_run import TINY, options, tiny_options, write_coco, write_self_annotated
-from util.checkpoint import read_checkpoint, save_checkpoint, slim_down
 from util.errors import UserError
+from weights.checkpoint_file import read_checkpoint, save_checkpoint
+from weights.slim_down import slim_down
 
 ROOT = Path(main.__file__).parent
 SLOW = """

@@ -12,13 +12,13 @@ from PIL import Image
 import main
 from datasets.coco import annotation_path
 from pruning.arguments import get_pruning_parser
-from pruning.cli import search
 from pruning.schedule import MGP
+from reports.training_page import training_page
+from runs.search_command import search
 from tests.tiny_run import options, tiny_options, write_self_annotated
-from util.checkpoint import read_checkpoint
 from util.errors import UserError
-from util.options import parse
-from util.report.training import training_page
+from weights.checkpoint_file import read_checkpoint
+from weights.options import parse
 
 
 @pytest.fixture(scope="module")

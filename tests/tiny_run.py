@@ -13,8 +13,9 @@ from torch import Tensor
 import main
 from datasets.coco import annotation_path, build_dataset
 from tests.pruning.tiny import tiny_args, tiny_detector
-from util.checkpoint import load_weights, save_checkpoint
-from util.options import parse
+from util.checkpoint import load_weights
+from weights.checkpoint_file import save_checkpoint
+from weights.options import parse
 
 CATEGORIES = (1, 3)  # a gap in the ids, as COCO has
 TINY = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -10,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 import torchvision
 
 from util import distributed
-from util.checkpoint import plain_arguments
 from util.files import move_aside, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +65,7 @@ def typed_command() -> str:
 
 
 def record_run(
-    output_dir: Path, args: argparse.Namespace, device: torch.device, evaluator: str, *, continuing: bool
+    output_dir: Path, options: Mapping[str, Any], device: torch.device, evaluator: str, *, continuing: bool
 ) -> None:
     """Write args.json: the options, and under `runs` how the program was started, once more where a run goes on.
 
@@ -79,13 +78,13 @@ def record_run(
     run = {
         "command": typed_command(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "resume": args.resume,
+        "resume": options["resume"],
         "commit": program_commit(),
         "processes": distributed.world_size(),
         "environment": environment(device),
         "evaluator": evaluator,
     }
-    write_json(path, {**plain_arguments(args), "runs": [*earlier, run]})
+    write_json(path, {**options, "runs": [*earlier, run]})
 
 
 def _earlier_runs(path: Path) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ from bench.full_size import grow, spread_layers
 from models import build_model
 from models.widths import Widths
 from tests.pruning.tiny import pictures, tiny_args, tiny_detector
-from util.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from util.checkpoint import load_weights
 from util.errors import UserError
+from weights.checkpoint_file import read_checkpoint, save_checkpoint
 
 LARGER = {"hidden_dim": 64, "dim_feedforward": 96, "enc_layers": 3, "dec_layers": 2, "num_queries": 5}
 

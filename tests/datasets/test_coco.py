@@ -25,7 +25,7 @@ from datasets.coco import (
 from datasets.decode import read_upright
 from datasets.transforms import eval_transforms
 from util.errors import UserError
-from util.options import DATA_OPTIONS
+from weights.options import DATA_OPTIONS
 
 SPLIT = "train2017"
 

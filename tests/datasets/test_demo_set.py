@@ -11,8 +11,8 @@ from PIL import Image
 from datasets import demo
 from datasets.annotations import category_names
 from datasets.shapes import CATEGORIES, COSINES, DIRECTIONS, SAMPLES, coverage, erode, shape_grid
-from util.checkpoint import read_checkpoint
 from util.errors import UserError
+from weights.checkpoint_file import read_checkpoint
 
 
 @pytest.fixture(scope="module")

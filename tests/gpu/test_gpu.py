@@ -13,12 +13,12 @@ from datasets.coco_eval import GroundTruth
 from main import get_args_parser
 from models import build_model
 from models.widths import Widths
-from pruning.cli import get_pruning_parser, search
 from pruning.schedule import MGP
+from runs.search_command import get_pruning_parser, search
 from tests.golden import recipe
 from tests.pruning.tiny import pictures, tiny_detector
 from tests.tiny_run import options, tiny_options, write_self_annotated
-from util.options import parse
+from weights.options import parse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pruning.features import PassCounter
 from pruning.kept import Kept, width_of
 from pruning.method import PAPER, Method
 from pruning.selection import Order
+from pruning.state_cache import PassCounter
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pruning.arguments import (
 from pruning.method import FAST, PAPER, VISIT
 from pruning.schedule import GP, MGP
 from util.errors import UserError
-from util.options import parse
+from weights.options import parse
 
 
 def read(words, schedule=MGP):

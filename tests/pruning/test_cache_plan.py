@@ -13,15 +13,15 @@ from pruning import cache_plan
 from pruning.arguments import get_pruning_parser
 from pruning.cache_plan import CacheOptions, CachePlanner, Uses, shape_of
 from pruning.cache_setup import batch_shapes, cache_options
-from pruning.cli import search
-from pruning.features import PassCounter, StateCache
 from pruning.schedule import GP, MGP
+from pruning.state_cache import PassCounter, StateCache
+from runs.search_command import search
 from tests.pruning.test_end_to_end import SMALL, write_folder
 from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_args, tiny_detector
 from util import distributed
 from util.errors import UserError
 from util.memory import USABLE_SHARE
-from util.options import parse
+from weights.options import parse
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SIZES = [((64, 64), (64, 128)), ((128, 128), (128, 128), (128, 128)), ((64, 192),), ((192, 128), (64, 64))]

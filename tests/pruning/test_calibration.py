@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.calibration import EVEN_SHARE, OUTLIER, Calibration, token_weights
-from pruning.features import PassCounter, StateCache
+from pruning.state_cache import PassCounter, StateCache
 from tests.pruning.samples import quick
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 

@@ -8,7 +8,7 @@ from pruning.arguments import get_pruning_parser, settle_images
 from pruning.checks import check_targets, lowest_target_ap, warn_of_images, warn_of_low_target
 from pruning.schedule import GP, MGP
 from util.errors import UserError
-from util.options import parse
+from weights.options import parse
 
 
 @pytest.mark.parametrize(

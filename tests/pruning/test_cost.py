@@ -10,16 +10,15 @@ from models.widths import Widths
 from pruning.cost import (
     cost_of,
     count_parameters,
-    get_parser,
     macs_per_channel,
-    main,
     params_per_channel,
     products_of,
     step_shares,
 )
 from tests.pruning.tiny import VARIANTS, tiny_detector
+from tools.cost import get_parser, main
 from util.errors import UserError
-from util.options import parse
+from weights.options import parse
 
 GP = "[[[152,416],[232,1408],[216,1504],[232,1248],[224,1472],[248,1344]],"
 GP += "[[8,136,544],[184,192,1216],[240,168,1920],[232,256,800],[256,192,960],[256,216,1216]]]"

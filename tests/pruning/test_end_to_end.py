@@ -12,21 +12,20 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import Subset
 
-import pruning.cli
 from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
 from engine import evaluate
 from main import build_detector, settle_arguments
-from pruning.cli import get_pruning_parser, search
-from pruning.features import PassCounter, StateCache
 from pruning.gates import gated
 from pruning.kept import from_lists
 from pruning.schedule import GP, MGP, Schedule
+from pruning.state_cache import PassCounter, StateCache
 from pruning.workbench import DetectorBench
+from runs.search_command import get_pruning_parser, search
 from tests.pruning.tiny import NETWORK, VARIANTS, tiny_args, tiny_detector
-from util.checkpoint import read_checkpoint, save_checkpoint
 from util.errors import UserError, run_cli
-from util.options import parse
+from weights.checkpoint_file import read_checkpoint, save_checkpoint
+from weights.options import parse
 
 IMAGES = 7
 ROOT = Path(__file__).parents[2]
@@ -184,7 +183,7 @@ def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
         runs.setdefault((len(moves), start, stop), []).append(images)
         add(self, start, stop, images)
 
-    monkeypatch.setattr(pruning.cli, "build_detector", watched)
+    monkeypatch.setattr(runs.search_command, "build_detector", watched)
     monkeypatch.setattr(StateCache, "move_to", watched_move)
     monkeypatch.setattr(PassCounter, "add", watched_add)
     run(MGP, folder, tmp_path)

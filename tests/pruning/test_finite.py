@@ -10,12 +10,12 @@ import torch
 from pruning import reconstruction as reconstruction_module
 from pruning.backward import LossGradients
 from pruning.calibration import Calibration
-from pruning.features import PassCounter, StateCache
 from pruning.finite import are_finite, check_everywhere, decided_on_main
 from pruning.kept import all_kept
 from pruning.reconstruction import LEVELS, Reconstruction
 from pruning.scores import Elimination, ExactLoss, GateGradient, Magnitude
 from pruning.selection import Order
+from pruning.state_cache import PassCounter, StateCache
 from tests.pruning.tiny import pictures, tiny_detector
 from util import distributed
 from util.errors import NonFiniteLossError

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pruning.calibration import EVEN_SHARE, OUTLIER, Calibration
-from pruning.features import PassCounter, StateCache
 from pruning.gates import set_gate
 from pruning.kept import all_kept
 from pruning.reconstruction import LEVELS, Reconstruction
 from pruning.selection import Order
+from pruning.state_cache import PassCounter, StateCache
 from pruning.transplant import cut_state_dict, slices_of, widths_after
 from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector
 from util.checkpoint import load_weights

@@ -20,17 +20,17 @@ from PIL import Image
 
 from datasets.coco import build_dataset
 from main import build_detector, get_args_parser, main, settle_arguments
-from pruning import plots
 from pruning.arguments import get_pruning_parser
-from pruning.cli import search
 from pruning.cost import cost_of
-from pruning.run import SearchRun
 from pruning.schedule import GP, MGP, Schedule
+from reports import plots
+from runs.search_command import search
+from runs.search_run import SearchRun
 from tests.pruning.test_end_to_end import ROOT, SMALL, ap_of, command, folder, write_folder  # noqa: F401
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
-from util.checkpoint import read_checkpoint
 from util.errors import UserError, run_cli
-from util.options import parse
+from weights.checkpoint_file import read_checkpoint
+from weights.options import parse
 
 UNITS = "--attention_unit 2 --ffn_unit 8"
 KINDS = {

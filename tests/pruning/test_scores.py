@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from pruning.calibration import Calibration
-from pruning.features import PassCounter, StateCache
 from pruning.gates import clear_gates, gate_vector
 from pruning.kept import add, all_kept, none_kept
 from pruning.moments import Moments
 from pruning.reconstruction import Reconstruction
 from pruning.scores import RANKINGS, Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder
+from pruning.state_cache import PassCounter, StateCache
 from pruning.transplant import SET_OF_PART
 from tests.pruning.samples import Sample, least_error
 from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector

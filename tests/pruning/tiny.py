@@ -7,7 +7,7 @@ import torch
 
 from models import build_model
 from models.widths import Widths
-from util.options import get_args_parser
+from weights.options import get_args_parser
 
 NETWORK = (
     "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 --dim_feedforward 32 --num_queries 5"

@@ -22,15 +22,16 @@ import torch
 
 import main
 from models.layers import GatedLayer
-from pruning import plots, workbench
+from pruning import workbench
 from pruning.arguments import get_pruning_parser
 from pruning.budget import BudgetSearch
-from pruning.cli import search
-from pruning.run import SearchRun
 from pruning.schedule import GP, MGP, Schedule
 from pruning.scores import Magnitude
+from reports import plots
+from runs.search_command import search
+from runs.search_run import SearchRun
 from util.errors import run_cli
-from util.options import parse
+from weights.options import parse
 
 
 def train(words: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import pruning.run  # noqa: F401 brings what the tests import besides this program, once for all of them
+import runs.search_run  # noqa: F401 brings what the tests import besides this program, once for all of them
 from util.logging import table
 
 ROOT = Path(__file__).parents[2]

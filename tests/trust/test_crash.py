@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from runs.training_run import take_up_log
 from tests.pruning.test_end_to_end import write_folder
 from tests.test_main import differing
 from tests.trust.jobs import Job, Kill, assert_whole, draw, prune, train
-from util.training_run import take_up_log
 
 SOAK = bool(os.environ.get("SOAK"))
 JOBS = {"training": train, "search": prune, "demo set": draw}

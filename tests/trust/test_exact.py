@@ -11,8 +11,8 @@ from torch import Tensor
 
 import engine
 import main
+from runs.training_run import Run
 from tests.tiny_run import options, tiny_options
-from util.training_run import Run
 
 EPOCHS = 3
 RUNS = {

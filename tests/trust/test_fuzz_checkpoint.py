@@ -16,13 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import main
+from runs.training_state import TrainingState
 from tests.test_main import ROOT
 from tests.tiny_run import options, tiny_options
 from tests.trust.mutations import FUZZ, VALUES, damaged_bytes, damaged_value
 from tests.trust.test_fuzz_text import value_or_sentence
-from util.checkpoint import load_weights, read_checkpoint, slim_down
+from util.checkpoint import load_weights
 from util.errors import UserError
-from util.training_state import TrainingState
+from weights.checkpoint_file import read_checkpoint
+from weights.slim_down import slim_down
 
 ODD_KEYS = ["transformer.encoder.layers.999999999999.x", "transformer.encoder.layers.9999.linear2.weight", "module.",
             "", 7, None, "a" * 5000, "\n", "\ud800"]  # fmt: skip

@@ -15,7 +15,7 @@ from datasets.coco import annotation_path, build_dataset
 from datasets.transforms import RandomSizeCrop
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 from tests.tiny_run import TINY, tiny_options
-from util.checkpoint import read_checkpoint
+from weights.checkpoint_file import read_checkpoint
 
 ROOT = Path(main.__file__).parent
 CPU = torch.device("cpu")

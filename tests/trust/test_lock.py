@@ -17,9 +17,9 @@ import pytest
 import main
 from bench import demo as bench_demo
 from datasets import demo
-from pruning import cli
 from pruning.arguments import get_pruning_parser
 from pruning.schedule import GP, MGP
+from runs import search_command as cli
 from tests.tiny_run import tiny_options
 from util import distributed, lock
 from util.errors import UserError

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 import engine
-from pruning import plots
 from pruning.arguments import get_pruning_parser
-from pruning.cli import search
 from pruning.journal import Journal
 from pruning.schedule import GP, Schedule
+from reports import plots
+from runs.search_command import search
 from tests.pruning.test_end_to_end import SMALL, write_folder
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 from util.ema import WeightAverage
 from util.errors import RunFailedError
-from util.options import parse
+from weights.options import parse
 
 STATM = Path("/proc/self/statm")
 pytestmark = pytest.mark.skipif(not STATM.exists(), reason="/proc tells how much memory a process has")

@@ -13,7 +13,7 @@ import torch
 import main
 from tests.pruning.test_end_to_end import SMALL, write_folder
 from tests.tiny_run import TINY, write_split
-from util.checkpoint import read_checkpoint
+from weights.checkpoint_file import read_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 

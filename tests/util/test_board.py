@@ -8,12 +8,12 @@ import pytest
 
 import main
 from pruning.arguments import get_pruning_parser
-from pruning.cli import search
 from pruning.schedule import MGP
+from runs.search_command import search
 from tests.tiny_run import options, tiny_options, write_self_annotated
 from util.board import Board
 from util.errors import UserError
-from util.options import parse
+from weights.options import parse
 
 Curves = dict[str, list[tuple[int, float]]]
 

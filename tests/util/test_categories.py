@@ -5,8 +5,9 @@ import torch
 
 from models.widths import Widths
 from tests.pruning.tiny import tiny_args, tiny_detector
-from util.checkpoint import read_checkpoint, save_checkpoint, slim_down
 from util.errors import UserError
+from weights.checkpoint_file import read_checkpoint, save_checkpoint
+from weights.slim_down import slim_down
 
 FULL = Widths.dense(1, 2, 32, 32)
 NAMES = {1: "cat", 6: "dog"}

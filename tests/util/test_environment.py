@@ -1,6 +1,5 @@
 """What is recorded of a run: the clone's commit, the command, and each time it was started."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -43,7 +42,7 @@ def test_each_start_of_a_run_is_kept(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["main.py", str(number)])
         record_run(
             tmp_path,
-            argparse.Namespace(resume=f"{number}.pth", lr=1e-4),
+            {"resume": f"{number}.pth", "lr": 1e-4},
             device,
             "pycocotools 2",
             continuing=continuing,
@@ -52,8 +51,8 @@ def test_each_start_of_a_run_is_kept(tmp_path, monkeypatch):
     assert found["lr"] == 1e-4 and [run["command"][-1] for run in found["runs"]] == ["0", "1", "2"]
     assert [run["resume"] for run in found["runs"]] == ["0.pth", "1.pth", "2.pth"]
     assert {**found["runs"][0]["environment"], "date": ""} == {**environment(device), "date": ""}
-    record_run(tmp_path, argparse.Namespace(resume=None), device, "pycocotools 2", continuing=False)
+    record_run(tmp_path, {"resume": None}, device, "pycocotools 2", continuing=False)
     assert len(json.loads((tmp_path / "args.json").read_text())["runs"]) == 1
     (tmp_path / "args.json").write_text("{damaged")
-    record_run(tmp_path, argparse.Namespace(resume=None), device, "pycocotools 2", continuing=True)
+    record_run(tmp_path, {"resume": None}, device, "pycocotools 2", continuing=True)
     assert len(json.loads((tmp_path / "args.json").read_text())["runs"]) == 1

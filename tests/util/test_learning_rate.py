@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runs.training_state import TrainingState
 from util.learning_rate import SCHEDULES, rate
-from util.options import get_args_parser
-from util.training_state import TrainingState
+from weights.options import get_args_parser
 
 
 def state_of(words: str, steps_per_epoch: int) -> TrainingState:

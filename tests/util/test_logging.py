@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import engine
+from runs.batch_log import BatchLog
 from util import logging
-from util.batch_log import BatchLog
 from util.colour import paint
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -103,7 +103,7 @@ def losses(value: float) -> dict[str, torch.Tensor]:
 
 def test_a_line_holds_the_means_since_the_last_one_and_the_time_left(lines, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("util.batch_log.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("runs.batch_log.time.perf_counter", lambda: now[0])
     shown = []
     log = BatchLog(2, epoch=1, epochs=3, batches=5, show=lambda values, done: shown.append((done, dict(values))))
     for value in range(5):

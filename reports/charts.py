@@ -1,0 +1,104 @@
+"""Plots as inline SVG: text that stays text, in the page's own colours, and wide enough for a phone to read."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from models.widths import Widths
+from reports.plots import WHOLE, draw_ap_against_parameters, draw_widths, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 4.4  # inches: at 72 points each, what a phone shows unscaled, so that the text keeps its size
+HEIGHT = 3.0
+BAR_HEIGHT = 0.22
+# What matplotlib writes for text and lines, and the page's colour that takes its place, light or dark.
+INK = "#010203"
+THEME = {INK: "currentColor", WHOLE: "var(--whole)"}
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",  # the same plot gives the same text
+    "font.size": 11,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+def widths_plots(before: Widths, after: Widths) -> list[tuple[str, str]]:
+    """Caption and plot of the attentions' channels, and of the FFNs': those kept, on those there were."""
+    found = []
+    for kind, is_ffn in (("Attention", False), ("FFN", True)):
+        draw = functools.partial(draw_widths, before=before, after=after, is_ffn=is_ffn, horizontal=True)
+        count = sum(name.endswith("ffn") == is_ffn for name in before.names())
+        caption = f"{kind} channels kept (grey: whole)"
+        found.append((caption, svg(draw, caption, 0.5 + BAR_HEIGHT * count)))
+    return found
+
+
+def ap_plot(points: Sequence[tuple[int, float, bool]], base_ap: float, base_params: int) -> str:
+    """AP against the transformer's parameters along a search; see `reports.plots.plot_ap_against_parameters`."""
+
+    def draw(axes: Axes) -> None:
+        draw_ap_against_parameters(axes, points, base_ap, base_params)
+        axes.locator_params(axis="x", nbins=6)  # a phone has no room for more
+
+    return svg(draw, "AP against transformer parameters")
+
+
+def curves(
+    epochs: Mapping[str, Sequence[tuple[int, float]]], label: str, *, log: bool = False, best: int | None = None
+) -> str:
+    """Lines over the epochs, from 0.
+
+    Args:
+        epochs: for each line, pairs of epoch and value.
+        label: what the values are, with their unit.
+        log: a logarithmic axis, where all values are above 0.
+        best: epoch of the first line to mark.
+    """
+
+    def draw(axes: Axes) -> None:
+        for name, points in epochs.items():
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
+        if best is not None:
+            value = dict(next(iter(epochs.values())))[best]
+            axes.plot([best], [value], "*", markersize=14, color="#d62728", label=f"best: epoch {best}")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if log and all(value > 0 for points in epochs.values() for _, value in points):
+            axes.set_yscale("log")
+        axes.legend()
+
+    return svg(draw, f"{label} by epoch")
+
+
+def svg(draw: Callable[[Axes], Any], label: str, height: float = HEIGHT) -> str:
+    """What `draw` draws on an axes, as SVG that can stand in a page beside others; `label` is for who cannot see it."""
+    import matplotlib
+
+    stream = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(WIDTH, height)
+        draw(figure.subplots())
+        figure.savefig(stream, format="svg", transparent=True, metadata=NO_METADATA)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, name in THEME.items():
+        text = text.replace(colour, name)
+    # A page has one space of ids, its SVGs need no namespaces, and their size is the page's matter.
+    prefix = re.sub(r"\W+", "-", label)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", text)
+    head, _, body = text.partition(">")
+    head = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{escape(label)}">{body}'

@@ -1,0 +1,161 @@
+"""What a run left in its folder, of this version of the program or of an older one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datasets.coco import build_dataset
+from models import build_model
+from models.widths import Widths
+from pruning.arguments import get_pruning_parser
+from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost, cost_of, cost_rows
+from pruning.schedule import MGP
+from reports import page
+from util.environment import ARGUMENTS_NAME
+from util.errors import UserError, reason_of
+
+LOG_NAME = "log.txt"
+NOT_RECORDED = "not recorded: the run was made by an older version"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What is known of how a run was started.
+
+    Attributes:
+        path: its folder.
+        args: its options, those of its own time completed by today's defaults.
+        runs: how the program was started, each time; see `util.environment.record_run`. Empty for an older run.
+    """
+
+    path: Path
+    args: argparse.Namespace
+    runs: list[dict[str, Any]]
+
+    @property
+    def measured_by(self) -> str:
+        """What measured the APs, to follow a comma; empty for an older run."""
+        evaluator = self.runs[-1].get("evaluator") if self.runs else None
+        return f", by {evaluator}" if evaluator else ""
+
+    @property
+    def first_resume(self) -> str | None:
+        """The checkpoint that the run began with, whatever it went on from later."""
+        return self.runs[0].get("resume") if self.runs else self.args.resume
+
+
+def read_folder(path: Path, options: Mapping[str, Any]) -> RunFolder:
+    """Read args.json, if there is one.
+
+    Args:
+        path: the run's folder.
+        options: what is known of the options from elsewhere; those in args.json win.
+
+    Raises:
+        UserError: there is one, and it is no JSON object.
+    """
+    file, found = path / ARGUMENTS_NAME, {}
+    if file.exists():
+        try:
+            found = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{file}: cannot be read ({reason_of(error)}), expected the options of a run as JSON"
+            ) from None
+        if not isinstance(found, dict):
+            raise UserError(f"{file}: found a {type(found).__name__}, expected the options of a run as JSON")
+    runs = found.pop("runs", [])
+    args = get_pruning_parser(MGP, "").parse_args([])
+    vars(args).update({**options, **found})
+    return RunFolder(path, args, runs)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The epochs of log.txt; a last line that a crash cut short is left out.
+
+    Raises:
+        UserError: another line is no JSON object.
+    """
+    epochs = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            epochs.append(json.loads(line))
+            if "epoch" not in epochs[-1] or "train_loss" not in epochs[-1]:
+                raise ValueError("no epoch")
+        except (ValueError, TypeError):
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is no epoch of a training run, expected JSON lines") from None
+            del epochs[number - 1 :]
+    return epochs
+
+
+def image_size_of(args: argparse.Namespace, split: str) -> tuple[int, int] | None:
+    """Height and width in pixels of the split's first image as the detector gets it; None where it cannot be read."""
+    try:
+        return tuple(build_dataset(split, args, augment=False)[0][0].shape[-2:])
+    except UserError:
+        return None
+
+
+def cost_at(args: argparse.Namespace, widths: Widths, image_size_hw: tuple[int, int] | None) -> Cost:
+    """What the run's detector costs with those widths; the GMACs mean nothing without an image size."""
+    with torch.device("meta"):
+        model, _, _ = build_model(argparse.Namespace(**{**vars(args), "cfgs": widths, "pretrained_backbone": False}))
+    return cost_of(model, image_size_hw or PAPER_IMAGE_SIZE_HW)
+
+
+def cost_section(name: str, before: Cost, after: Cost | None, image_size_hw: tuple[int, int] | None) -> str:
+    """The table of costs, of one detector where there is no `after`; without GMACs where no image size is known.
+
+    `name`: what the first one is called.
+    """
+    rows = cost_rows([before] if after is None else [before, after])
+    header = ["", name] if after is None else ["", name, "slim", "change"]
+    if image_size_hw is None:
+        rows, note = [row for row in rows if "GMACs" not in row[0]], ""
+    else:
+        size = " x ".join(map(str, image_size_hw))
+        note = page.paragraph(f"GMACs of the transformer for one image of {size} pixels.", "faint")
+    return page.section("Cost", page.table(header, rows), note)
+
+
+def change(before: float, after: float) -> str:
+    """`-46.8%`."""
+    return f"{100 * (after / before - 1):+.1f}%"
+
+
+def duration(seconds: float) -> str:
+    """`1 h 02 min`, `3 min 05 s` or `42 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def environment_section(folder: RunFolder, seconds: float) -> str:
+    """Command, versions, seed, device: what it takes to make the run again."""
+    last = folder.runs[-1] if folder.runs else {}
+    told = last.get("environment", {})
+    commands = [run.get("command", "") for run in folder.runs]
+    device = f"{told['device']}, {told['threads']} threads" if told else folder.args.device or NOT_RECORDED
+    pairs = [
+        ("seed", str(folder.args.seed)),
+        ("device", device),
+        ("processes", last.get("processes")),
+        ("AP measured by", last.get("evaluator")),
+        ("started", last.get("started", NOT_RECORDED)),
+        ("duration", duration(seconds)),
+        *((name, told[name]) for name in ("python", "torch", "torchvision") if name in told),
+        ("program", last.get("commit") or ("no clone of its repository" if last else NOT_RECORDED)),
+    ]
+    parts = [page.code(command) for command in commands] or [page.paragraph(f"Command {NOT_RECORDED}.", "faint")]
+    if len(commands) > 1:
+        parts.insert(0, page.paragraph("Started, and gone on with:"))
+    return page.section("Made with", *parts, page.facts(pair for pair in pairs if pair[1] is not None))

@@ -1,0 +1,123 @@
+"""Detections of one or two detectors on a few validation images, side by side with what is annotated."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from datasets.annotations import category_names
+from datasets.coco import CocoDataset, build_dataset, split_of
+from reports import page
+from tools.draw import draw_detections
+from util.errors import UserError
+from weights.build import build_detector
+from weights.checkpoint_file import read_checkpoint
+from weights.stored_options import ARCHITECTURE, take_from_checkpoint
+
+SPLIT = "val2017"
+IMAGES = 4
+OBJECTS = range(2, 9)  # in an image that shows something and can still be read
+THRESHOLD = 0.4
+SIDE = 320  # pixels of a picture's longer side
+
+Result = Mapping[str, Tensor]
+
+
+class Samples:
+    """Detections on the same few images of val2017, kept until a checkpoint's file changes."""
+
+    def __init__(self, device: torch.device) -> None:
+        """`device`: where the detectors run."""
+        self.device = device
+        self._found: dict[tuple[Path, int], list[Result]] = {}
+
+    def section(self, args: argparse.Namespace, detectors: Sequence[tuple[str, Path]]) -> str:
+        """A row of pictures for each image: what is annotated, and what each detector finds.
+
+        Args:
+            args: the run's options.
+            detectors: caption and checkpoint of each.
+
+        Where data or a checkpoint is not there any more, a sentence says so.
+        """
+        title = "Sample detections"
+        try:
+            dataset = build_dataset(SPLIT, args, augment=False)
+            indices = _choose(dataset)
+            results = [(caption, self._detect(path, args, dataset, indices)) for caption, path in detectors]
+            names = category_names(split_of(args, SPLIT).annotation_file)
+            rows = []
+            for number, index in enumerate(indices):
+                columns = [("annotated", _annotated(dataset, index), None)]
+                columns += [(caption, found[number], THRESHOLD) for caption, found in results]
+                rows.append(page.pictures(_column(dataset.picture(index), names, *column) for column in columns))
+        except UserError as error:
+            return page.section(title, page.paragraph(f"Not drawn: {error}.", "faint"))
+        note = f"Images of {SPLIT}, detections with a score of {THRESHOLD} or more."
+        return page.section(title, page.paragraph(note, "faint"), *rows)
+
+    @torch.no_grad()
+    def _detect(
+        self, path: Path, args: argparse.Namespace, dataset: CocoDataset, indices: Sequence[int]
+    ) -> list[Result]:
+        """Scores, labels and boxes (xyxy in the original image's pixels) of a checkpoint's detector, on the CPU."""
+        try:
+            key = (path, path.stat().st_mtime_ns)
+        except OSError:
+            raise UserError(f"{path} is not there any more") from None
+        if key not in self._found:
+            checkpoint = read_checkpoint(path)
+            theirs = argparse.Namespace(**{**vars(args), "cfgs": None, "pretrained_backbone": False})
+            # A file of our own tells its network; with others the run has settled what they leave open.
+            take_from_checkpoint(theirs, () if checkpoint.kind in ("ours", "search") else ARCHITECTURE, checkpoint)
+            theirs.num_classes = checkpoint.num_classes
+            # The run's own draws must not depend on whether a report is made of it.
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                model, _, postprocessors = build_detector(theirs, checkpoint)
+            model.eval().to(self.device)
+            found = []
+            for index in indices:
+                image, target = dataset[index]
+                size = target["orig_size"][None].to(self.device)
+                result = postprocessors["bbox"](model([image.to(self.device)]), size)[0]
+                found.append({name: value.cpu() for name, value in result.items()})
+            self._found[key] = found
+        return self._found[key]
+
+
+def _choose(dataset: CocoDataset) -> list[int]:
+    """Indices of a few images, spread over those with some objects (over all where there are none such)."""
+    counts = dataset.annotations.object_counts().tolist()
+    found = [index for index, count in enumerate(counts) if count in OBJECTS] or list(range(len(counts)))
+    return found[:: max(1, len(found) // IMAGES)][:IMAGES]
+
+
+def _annotated(dataset: CocoDataset, index: int) -> Result:
+    """The annotated objects of an image, as detections without scores."""
+    _, target = dataset[index]
+    centres, sides = target["boxes"].split(2, dim=1)
+    corners = torch.cat((centres - sides / 2, centres + sides / 2), dim=1)
+    return {"labels": target["labels"], "boxes": corners * target["orig_size"].flip(0).repeat(2)}
+
+
+def _column(
+    picture: Tensor, names: Mapping[int, str], caption: str, result: Result, threshold: float | None
+) -> tuple[str, Image.Image]:
+    """Caption with the objects by name, and the picture at the report's size with their boxes."""
+    if threshold is not None:
+        keep = result["scores"] >= threshold
+        result = {name: value[keep] for name, value in result.items()}
+    counts = Counter(names.get(label, f"category {label}") for label in result["labels"].tolist())
+    objects = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+    scale = SIDE / max(picture.shape[1:])
+    size = [max(1, round(scale * side)) for side in picture.shape[1:]]
+    small = functional.resize(picture, size, antialias=True)
+    result = {**result, "boxes": result["boxes"] * scale}
+    return f"{caption}: {objects}", draw_detections(small, result, names, threshold=0.0)

@@ -1,0 +1,160 @@
+"""What a search tells while it runs and when it is done."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from models.widths import Widths
+from pruning.gates import Gated
+from pruning.journal import Decision, Trial
+from pruning.method import Method
+from pruning.search import Units
+from util.logging import table
+from weights.options import DATA_OPTIONS
+
+MODULE_COLUMNS = ("module", "before", "after", "mAP after", "seconds", "images", "whole passes")
+TRIAL_COLUMNS = ("taken", "cost kept", "power", "mAP", "seconds", "images", "whole passes")
+
+
+class ProgressBar:
+    """A bar over all steps that a search could take; a module that is done early skips the rest of its steps.
+
+    So the time left is an upper estimate at the pace so far, which falls with each module that ends early.
+    """
+
+    def __init__(self, modules: Sequence[Gated], units: Units, method: Method, disable: bool | None = None) -> None:
+        """`disable` None shows the bar on terminals only."""
+        self._steps = {module.name: -(-module.width // units.channels(module)) for module in modules}
+        if method.search == "bisect":
+            self._steps = {name: 1 + (steps - 1).bit_length() for name, steps in self._steps.items()}
+        self._done = 0
+        self._bar = tqdm(total=sum(self._steps.values()), unit="step", smoothing=0, disable=disable)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._bar.close()
+
+    def show(self, decision: Decision) -> None:
+        """Move on by one decision."""
+        ap = decision.subset_ap if decision.full_ap is None else decision.full_ap  # one of them is there
+        self._bar.set_description(f"{decision.module} {decision.width}/{decision.full_width}", refresh=False)
+        split = "subset" if decision.full_ap is None else "full"
+        self._bar.set_postfix_str(
+            f"{split} mAP {ap:.4f} target {decision.target_ap:.4f}, {decision.whole_passes:.0f} passes", refresh=False
+        )
+        if decision.accepted:
+            self._done += self._steps[decision.module]
+            self._bar.update(self._done - self._bar.n)
+        else:
+            self._bar.update()
+
+
+def module_line(decision: Decision) -> str:
+    """One line of the log for a module that is done."""
+    return (
+        f"{decision.module}: {decision.full_width} -> {decision.width} channels, mAP {decision.full_ap:.4f} "
+        f"(target {decision.target_ap:.4f}), {decision.step + 1} steps, {decision.seconds:.0f} s since the start"
+    )
+
+
+def module_table(decisions: Sequence[Decision]) -> str:
+    """`module_rows` as text."""
+    return table(MODULE_COLUMNS, module_rows(decisions))
+
+
+def module_rows(decisions: Sequence[Decision]) -> list[tuple[object, ...]]:
+    """A row of `MODULE_COLUMNS` for each module that is done; seconds and passes are those of its own visit."""
+    rows: list[tuple[object, ...]] = []
+    seconds, passes, images = 0.0, 0.0, 0
+    for decision in decisions:
+        if not decision.accepted:
+            continue
+        rows.append(
+            (
+                decision.module,
+                decision.full_width,
+                decision.width,
+                decision.full_ap,
+                f"{decision.seconds - seconds:.1f}",
+                decision.image_passes - images,
+                f"{decision.whole_passes - passes:.1f}",
+            )
+        )
+        seconds, passes, images = decision.seconds, decision.whole_passes, decision.image_passes
+    return rows
+
+
+def decision_scalars(decision: Decision) -> dict[str, float]:
+    """What TensorBoard shows of a step: mAP in [0, 1], and the widths where they are now."""
+    measured = {"search/mAP": decision.full_ap, "search/subset_mAP": decision.subset_ap}
+    return {
+        **{name: value for name, value in measured.items() if value is not None},
+        "search/target_mAP": decision.target_ap,
+        "search/transformer_params": decision.transformer_params,
+        f"width/{decision.module}": decision.width,
+    }
+
+
+def trial_scalars(trial: Trial) -> dict[str, float]:
+    """What TensorBoard shows of a division of a budget: mAP and the cost kept, each in [0, 1], and all widths."""
+    widths = {f"width/{name}": width for name, width in trial.widths.items()}
+    return {"search/mAP": trial.full_ap, "search/cost_kept": trial.kept_fraction, **widths}
+
+
+def trial_line(trial: Trial) -> str:
+    """One line of the log for a division of a budget."""
+    return (
+        f"{100 * trial.kept_fraction:.1f} % of the cost kept, power {trial.power:g} of the damages: "
+        f"mAP {trial.full_ap:.4f}"
+    )
+
+
+def trial_summary(trial: Trial, threshold_ap: float | None) -> str:
+    """What a progress bar says of the last division of a budget; `threshold_ap` None where mAP decides nothing."""
+    target = "" if threshold_ap is None else f" target {threshold_ap:.4f}"
+    return f"{100 * trial.kept_fraction:.1f} % kept: mAP {trial.full_ap:.4f}{target}, {trial.whole_passes:.0f} passes"
+
+
+def trial_table(trials: Sequence[Trial], best: Trial | None) -> str:
+    """`trial_rows` as text."""
+    return table(TRIAL_COLUMNS, trial_rows(trials, best))
+
+
+def trial_rows(trials: Sequence[Trial], best: Trial | None) -> list[tuple[object, ...]]:
+    """A row of `TRIAL_COLUMNS` for each division measured, the one that was taken marked."""
+    return [
+        (
+            "*" if trial is best else "",
+            f"{100 * trial.kept_fraction:.1f} %",
+            trial.power,
+            trial.full_ap,
+            f"{trial.seconds:.1f}",
+            trial.image_passes,
+            f"{trial.whole_passes:.1f}",
+        )
+        for trial in trials
+    ]
+
+
+def width_table(before: Widths, after: Widths) -> str:
+    """The table of modules: width before and after."""
+    return table(("module", "before", "after"), [(name, width, after.of(name)) for name, width in before.items()])
+
+
+def next_command(args: Namespace, pruned: Path) -> str:
+    """The command that transplants and fine-tunes what a search has found."""
+    words = ["python", "main.py", "-m", args.modelname, "--output_dir", str(pruned.parent / "finetuned")]
+    words += ["--coco_path", args.coco_path]
+    for name in DATA_OPTIONS:
+        if getattr(args, name) is not None:
+            words += [f"--{name}", getattr(args, name)]
+    words += ["--resume", str(pruned), "--batch_size", str(args.batch_size)]
+    return shlex.join([*words, "--use_dn" if args.use_dn else "--no-use_dn"])

@@ -1,0 +1,246 @@
+"""The report of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets.annotations import load_annotations
+from datasets.coco import split_of
+from models.widths import Widths
+from pruning.cost import Cost
+from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
+from reports import charts, page
+from reports.folder import (
+    RunFolder,
+    change,
+    cost_at,
+    cost_section,
+    duration,
+    environment_section,
+    image_size_of,
+    read_folder,
+)
+from reports.samples import Samples
+from reports.search_log import MODULE_COLUMNS, TRIAL_COLUMNS, module_rows, next_command, trial_rows
+from util.environment import ARGUMENTS_NAME
+from util.errors import UserError, shorten
+from weights.checkpoint_file import read_checkpoint
+from weights.stored_options import full_widths
+
+VAL_WARNING = (
+    "This search looked at val2017, so the AP it reports is that of images which it chose its channels by. "
+    "A fair figure searches on train2017 (--search_split train2017) and reports val2017."
+)
+
+
+@dataclass(frozen=True)
+class SearchFacts:
+    """What a search left behind.
+
+    Attributes:
+        folder: how it was started.
+        start: first line of its journal.
+        end: last line of a search that has ended, else None.
+        decisions: of a search by visits.
+        trials: of a search of all modules at once.
+        best: the trial that was taken.
+        images: how many it looked at, None where that is not known.
+        image_size_hw: size in pixels that GMACs are counted for, None where it is not known.
+        before: widths it began with.
+        after: widths it has found, so far if it has not ended.
+    """
+
+    folder: RunFolder
+    start: Mapping[str, Any]
+    end: Mapping[str, Any] | None
+    decisions: list[Decision]
+    trials: list[Trial]
+    best: Trial | None
+    images: int | None
+    image_size_hw: tuple[int, int] | None
+    before: Widths
+    after: Widths
+
+    @property
+    def split(self) -> str:
+        """The images it looked at."""
+        return self.folder.args.search_split
+
+    @property
+    def ap(self) -> float:
+        """mAP of what was found, in [0, 1]."""
+        if self.end is not None:
+            return self.end["ap"]
+        accepted = [decision.full_ap for decision in self.decisions if decision.accepted]
+        return accepted[-1] if accepted else self.start["base_ap"]
+
+    @property
+    def passed(self) -> bool:
+        """False if the search has ended and could remove nothing."""
+        return self.end is None or self.end.get("passed", True)
+
+    @property
+    def effort(self) -> Mapping[str, Any]:
+        """`image_passes`, `whole_passes` and `seconds`."""
+        if self.end is not None:
+            return self.end
+        steps = [*self.decisions, *self.trials]
+        return steps[-1].to_dict() if steps else {"image_passes": 0, "whole_passes": 0.0, "seconds": 0.0}
+
+
+def read_search(path: Path) -> SearchFacts:
+    """Read the folder of a search, ended or not.
+
+    Raises:
+        UserError: it holds no journal of a search, or one that cannot be read.
+    """
+    journal = path / JOURNAL_NAME
+    lines, _ = Journal(journal).read()
+    if not lines:
+        raise UserError(f"{journal}: found no line in it, expected the journal of a search")
+    start, *others = lines
+    try:
+        options = dict(start["args"])
+        before = Widths.parse(start["full_widths"])
+        # An older search left no args.json; its checkpoint knows what the journal leaves out.
+        if not (path / ARGUMENTS_NAME).exists() and (path / OUTPUT_NAME).exists():
+            options = {**read_checkpoint(path / OUTPUT_NAME).arguments, **options}
+        folder = read_folder(path, options)
+        end = others[-1] if others and others[-1]["event"] == "end" else None
+        decisions = read_events(others, "decision", Decision, journal)
+        trials = read_events(others, "trial", Trial, journal)
+        after = before if end is None else Widths.parse(end["widths"])
+        if end is None:
+            for decision in decisions:
+                after = after.replace(decision.module, decision.width) if decision.accepted else after
+        split = folder.args.search_split
+        size = (end or {}).get("image_size_hw") or image_size_of(folder.args, split)
+        taken = [trial for trial in trials if trial.widths == dict(after.items())] if end else []
+        return SearchFacts(
+            folder, start, end, decisions, trials, taken[-1] if taken else None,
+            (end or {}).get("images") or _count_images(folder), size and tuple(size), before, after,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{journal}: found a damaged journal ({shorten(error, 120)}), expected that of a search"
+        ) from None
+
+
+def search_page(path: Path, samples: Samples) -> str:
+    """The report of the search in that folder, as HTML."""
+    facts = read_search(path)
+    args = facts.folder.args
+    before, after = (cost_at(args, widths, facts.image_size_hw) for widths in (facts.before, facts.after))
+    resume, output = facts.folder.first_resume, path / OUTPUT_NAME
+    detector = "a detector" if resume is None else Path(resume).name
+    title = f"{facts.start['schedule']['name'].upper()} search of {detector} on {facts.split}"
+    is_dense = facts.before == full_widths(args)
+    detectors = [] if resume is None else [("dense" if is_dense else "before the search", Path(resume))]
+    detectors.append(("slim, before fine-tuning", output))
+    return page.page(
+        title,
+        _lead(facts, before, after),
+        cost_section("before", before, after, facts.image_size_hw),
+        page.section("Width of each module", page.plots(charts.widths_plots(facts.before, facts.after))),
+        page.section("AP against parameters", _ap_plot(facts, before.transformer_params)),
+        _steps(facts),
+        samples.section(args, detectors) if facts.end is not None and facts.passed else "",
+        _next_steps(facts, output) if facts.passed else "",
+        environment_section(facts.folder, facts.effort["seconds"]),
+    )
+
+
+def _next_steps(facts: SearchFacts, output: Path) -> str:
+    return page.section(
+        "Go on",
+        page.paragraph("The widths that were found:"),
+        page.code(f"--cfgs '{facts.after}'"),
+        page.paragraph("Transplant and fine-tune:"),
+        page.code(next_command(facts.folder.args, output)),
+    )
+
+
+def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
+    """What was searched, warnings, and the figures that matter most."""
+    args, effort = facts.folder.args, facts.effort
+    count = "an unknown number of" if facts.images is None else f"{facts.images:,}"
+    asked = f"kept {100 * args.keep:g} % of its cost ({args.cost})" if args.keep else f"--map_tol {args.map_tol:g}"
+    text = f"{args.modelname}, {asked}, on {count} images of {facts.split} in {args.coco_path}."
+    base_ap = facts.start["base_ap"]
+    figures = [
+        (
+            f"AP on {facts.split}",
+            facts.ap,
+            f"from {base_ap:.4f}, on {count} images, before fine-tuning{facts.folder.measured_by}",
+        ),
+        _tile("transformer parameters", before.transformer_params, after.transformer_params),
+        _tile("all parameters", before.params, after.params),
+    ]
+    if facts.image_size_hw is not None:
+        height, width = facts.image_size_hw
+        figures.append(
+            ("transformer GMACs", f"{after.gmacs:.3g}",
+             f"{change(before.gmacs, after.gmacs)}, from {before.gmacs:.3g}, at {height} x {width}")
+        )  # fmt: skip
+    figures += [
+        ("image passes", effort["image_passes"], f"worth {effort['whole_passes']:,.0f} through the whole detector"),
+        ("duration", duration(effort["seconds"]), f"--search {args.search}"),
+    ]
+    notices = [page.paragraph(VAL_WARNING, "notice")] if facts.split == "val2017" else []
+    if not facts.passed:
+        notices.append(
+            page.paragraph(
+                f"No trial passed: nothing could be removed with mAP held to the target, so there is no {OUTPUT_NAME}.",
+                "notice",
+            )
+        )
+    if facts.end is None:
+        notices.append(
+            page.paragraph(
+                "This search has not ended: the figures are those of what it had found so far. The same command with "
+                "--resume_search goes on with it.", "notice",
+            )
+        )  # fmt: skip
+    return "\n".join([page.paragraph(text), *notices, page.tiles(figures)])
+
+
+def _tile(name: str, was: int, now: int) -> tuple[str, str, str]:
+    return name, f"{now:,}", f"{change(was, now)}, from {was:,}"
+
+
+def _steps(facts: SearchFacts) -> str:
+    """The table of modules or trials, as the log has it."""
+    if facts.decisions:
+        return page.section("Modules", page.table(MODULE_COLUMNS, module_rows(facts.decisions)))
+    rows = [(name, width, facts.after.of(name)) for name, width in facts.before.items()]
+    trials = page.table(TRIAL_COLUMNS, trial_rows(facts.trials, facts.best)) if facts.trials else ""
+    modules = page.table(("module", "before", "after"), rows) if facts.end is not None else ""
+    return page.section("Trials", trials) + page.section("Modules", modules)
+
+
+def _ap_plot(facts: SearchFacts, base_params: int) -> str:
+    if facts.decisions:
+        points = [(d.transformer_params, d.full_ap, d.accepted) for d in facts.decisions if d.full_ap is not None]
+    else:
+        points = []
+        for trial in facts.trials:
+            widths = facts.before
+            for name, width in trial.widths.items():
+                widths = widths.replace(name, width)
+            params = cost_at(facts.folder.args, widths, facts.image_size_hw).transformer_params
+            points.append((params, trial.full_ap, trial is facts.best))
+    caption = f"On {facts.split}, before fine-tuning"
+    return page.plots([(caption, charts.ap_plot(points, facts.start["base_ap"], base_params))])
+
+
+def _count_images(folder: RunFolder) -> int | None:
+    """How many images an older search looked at: the whole split or its first ones."""
+    args = folder.args
+    try:
+        there = len(load_annotations(split_of(args, args.search_split).annotation_file).image_ids)
+    except UserError:
+        return None if args.search_images == "all" else args.search_images
+    return there if args.search_images in (None, "all") else min(args.search_images, there)

@@ -1,0 +1,157 @@
+"""The report of a training run, of a dense detector or of one that a search has cut."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets.coco_eval import STAT_NAMES, shown
+from models.widths import Widths
+from reports import charts, page
+from reports.folder import (
+    LOG_NAME,
+    RunFolder,
+    cost_at,
+    cost_section,
+    duration,
+    environment_section,
+    image_size_of,
+    read_folder,
+    read_log,
+)  # fmt: skip
+from reports.samples import SPLIT, Samples
+from util.errors import UserError
+from weights.checkpoint_file import read_checkpoint
+from weights.stored_options import full_widths
+
+EPOCH_COLUMNS = ("epoch", "lr", "train_loss", "test_loss", "test_AP", "test_AP50", "train_seconds")
+
+
+def epoch_rows(epochs: Sequence[Mapping[str, Any]]) -> list[list[object]]:
+    """A row of `EPOCH_COLUMNS` for each line of log.txt."""
+
+    def cell(line: Mapping[str, Any], name: str) -> object:
+        value = line.get(name, "")
+        return f"{value:.1e}" if name == "lr" else shown(value) if name in ("test_AP", "test_AP50") else value
+
+    return [[cell(line, name) for name in EPOCH_COLUMNS] for line in epochs]
+
+
+def training_page(path: Path, samples: Samples) -> str:
+    """The report of the training run in that folder, as HTML.
+
+    Raises:
+        UserError: its log holds no epoch, or it cannot be read.
+    """
+    epochs = read_log(path / LOG_NAME)
+    if not epochs:
+        raise UserError(f"{path / LOG_NAME}: found no epoch in it, expected that of a training run")
+    folder = read_folder(path, {})
+    args = folder.args
+    full = full_widths(args)
+    widths = full if args.cfgs is None else Widths.parse(args.cfgs)
+    measured = [line for line in epochs if line.get("test_AP") not in (None, -1)]
+    best = max(measured, key=lambda line: line["test_AP"], default=None)  # the first of equals, as the checkpoint
+    start = folder.first_resume
+    title = f"Training of {args.modelname}" if start is None else f"Fine-tuning of {Path(start).name}"
+    return page.page(
+        title,
+        _lead(folder, epochs, best),
+        _curves(epochs, measured, best),
+        page.section(f"COCO figures on {SPLIT}", _coco_table(measured, best, "test_AP" in epochs[-1])),
+        page.section("Epochs", page.table(EPOCH_COLUMNS, epoch_rows(epochs))),
+        _costs(folder, full, widths),
+        samples.section(args, _detectors(folder, best)),
+        environment_section(folder, _seconds(epochs)),
+    )
+
+
+def _lead(folder: RunFolder, epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None) -> str:
+    """What was trained, and the figures that matter most."""
+    args, last = folder.args, epochs[-1]
+    start = "from scratch" if folder.first_resume is None else f"from {folder.first_resume}"
+    teacher = f", with {args.distill} as its teacher" if args.distill else ""
+    text = f"{args.modelname}, {start}{teacher}, on train2017 of {args.coco_path}."
+    figures = []
+    if best is not None:
+        figures.append(("best AP", best["test_AP"], f"epoch {best['epoch']}, on {SPLIT}{folder.measured_by}"))
+    if last.get("test_AP") not in (None, -1):
+        figures.append(("last AP", last["test_AP"], f"epoch {last['epoch']}{folder.measured_by}"))
+    figures += [
+        ("last training loss", last["train_loss"], f"epoch {last['epoch']}"),
+        ("epochs", f"{last['epoch'] + 1} of {args.epochs}", f"batch size {args.batch_size}"),
+        ("all parameters", last["n_parameters"], "of the detector trained"),
+        ("duration", duration(_seconds(epochs)), "training and evaluation"),
+    ]
+    unfinished = "" if last["epoch"] + 1 >= args.epochs else (
+        "This run has not ended: the figures are those of the epochs so far. --resume checkpoint.pth goes on with it."
+    )  # fmt: skip
+    return "\n".join(
+        [page.paragraph(text), page.paragraph(unfinished, "notice") if unfinished else "", page.tiles(figures)]
+    )
+
+
+def _curves(
+    epochs: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None
+) -> str:
+    """Losses, AP with the best epoch, learning rates."""
+
+    def points(key: str, scale: float = 1) -> list[tuple[int, float]]:
+        return [(line["epoch"], scale * line[key]) for line in epochs if line.get(key) not in (None, -1)]
+
+    losses = {"training": points("train_loss"), SPLIT: points("test_loss")}
+    items = [("Loss", charts.curves({name: found for name, found in losses.items() if found}, "loss"))]
+    if best is not None:
+        aps = {"AP": points("test_AP", 100), "AP50": points("test_AP50", 100)}
+        items.append((f"AP on {SPLIT}", charts.curves(aps, "AP (points)", best=best["epoch"])))
+    rates = {"transformer": points("lr"), "backbone": points("lr_backbone")}
+    items.append(("Learning rates", charts.curves(rates, "learning rate", log=True)))
+    return page.section("Curves", page.plots(items))
+
+
+def _coco_table(measured: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, is_evaluated: bool) -> str:
+    """The twelve figures of the best epoch and of the last."""
+    if best is None:
+        said = f"Not measurable: {SPLIT} has no boxes." if is_evaluated else "Not measured yet."
+        return page.paragraph(said, "faint")
+    columns = [(f"best, epoch {best['epoch']}", best), (f"last, epoch {measured[-1]['epoch']}", measured[-1])]
+    columns = columns[:1] if best is measured[-1] else columns
+    rows = [(name, *(shown(line.get(f"test_{name}")) for _, line in columns)) for name in STAT_NAMES]
+    return page.table(("", *(caption for caption, _ in columns)), rows)
+
+
+def _costs(folder: RunFolder, full: Widths, widths: Widths) -> str:
+    """What the detector costs beside a dense one of its kind, and its widths."""
+    size = image_size_of(folder.args, SPLIT)
+    before, after = (cost_at(folder.args, of, size) for of in (full, widths))
+    if widths == full:
+        return cost_section("dense", before, None, size)
+    plots = page.plots(charts.widths_plots(full, widths))
+    return cost_section("dense", before, after, size) + page.section(
+        "Width of each module", plots, page.code(f"--cfgs '{widths}'")
+    )
+
+
+def _detectors(folder: RunFolder, best: Mapping[str, Any] | None) -> list[tuple[str, Path]]:
+    """The detector at its best, and what it is to be held against: its teacher, or what a search had cut."""
+    found = []
+    start = folder.first_resume
+    if folder.args.distill:
+        found.append(("teacher", Path(folder.args.distill)))
+    elif start is not None and Path(start).exists() and _is_search(Path(start), Path(start).stat().st_mtime_ns):
+        found.append(("before fine-tuning", Path(start)))
+    best_path = folder.path / "checkpoint_best.pth"
+    if best is not None and best_path.exists():
+        return [*found, (f"trained, epoch {best['epoch']}", best_path)]
+    return [*found, ("trained", folder.path / "checkpoint.pth")]
+
+
+@functools.lru_cache(maxsize=1)  # the answer is wanted after each epoch
+def _is_search(path: Path, _modified: int) -> bool:
+    return read_checkpoint(path).is_search
+
+
+def _seconds(epochs: Sequence[Mapping[str, Any]]) -> float:
+    return sum(line.get("train_seconds", 0) + line.get("test_seconds", 0) for line in epochs)

@@ -1,0 +1,407 @@
+"""One search from the detector to its output files."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from datasets.coco import build_dataset, build_loader, split_of
+from datasets.coco_eval import GroundTruth, evaluator_name
+from datasets.notices import measured_notices
+from datasets.sizes import size_notices
+from models import build_model
+from models.criterion import Criterion
+from models.detector import Detector
+from models.widths import Widths
+from pruning.arguments import method_of, units_of
+from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
+from pruning.cache_plan import BatchShape, CachePlanner
+from pruning.cache_setup import batch_shapes, cache_options, cache_uses
+from pruning.checks import check_base_ap, check_targets, lowest_target_ap, warn_of_images, warn_of_low_target
+from pruning.cost import Cost, cost_of, cost_table, params_per_channel, step_shares
+from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, VERSION, Decision, Journal, Trial, read_events
+from pruning.kept import Kept
+from pruning.price import prices_of
+from pruning.schedule import Schedule
+from pruning.search import Search
+from pruning.transplant import widths_after
+from pruning.workbench import DetectorBench
+from reports import plots
+from reports import search_log as report
+from reports.report import REPORT_NAME, write_report
+from reports.samples import Samples
+from util import distributed
+from util.board import Board
+from util.environment import record_run
+from util.errors import RunFailedError
+from util.files import file_digest, move_aside
+from util.interrupt import stop_after_step
+from util.logging import Notice, bar_off, get_logger, show
+from weights.checkpoint_file import plain_arguments, save_checkpoint
+from weights.huggingface import weights_digest
+from weights.options import DATA_OPTIONS
+
+SAFETENSORS_NAME = "pruned.safetensors"
+WIDTHS_PICTURE = "widths.png"
+AP_PICTURE = "ap_params.png"
+# What a search may be resumed with in another way: where things lie, and how fast they go.
+NOT_DECIDING = ("output_dir", "coco_path", "resume", "resume_search", "device", "num_workers", "images_at_once",
+                "cache_device", "cache_gb", "eval", "start_fresh", "use_dn",
+                "print_freq", "tensorboard", "save_safetensors", *DATA_OPTIONS)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search leaves behind: AP in [0, 1] on the split it looked at, and where its output is."""
+
+    base_ap: float
+    ap: float
+    kept: Mapping[str, Kept]
+    widths: Widths
+    path: Path
+
+
+class SearchRun:
+    """One search from the detector to its output files."""
+
+    def __init__(
+        self, schedule: Schedule, args: argparse.Namespace, model: Detector, output_dir: Path, device: torch.device
+    ) -> None:
+        self.schedule, self.args, self.model, self.device = schedule, args, model, device
+        self.output_dir = output_dir
+        self.log = get_logger()
+        self.decisions: list[Decision] = []
+        self.trials: list[Trial] = []
+        self.notices: list[Notice] = []  # what was logged about the data before there was a log file
+        self.board = Board(output_dir, args.tensorboard)
+
+    def prepare(self, criterion: Criterion, postprocess: Any) -> None:
+        """Read the images once and keep what the backbone makes of them."""
+        args = self.args
+        dataset = build_dataset(args.search_split, args, augment=False)
+        self.notices = measured_notices(dataset, args.num_queries * max(1, args.num_patterns))
+        show(self.notices)
+        asked = len(dataset) if args.search_images in (None, "all") else args.search_images
+        self.num_images = min(asked, len(dataset))
+        ground_truth = GroundTruth(dataset.annotation_file, dataset.ids[: self.num_images])
+        # The split's order defines the first images, the first batch and the subset, so images are not sorted by shape.
+        numbers = batch_numbers(self.num_images, args.batch_size)
+        batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, self.num_images)) for n in numbers]
+        own_images: Subset = Subset(dataset, [index for batch in batches for index in batch])
+        loader = build_loader(own_images, args.batch_size, shuffle=False, num_workers=args.num_workers, seed=args.seed)
+        height, width = dataset[0][0].shape[-2:]
+        self.image_size_hw = (height, width)
+        shapes = batch_shapes(dataset, batches, args.image_size, self.image_size_hw)
+        self.prices = prices_of(args, self.model, self.image_size_hw)
+        self.bench = DetectorBench(
+            self.model,
+            criterion,
+            postprocess,
+            loader,
+            ground_truth,
+            step_shares(self.model, self.image_size_hw),
+            method=method_of(args),
+            device=self.device,
+            batch_numbers=numbers,
+            subset_batches_attention=args.subset_batches_attention,
+            subset_batches_ffn=args.subset_batches_ffn,
+            calibration_batches=-(-args.calibration_images // args.batch_size),
+            images_at_once=args.images_at_once,
+            seed=args.seed,
+            cache_plan=functools.partial(self._plan_cache, shapes),
+            amp=args.amp,
+            eval_amp=args.eval_amp,
+            progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
+        )
+        self.notices += [*self.planner.notices, *(found := size_notices(loader))]
+        show(found)
+
+    def _plan_cache(
+        self, shapes: Sequence[BatchShape], kept_batches: Collection[int], calibrated_batches: Collection[int]
+    ) -> CachePlanner:
+        """What decides how features and states of batches of these shapes are kept."""
+        uses = cache_uses(self.args, shapes, self.num_images, kept_batches, calibrated_batches)
+        options = cache_options(self.args, self.output_dir / JOURNAL_NAME)
+        self.planner = CachePlanner(self.model, uses, options, self.device)
+        return self.planner
+
+    def base_ap(self) -> float:
+        """mAP before the search, above 0.
+
+        Raises:
+            UserError: there is nothing to hold a search against, or a target is not above 0: every module would shrink
+                to one unit.
+        """
+        base_ap = self.bench.full_ap()
+        check_base_ap(self.args, base_ap)
+        if self.args.keep is None:
+            check_targets(self.schedule, base_ap, self._visits)
+        return base_ap
+
+    @property
+    def _visits(self) -> int:
+        """Modules that are visited one after the other, 0 for a search of all at once."""
+        return 0 if self.bench.method.search == "global" else len(self.bench.modules)
+
+    def search(self, base_ap: float) -> Result:
+        """Search, and write what it found; `base_ap` is the mAP before.
+
+        A search by visits has its output file from the first module that it narrows, so that one that is killed leaves
+        what it had found. Every search has its journal, from which --resume_search continues.
+
+        Raises:
+            RunFailedError: nothing could be removed; the journal says so, and there is no output file.
+        """
+        self.journal, cache = Journal(self.output_dir / JOURNAL_NAME), self.bench.cache
+        self.log.info(
+            "%s on %s: %d images, mAP %.4f before, by %s; features take %.0f MB on %s%s",
+            self.schedule.name, self.args.search_split, self.num_images, base_ap, evaluator_name(),
+            cache.nbytes / 1e6, cache.storage.device, " in bfloat16" if cache.storage.dtype else "",
+        )  # fmt: skip
+        if left_out := cache.images_without_features:
+            self.log.info("%d images are read and run through the backbone each time (--cache_gb)", left_out)
+        self._warn(base_ap)
+        is_global = self.bench.method.search == "global"
+        base_ap, past = self._open_journal(self._facts(base_ap))
+        self.board.open(len(past))
+        self.board.add({"search/mAP": base_ap}, 0)
+        hint = f"stopped; go on with the same command and --resume_search, from {self.journal.path}"
+        with stop_after_step(hint) as self.stop_if_asked:
+            kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
+            self.stop_if_asked()
+        result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
+        passed = self.args.keep is not None or result.widths != self.model.widths
+        distributed.on_main(lambda: self._write(result) if passed else self._write_failure(result))
+        self.board.close()
+        if not passed:
+            target_ap = lowest_target_ap(self.schedule, base_ap, self._visits)
+            raise RunFailedError(
+                f"no trial passed: none with fewer channels kept mAP at {target_ap:.4f} ({base_ap:.4f} before), so no "
+                f"{OUTPUT_NAME} was written; {self.journal.path} lists the trials"
+            )
+        return result
+
+    def _warn(self, base_ap: float) -> None:
+        """Log what makes the outcome doubtful before the search begins."""
+        if not distributed.is_main():
+            return
+        if self.args.keep is None:
+            warn_of_low_target(lowest_target_ap(self.schedule, base_ap, self._visits), base_ap)
+        warn_of_images(self.args, self.bench.method.is_calibrated)
+
+    def _open_journal(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+        """Begin the journal, or read what it holds of this search; the same in every process.
+
+        Returns:
+            mAP before the search, as it was measured when the search began, and the lines behind the first.
+        """
+
+        def begin() -> tuple[float, list[dict[str, Any]]]:
+            base_ap: float = facts["base_ap"]
+            past: list[dict[str, Any]] = []
+            if self.args.resume_search:
+                base_ap, past = self.journal.resume(facts)
+            if not past:
+                self._move_results_aside()
+                if not self.journal.begun:
+                    self.journal.start(facts)
+            record_run(
+                self.output_dir,
+                plain_arguments(self.args),
+                self.device,
+                evaluator_name(),
+                continuing=self.args.resume_search,
+            )
+            return base_ap, past
+
+        base_ap, past = distributed.on_main(begin)
+        if past:
+            self.log.info("going on behind %d journal lines of %s", len(past), self.journal.path)
+        elif self.args.resume_search:
+            self.log.info("%s holds no decision yet: the search begins", self.journal.path)
+        return base_ap, past
+
+    def _search_modules(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
+        """Visit one module after the other; returns the kept sets and mAP of the whole split."""
+        units, order = units_of(self.args), self.schedule.order(self.bench.modules)
+        replayed = read_events(past, "decision", Decision, self.journal.path)
+        self.decisions += replayed
+        with report.ProgressBar(list(self.bench.modules.values()), units, self.bench.method, bar_off()) as bar:
+            for decision in replayed:
+                bar.show(decision)
+
+            def record(decision: Decision) -> None:
+                self.decisions.append(decision)
+                distributed.on_main(lambda: self.journal.decision(decision))
+                self.board.add(report.decision_scalars(decision), len(self.decisions))
+                bar.show(decision)
+                if decision.accepted:
+                    self.log.info("%s", report.module_line(decision))
+                    left = order[decision.visit + 1 :]
+                    if left and widths_after(self.model.widths, search.kept) != self.model.widths:
+                        distributed.on_main(lambda: self._save(search.kept, left))
+                self.stop_if_asked()
+
+            search = Search(self.bench, self.schedule, units, base_ap, record, replayed)
+            kept = search.run()
+        self.effort = search.effort
+        return kept, search.ap
+
+    def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
+        """Price all modules at once; returns the kept sets and mAP of the whole split."""
+        args, prices = self.args, self.prices
+        search = BudgetSearch(self.bench, prices.per_channel, prices.total, prices.units, base_ap)
+        sweeps = 1 + (EVALUATIONS if args.keep is None else len(POWERS))
+        threshold_ap = self.schedule.fast_threshold_ap(base_ap)
+        with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
+            numbers = itertools.count(len(past) + 1)
+
+            def record(trial: Trial) -> None:
+                distributed.on_main(lambda: self.journal.trial(trial))
+                self.board.add(report.trial_scalars(trial), next(numbers))
+                self.log.info("%s", report.trial_line(trial))
+                bar.set_postfix_str(report.trial_summary(trial, None if args.keep else threshold_ap))
+                self.stop_if_asked()
+
+            def show(name: str, width: int | None) -> None:
+                bar.set_description(f"{name} {'every width' if width is None else width}", refresh=False)
+                bar.update()
+
+            search.replayed = read_events(past, "trial", Trial, self.journal.path)
+            search.on_trial, search.progress = record, show
+            self.log.info("mAP to keep: %s", "any" if args.keep else f"{threshold_ap:.4f}")
+            kept, best = search.run(args.keep, threshold_ap)
+        self.trials, self.best_trial, self.effort = search.trials, best, search.effort
+        return kept, base_ap if best is None else best.full_ap
+
+    def _facts(self, base_ap: float) -> dict[str, Any]:
+        """What the search depends on; one with other facts is another search."""
+        args = plain_arguments(self.args)
+        return {
+            "version": VERSION,
+            "args": {
+                **{name: value for name, value in args.items() if name not in NOT_DECIDING},
+                "cache_dtype": "same" if self.bench.cache.storage.dtype is None else "bfloat16",
+            },
+            "weights": weights_digest(Path(self.args.resume)),
+            "annotations": file_digest(split_of(self.args, self.args.search_split).annotation_file),
+            "schedule": dataclasses.asdict(self.schedule),
+            "method": dataclasses.asdict(self.bench.method),
+            "units": dataclasses.asdict(units_of(self.args)),
+            "base_ap": base_ap,
+            "full_widths": self.model.widths.to_list(),
+        }
+
+    def _outcome(self, result: Result, passed: bool) -> dict[str, Any]:
+        return {
+            "passed": passed,
+            "ap": result.ap,
+            "widths": result.widths.to_list(),
+            "images": self.num_images,
+            "image_size_hw": list(self.image_size_hw),
+            **self.effort.so_far(),
+            "passes_since_resume": self.bench.counter.to_dict(),
+        }
+
+    def _save(self, kept: Mapping[str, Kept], left: Sequence[str] = ()) -> None:
+        """Write the output file; `left` are the modules that have not been visited and are still whole.
+
+        While some are left, the trace ends with an entry that says so.
+        """
+        steps: list[Decision | Trial] = [*self.decisions, *self.trials]
+        trace = [{key: value for key, value in step.to_dict().items() if key != "kept"} for step in steps]
+        if left:
+            trace.append({"unfinished": True, "modules_left": list(left)})
+        save_checkpoint(
+            self.output_dir / OUTPUT_NAME,
+            state_dict=self.model.state_dict(),
+            widths=widths_after(self.model.widths, kept),
+            full_widths=self.model.widths,
+            arguments=self.args,
+            num_classes=self.args.num_classes,
+            categories=self.args.categories,
+            kept=kept,
+            trace=trace,
+            safetensors=self.args.save_safetensors,
+        )
+
+    def _write(self, result: Result) -> None:
+        """The output file, pictures, the journal's end and the report; then tables and the command to type next."""
+        self._save(result.kept)
+        before, after = self._costs(result.widths)
+        caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
+        plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.model.widths, result.widths)
+        if self.decisions:
+            points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
+        else:
+            points = [(self._params_at(t.widths), t.full_ap, t is self.best_trial) for t in self.trials]
+        plots.plot_ap_against_parameters(
+            self.output_dir / AP_PICTURE, points, result.base_ap, before.transformer_params, caption
+        )
+        self.journal.end(self._outcome(result, passed=True))
+        write_report(self.output_dir, "search", Samples(self.device))
+        self._log_result(result, before, after)
+
+    def _log_result(self, result: Result, before: Cost, after: Cost) -> None:
+        """Tables of what was found and what it costs, and the command to type next."""
+        if result.ap < result.base_ap / 2:
+            self.log.warning("mAP fell below half: %.4f before, %.4f after", result.base_ap, result.ap)
+        self._log_steps()
+        if not self.decisions:
+            self.log.info("%s", report.width_table(self.model.widths, result.widths))
+        effort = self.effort.so_far()
+        self.log.info("%s", cost_table([("before", before), ("after", after)]))
+        self.log.info(
+            "mAP on %s: %.4f before, %.4f after, by %s; %d images through the backbone, %d through a part of the rest, "
+            "worth %.0f whole passes; %.0f s",
+            self.args.search_split, result.base_ap, result.ap, evaluator_name(), self.bench.counter.backbone_images,
+            effort["image_passes"], effort["whole_passes"], effort["seconds"],
+        )  # fmt: skip
+        self.log.info("--cfgs '%s'", result.widths)
+        self.log.info("next: %s", report.next_command(self.args, result.path))
+
+    def _write_failure(self, result: Result) -> None:
+        """The journal's end and the report of a search in which nothing passed, and the table of what was tried."""
+        self._move_results_aside()
+        self.journal.end(self._outcome(result, passed=False))
+        write_report(self.output_dir, "search", Samples(self.device))
+        self._log_steps()
+
+    def _move_results_aside(self) -> None:
+        """Rename what an older search left, so that nothing is taken for the result of this one."""
+        for name in (OUTPUT_NAME, SAFETENSORS_NAME, WIDTHS_PICTURE, AP_PICTURE, REPORT_NAME):
+            move_aside(self.output_dir / name)
+
+    def _log_steps(self) -> None:
+        if self.decisions:
+            self.log.info("%s", report.module_table(self.decisions))
+        else:
+            self.log.info("%s", report.trial_table(self.trials, self.best_trial))
+
+    def _params_at(self, widths: Mapping[str, int]) -> int:
+        per_channel = params_per_channel(self.model)
+        gone = sum(per_channel[name] * (self.model.widths.of(name) - width) for name, width in widths.items())
+        return cost_of(self.model, self.image_size_hw).transformer_params - gone
+
+    def _costs(self, widths: Widths) -> tuple[Cost, Cost]:
+        with torch.device("meta"):
+            slim, _, _ = build_model(
+                argparse.Namespace(**{**vars(self.args), "cfgs": widths, "pretrained_backbone": False})
+            )
+        return cost_of(self.model, self.image_size_hw), cost_of(slim, self.image_size_hw)
+
+
+def batch_numbers(images: int, batch_size: int) -> list[int]:
+    """The batches of this process: its share, and in front of it the first batch, on which all score candidates."""
+    share = range(distributed.rank(), -(-images // batch_size), distributed.world_size())
+    return [0, *(number for number in share if number)]

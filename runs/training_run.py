@@ -1,0 +1,333 @@
+"""A training or evaluation run of `main.py`: the detector, its data, and the files that come of it."""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
+
+import engine
+from datasets.boxes import require_training_boxes
+from datasets.coco import build_dataset, build_loader, split_of
+from datasets.coco_eval import STAT_NAMES, GroundTruth, ap_by_category, evaluator_name, shown
+from datasets.notices import measured_notices, training_notices
+from datasets.sizes import size_notices
+from pruning.cost import cost_of
+from reports.report import REPORT_NAME, write_report
+from reports.samples import Samples
+from reports.training_page import EPOCH_COLUMNS, epoch_rows
+from runs.batch_log import BatchLog
+from runs.training_state import TrainingState, resume_changes
+from util import distributed
+from util.board import Board
+from util.environment import record_run
+from util.errors import NonFiniteLossError
+from util.files import append_json_line, copy_file, free_name, move_aside, write_atomic, write_json
+from util.logging import Notice, get_logger, show, table
+from weights.build import build_distillation
+from weights.checkpoint_file import Checkpoint, plain_arguments, save_checkpoint
+from weights.safetensors_file import SUFFIX
+from weights.stored_options import full_widths
+
+
+class Run:
+    """One training or evaluation run: the detector, its data, and the folder that keeps what comes of it.
+
+    Attributes:
+        notices: what was logged about the data before there was a log file.
+    """
+
+    def __init__(self, args: argparse.Namespace, detector: tuple, device: torch.device, output_dir: Path) -> None:
+        model, self.criterion, postprocessors = detector
+        self.args, self.device, self.output_dir = args, device, output_dir
+        self.model = model.to(device)
+        self.criterion.to(device)
+        self.postprocess = postprocessors["bbox"]
+        self.loader_options = {
+            "num_workers": args.num_workers,
+            "seed": args.seed,
+            "distributed": distributed.is_distributed(),
+            "pin_memory": device.type == "cuda",
+        }
+        self.ground_truth = GroundTruth(split_of(args, "val2017").annotation_file)
+        self.val_dataset = build_dataset("val2017", args, augment=False)
+        self.notices: list[Notice] = []
+        self._notice(measured_notices(self.val_dataset, args.num_queries * max(1, args.num_patterns)))
+        by_shape = Subset(self.val_dataset, self.val_dataset.order_by_shape())
+        self.val_loader = build_loader(by_shape, args.batch_size, shuffle=False, **self.loader_options)
+        self.log = get_logger()
+        self.board = Board(output_dir, args.tensorboard and not args.eval)
+
+    def prepare_training(self, checkpoint: Checkpoint | None, continuing: bool) -> None:
+        """Training data, optimizer, and the state of an unfinished training run if it goes on."""
+        args = self.args
+        dataset = build_dataset("train2017", args, augment=True)
+        require_training_boxes(dataset.annotation_file)
+        self._notice(training_notices(dataset, args.num_queries * max(1, args.num_patterns)))
+        self.train_loader = build_loader(dataset, args.batch_size, shuffle=True, **self.loader_options)
+        self.wrapped = self.model
+        if distributed.is_distributed():
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            # The decoder's query_scale serves from its second layer on; all else is used whatever the batch holds.
+            unused = args.dec_layers == 1
+            self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
+        self.distillation = build_distillation(args, self.model)
+        self.samples = Samples(self.device)
+        self.continuing, self.begun = continuing, False
+        steps = math.ceil(len(self.train_loader) / args.accumulate)
+        self.state = TrainingState(self.model, args, steps, len(dataset))
+        self.changes: list[str] = []
+        if continuing:
+            self.state.load(checkpoint.training, self.state.best_model.state_dict(), str(checkpoint.path))
+            self.changes = resume_changes(checkpoint, args, self.state)
+
+    def _notice(self, notices: list[Notice]) -> None:
+        show(notices)
+        self.notices += notices
+
+    def costs(self) -> dict[str, int | float]:
+        """Parameters, and GMACs of the transformer for an image of the first one's size."""
+        height, width = self.val_dataset[0][0].shape[-2:]
+        cost = cost_of(self.model, (height, width))
+        return {
+            "transformer_params": cost.transformer_params,
+            "params": cost.params,
+            "gmacs": cost.gmacs,
+            "image_size_hw": f"{height} x {width}",
+        }
+
+    def evaluate(self, model: nn.Module, with_losses: bool = False) -> engine.EvalResult:
+        """The figures on val2017, in the precision of --eval_amp; with --save_results all detections are written."""
+        distributed.broadcast_buffers(model)
+        result = engine.evaluate(
+            model,
+            self.postprocess,
+            self.val_loader,
+            self.ground_truth,
+            device=self.device,
+            criterion=self.criterion if with_losses else None,
+            amp=self.args.eval_amp,
+        )
+        if self.args.save_results and distributed.is_main():
+            write_json(self.output_dir / "results.json", engine.to_coco_results(result.detections), indent=None)
+        show(size_notices(self.val_loader))
+        return result
+
+    def evaluate_only(self) -> dict[str, float]:
+        """Evaluate, print the figures, keep them in eval.json."""
+        if self.args.resume is None:
+            self.log.warning("no --resume: these are the figures of a network that has not been trained")
+        result = self.evaluate(self.model)
+        figures = {**result.stats, "evaluator": evaluator_name(), **self.costs()}
+        categories = self._by_category(result)
+        if distributed.is_main():
+            content = {
+                **figures,
+                "eval_amp": self.args.eval_amp,
+                "widths": self.model.widths.to_list(),
+                "categories": categories,
+            }
+            write_json(self.output_dir / "eval.json", content)
+        self.log.info("%s", _category_table(categories))
+        rows = [(name, shown(value) if name in STAT_NAMES else value) for name, value in figures.items()]
+        self.log.info("%s", table(["val2017", ""], rows))
+        return result.stats
+
+    def _by_category(self, result: engine.EvalResult) -> list[dict[str, Any]]:
+        """Id, name, boxes (crowds left out), AP and AP50 of each category; -1 where there are no boxes."""
+        boxes = self.ground_truth.boxes_by_category()
+        found = ap_by_category(self.ground_truth, result.detections, result.image_ids)
+        nothing = {"AP": -1.0, "AP50": -1.0}
+        return [
+            {"id": number, "name": name, "boxes": boxes[number], **found.get(number, nothing)}
+            for number, name in sorted(self.args.categories.items())
+        ]
+
+    def train(self) -> dict[str, float]:
+        """Train the epochs that are left; returns the figures of the last evaluation."""
+        args, state = self.args, self.state
+        figures = self.costs()
+        self.log.info("%s", table(["network", ""], figures.items()))
+        distributed.on_main(
+            lambda: record_run(
+                self.output_dir, plain_arguments(args), self.device, evaluator_name(), continuing=self.continuing
+            )
+        )
+        self.board.open(state.batches)
+        if self.changes:
+            self.log.info("epoch %d continues with %s", state.epoch, ", ".join(self.changes))
+        stats: dict[str, float] = {}
+        lines: list[dict[str, Any]] = []
+        while state.epoch < args.epochs:
+            line = {"epoch": state.epoch, **self._train_epoch()}
+            state.epoch += 1
+            state.batches += len(self.train_loader)
+            if state.epoch % args.eval_every == 0 or state.epoch == args.epochs:
+                start = time.perf_counter()
+                try:
+                    result = self.evaluate(state.best_model, with_losses=True)
+                except NonFiniteLossError as error:
+                    raise NonFiniteLossError(f"epoch {state.epoch - 1}: {error}") from None
+                stats = result.stats
+                line |= {f"test_{name}": value for name, value in {**stats, **result.losses}.items()}
+                line["evaluator"] = evaluator_name()
+                line["test_seconds"] = round(time.perf_counter() - start, 3)
+            lines.append({**line, "n_parameters": figures["params"]})
+            self._save(lines[-1])
+            self.board.add(_epoch_scalars(line), state.batches)
+        self.board.close()
+        self.log.info("%s", _summary(lines))
+        return stats
+
+    def _train_epoch(self) -> dict[str, Any]:
+        """One epoch; returns mean learning rates, mean losses and seconds."""
+        args, state = self.args, self.state
+        start = time.perf_counter()
+        self.train_loader.set_epoch(state.epoch)
+        rates: list[Sequence[float]] = []
+        log = BatchLog(args.print_freq, state.epoch, args.epochs, len(self.train_loader), self._show_batches)
+
+        def on_batch(losses: Mapping[str, Tensor], images: int, batch_rates: Sequence[float]) -> None:
+            rates.append(batch_rates)
+            log(losses, images, batch_rates[0])
+
+        losses = engine.train_one_epoch(
+            self.wrapped,
+            self.criterion,
+            self.train_loader,
+            state.optimizer,
+            device=self.device,
+            epoch=state.epoch,
+            scheduler=state.scheduler,
+            clip_max_norm=args.clip_max_norm,
+            amp=args.amp,
+            scaler=state.scaler,
+            accumulate=args.accumulate,
+            weight_average=state.weight_average,
+            distillation=self.distillation,
+            on_batch=on_batch,
+        )
+        seconds = round(time.perf_counter() - start, 3)
+        show(size_notices(self.train_loader))
+        named = {f"train_{name}": value for name, value in losses.items()}
+        lr, lr_backbone = (statistics.mean(group) for group in zip(*rates, strict=True))
+        return {"lr": lr, "lr_backbone": lr_backbone, **named, "train_seconds": seconds}
+
+    def _show_batches(self, scalars: Mapping[str, float], done: int) -> None:
+        """Losses and rates of the last batches, by the batches of all epochs."""
+        self.board.add({f"batch/{name}": value for name, value in scalars.items()}, self.state.batches + done)
+
+    def _save(self, line: dict[str, Any]) -> None:
+        """Checkpoint, best checkpoint, a line of log.txt; training can go on from here."""
+        state = self.state
+        ap = line.get("test_AP")
+        # Where AP cannot be measured, the last epoch counts as the best.
+        is_best = ap is not None and (ap == -1 or ap > state.best_ap)
+        if is_best and ap != -1:
+            state.best_ap = ap
+        training = state.state_dict()
+        distributed.on_main(lambda: self._write_epoch(line, training, is_best))
+
+    def _write_epoch(self, line: dict[str, Any], training: dict[str, Any], is_best: bool) -> None:
+        self._make_way(line["epoch"])
+        content = {
+            "state_dict": self.state.best_model.state_dict(),
+            "widths": self.model.widths,
+            "full_widths": full_widths(self.args),
+            "arguments": self.args,
+            "num_classes": self.args.num_classes,
+            "categories": self.args.categories,
+            "safetensors": self.args.save_safetensors,
+        }
+        # An epoch counts once checkpoint.pth has it: killed before, a run does it again, and writes the rest again.
+        if is_best:
+            save_checkpoint(self.output_dir / "checkpoint_best.pth", **content)
+        append_json_line(self.output_dir / "log.txt", line)
+        save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
+        write_report(self.output_dir, "training", self.samples)
+        found = _shown_ap(line.get("test_AP"), is_best)
+        seconds = line["train_seconds"] + line.get("test_seconds", 0)
+        self.log.info("epoch %d: loss %.4f, %s, %.1f s", line["epoch"], line["train_loss"], found, seconds)
+
+    def _make_way(self, epoch: int) -> None:
+        """Once, before the first files of a run: those of an older one are moved aside, those it goes on with taken up.
+
+        `epoch` is the one about to be written.
+        """
+        if self.begun:
+            return
+        self.begun = True
+        if self.continuing:
+            take_up_log(self.output_dir / "log.txt", epoch)
+            return
+        checkpoints = [f"{name}{suffix}" for name in ("checkpoint", "checkpoint_best") for suffix in (".pth", SUFFIX)]
+        moved = [move_aside(self.output_dir / name) for name in (*checkpoints, "log.txt", REPORT_NAME)]
+        if any(moved):
+            names = ", ".join(path.name for path in moved if path is not None)
+            self.log.info("%s held an older run; its files are now %s", self.output_dir, names)
+
+
+def _shown_ap(ap: float | None, is_best: bool) -> str:
+    """The AP of an epoch in the log; None if it was not evaluated."""
+    if ap is None:
+        return "not evaluated"
+    if ap == -1:
+        return "AP not measurable"
+    return f"AP {ap:.4f}{' (best)' if is_best else ''}, by {evaluator_name()}"
+
+
+def _epoch_scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """An epoch's figures by the names that TensorBoard groups them by; those that cannot be measured are left out."""
+    groups = {"train_": "epoch/", "test_": "val/"}
+    scalars = {"epoch/lr": line["lr"], "epoch/lr_backbone": line["lr_backbone"]}
+    for name, value in line.items():
+        for prefix, group in groups.items():
+            if name.startswith(prefix) and value != -1:
+                scalars[group + name.removeprefix(prefix)] = value
+    return scalars
+
+
+def _category_table(categories: list[dict[str, Any]]) -> str:
+    """Table of the categories that have boxes; the others are counted."""
+    rows = [[c["name"], c["id"], c["boxes"], shown(c["AP"]), shown(c["AP50"])] for c in categories if c["boxes"]]
+    without = len(categories) - len(rows)
+    left_out = f"\n(and {without} categories without boxes)" if without else ""
+    return table(["category", "id", "boxes", "AP", "AP50"], rows) + left_out
+
+
+def take_up_log(path: Path, epoch: int) -> None:
+    """Drop from a log.txt what is done again: a line that a crash cut short, and those from `epoch` on.
+
+    Where that is more than the line of an epoch that a crash kept from its checkpoint, the old file is kept beside it.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    kept = [line for line in lines if _epoch_of(line) < epoch]
+    if b"".join(kept) == content:
+        return
+    if lines[: len(kept)] != kept or any(_epoch_of(line) > epoch for line in lines) or len(lines) > len(kept) + 1:
+        copy_file(path, free_name(path))
+    write_atomic(path, lambda stream: stream.write(b"".join(kept)))
+
+
+def _epoch_of(line: bytes) -> float:
+    """The epoch of a line of log.txt; below all others for a line that tells none."""
+    try:
+        return float(json.loads(line)["epoch"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return -math.inf
+
+
+def _summary(lines: list[dict[str, Any]]) -> str:
+    """Table of a run's epochs."""
+    return table(EPOCH_COLUMNS, epoch_rows(lines))

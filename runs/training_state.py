@@ -1,0 +1,206 @@
+"""All that training needs to go on exactly where it stopped: optimizer, schedule, averages, random generators."""
+
+import argparse
+import math
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from util import distributed
+from util.ema import WeightAverage
+from util.errors import UserError, reason_of, shorten
+from util.learning_rate import rate
+from weights.checkpoint_file import Checkpoint
+from weights.options import DATA_OPTIONS
+from weights.stored_options import OF_THE_RUN
+
+
+class TrainingState:
+    """Optimizer, schedule and the rest of the state of one training run.
+
+    Args:
+        model: the detector, on its device, not wrapped.
+        args: reads lr, lr_backbone, weight_decay, lr_schedule, lr_drop, warmup_iters, epochs, amp, ema_decay, seed.
+        steps_per_epoch: optimizer steps.
+        train_images: images of the training set, for `resume_changes`.
+
+    Attributes:
+        epoch: epochs done.
+        batches: batches done, of one process.
+        warmup_epochs: the warm-up's length. A resumed run keeps it, though its epochs may have other numbers of steps.
+        best_ap: best AP so far; minus infinity before the first, and where val2017 has no boxes to measure it on.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: argparse.Namespace, steps_per_epoch: int, train_images: int | None = None
+    ) -> None:
+        self.model = model
+        self.args = args
+        self.steps_per_epoch, self.train_images = steps_per_epoch, train_images
+        self.warmup_epochs = args.warmup_iters / steps_per_epoch
+        groups = parameter_groups(model, args.lr, args.lr_backbone)
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate_factor)
+        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type) if args.amp == "fp16" else None
+        self.weight_average = WeightAverage(model, args.ema_decay) if args.ema_decay > 0 else None
+        self.epoch, self.batches = 0, 0
+        self.best_ap = -math.inf
+
+    @property
+    def best_model(self) -> nn.Module:
+        """The model to evaluate and to keep: the averaged one where there is one."""
+        return self.model if self.weight_average is None else self.weight_average.model
+
+    def rate_factor(self, step: int) -> float:
+        """Factor of the learning rates for an optimizer step of the run, counted from 0: that of the step's middle."""
+        args = self.args
+        fraction = (step + 0.5) / (self.steps_per_epoch * args.epochs)
+        warmup, drop = self.warmup_epochs / args.epochs, args.lr_drop / args.epochs
+        return rate(fraction, args.lr_schedule, warmup=warmup, drop=drop)
+
+    def generators(self) -> dict[str, Any]:
+        """State of every random generator of this process, of types that weights-only loading takes."""
+        name, keys, *rest = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Entries of a training checkpoint beside weights and arguments; call it in every process."""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": {
+                "last_epoch": self.scheduler.last_epoch,
+                "steps_per_epoch": self.steps_per_epoch,
+                "warmup_iters": self.args.warmup_iters,
+                "warmup_epochs": self.warmup_epochs,
+            },
+            "train_images": self.train_images,
+            "epoch": self.epoch,
+            "batches": self.batches,
+            "generators": distributed.gather_objects(self.generators()),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "best_ap": self.best_ap,
+        }
+        if self.weight_average is not None:
+            # The checkpoint's `model` holds the averaged weights, so the ones under training are kept here.
+            state["raw_model"] = self.model.state_dict()
+            state["average_steps"] = self.weight_average.steps
+        return state
+
+    def load(self, state: dict[str, Any], averaged: dict[str, torch.Tensor], source: str) -> None:
+        """Go on from `state_dict()`; the model must already hold the checkpoint's weights.
+
+        Options of the optimizer that differ from the checkpoint's (they were typed) win over it.
+
+        Raises:
+            UserError: an entry is missing or does not fit.
+        """
+        try:
+            self._load(state, averaged)
+        except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError, AttributeError) as error:
+            raise UserError(
+                f"{source}: its training state does not fit this run ({type(error).__name__}: "
+                f"{reason_of(error)}), expected one written with the same options; "
+                "--start_fresh takes the weights alone"
+            ) from None
+
+    def _load(self, state: dict[str, Any], averaged: dict[str, torch.Tensor]) -> None:
+        wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._check_moments()
+        self.epoch = state["epoch"]
+        # Older versions did not count batches: at least as many, so that no curve is cut.
+        self.batches = state.get("batches", self.epoch * self.steps_per_epoch * self.args.accumulate)
+        self.warmup_epochs = self._warmup_epochs_of(state["lr_scheduler"])
+        self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
+        factor = self.rate_factor(self.scheduler.last_epoch)
+        for group, own in zip(self.optimizer.param_groups, wanted, strict=True):
+            group.update(own, lr=own["initial_lr"] * factor)
+        if self.weight_average is not None and "raw_model" in state:
+            self.weight_average.load_state_dict({"model": averaged, "steps": state["average_steps"]})
+        if "raw_model" in state:
+            self.model.load_state_dict(state["raw_model"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.best_ap = state["best_ap"]
+        if len(state["generators"]) == distributed.world_size():
+            self._set_generators(state["generators"][distributed.rank()])
+
+    def _warmup_epochs_of(self, scheduler: dict[str, Any]) -> float:
+        """The length of the run's warm-up, which another --warmup_iters replaces."""
+        if scheduler.get("warmup_iters", self.args.warmup_iters) != self.args.warmup_iters:
+            return self.warmup_epochs
+        if "warmup_epochs" in scheduler:
+            epochs = float(scheduler["warmup_epochs"])
+        elif scheduler["last_epoch"]:
+            epochs = self.args.warmup_iters * self.epoch / scheduler["last_epoch"]  # older versions: the steps so far
+        else:
+            epochs = self.warmup_epochs
+        if not 0 <= epochs < math.inf:
+            raise ValueError(f"a warm-up of {epochs} epochs")
+        return epochs
+
+    def _check_moments(self) -> None:
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape or not moments[name].is_floating_point():
+                    raise ValueError(f"{name} of the shape {tuple(moments[name].shape)}, not {tuple(parameter.shape)}")
+            if moments["step"].shape != () or not math.isfinite(moments["step"]):
+                raise ValueError("a step that is no number")
+
+    def _set_generators(self, state: dict[str, Any]) -> None:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
+    """Parameters in two groups: transformer and heads, and those of the backbone with its own learning rate."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for name, p in named if not name.startswith("backbone.")], "lr": lr},
+        {"params": model.backbone[0].trained_parameters(), "lr": lr_backbone},
+    ]
+
+
+def resume_changes(checkpoint: Checkpoint, args: argparse.Namespace, state: TrainingState) -> list[str]:
+    """What differs between a training run and the one that it continues, each as `name old -> new`.
+
+    Args:
+        checkpoint: of the run to continue.
+        args: of the run that continues it.
+        state: of the same, before or after it has loaded the checkpoint's.
+    """
+    stored, training = checkpoint.arguments, checkpoint.training or {}
+    left_out = {*OF_THE_RUN, "pretrained_backbone"} - {"coco_path", *DATA_OPTIONS}
+    names = [name for name in vars(args) if name in stored and name not in left_out]
+    pairs = {f"--{name}": (stored[name], getattr(args, name)) for name in names}
+    pairs["processes"] = (len(training["generators"]), distributed.world_size())
+    if "train_images" in training:
+        steps = training["lr_scheduler"]["steps_per_epoch"]
+        pairs["training images"] = (training["train_images"], state.train_images)
+        pairs["optimizer steps an epoch"] = (steps, state.steps_per_epoch)
+    return [f"{name} {_shown(old)} -> {_shown(new)}" for name, (old, new) in pairs.items() if old != new]
+
+
+def _shown(value: object) -> str:
+    return shorten(value, 80).strip("'")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, differently in each process."""
+    seed += distributed.rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

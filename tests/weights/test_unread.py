@@ -1,0 +1,129 @@
+"""Options that a run would not read are refused, and those that people type are taken."""
+
+import argparse
+
+import pytest
+
+import export
+import inference
+import main
+from pruning.arguments import get_pruning_parser
+from pruning.schedule import GP, MGP
+from tests.tiny_run import options, tiny_options, write_self_annotated
+from tools.cost import get_parser as get_cost_parser
+from util.cli import script_parser
+from util.errors import UserError
+from weights.options import get_args_parser, parse
+from weights.unread import names_of_training, refuse_unread, refuse_unread_by_main
+
+DEFORMABLE = "-m dn_dab_deformable_detr"
+FLAGS = ("save_safetensors", "tensorboard", "start_fresh")
+WORDS = {"augmentation": "flip", "lr_schedule": "cosine", "distill": "/nonexistent"}
+
+
+def check(words: str) -> None:
+    """Parse as main.py does, and check as it does without a checkpoint."""
+    args, typed = parse(script_parser("a test", parents=[get_args_parser()]), words.split())
+    refuse_unread_by_main(args, typed)
+    refuse_unread(args, typed)
+
+
+@pytest.mark.parametrize("name", names_of_training())
+def test_an_evaluation_takes_no_option_of_training(name):
+    value = "" if name in FLAGS else WORDS.get(name, "0" if name in ("dropout", "ema_decay") else "1")
+    with pytest.raises(UserError, match=f"^--{name}: found with --eval, which does not train$"):
+        check(f"--eval --resume a.pth --{name} {value}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--eval --lr 5 --distill /nonexistent", "--lr, --distill: found with --eval, which does not train"),
+        ("--eval --amp", "--amp: --eval does not train, expected --eval_amp"),
+        ("--start_fresh", "--start_fresh: found no --resume"),
+        ("--pretrained_backbone --resume a.pth", "--pretrained_backbone: found with --resume"),
+        ("--distill_boxes_coef 1", "--distill_boxes_coef: found no --distill"),
+        ("--lr_schedule cosine --lr_drop 40", "--lr_drop: found --lr_schedule cosine, expected step"),
+        ("--no-use_dn --scalar 5 --box_noise_scale 0.4", "--scalar, --box_noise_scale: found --no-use_dn"),
+        (f"{DEFORMABLE} --transformer_activation prelu", "--transformer_activation: found prelu, expected relu"),
+        (f"{DEFORMABLE} --pe_temperatureH 20", "--pe_temperatureH: dn_dab_deformable_detr has the temperature 10000"),
+        (f"{DEFORMABLE} --pe_temperatureW 10000", "--pe_temperatureW: dn_dab_deformable_detr has"),
+        ("--num_feature_levels 4", "--num_feature_levels: dn_dab_detr has one level and no points"),
+        ("--enc_n_points 4", "--enc_n_points: dn_dab_detr has one level and no points"),
+        ("--dilation --return_layer layer3", "--dilation: found --return_layer layer3, expected layer4"),
+        (f"{DEFORMABLE} --dilation --return_layer layer3", "--dilation: found --return_layer layer3"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        check(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-m dn_dab_detr --output_dir out --batch_size 4 --coco_path COCODIR --resume CKPT --use_dn --eval "
+        "--cfgs [[[152, 416], [232, 1408]]]",
+        "-m dn_dab_detr --output_dir out --coco_path COCODIR --resume PRUNED --batch_size 8 --use_dn",
+        "--eval --resume a.pth --eval_amp fp16 --save_results --num_select 9 --seed 3 --no-pretrained_backbone",
+        "--eval --val_json a.json --val_images photos --resume a.pth --image_size 640",
+        "--resume a.pth --distill b.pth --distill_logits_coef 0 --amp --eval_amp bf16 --save_results",
+        "--lr_drop 4 --warmup_iters 9 --no-use_dn --pretrained_backbone --dilation",
+        "--lr_schedule cosine --warmup_iters 9 --scalar 3",
+        f"{DEFORMABLE} --transformer_activation relu --num_patterns 0 --enc_n_points 2 --dilation --anchor_eps 1e-5",
+    ],
+)
+def test_options_that_are_read_are_taken(words):
+    check(words)
+
+
+@pytest.mark.parametrize(
+    ("parser", "words"),
+    [
+        (lambda: get_pruning_parser(GP, ""), "--eval"),
+        (lambda: get_pruning_parser(MGP, ""), "--lr 5"),
+        (lambda: get_pruning_parser(MGP, ""), "--print_freq 5"),
+        (lambda: export.get_export_parser(), "--batch_size 4"),
+        (lambda: export.get_export_parser(), "--image_size 640"),
+        (lambda: inference.get_inference_parser(), "--seed 4"),
+        (lambda: inference.get_inference_parser(), "--eval_amp"),
+        (get_cost_parser, "--num_select 4"),
+        (lambda: script_parser("", parents=[get_args_parser()]), "--keep 0.5"),
+        # No beginning of a name counts as the name: `--epoch` would be one option today and another tomorrow.
+        (lambda: script_parser("", parents=[get_args_parser()]), "--epoch 5"),
+        (lambda: get_pruning_parser(MGP, ""), "--map 0.1"),
+    ],
+)
+def test_a_script_has_the_options_that_it_reads(parser, words):
+    with pytest.raises(UserError, match=f"unrecognized arguments: {words}; see --help"):
+        parse(parser(), ["photos", *words.split()] if parser().usage else words.split())
+
+
+def test_what_a_script_does_not_read_has_its_default_below():
+    defaults = vars(get_args_parser().parse_args([]))
+    for parser in (get_pruning_parser(GP, ""), export.get_export_parser(), get_cost_parser()):
+        args, typed = parse(parser, ["--enc_layers", "2"])
+        assert typed == {"enc_layers"} and args.enc_layers == 2
+        assert {name: vars(args)[name] for name in defaults} == {**defaults, "enc_layers": 2}
+
+
+def test_a_parsers_own_default_stays():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=7)
+    assert parse(parser, [])[0].seed == 7
+
+
+def test_what_the_checkpoint_says_decides(coco, tmp_path):
+    """The variant, and a training run's schedule, denoising and teacher, come out of it."""
+    root = write_self_annotated(tmp_path / "data", f"{DEFORMABLE} --return_layer layer3 --num_feature_levels 3")
+    common = ("--num_workers 0 --device cpu --coco_path", root, "--output_dir", tmp_path / "out", "--resume")
+    with pytest.raises(UserError, match=r"--transformer_activation prelu: .*dense\.pth was made with relu"):
+        main.main(*options(*common, root / "dense.pth", "--eval --transformer_activation prelu"))
+    main.main(*options(*common, root / "dense.pth", "--eval --num_feature_levels 3 --transformer_activation relu"))
+    main.main(*tiny_options("--epochs 1 --lr_schedule cosine --coco_path", coco, "--output_dir", tmp_path / "run"))
+    again = ("--coco_path", coco, "--output_dir", tmp_path / "run", "--resume", tmp_path / "run" / "checkpoint.pth")
+    with pytest.raises(UserError, match="--lr_drop: found --lr_schedule cosine"):
+        main.main(*options(*again, "--epochs 2 --lr_drop 1 --device cpu --num_workers 0"))
+    with pytest.raises(UserError, match="--distill_logits_coef: found no --distill"):
+        main.main(*options(*again, "--epochs 2 --distill_logits_coef 1 --device cpu --num_workers 0"))
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()

@@ -1,0 +1,297 @@
+"""What detectors find in images that have no annotations: pictures and COCO results, of one detector or of two."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import engine
+from datasets.annotations import category_names
+from datasets.coco_eval import to_detections
+from datasets.sizes import size_warning
+from datasets.transforms import eval_transforms
+from models.post_process import PostProcess
+from pruning.cost import count_parameters
+from tools.draw import draw_detections, scale_to_read, write_grid, write_picture
+from tools.image_files import (
+    ImageFiles,
+    ListedImage,
+    ReadingNotes,
+    Sample,
+    count_suffixes,
+    find_images,
+    listed_images,
+    picture_names,
+)
+from util.errors import UserError, one_line
+from util.files import write_json
+from util.logging import bar_off, get_logger, table
+from util.timing import milliseconds_per_image
+from weights.build import arguments_for, build_detector
+from weights.checkpoint_file import read_checkpoint
+
+PICTURES = "pictures"
+COMPARED = ("dense", "slim")
+TIMED_IMAGES = 5
+TIMED_ROUNDS = 3
+WARM_UP = 2
+
+
+@dataclass
+class Detector:
+    """A detector to run on images, and what it has found so far.
+
+    Attributes:
+        title: how tables call it.
+        path: its checkpoint.
+        image_size: short side of its inputs in pixels.
+        names: category name by id, empty if the checkpoint tells none.
+        remark: see `Checkpoint.remark`.
+        rows: detections of each image, see `to_detections`.
+        drawn: by category id, how many detections reached the score that is drawn.
+    """
+
+    title: str
+    path: Path
+    model: nn.Module
+    postprocess: PostProcess
+    image_size: int
+    num_classes: int
+    names: dict[int, str]
+    remark: str | None
+    rows: list[np.ndarray] = field(default_factory=list)
+    drawn: Counter[int] = field(default_factory=Counter)
+
+    def results(self) -> list[dict[str, Any]]:
+        """All detections, as the entries of a COCO results file."""
+        return engine.to_coco_results(np.concatenate(self.rows))
+
+
+def load_detector(
+    title: str, path: str, args: argparse.Namespace, typed: Collection[str], device: torch.device
+) -> Detector:
+    """The detector of a checkpoint of any format, in eval mode, with the options that it was made with.
+
+    Raises:
+        UserError: the file, or a typed option, does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    theirs = arguments_for(args, checkpoint, typed)
+    model, _, postprocessors = build_detector(theirs, checkpoint)
+    names = checkpoint.categories or {}
+    model = model.to(device).eval()
+    return Detector(
+        title, checkpoint.path, model, postprocessors["bbox"], theirs.image_size, checkpoint.num_classes, names,
+        checkpoint.remark,
+    )  # fmt: skip
+
+
+class Prediction:
+    """Images run through one detector, or through two that are drawn side by side.
+
+    Args:
+        args: options of `inference.get_inference_parser`.
+        typed: names of those that were typed.
+        device: where the detectors run.
+        output_dir: folder for what comes of it; nothing is written before `run`.
+
+    Raises:
+        UserError: options, images, checkpoints and annotations do not agree.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, typed: Collection[str], device: torch.device, output_dir: Path
+    ) -> None:
+        self.args, self.device, self.output_dir = args, device, output_dir
+        self.log = get_logger()
+        paths, self.left_out = find_images(args.inputs)
+        self.paths = paths[: args.max_images]
+        self.pictures = picture_names(self.paths, ".jpg")
+        folder = (output_dir / PICTURES).resolve()
+        for path in self.paths:
+            if path.resolve().parent == folder:
+                raise UserError(f"{path}: found an input where pictures go, expected another --output_dir")
+        names = {} if args.names is None else category_names(args.names, needs_boxes=False)
+        self.listed: list[ListedImage | None] = [None] * len(self.paths)
+        if args.names is not None:
+            self.listed = listed_images(self.paths, args.names)
+        self.are_places = None in self.listed
+        self.image_ids: Sequence[int] = range(1, len(self.paths) + 1)
+        if not self.are_places:
+            self.image_ids = [image.id for image in self.listed]
+        sources = {"detector": args.resume} if args.compare is None else dict(zip(COMPARED, args.compare, strict=True))
+        self.detectors = [load_detector(title, path, args, typed, device) for title, path in sources.items()]
+        sizes = sorted({detector.image_size for detector in self.detectors})
+        if len(sizes) > 1:
+            raise UserError(
+                f"--compare: found detectors for the image sizes {sizes}, expected one --image_size for both"
+            )
+        self.dataset = ImageFiles(self.paths, eval_transforms(sizes[0]), self.listed)
+        self.notes = ReadingNotes()
+        self.names = names or next((d.names for d in self.detectors if d.names), {})
+
+    def run(self) -> None:
+        """Write a picture of each image, results, and the table of what was found.
+
+        Raises:
+            UserError: none of the images can be read.
+        """
+        for detector in self.detectors:
+            if detector.remark:
+                self.log.info("%s", detector.remark)
+        if self.args.names is not None and self.are_places:
+            self.log.info(
+                "--names %s does not tell an id for each of these images: their ids are their places, from 1",
+                self.args.names,
+            )
+        if self.left_out:
+            self.log.info("left out %s, whose names are not those of images", count_suffixes(self.left_out))
+        captions = [""]
+        if self.args.compare is not None:
+            captions = self._compare_costs()
+        shown: list[dict[str, Any]] = []
+        with tqdm(total=len(self.paths), unit="image", desc="detect", disable=bar_off(), leave=False) as bar:
+            for batch in self._batches():
+                results = [self._detect(detector, batch) for detector in self.detectors]
+                for sample, *found in zip(batch, *results, strict=True):
+                    self.notes.add(self.paths[sample.place], sample, self.listed[sample.place])
+                    self._draw(sample, found, captions)
+                    shown.append(self._entry(sample))
+                bar.update(len(batch))
+        if not shown:
+            raise UserError(f"found no image that can be read among {len(self.paths)}, expected at least one")
+        self._write(shown)
+        if turns := self.notes.turns():
+            self.log.info("%s", turns)
+        if self.notes.other_sizes:
+            self.log.warning("%s", size_warning(self.args.names, self.notes.other_sizes, self.notes.listed))
+
+    def _batches(self) -> Iterator[list[Sample]]:
+        """Batches of images that can be used; the others are named."""
+        loader = DataLoader(self.dataset, self.args.batch_size, num_workers=self.args.num_workers, collate_fn=list)
+        for batch in loader:
+            for sample in batch:
+                if sample.problem:
+                    self.log.warning("skipped: %s", one_line(sample.problem))
+            good = [sample for sample in batch if not sample.problem]
+            if good:
+                yield good
+
+    def _detect(self, detector: Detector, batch: Sequence[Sample]) -> Sequence[dict[str, Tensor]]:
+        """Detections in a batch, counted in."""
+        sizes = torch.tensor([sample.picture.shape[1:] for sample in batch])
+        inputs = [sample.inputs for sample in batch]
+        _, results = engine.detect(
+            detector.model, detector.postprocess, inputs, sizes, device=self.device, amp=self.args.amp
+        )
+        for sample, result in zip(batch, results, strict=True):
+            detector.rows.append(to_detections(self.image_ids[sample.place], result))
+            detector.drawn.update(result["labels"][result["scores"] >= self.args.score_threshold].tolist())
+        return results
+
+    def _draw(self, sample: Sample, found: Sequence[dict[str, Tensor]], captions: Sequence[str]) -> None:
+        """Write the picture of one image, or those of both detectors in one."""
+        height, width = sample.picture.shape[1:]
+        scale = scale_to_read(width, height)
+        pictures: list[Image] = [
+            draw_detections(sample.picture, result, self.names, threshold=self.args.score_threshold, scale=scale)
+            for result in found
+        ]
+        path = self.output_dir / PICTURES / self.pictures[sample.place]
+        if self.args.compare is None:
+            write_picture(path, pictures[0])
+        else:
+            write_grid(path, [(caption, [picture]) for caption, picture in zip(captions, pictures, strict=True)])
+
+    def _entry(self, sample: Sample) -> dict[str, Any]:
+        height, width = sample.picture.shape[1:]
+        return {
+            "id": self.image_ids[sample.place],
+            "file_name": str(self.paths[sample.place]),
+            "width": width,
+            "height": height,
+            "picture": f"{PICTURES}/{self.pictures[sample.place]}",
+        }
+
+    def _compare_costs(self) -> list[str]:
+        """Captions that say what each detector costs; the figures go to compare.json and to the log."""
+        samples = (self.dataset[place] for place in range(len(self.paths)))
+        images = list(itertools.islice((sample.inputs for sample in samples if not sample.problem), TIMED_IMAGES))
+        if not images:
+            return []  # what is wrong with them is told when it is their turn
+        times = self._milliseconds(images)
+        entries = [
+            {
+                "name": detector.title,
+                "checkpoint": str(detector.path),
+                "transformer_params": count_parameters(detector.model.transformer),
+                "params": count_parameters(detector.model),
+                "ms_per_image": times[detector.title],
+                "widths": detector.model.widths.to_list(),
+            }
+            for detector in self.detectors
+        ]
+        write_json(self.output_dir / "compare.json", entries)
+        keys = ("name", "transformer_params", "params", "ms_per_image")
+        rows = [[f"{e[key]:,}" if isinstance(e[key], int) else e[key] for key in keys] for e in entries]
+        rows = [[*row[:-1], f"{row[-1]:.1f}"] for row in rows]
+        self.log.info("%s", table(["", "transformer parameters", "all parameters", "ms an image"], rows))
+        return [
+            f"{entry['name']}: {entry['checkpoint']}\n"
+            f"{entry['params'] / 1e6:.2f} M parameters, {entry['ms_per_image']:.1f} ms an image"
+            for entry in entries
+        ]
+
+    def _milliseconds(self, images: Sequence[Tensor]) -> dict[str, float]:
+        """Median milliseconds for one image alone, for each detector; they take turns."""
+        calls = len(self.detectors) * (min(WARM_UP, len(images)) + TIMED_ROUNDS * len(images))
+        with tqdm(total=calls, unit="image", desc="time", disable=bar_off(), leave=False) as bar:
+
+            def timed(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+                with engine.autocast(self.device, self.args.amp):
+                    model(inputs)
+                bar.update()
+
+            return milliseconds_per_image(
+                {d.title: lambda inputs, model=d.model: timed(model, inputs) for d in self.detectors},
+                [image.to(self.device) for image in images],
+                rounds=TIMED_ROUNDS,
+                warm_up=WARM_UP,
+            )
+
+    def _write(self, shown: Sequence[Mapping[str, Any]]) -> None:
+        """images.json, results JSON, and the table of categories."""
+        names = self.names or {number: str(number) for number in range(self.detectors[0].num_classes)}
+        categories = [{"id": number, "name": name} for number, name in sorted(names.items())]
+        write_json(
+            self.output_dir / "images.json", {"images": list(shown), "annotations": [], "categories": categories}
+        )
+        single = self.args.compare is None
+        for detector in self.detectors:
+            name = "results.json" if single else f"results_{detector.title}.json"
+            write_json(self.output_dir / name, detector.results(), indent=None)
+        found = set().union(*(detector.drawn for detector in self.detectors))
+        rows = [
+            (names.get(label, label), *(detector.drawn[label] for detector in self.detectors))
+            for label in sorted(found)
+        ]
+        rows.append(("all", *(sum(detector.drawn.values()) for detector in self.detectors)))
+        header = ["category", *("detections" if single else detector.title for detector in self.detectors)]
+        self.log.info("%s", table(header, rows))
+        self.log.info(
+            "%d images, %d skipped; detections with a score of %g or more are drawn in %s, all are in %s",
+            len(shown), len(self.paths) - len(shown), self.args.score_threshold, self.output_dir / PICTURES,
+            self.output_dir / ("results.json" if single else "results_{dense,slim}.json"),
+        )  # fmt: skip

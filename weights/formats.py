@@ -1,0 +1,263 @@
+"""What a checkpoint holds, and how the kind of a file is told from its keys.
+
+| kind | how it shows |
+|---|---|
+| `ours` | `format` is dn-detr-pruning; dense or slim, with or without training state |
+| `search` | the same with `kept`: the full weights and the channels a search kept |
+| `release` | `encoder.layers.N.self_attn.in_proj_weight` (DN-DETR, arXiv 2203.01305), or `.sampling_offsets.weight` |
+| `paper_search` | `encoder.layers.N.in_proj_weight` and `selectN.prune_a`, 1 x 1 x C, kept where positive |
+| `paper_slim` | `encoder.layers.N.in_proj_weight` alone, widths read off the shapes |
+| `huggingface` | `decoder.layers.N.cross_attn.cross_attn_query_content_proj.weight`: DAB-DETR of transformers |
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.widths import Widths
+from pruning.transplant import paper_masks_to_kept
+from util.checkpoint import count_layers, rename_encoder_attention, shape_text, strip_module
+from util.errors import UserError, one_line, plain_name, shorten
+from weights import huggingface
+from weights.tensor_checks import check_finite, check_training, tensors_in
+
+FORMAT = "dn-detr-pruning"
+VERSION = 1
+REQUIRED = {"model": dict, "widths": list, "full_widths": list, "args": dict, "num_classes": int}
+OPTIONAL = ("kept", "categories")  # beside them an unfinished training run's, and a search's trace
+FOREIGN_ARGUMENTS = (
+    "backbone", "dilation", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "num_queries",
+    "num_patterns", "num_feature_levels", "enc_n_points", "dec_n_points", "num_select", "transformer_activation",
+    "pe_temperatureH", "pe_temperatureW",
+)  # fmt: skip
+DEFORMABLE_KEY = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
+AVERAGED = ("ema_model", "model_ema", "ema")  # names of averaged weights in others' files
+CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # of the dense variant, of the deformable one
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file as it was read; `widths` are those of the model to build (after the cut, for a search).
+
+    Attributes:
+        path: the file.
+        kind: ours, search, release, paper_search, paper_slim or huggingface.
+        state_dict: weights, named as in the file without the `module.` of DistributedDataParallel.
+        widths: channels of each module.
+        kept: for a search, module name -> part (query, value, hidden) -> sorted channel indices; else None.
+        num_classes: classes of the detection head.
+        arguments: options it was made with; of foreign files those of `FOREIGN_ARGUMENTS` that it tells.
+        training: optimizer and so on of an unfinished run, or None.
+        trace: decisions of a search.
+        full_widths: of a search, channels of each module before the cut, those of the weights.
+        categories: id -> name of what it was trained to find; None where the file does not tell.
+        averaged: entries of a foreign file that hold averaged weights beside those under `model`, which are taken.
+    """
+
+    path: Path
+    kind: str
+    state_dict: dict[str, Tensor]
+    widths: Widths
+    kept: dict[str, dict[str, Tensor]] | None
+    num_classes: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    full_widths: Widths | None = None
+    categories: dict[int, str] | None = None
+    averaged: tuple[str, ...] = ()
+
+    @property
+    def is_search(self) -> bool:
+        """True where the weights are to be cut by `kept` before they fit `widths`."""
+        return self.kept is not None
+
+    @property
+    def remark(self) -> str | None:
+        """A line for the log where the file has other weights beside those that are taken."""
+        if not self.averaged:
+            return None
+        others = " and ".join(f"`{name}`" for name in self.averaged)
+        return f"{self.path}: takes the weights under `model`, not the averaged ones under {others}"
+
+
+def recognise_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
+    """The checkpoint in the content of a file that `save_checkpoint` wrote.
+
+    Raises:
+        UserError: naming the entry that is missing or of another type than expected.
+    """
+    if type(content.get("version")) is not int or content["version"] != VERSION:
+        raise UserError(f"{path}: found format version {shorten(content.get('version'))}, expected {VERSION}")
+    for key, kind in REQUIRED.items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{path}: found {type(content.get(key)).__name__} under `{key}`, expected {kind.__name__}")
+    kept = content.get("kept")
+    check_keys(path, "args", content["args"])
+    for name, _ in tensors_in(content["args"], "args"):
+        raise UserError(f"{path}: found a tensor under `{one_line(name, 80)}`, expected an option's value")
+    _check_tensors(path, "model", content["model"])
+    bias = _class_bias(content["model"])
+    if bias is not None and bias.shape != (content["num_classes"],):
+        found = shorten(content["num_classes"])
+        raise UserError(f"{path}: found {found} under `num_classes`, expected {shape_text(bias)} as biases")
+    check_finite(path, content["model"])
+    if kept is not None:
+        _check_kept(path, kept)
+    trace = [] if content.get("trace") is None else content["trace"]
+    if not isinstance(trace, list) or not all(isinstance(step, dict) for step in trace) or any(tensors_in(trace, "")):
+        raise UserError(f"{path}: found {shorten(trace)} under `trace`, expected the steps of a search")
+    training = None
+    if "optimizer" in content:
+        check_training(path, content)
+        others = {*REQUIRED, *OPTIONAL, "format", "version"}
+        training = {key: value for key, value in content.items() if key not in others}
+    return Checkpoint(
+        path,
+        "ours" if kept is None else "search",
+        strip_module(content["model"]),
+        _parse_widths(path, content["widths"]),
+        kept,
+        content["num_classes"],
+        content["args"],
+        training,
+        trace,
+        _parse_widths(path, content["full_widths"]),
+        _check_categories(path, content.get("categories")),
+    )
+
+
+def check_keys(path: Path, name: str, values: dict) -> None:
+    """Raise a `UserError` unless all keys of `values`, found under `name`, are text."""
+    for key in values:
+        if not isinstance(key, str):
+            raise UserError(f"{path}: found the key {shorten(key)} under `{one_line(name, 80)}`, expected names alone")
+
+
+def _check_categories(path: Path, categories: Any) -> dict[int, str] | None:
+    """The names by id, or None where the file has none, as older ones of ours."""
+    if categories is None:
+        return None
+    if not isinstance(categories, dict) or not categories:
+        raise UserError(f"{path}: found {type(categories).__name__} under `categories`, expected names by id")
+    for number, name in categories.items():
+        if type(number) is not int or number < 0 or not isinstance(name, str):
+            raise UserError(
+                f"{path}: found {shorten(number)}: {shorten(name)} under `categories`, expected names by id"
+            )
+    return {number: plain_name(name) for number, name in categories.items()}
+
+
+def _check_kept(path: Path, kept: Any) -> None:
+    """Module name -> part -> whole-numbered channels; which of them there are is checked with the detector at hand."""
+    if not isinstance(kept, dict):
+        raise UserError(f"{path}: found {type(kept).__name__} under `kept`, expected dict or None")
+    check_keys(path, "kept", kept)
+    for name, parts in kept.items():
+        _check_tensors(path, f"kept.{name}", parts)
+        for part, indices in parts.items():
+            if indices.dtype != torch.int64:
+                raise UserError(
+                    f"{path}: found {indices.dtype} under `{one_line(f'kept.{name}.{part}', 80)}`, expected torch.int64"
+                )
+
+
+def _check_tensors(path: Path, name: str, values: Any) -> None:
+    for value in values.values() if isinstance(values, dict) else [values]:
+        if not isinstance(values, dict) or not isinstance(value, Tensor):
+            raise UserError(
+                f"{path}: found {type(value).__name__} under `{one_line(name, 80)}`, expected tensors by name"
+            )
+    check_keys(path, name, values)
+
+
+def _parse_widths(path: Path, nested: list) -> Widths:
+    try:
+        return Widths.parse(nested)
+    except UserError as error:
+        raise UserError(f"{path}: under `widths`, {error}") from None
+
+
+def foreign_arguments(content: dict[str, Any]) -> dict[str, Any]:
+    """Options that fix the network, where a foreign file tells them under `args` by the names they have here."""
+    stored = content.get("args") if "model" in content else None
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    told = stored if isinstance(stored, dict) else {}
+    return {name: told[name] for name in FOREIGN_ARGUMENTS if isinstance(told.get(name), str | int | float)}
+
+
+def recognise_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict[str, Any]) -> Checkpoint:
+    """The checkpoint that the names and shapes of others' weights tell; `arguments` are those the file told.
+
+    Raises:
+        UserError: they are no DN-DETR detector's.
+    """
+    if huggingface.is_huggingface(state_dict):
+        state_dict, arguments, categories = huggingface.convert(path, state_dict)
+        arguments["modelname"] = "dn_dab_detr"
+        widths = _widths_of(path, state_dict)
+        num_classes = len(_class_bias(state_dict))
+        return Checkpoint(
+            path, "huggingface", state_dict, widths, None, num_classes, arguments, full_widths=widths,
+            categories=categories,
+        )  # fmt: skip
+    arguments["modelname"] = "dn_dab_deformable_detr" if DEFORMABLE_KEY in state_dict else "dn_dab_detr"
+    if DEFORMABLE_KEY in state_dict or "transformer.encoder.layers.0.self_attn.in_proj_weight" in state_dict:
+        kind = "release"
+    elif "transformer.encoder.layers.0.in_proj_weight" in state_dict:
+        kind = "paper_slim"
+    else:
+        key = "transformer.encoder.layers.0.self_attn.in_proj_weight"
+        raise UserError(f"{path}: found no key {key}, expected the weights of a DN-DETR detector")
+    bias = _class_bias(state_dict)
+    if bias is None or bias.ndim != 1:
+        raise UserError(f"{path}: found no vector under class_embed.bias, expected the weights of a DN-DETR detector")
+    kept = None
+    if any(key.endswith(".prune_a") for key in state_dict):
+        kind, kept = "paper_search", _masks_to_kept(path, state_dict)
+        state_dict = {key: value for key, value in state_dict.items() if ".select" not in key}
+    widths = full_widths = _widths_of(path, state_dict)
+    for name, parts in (kept or {}).items():
+        if name not in widths.names():
+            raise UserError(
+                f"{path}: found a mask for {one_line(name, 80)}, expected masks of the layers that it has weights for"
+            )
+        widths = widths.replace(name, len(next(iter(parts.values()))))
+    return Checkpoint(path, kind, state_dict, widths, kept, len(bias), arguments, full_widths=full_widths)
+
+
+def _masks_to_kept(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    try:
+        return paper_masks_to_kept(state_dict)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _class_bias(state_dict: Mapping[str, Any]) -> Any:
+    """The biases of a detector's (first) class head, None where there are none."""
+    return next((state_dict[key] for key in CLASS_BIASES if key in state_dict), None)
+
+
+def _widths_of(path: Path, state_dict: Mapping[str, Tensor]) -> Widths:
+    """Widths as the shapes of the output projections tell them."""
+    state_dict = rename_encoder_attention(state_dict, slim=False)
+    of_image = "output_proj" if DEFORMABLE_KEY in state_dict else "out_proj"  # behind an attention to the image
+    projections = {
+        "encoder": (f"self_attn.{of_image}", "linear2"),
+        "decoder": ("self_attn.out_proj", f"cross_attn.{of_image}", "linear2"),
+    }
+    stacks = {}
+    for stack, names in projections.items():
+        layers = range(count_layers(state_dict, stack))
+        keys = [[f"transformer.{stack}.layers.{layer}.{name}.weight" for name in names] for layer in layers]
+        for key in chain.from_iterable(keys):
+            if key not in state_dict or state_dict[key].ndim != 2:
+                raise UserError(f"{path}: found no matrix under {key}, expected the weights of a DN-DETR detector")
+        stacks[stack] = tuple(tuple(state_dict[key].shape[1] for key in layer) for layer in keys)
+    return Widths(**stacks)

@@ -1,0 +1,53 @@
+"""Copy a checkpoint without the state that only training needs, to hand it to others.
+
+python -m weights.slim_down IN OUT --half
+"""
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from util.cli import script_parser
+from util.errors import UserError, run_cli
+from util.files import save_torch
+from weights.checkpoint_file import load_content, read_checkpoint
+from weights.formats import OPTIONAL, REQUIRED
+
+LOCAL_ARGUMENTS = ("output_dir", "coco_path", "train_json", "val_json", "train_images", "val_images", "resume",
+                   "device", "distill")  # fmt: skip
+
+
+def slim_down(source: str | Path, target: str | Path, half: bool = False) -> None:
+    """Copy a checkpoint of ours without its training state; `half` stores float16 where no value overflows."""
+    checkpoint = read_checkpoint(source)
+    if checkpoint.kind not in ("ours", "search"):
+        raise UserError(f"{source}: found a checkpoint of the kind {checkpoint.kind}, expected one written by main.py")
+    content = load_content(Path(source))
+    weights: dict[str, Tensor] = {}
+    shared: dict[tuple, Tensor] = {}
+    for key, value in checkpoint.state_dict.items():
+        identity = (value.data_ptr(), value.shape)
+        if identity not in shared:
+            halved = value.half() if half and value.is_floating_point() else value
+            shared[identity] = halved if halved.isfinite().all() else value
+        weights[key] = shared[identity]
+    kept = {key: content[key] for key in (*REQUIRED, *OPTIONAL, "format", "version", "trace") if key in content}
+    # What is handed to others says nothing of the folders of the machine it was made on.
+    arguments = {name: value for name, value in content["args"].items() if name not in LOCAL_ARGUMENTS}
+    save_torch(target, {**kept, "args": arguments, "model": weights})
+
+
+def main() -> None:
+    """Command line of this file."""
+    parser = script_parser(__doc__, prog="python -m weights.slim_down")
+    parser.add_argument("source", type=os.path.expanduser, metavar="IN", help="checkpoint of main.py or of a search")
+    parser.add_argument("target", type=os.path.expanduser, metavar="OUT", help="file to write")
+    parser.add_argument("--half", action="store_true", help="store weights as float16")
+    args = parser.parse_args()
+    slim_down(args.source, args.target, args.half)
+    print(f"{args.target}: {Path(args.target).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_cli(main)
