@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import main
-import reports as report
 from datasets.coco import annotation_path
 from datasets.coco_eval import evaluator_name
 from pruning.arguments import get_pruning_parser
 from pruning.cost import cost_of
 from pruning.schedule import MGP, Schedule
+from reports import report
 from reports.__main__ import main as report_main
 from reports.samples import Samples
 from runs.search_command import search
