@@ -1,4 +1,4 @@
-"""COCO annotation files: what they must hold, and what a run keeps of them in memory."""
+"""Read and validate COCO annotation files, and hold their content as arrays."""
 
 import functools
 import json
@@ -14,33 +14,33 @@ import numpy as np
 from util.errors import UserError, plain_name, reason_of, shorten
 
 TABLES = ("images", "annotations", "categories")
-# All that is read of a file. Outlines are most of COCO's, and nothing here reads them.
+# The keys that are kept. Outlines are most of COCO's files and are not used.
 KEYS = frozenset(
     (*TABLES, "id", "file_name", "width", "height", "name", "image_id", "category_id", "bbox", "area", "iscrowd")
 )
-# A list of nothing but numbers and lists behind the key; quotes inside a text are escaped, so it matches in none.
+# The key and a list of numbers and lists. It cannot match inside a string, where quotes are escaped.
 OUTLINE = re.compile(rb'"segmentation"\s*:\s*\[[\[\]0-9eE+\-.,\s]*\]')
-MAX_ID = 2**53  # ids travel with detections in an array of float64
+MAX_ID = 2**53  # ids are stored with detections in a float64 array
 MAX_CATEGORY_ID = 65535  # a detector has a logit for every id up to the largest
 MAX_LENGTH = 1e12
 
-# A kind, as a check counts them, and a sentence without the file's name.
+# The kind, by which datasets.check counts, and the sentence that follows the file's name.
 Problem = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a run reads of an annotation file with M images and N boxes, as arrays that processes can share.
+    """The content of an annotation file with M images and N boxes, as arrays that processes can share.
 
     Attributes:
         image_ids: M, int64, ascending.
         file_names: M.
-        sizes_wh: M x 2, int64, the listed width and height in pixels; 0 where the file has none.
-        categories: name by id, in the order of the file.
-        box_image_ids: N, int64, ascending; boxes of one image are in the order of the file.
+        sizes_wh: M x 2, int64, listed width and height in pixels; 0 if the file lists none.
+        categories: name by id, in file order.
+        box_image_ids: N, int64, ascending; boxes of one image are in file order.
         category_ids: N, int64.
-        boxes_xywh: N x 4, float64, corner and sides in pixels.
-        areas: N, float64, square pixels; the box's where the file has none.
+        boxes_xywh: N x 4, float64, top left corner, width and height in pixels.
+        areas: N, float64, square pixels; the area of the box if the file lists none.
         are_crowds: N, bool.
     """
 
@@ -56,7 +56,7 @@ class Annotations:
 
     @staticmethod
     def of_tables(content: Mapping[str, list]) -> "Annotations":
-        """From tables in which `find_problems` finds none."""
+        """Convert tables in which `find_problems` finds no problem."""
         images = sorted(content["images"], key=lambda image: image["id"])
         items = content.get("annotations", [])
         boxes = np.array([item["bbox"] for item in items], np.float64).reshape(-1, 4)
@@ -77,37 +77,37 @@ class Annotations:
         )
 
     def index_of(self, image_id: int) -> int:
-        """Where an image stands among `image_ids`."""
+        """Return the index of an image in `image_ids`."""
         return int(np.searchsorted(self.image_ids, image_id))
 
     def objects_of(self, image_id: int) -> np.ndarray:
-        """Rows of the boxes of an image, crowds left out."""
+        """Return the rows of an image's boxes, without crowds."""
         first, end = np.searchsorted(self.box_image_ids, (image_id, image_id + 1))
         return first + np.flatnonzero(~self.are_crowds[first:end])
 
     def object_counts(self) -> np.ndarray:
-        """How many boxes each image has (M), crowds left out."""
+        """Return the number of boxes of each image (M), without crowds."""
         ids = self.box_image_ids[~self.are_crowds]
         return np.searchsorted(ids, self.image_ids, "right") - np.searchsorted(ids, self.image_ids)
 
     def listed_size_wh(self, index: int) -> tuple[int, int] | None:
-        """Width and height that the file gives the image at that index; None where it gives none."""
+        """Return the listed width and height of the image at `index`, or None if the file lists none."""
         width, height = self.sizes_wh[index].tolist()
         return (width, height) if width and height else None
 
 
 def load_annotations(annotation_file: str | Path, *, needs_boxes: bool = True) -> Annotations:
-    """Read and check an annotation file; the last few stay in memory, as several parts of a run ask for the same one.
+    """Read and check an annotation file. The last four are cached because a run loads the same file several times.
 
     Args:
-        annotation_file: its path.
-        needs_boxes: whether a file without the list of annotations, as COCO has them for its test images, is an error.
+        annotation_file: path of the file.
+        needs_boxes: raise an error if the list of annotations is missing, as in the files of COCO's test images.
 
     Raises:
-        UserError: the file is missing, no JSON, lacks a table, or an annotation points to a missing image or category.
+        UserError: the file is missing, is not JSON, lacks a table, or `find_problems` finds a problem.
     """
     path = Path(annotation_file)
-    # Reading reports a missing file.
+    # A missing file is reported when it is read.
     modified = path.stat().st_mtime_ns if os.path.isfile(path) else None
     return _load_annotations(path, needs_boxes, modified)
 
@@ -121,15 +121,15 @@ def _load_annotations(path: Path, needs_boxes: bool, _modified: int | None) -> A
 
 
 def category_names(annotation_file: str | Path, *, needs_boxes: bool = True) -> dict[int, str]:
-    """Category id -> name; arguments as for `load_annotations`."""
+    """Return the category names by id; arguments as for `load_annotations`."""
     return dict(load_annotations(annotation_file, needs_boxes=needs_boxes).categories)
 
 
 def read_tables(path: Path, needed: Sequence[str] = TABLES) -> dict[str, list]:
-    """The content of an annotation file without outlines, whatever is in its lists; those not needed may be missing.
+    """Read an annotation file without its outlines. Entries are not checked; tables not in `needed` may be missing.
 
     Raises:
-        UserError: the file is missing, no JSON, or lacks a list that is needed.
+        UserError: the file is missing, is not JSON, or lacks a needed table.
     """
     try:
         text = OUTLINE.sub(b'"segmentation": 0', path.read_bytes())
@@ -155,7 +155,7 @@ def _only_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def listed_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Width and height of an entry of the images in whole pixels; None where it has no such numbers."""
+    """Return the width and height of an image entry in whole pixels, or None if it lists no such numbers."""
     sides = [image.get(key) for key in ("width", "height")]
     if all(type(side) in (int, float) and 1 <= side < MAX_LENGTH and side == int(side) for side in sides):
         return int(sides[0]), int(sides[1])
@@ -163,7 +163,7 @@ def listed_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def find_problems(content: dict[str, list]) -> Iterator[Problem]:
-    """Everything in the tables that makes them unusable, as (kind, what follows the file's name in a sentence)."""
+    """Yield every problem that makes the tables unusable."""
     for table in TABLES:
         for entry in content[table]:
             if not isinstance(entry, dict):
@@ -189,25 +189,25 @@ def find_problems(content: dict[str, list]) -> Iterator[Problem]:
 
 
 def name_of(category: Mapping[str, Any]) -> str:
-    """A category's name on one line, or its id where it has none."""
+    """Return a category's name on one line, or its id if it has no name."""
     name = category.get("name")
     return ("" if name is None else plain_name(str(name))) or str(category.get("id"))
 
 
 def entries_of(content: dict[str, list], table: str) -> list[dict[str, Any]]:
-    """The entries of a table that are none of its malformed ones."""
+    """Return the well-formed entries of a table."""
     return [entry for entry in content[table] if isinstance(entry, dict)]
 
 
 def _id_problems(entries: list[dict[str, Any]], kind: str, largest: int) -> Iterator[Problem]:
-    """Ids of images or categories that are no whole numbers in range or come twice."""
+    """Yield a problem for each image or category id that is not a whole number in range or occurs twice."""
     ids = set()
     for entry in entries:
         number = entry.get("id")
         if not _is_whole(number, largest):
             yield f"malformed {kind} ids", f": {kind} id {shorten(number)}, expected whole numbers from 0 to {largest}"
         elif number in ids:
-            yield f"duplicate {kind} ids", f": {kind} id {number} comes twice, expected each once"
+            yield f"duplicate {kind} ids", f": {kind} id {number} occurs twice, expected unique ids"
         else:
             ids.add(number)
 
@@ -215,7 +215,7 @@ def _id_problems(entries: list[dict[str, Any]], kind: str, largest: int) -> Iter
 def _annotation_problems(
     item: dict[str, Any], image_ids: Collection[int], category_ids: Collection[int]
 ) -> Iterator[Problem]:
-    """What is wrong with one annotation, to follow its name in a sentence."""
+    """Yield the problems of one annotation; each sentence follows the annotation's name."""
     for key, kind, known in (("image_id", "image", image_ids), ("category_id", "category", category_ids)):
         number = item.get(key)
         if type(number) is not int:
@@ -234,7 +234,7 @@ def _annotation_problems(
 
 
 def is_box(bbox: Any) -> bool:
-    """Whether it is a list of four finite numbers."""
+    """Return whether `bbox` is a list of four finite numbers."""
     return isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_length, bbox))
 
 
@@ -243,5 +243,5 @@ def _is_whole(value: Any, largest: int) -> bool:
 
 
 def _is_length(value: Any) -> bool:
-    """Pixels or their square: a number that is neither NaN nor beyond every image."""
+    """Return whether `value` is a plausible length or area: a number, not NaN, and below `MAX_LENGTH`."""
     return type(value) in (int, float) and abs(value) < MAX_LENGTH

@@ -1,4 +1,4 @@
-"""Boxes that no run can learn: without area, outside their image, or below a pixel, as boxes in fractions of it are."""
+"""Find boxes that cannot be learned: without area, outside their image, or below a pixel (such as relative boxes)."""
 
 import logging
 from pathlib import Path
@@ -11,16 +11,16 @@ from util.logging import Notice
 
 MIN_SIDE = 1.0  # pixels
 ROUNDING = 1e-3  # of sides and ends, in pixels
-WARNED_SHARE = 0.01  # of the boxes; COCO's own files have some that are left out
+WARNED_SHARE = 0.01  # of the boxes; COCO's own files contain a few unusable ones
 
 
 def are_below_pixel(boxes_xywh: np.ndarray, sizes_wh: np.ndarray) -> np.ndarray:
-    """Which boxes (N x 4) have less than a pixel of a side in their image, or lie in its first pixel (bool N).
+    """Return which boxes have a side below one pixel inside their image, or lie in its first pixel (bool N).
 
-    A box in fractions of its image is one of these, the box of a whole image too.
+    This includes every box in relative coordinates, even that of a whole image.
 
     Args:
-        boxes_xywh: in pixels of the image file.
+        boxes_xywh: N x 4, in pixels of the image file.
         sizes_wh: N x 2 or 2, width and height of the image.
     """
     ends = boxes_xywh[:, :2] + boxes_xywh[:, 2:]
@@ -29,7 +29,7 @@ def are_below_pixel(boxes_xywh: np.ndarray, sizes_wh: np.ndarray) -> np.ndarray:
 
 
 def box_counts(annotations: Annotations) -> dict[str, int]:
-    """Boxes of an annotation file by kind, crowds left out: `all`, and of those that training leaves out each once."""
+    """Count the boxes without crowds: `all`, and those that training skips by reason, each box once."""
     rows = ~annotations.are_crowds
     boxes = annotations.boxes_xywh[rows]
     sizes = annotations.sizes_wh[np.searchsorted(annotations.image_ids, annotations.box_image_ids[rows])]
@@ -46,28 +46,28 @@ def box_counts(annotations: Annotations) -> dict[str, int]:
 
 
 def require_training_boxes(annotation_file: Path) -> None:
-    """Raise `UserError` where there are boxes, and training leaves out all of them."""
-    total, left_out, kinds = _left_out(annotation_file)
-    if total and left_out == total:
+    """Raise `UserError` if there are boxes and training would skip all of them."""
+    total, skipped, kinds = _skipped_boxes(annotation_file)
+    if total and skipped == total:
         raise UserError(
-            f"{annotation_file}: found no box to learn among {total} ({kinds}), expected x, y, width and height in "
+            f"{annotation_file}: found no usable box among {total} ({kinds}), expected x, y, width and height in "
             "pixels of the image files"
         )
 
 
 def training_box_notices(annotation_file: Path) -> list[Notice]:
-    """How many boxes training leaves out, crowds aside; a warning where they are many, or where there is no box."""
-    total, left_out, kinds = _left_out(annotation_file)
+    """Report how many boxes training skips, without crowds: as a warning if they are many or there are no boxes."""
+    total, skipped, kinds = _skipped_boxes(annotation_file)
     if not total:
         return [(logging.WARNING, f"{annotation_file}: found no boxes, so there are no objects to learn")]
-    if not left_out:
+    if not skipped:
         return []
-    level = logging.WARNING if left_out > WARNED_SHARE * total else logging.INFO
-    return [(level, f"{annotation_file}: training leaves out {left_out} of {total} boxes ({kinds})")]
+    level = logging.WARNING if skipped > WARNED_SHARE * total else logging.INFO
+    return [(level, f"{annotation_file}: training skips {skipped} of {total} boxes ({kinds})")]
 
 
 def measured_box_notices(annotation_file: Path) -> list[Notice]:
-    """A warning where AP cannot be measured for want of boxes, or means little because many are below a pixel."""
+    """Warn if there are no boxes to measure AP with, or if AP means little because many are below a pixel."""
     counts = box_counts(load_annotations(annotation_file))
     total, below = counts["all"], counts["below a pixel"]
     if not total:
@@ -79,7 +79,7 @@ def measured_box_notices(annotation_file: Path) -> list[Notice]:
 
 
 def query_notices(annotation_file: Path, num_queries: int) -> list[Notice]:
-    """A warning where images have more objects than a detector has queries, each of which finds at most one."""
+    """Warn if images have more objects than the detector has queries, each of which finds at most one."""
     counts = load_annotations(annotation_file).object_counts()
     images = int((counts > num_queries).sum())
     if not images:
@@ -88,8 +88,8 @@ def query_notices(annotation_file: Path, num_queries: int) -> list[Notice]:
     return [(logging.WARNING, f"{annotation_file}: {found} ({num_queries}), which find at most one each")]
 
 
-def _left_out(annotation_file: Path) -> tuple[int, int, str]:
-    """Number of boxes, of those that training leaves out, and how many of each kind these are."""
+def _skipped_boxes(annotation_file: Path) -> tuple[int, int, str]:
+    """Return the number of boxes, the number that training skips, and the latter by reason as text."""
     counts = box_counts(load_annotations(annotation_file))
     total = counts.pop("all")
     return total, sum(counts.values()), ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)

@@ -1,9 +1,9 @@
-"""Check a data set before it is trained on: all that is wrong with it, with counts, not the first thing alone.
+"""Check a data set before training and report every problem with its count.
 
     python -m datasets.check COCODIR [--json findings.json]
     python -m datasets.check --val_json a.json --val_images images
 
-Exit code 0: nothing stops a training run; 1: something does; 2: there is no data set to check.
+Exit code 0: the data set can be trained on; 1: a problem stops training; 2: there is no data set to check.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from weights.options import DATA_OPTIONS, add_split_options
 
 SHOWN_EXAMPLES = 3
 KEPT_EXAMPLES = 20  # in the JSON
-SLACK = 0.01  # pixels by which rounding may carry a box over its image's edge
+SLACK = 0.01  # pixels that a box may cross its image's edge by rounding
 STOPS = "stops"
-# What a training run does with a finding of each kind.
+# What a training run does about each kind of finding.
 KINDS = {
     "malformed entries": STOPS,
     "no images": STOPS,
@@ -48,27 +48,27 @@ KINDS = {
     "missing image files": STOPS,
     "broken image files": STOPS,
     "images too thin to scale": STOPS,
-    "categories of two names": STOPS,
-    "images of another size than stated": "takes the file's size",
+    "categories with two names": STOPS,
+    "images with a wrong listed size": "uses the file's size",
     "images with an EXIF orientation, listed upright": "turns them upright",
     "images with an EXIF orientation, listed as stored": "reads them as stored",
-    "duplicate file names": "sees them as often",
-    "duplicate annotations": "counts each",
-    "duplicate annotation ids": "numbers them anew",
+    "duplicate file names": "reads each entry",
+    "duplicate annotations": "uses each",
+    "duplicate annotation ids": "renumbers them",
     "boxes partly outside": "clips them",
-    "boxes wholly outside": "leaves them out",
-    "boxes without area": "leaves them out",
-    "boxes below a pixel": "leaves them out",
-    "crowd boxes": "leaves them out",
-    "images without annotations": "takes them as empty",
+    "boxes wholly outside": "skips them",
+    "boxes without area": "skips them",
+    "boxes below a pixel": "skips them",
+    "crowd boxes": "skips them",
+    "images without annotations": "uses them as empty",
     "categories that never occur": "cannot learn them",
-    "categories of one split alone": "cannot learn or cannot measure them",
+    "categories in one split only": "cannot learn or cannot measure them",
 }
 
 
 @dataclass
 class Finding:
-    """One kind of finding: how often it was met, and the first examples."""
+    """A kind of finding, how often it occurs, and the first examples."""
 
     kind: str
     total: int = 0
@@ -82,7 +82,7 @@ class Finding:
 
 @dataclass
 class SplitReport:
-    """What was found in one split; `categories` have `id`, `name` and the number of `boxes` (crowds left out)."""
+    """The findings of one split. `categories` have `id`, `name` and the number of `boxes` without crowds."""
 
     name: str
     annotation_file: str
@@ -94,7 +94,7 @@ class SplitReport:
 
 
 def collect(found: Iterable[tuple[str, str]]) -> list[Finding]:
-    """(kind, example) pairs as findings, in the order of `KINDS`."""
+    """Group (kind, example) pairs into findings, in the order of `KINDS`."""
     findings = {kind: Finding(kind) for kind in KINDS}
     for kind, example in found:
         findings[kind].total += 1
@@ -104,7 +104,12 @@ def collect(found: Iterable[tuple[str, str]]) -> list[Finding]:
 
 
 def check_split(split: Split, workers: int = 0, image_size: int = 800) -> SplitReport:
-    """Read all of a split, its images with `workers` processes (0 for none), to be scaled to `image_size` pixels.
+    """Check the annotations and images of a split.
+
+    Args:
+        split: the split.
+        workers: processes that read images; 0 for none.
+        image_size: short side of the images in a run, in pixels.
 
     Raises:
         UserError: there is no annotation file with its three lists.
@@ -134,36 +139,36 @@ def check_split(split: Split, workers: int = 0, image_size: int = 800) -> SplitR
 
 
 def check_boxes(images: Sequence[Mapping], items: Sequence[Mapping], facts: Facts) -> Iterator[tuple[str, str]]:
-    """What is wrong with boxes that are four numbers, and images without any annotation."""
+    """Yield the findings about well-formed boxes and about images without annotations."""
     by_id = {_hashable(image.get("id")): image for image in images}
     seen: set[tuple] = set()
     annotated: set[Any] = set()
     ids: set[Any] = set()
     for number, item in enumerate(items, start=1):
         image_id, category_id = _hashable(item.get("image_id")), _hashable(item.get("category_id"))
-        told = f"annotation {shorten(item.get('id', f'number {number}'))} of image {shorten(image_id)}"
+        example = f"annotation {shorten(item.get('id', f'number {number}'))} of image {shorten(image_id)}"
         annotated.add(image_id)
         if "id" in item:
             if _hashable(item["id"]) in ids:
-                yield "duplicate annotation ids", told
+                yield "duplicate annotation ids", example
             ids.add(_hashable(item["id"]))
         if item.get("iscrowd"):
-            yield "crowd boxes", told
+            yield "crowd boxes", example
         if not is_box(item.get("bbox")):
             continue
         box = tuple(item["bbox"])
         if (key := (image_id, category_id, box)) in seen:
-            yield "duplicate annotations", f"{told}: {list(box)}"
+            yield "duplicate annotations", f"{example}: {list(box)}"
         seen.add(key)
         if image_id in by_id and (place := _place(box, _size(by_id[image_id], facts))):
-            yield place, f"{told}: {list(box)}"
+            yield place, f"{example}: {list(box)}"
     for number, image in by_id.items():
         if number not in annotated:
             yield "images without annotations", f"image {shorten(number)}, {shorten(image.get('file_name'), 80)}"
 
 
 def _place(box: tuple[float, ...], size: tuple[float, float] | None) -> str | None:
-    """The kind of finding that a box x, y, w, h is in an image of that width and height; None if it is none."""
+    """Return the kind of finding for a box x, y, w, h in an image of `size` (width, height), or None."""
     x, y, w, h = box
     if w <= 0 or h <= 0:
         return "boxes without area"
@@ -177,25 +182,25 @@ def _place(box: tuple[float, ...], size: tuple[float, float] | None) -> str | No
 
 
 def _size(image: Mapping, facts: Facts) -> tuple[float, float] | None:
-    """Width and height of an image: the file's, else the stated one."""
+    """Return an image's width and height: those of the file or, if unreadable, the listed ones."""
     found = facts.get(file_name(image))
     return found.size_wh if isinstance(found, ImageFacts) else listed_size(image)
 
 
 def _hashable(value: Any) -> Any:
-    """An id as it is, or a list or dict in its place as text."""
+    """Return an id unchanged; a list or dict in its place becomes text."""
     return repr(value) if isinstance(value, list | dict) else value
 
 
 def check_between(reports: Sequence[SplitReport]) -> list[Finding]:
-    """Categories that two splits do not have in common."""
+    """Compare the categories of two splits."""
     if len(reports) < 2:
         return []
     one, other = ({_hashable(c["id"]): c["name"] for c in report.categories} for report in reports)
     names = [report.name for report in reports]
     found = [
         (
-            "categories of two names",
+            "categories with two names",
             f"category {shorten(number)} is {shorten(one[number])} and {shorten(other[number])}",
         )
         for number in one
@@ -204,17 +209,17 @@ def check_between(reports: Sequence[SplitReport]) -> list[Finding]:
     for mine, theirs, name in ((one, other, names[0]), (other, one, names[1])):
         missing = [number for number in mine if number not in theirs]
         found += [
-            ("categories of one split alone", f"{shorten(mine[number])} ({shorten(number)}) of {name}")
+            ("categories in one split only", f"{shorten(mine[number])} ({shorten(number)}) of {name}")
             for number in missing
         ]
     return collect(found)
 
 
 def splits_to_check(args: argparse.Namespace) -> list[Split]:
-    """Both splits of a COCO folder; without one, those that options name.
+    """Return both splits of a COCO folder or, without one, the splits that options name.
 
     Raises:
-        UserError: there is nothing to check, or not where an option says.
+        UserError: there is nothing to check, or an option names a missing file or folder.
     """
     named = {name for name in DATA_OPTIONS if getattr(args, name) is not None}
     if args.coco_path is not None:
@@ -230,14 +235,14 @@ def splits_to_check(args: argparse.Namespace) -> list[Split]:
 
 
 def show(report: SplitReport) -> str:
-    """The tables of one split."""
+    """Return the tables of one split as text."""
     title = f"{report.name}: {report.images} images, {report.boxes} boxes ({report.annotation_file})"
     rows = [(category["name"], category["id"], category["boxes"]) for category in report.categories]
     return "\n\n".join([title, table(("category", "id", "boxes"), rows), show_findings(report.findings)])
 
 
 def show_findings(findings: Sequence[Finding]) -> str:
-    """The table of findings, those that stop a run first, and below it the first of each."""
+    """Return the table of findings, those that stop a run first, followed by examples of each."""
     if not findings:
         return "nothing found"
     lines = [table(("found", "total", "a run"), [(f.kind, f.total, KINDS[f.kind]) for f in findings])]
@@ -265,7 +270,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the data set that the command line names; returns the exit code."""
+    """Check the data set named on the command line and return the exit code."""
     args = get_args_parser().parse_args(argv)
     reports = []
     for split in splits_to_check(args):

@@ -1,4 +1,4 @@
-"""The image files of a data set, as its check sees them: missing, broken, of another size, turned."""
+"""Check the image files of a data set: missing, broken, of an unexpected size, or rotated by EXIF."""
 
 import contextlib
 import os
@@ -23,9 +23,9 @@ class ImageFacts:
     """An image that can be read.
 
     Attributes:
-        size_wh: width and height in pixels as its boxes count.
-        orientation: its EXIF orientation, 1 to 8.
-        is_upright: whether a run turns it upright, see `datasets.decode.read_listed`.
+        size_wh: width and height in pixels, in the frame of its boxes.
+        orientation: EXIF orientation, 1 to 8.
+        is_upright: whether a run turns it upright; see `datasets.decode.read_listed`.
     """
 
     size_wh: tuple[int, int]
@@ -33,14 +33,14 @@ class ImageFacts:
     is_upright: bool
 
 
-# By file name; text is what is wrong with a file, None a missing one.
+# By file name; text is the error of a broken file, None stands for a missing file.
 Facts = Mapping[str, ImageFacts | str | None]
 
 
 def read_images(
     images: Sequence[Mapping], folder: Path, title: str, workers: int
 ) -> dict[str, ImageFacts | str | None]:
-    """Decode all listed images with `workers` processes (0 for none), under a progress bar with that title."""
+    """Decode all listed images with `workers` processes (0 for none) and show a progress bar named `title`."""
     listed = {name: listed_size(image) for image in images if (name := file_name(image)) is not None}
     bar = tqdm(total=len(listed), desc=f"{title}: images", unit="image", disable=bar_off(), leave=False)
     facts: dict[str, ImageFacts | str | None] = {}
@@ -69,7 +69,7 @@ def _read(path: Path, listed_size_wh: tuple[int, int] | None) -> ImageFacts | st
 
 
 def check_images(images: Sequence[Mapping], folder: Path, facts: Facts, longest: int) -> Iterator[tuple[str, str]]:
-    """Findings of image files, as (kind, example); long sides come out at most `longest` pixels."""
+    """Yield findings as (kind, example); a run scales long sides to at most `longest` pixels."""
     for name, found in facts.items():
         if found is None:
             other = name_in_other_form(folder, name)
@@ -86,7 +86,7 @@ def check_images(images: Sequence[Mapping], folder: Path, facts: Facts, longest:
         found, listed = facts.get(file_name(image)), (image.get("width"), image.get("height"))
         if isinstance(found, ImageFacts) and None not in listed and found.size_wh != listed:
             sizes = " x ".join(map(str, found.size_wh)), " x ".join(map(str, listed))
-            yield "images of another size than stated", f"{image['file_name']} is {sizes[0]}, stated {sizes[1]}"
+            yield "images with a wrong listed size", f"{image['file_name']} is {sizes[0]}, listed {sizes[1]}"
 
 
 def _check_image(name: str, found: ImageFacts, longest: int) -> Iterator[tuple[str, str]]:
@@ -99,6 +99,6 @@ def _check_image(name: str, found: ImageFacts, longest: int) -> Iterator[tuple[s
 
 
 def file_name(image: Mapping[str, Any]) -> str | None:
-    """The file name of an entry of the images, None where it has none."""
+    """Return the file name of an image entry, or None if it has none."""
     name = image.get("file_name")
     return name if isinstance(name, str) and name else None

@@ -1,6 +1,6 @@
 """Data sets in COCO layout: `{train2017,val2017}/*.jpg` and `annotations/instances_{train,val}2017.json`.
 
-Options of their own take the place of each of the four: see `split_of`.
+Options can replace each of the four paths; see `split_of`.
 """
 
 import math
@@ -28,23 +28,23 @@ SPLITS = ("train2017", "val2017")
 
 
 def annotation_path(coco_path: str | Path, split: str) -> Path:
-    """The annotation file of a split."""
+    """Return the annotation file of a split."""
     return Path(coco_path) / "annotations" / f"instances_{split}.json"
 
 
 def image_folder(coco_path: str | Path, split: str) -> Path:
-    """The folder with the images of a split."""
+    """Return the image folder of a split."""
     return Path(coco_path) / split
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where the files of one split are.
+    """Paths of one split.
 
     Attributes:
         name: train2017 or val2017.
         annotation_file: COCO annotations.
-        image_folder: the images that they list.
+        image_folder: folder of the listed images.
     """
 
     name: str
@@ -53,13 +53,14 @@ class Split:
 
 
 def split_of(args: Any, name: str) -> Split:
-    """Where the files of the split `name` are: in the COCO layout, but for those that an option of their own names.
+    """Return the paths of a split: in the COCO layout, unless an option names another file or folder.
 
     Args:
         args: reads coco_path, and train_json and train_images or val_json and val_images.
+        name: train2017 or val2017.
 
     Raises:
-        UserError: what an option names is not there; coco_path is of no concern where both others are given.
+        UserError: a path does not exist; coco_path is ignored if both other options are given.
     """
     if name not in SPLITS:
         raise ValueError(f"split {name!r}, expected one of {SPLITS}")
@@ -79,14 +80,14 @@ def split_of(args: Any, name: str) -> Split:
 
 
 def _check_folder(option: str, folder: str | Path, content: str) -> None:
-    """Raise `UserError` unless `folder` can be looked into and is not empty."""
+    """Raise `UserError` unless `folder` is readable and not empty."""
     try:
         if not str(folder):
-            raise ValueError("an empty name")  # and not the current folder
+            raise ValueError("an empty name")  # Path("") would be the current folder
         found = any(Path(folder).iterdir())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{option} {folder} is no folder that can be read ({getattr(error, 'strerror', error)}); "
+            f"{option} {folder} is not a readable folder ({getattr(error, 'strerror', error)}); "
             f"expected one with {content}"
         ) from None
     if not found:
@@ -94,18 +95,18 @@ def _check_folder(option: str, folder: str | Path, content: str) -> None:
 
 
 class CocoDataset(Dataset):
-    """Images and box targets of one split, transformed.
+    """Transformed images and box targets of one split.
 
-    What is random in a sample depends on the seed, the epoch and the sample's index alone, so a resumed run sees what
-    an uninterrupted one would, with any number of worker processes. Call `set_epoch` before each epoch.
+    Randomness depends only on the seed, the epoch and the sample's index, so a resumed run gets the same samples as an
+    uninterrupted one, with any number of workers. Call `set_epoch` before each epoch.
 
     Args:
         folder: the image folder.
         annotation_file: the COCO annotation file.
         transforms: called as transforms(image, boxes) on a uint8 tv_tensors.Image and tv_tensors.BoundingBoxes
             (N x 4 xyxy); returns both.
-        min_side: least box side in pixels after the transforms for a box to stay a target. Above 0, for training,
-            boxes below a pixel of the file are no targets either.
+        min_side: minimum side in pixels of a target box after the transforms. If above 0 (training), boxes below a
+            pixel of the file are dropped, too.
         seed: seed of the random transforms.
 
     Raises:
@@ -133,22 +134,22 @@ class CocoDataset(Dataset):
         return len(self.ids)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) whose random transforms the next pass uses."""
+        """Set the epoch (from 0), which determines the random transforms of the next pass."""
         self.epoch = epoch
 
     def order_by_shape(self) -> list[int]:
-        """Indices by height / width as the annotations list them: neighbours need little padding or none in a batch.
+        """Return the indices sorted by listed height / width, so that batches of neighbours need little padding.
 
-        The resize of evaluation brings images of one ratio to one size. Where sides are not listed the ratio is 0.
+        The resize of evaluation gives images of equal ratio equal sizes. The ratio is 0 if no size is listed.
         """
         width, height = self.annotations.sizes_wh.T
         return np.argsort(height / np.maximum(width, 1), kind="stable").tolist()
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """One sample: image, 3 x H x W float32 normalised, and its target.
+        """Return a normalised image (3 x H x W, float32) and its target.
 
         The target holds boxes (N x 4 cxcywh in [0, 1]), labels (N category ids), area (N, the annotation's, in original
-        pixels), iscrowd (N, zeros), image_id, orig_size and size (h, w). Crowds and boxes without area are left out.
+        pixels), iscrowd (N, zeros), image_id, orig_size and size (h, w). Crowds and boxes without area are skipped.
         """
         image_id = self.ids[index]
         image = tv_tensors.Image(self.picture(index))
@@ -168,7 +169,7 @@ class CocoDataset(Dataset):
                     f"({reason_of(error)}), expected a larger one or a larger --image_size"
                 ) from None
         size = np.array(image.shape[-2:])
-        # numpy from here: at these sizes torch's overhead is most of the time.
+        # numpy from here: for arrays this small, torch's overhead dominates.
         corners = boxes.as_subclass(Tensor).numpy()
         sides, centres = corners[:, 2:] - corners[:, :2], (corners[:, :2] + corners[:, 2:]) / 2
         keep = np.flatnonzero(had_area & (sides > 0).all(axis=1) & (sides >= self.min_side).all(axis=1))
@@ -185,16 +186,16 @@ class CocoDataset(Dataset):
         return image.as_subclass(Tensor), {name: torch.from_numpy(value) for name, value in target.items()}
 
     def picture(self, index: int) -> Tensor:
-        """The image of a sample as its boxes count in it: RGB, uint8 3 x H x W."""
+        """Return a sample's image in the frame of its boxes: RGB, uint8 3 x H x W."""
         return read_listed(self.image_path(index), self.annotations.listed_size_wh(index)).pixels
 
     def image_path(self, index: int) -> Path:
-        """The file of a sample's image."""
+        """Return the image file of a sample."""
         return self.folder / self.annotations.file_names[index]
 
 
 def _corners(boxes_xywh: np.ndarray, height: int, width: int) -> tuple[Tensor, np.ndarray]:
-    """Boxes of an image (N x 4) to corners within it (N x 4 xyxy float32), and which have an area (bool N)."""
+    """Convert boxes (N x 4) to corners clipped to the image (N x 4 xyxy float32); also return which have an area."""
     corners = boxes_xywh.astype(np.float32)
     corners[:, 2:] += corners[:, :2]
     corners = corners.clip(0, np.array([width, height, width, height], np.float32))
@@ -202,15 +203,14 @@ def _corners(boxes_xywh: np.ndarray, height: int, width: int) -> tuple[Tensor, n
 
 
 def _check_images(folder: Path, annotation_file: Path, file_names: Sequence[str]) -> None:
-    """Raise `UserError` where listed images are not in the folder; one directory listing answers for all."""
+    """Raise `UserError` if listed images are missing; list the folder once instead of checking each file."""
     if not file_names:
         raise UserError(f"{annotation_file} lists no images; expected at least one")
     try:
         present = {entry.name for entry in folder.iterdir()}
     except OSError as error:
         raise UserError(
-            f"{folder} is no folder that can be read ({error.strerror}); "
-            f"expected the images that {annotation_file} lists"
+            f"{folder} is not a readable folder ({error.strerror}); expected the images that {annotation_file} lists"
         ) from None
     missing = [name for name in file_names if name not in present and not os.path.isfile(folder / name)]
     if missing:
@@ -223,24 +223,24 @@ def _check_images(folder: Path, annotation_file: Path, file_names: Sequence[str]
 
 
 def name_in_other_form(folder: Path, name: str) -> str | None:
-    """The name, in ASCII, of a file that differs from `name` by its Unicode normal form alone; None without one."""
+    """Return the escaped name of a file that differs from `name` only in its Unicode normal form, or None."""
     forms = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
     found = next((form for form in forms if form != name and os.path.isfile(folder / form)), None)
     return None if found is None else f"{found!a}, the same name in another Unicode normal form"
 
 
 def _sample_seed(seed: int, epoch: int, index: int) -> int:
-    """One 64-bit seed of the three, without the correlations that a sum of them would give."""
+    """Combine the three into one 64-bit seed; adding them would correlate samples."""
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def build_dataset(image_set: str, args: Any, *, augment: bool) -> CocoDataset:
-    """The data set of one split.
+    """Build the data set of one split.
 
     Args:
         image_set: "train2017" or "val2017".
-        args: reads what `split_of` does, image_size (pixels), augmentation and seed.
-        augment: the random training transforms of args.augmentation, or the fixed resize of evaluation.
+        args: reads the options of `split_of`, image_size (pixels), augmentation and seed.
+        augment: use the random transforms of args.augmentation instead of the fixed resize of evaluation.
     """
     split = split_of(args, image_set)
     return CocoDataset(
@@ -253,7 +253,7 @@ def build_dataset(image_set: str, args: Any, *, augment: bool) -> CocoDataset:
 
 
 def collate(batch: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Samples to (images, targets), two lists; images keep their own sizes."""
+    """Collate samples to a list of images, which keep their sizes, and a list of targets."""
     images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
 
@@ -261,14 +261,14 @@ def collate(batch: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor]
 def _pack(
     batch: list[tuple[Tensor, dict[str, Tensor]]],
 ) -> tuple[Tensor, list[torch.Size], list[dict[str, np.ndarray]]]:
-    """A batch as a worker sends it: one tensor in shared memory in place of eight a sample, each with a file handle."""
+    """Pack a batch for its worker to send: one shared tensor, not eight a sample, each of which takes a file handle."""
     images, targets = collate(batch)
     packed = [{name: value.numpy() for name, value in target.items()} for target in targets]
     return torch.cat([image.flatten() for image in images]), [image.shape for image in images], packed
 
 
 def _unpack(packed: tuple[Tensor, list[torch.Size], list[dict[str, np.ndarray]]]) -> tuple[list, list]:
-    """The reverse of `_pack`; images are views of one tensor."""
+    """Undo `_pack`; the images are views of one tensor."""
     flat, shapes, targets = packed
     parts = flat.split([math.prod(shape) for shape in shapes])  # pinning memory turns torch.Size into plain lists
     images = [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
@@ -276,12 +276,12 @@ def _unpack(packed: tuple[Tensor, list[torch.Size], list[dict[str, np.ndarray]]]
 
 
 class CocoLoader(DataLoader):
-    """A DataLoader of (images, targets) whose workers report a user's mistake as the one sentence that it is.
+    """A DataLoader of (images, targets) that raises a worker's `UserError` without the worker's traceback.
 
     Attributes:
-        images_read: ids of the images that passes gave.
-        other_sizes: by file name, width and height of those of another size than listed, and the listed ones.
-        sizes_counted: whether `datasets.sizes.size_notices` has seen these.
+        images_read: ids of the images read in all passes.
+        other_sizes: found and listed (width, height) of images that differ from their listed size, by file name.
+        sizes_counted: whether `datasets.sizes.size_notices` has reported them.
     """
 
     def __init__(self, dataset: CocoDataset | Subset, *args: Any, **kwargs: Any) -> None:
@@ -292,7 +292,7 @@ class CocoLoader(DataLoader):
 
     @property
     def coco(self) -> CocoDataset:
-        """The data set, or that which it is a part of."""
+        """The data set; that of a Subset is the one below it."""
         return self.dataset.dataset if isinstance(self.dataset, Subset) else self.dataset
 
     def _note_sizes(self, targets: list[dict[str, Tensor]]) -> None:
@@ -306,21 +306,21 @@ class CocoLoader(DataLoader):
                 self.other_sizes[dataset.annotations.file_names[index]] = ((width, height), listed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the random transforms of the next pass."""
+        """Set the epoch, which determines the order and the random transforms of the next pass."""
         self.dataset.set_epoch(epoch)
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-        """Batches of one pass."""
+        """Yield the batches of one pass."""
         for images, targets in self._unpacked(super().__iter__()):
             if not self.sizes_counted:
                 self._note_sizes(targets)
             yield images, targets
 
     def read(self, numbers: Sequence[int]) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-        """The batches that stand at `numbers` (from 0) in a pass of this epoch, in the order asked for.
+        """Yield the batches with these `numbers` (from 0) of a pass of this epoch, in the given order.
 
-        Workers read them ahead, as in a pass.
+        Workers prefetch them, as in a pass.
         """
         batches = list(self.batch_sampler)
         chosen: DataLoader = DataLoader(
@@ -329,7 +329,7 @@ class CocoLoader(DataLoader):
             num_workers=self.num_workers if len(numbers) > 1 else 0,
             collate_fn=self.collate_fn,
             pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # keeps the loader off the global one
+            generator=torch.Generator(),  # leaves the global generator unchanged
         )
         return self._unpacked(iter(chosen))
 
@@ -339,7 +339,7 @@ class CocoLoader(DataLoader):
             for packed in batches:
                 yield _unpack(packed)
         except UserError as error:
-            # A worker's error comes with its traceback as text in front of the message.
+            # The text of a worker's error starts with its traceback.
             raise UserError(str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].rstrip()) from None
 
 
@@ -354,18 +354,18 @@ def build_loader(
     distributed: bool = False,
     pin_memory: bool = False,
 ) -> CocoLoader:
-    """Batches of a data set; order and transforms depend on seed and epoch alone (`loader.set_epoch`).
+    """Build a loader; order and transforms depend only on seed and epoch (`loader.set_epoch`).
 
     Args:
         dataset: the data set.
         batch_size: images per batch and process.
-        shuffle: a new order each epoch, or that of the data set.
+        shuffle: use a new order each epoch instead of the order of the data set.
         num_workers: processes that decode and transform.
         seed: seed of the order.
-        drop_last: leave out a last incomplete batch.
-        distributed: each process takes its share. All shares have one length, so the first images come again at the
-            end where the number does not divide: who gathers results keeps one per image id.
-        pin_memory: batches in page-locked memory, for copies to a GPU.
+        drop_last: drop a last incomplete batch.
+        distributed: split the data among the processes. All shares have the same length, so the first images may be
+            repeated at the end; callers that gather results keep one per image id.
+        pin_memory: put batches in page-locked memory, for copies to a GPU.
     """
     shares = {} if distributed else {"num_replicas": 1, "rank": 0}
     sampler = DistributedSampler(dataset, shuffle=shuffle, seed=seed, drop_last=drop_last and distributed, **shares)
@@ -377,5 +377,5 @@ def build_loader(
         collate_fn=_pack,
         drop_last=drop_last,
         pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(seed),  # keeps the loader off the global one
+        generator=torch.Generator().manual_seed(seed),  # leaves the global generator unchanged
     )

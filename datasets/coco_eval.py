@@ -1,6 +1,6 @@
-"""The twelve COCO figures of a set of box detections, by one of several evaluators that agree to 1e-6.
+"""Compute the twelve COCO metrics of box detections, with one of several evaluators that agree to 1e-6.
 
-A search asks for them hundreds of times on one ground truth: that is prepared once, and detections travel as an array.
+A search computes them hundreds of times on one ground truth, so that is prepared once and detections are arrays.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from torch import Tensor
 from datasets.annotations import Annotations, load_annotations
 
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-# Bytes of RAM that measuring takes for each detection, the arrays of `engine.evaluate` included; measured with 300 an
-# image on 2,500 to 10,000 images.
+# Bytes of RAM for each detection, including the arrays of `engine.evaluate`; measured with 300 detections an image on
+# 2,500 to 10,000 images.
 BYTES_PER_DETECTION = {"hotcoco": 450, "faster": 1800, "pycocotools": 2850}
 COLUMNS = 7  # image id, x, y, w, h, score, category id
 
 
 class GroundTruth:
-    """The boxes that detections are measured against, crowds included.
+    """Ground truth boxes, including crowds.
 
     Args:
-        annotations: an annotation file, or what it holds as a dict.
-        image_ids: the only images that will be measured; None for all. An evaluator takes about 1 kB for each box.
+        annotations: an annotation file, or its content as a dict.
+        image_ids: images to keep; None for all. An evaluator takes about 1 kB for each box.
 
     Raises:
         UserError: the file is missing or malformed.
@@ -40,7 +40,7 @@ class GroundTruth:
         content = Annotations.of_tables(annotations) if isinstance(annotations, dict) else load_annotations(annotations)
         chosen = slice(None) if image_ids is None else np.isin(content.box_image_ids, list(image_ids))
         self.image_ids = content.image_ids if image_ids is None else np.intersect1d(content.image_ids, list(image_ids))
-        # What an evaluator does not need might break it.
+        # Pass only what evaluators need; other content might break them.
         self.images = [{"id": number} for number in self.image_ids.tolist()]
         self.categories = [{"id": number, "name": str(number)} for number in content.categories]
         self.image_of, self.category_of = content.box_image_ids[chosen], content.category_ids[chosen]
@@ -49,27 +49,27 @@ class GroundTruth:
         self._prepared: dict[str, Any] = {}
 
     def boxes_by_category(self) -> Counter[int]:
-        """Number of boxes by category id, crowds left out."""
+        """Return the number of boxes by category id, without crowds."""
         return Counter(self.category_of[~self.are_crowds].tolist())
 
     @property
     def has_boxes(self) -> bool:
-        """Whether there is a box to find, so that AP can be measured; crowds are none."""
+        """Whether there are boxes other than crowds, so that AP can be measured."""
         return not self.are_crowds.all()
 
     def categories_in(self, image_ids: np.ndarray) -> np.ndarray:
-        """Ids of the categories with a box in the given images, sorted."""
+        """Return the sorted ids of the categories with a box in the given images."""
         return np.unique(self.category_of[np.isin(self.image_of, image_ids)])
 
     def prepared(self, backend: str, prepare: Callable[[dict[str, Any]], Any]) -> Any:
-        """The evaluator's own form of the ground truth, made at its first use."""
+        """Return the ground truth in the evaluator's form, which is built once."""
         if backend not in self._prepared:
             tables = {"images": self.images, "annotations": self._annotations(), "categories": self.categories}
             self._prepared[backend] = prepare(tables)
         return self._prepared[backend]
 
     def _annotations(self) -> list[dict[str, Any]]:
-        """The boxes as a table, numbered from 1: evaluators mark "unmatched" by id 0."""
+        """Return the boxes as a table with ids from 1, since evaluators mark unmatched boxes with id 0."""
         columns = (self.image_of, self.category_of, self.boxes_xywh, self.areas, self.are_crowds.astype(int))
         return [
             {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}
@@ -80,10 +80,10 @@ class GroundTruth:
 
 
 def to_detections(image_id: int, result: dict[str, Tensor]) -> np.ndarray:
-    """Rows of one image for `coco_stats`.
+    """Convert the detections of one image to rows for `coco_stats`.
 
     Args:
-        image_id: the image's id.
+        image_id: id of the image.
         result: scores (N), labels (N) and boxes (N x 4 xyxy, absolute pixels of the original image).
 
     Returns:
@@ -105,19 +105,19 @@ def coco_stats(
     image_ids: Iterable[int] | None = None,
     backend: str | None = None,
 ) -> dict[str, float]:
-    """The twelve COCO figures, at most 100 detections an image and category.
+    """Compute the twelve COCO metrics, with at most 100 detections per image and category.
 
     Args:
-        ground_truth: what to measure against.
+        ground_truth: the ground truth.
         detections: N x 7 rows of image id, x, y, w, h (absolute pixels), score, category id.
-        image_ids: images to measure on; the rest, and detections in them, do not count. None: all.
-        backend: "hotcoco", "faster" or "pycocotools"; None takes the first of them that is installed.
+        image_ids: images to measure on; detections in other images are ignored. None for all.
+        backend: "hotcoco", "faster" or "pycocotools"; None for the first that is installed.
 
     Returns:
-        Figure by name, each in [0, 1], or -1 where there is no object to find of that size, as COCO has it.
+        Metric by name, each in [0, 1], or -1 if there are no objects of that size, as in pycocotools.
 
     Raises:
-        ValueError: an unknown backend, another shape of detections, or an image id that is not in the ground truth.
+        ValueError: the backend is unknown, detections have the wrong shape, or the ground truth lacks an image id.
     """
     evaluator, _ = _evaluate(ground_truth, detections, image_ids, backend)
     if evaluator is None:
@@ -126,7 +126,7 @@ def coco_stats(
 
 
 def shown(figure: float) -> float | str:
-    """A COCO figure for a person to read: in words where there was no object to find."""
+    """Return a COCO metric for display: "not measurable" in place of -1."""
     return "not measurable" if figure == -1 else figure
 
 
@@ -136,16 +136,16 @@ def ap_by_category(
     image_ids: Iterable[int] | None = None,
     backend: str | None = None,
 ) -> dict[int, dict[str, float]]:
-    """AP and AP50 of each category that has a box in the images; arguments as for `coco_stats`.
+    """Compute AP and AP50 of each category that has a box in the images; arguments as for `coco_stats`.
 
-    The mean over the categories is the AP of `coco_stats`. A category of crowds alone has -1, as COCO has it.
+    The mean over the categories is the AP of `coco_stats`. A category with crowds only has -1, as in pycocotools.
     """
     evaluator, categories = _evaluate(ground_truth, detections, image_ids, backend)
     if evaluator is None:
         return {}
     precision = np.asarray(evaluator.eval["precision"])[..., 0, -1]  # IoU x recall x category, all areas, 100 an image
     halves = precision[:1]  # the first IoU is 0.5
-    # One category's entries are all there, or all -1.
+    # A category's entries are all valid or all -1.
     return {
         category: {"AP": float(precision[..., index].mean()), "AP50": float(halves[..., index].mean())}
         for index, category in enumerate(categories)
@@ -155,7 +155,7 @@ def ap_by_category(
 def _evaluate(
     ground_truth: GroundTruth, detections: np.ndarray, image_ids: Iterable[int] | None, backend: str | None
 ) -> tuple[Any, list[int]]:
-    """An evaluator that has run, None where there are no boxes; and the categories that it counted, sorted."""
+    """Run an evaluator; return it (None if there are no boxes) and the sorted ids of the evaluated categories."""
     backend = backend or default_backend()
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r}, expected one of {sorted(_BACKENDS)}")
@@ -164,7 +164,7 @@ def _evaluate(
     unknown = np.setdiff1d(images, ground_truth.image_ids)
     if len(unknown):
         raise ValueError(f"image id {unknown[0]} is not in the ground truth")
-    # A category without boxes has no precision and no part in any mean: leave it out, and its detections.
+    # A category without boxes has no precision and enters no mean, so drop it and its detections.
     categories = ground_truth.categories_in(images)
     if not len(categories):
         return None, []
@@ -174,21 +174,21 @@ def _evaluate(
 
 
 def default_backend() -> str:
-    """The quickest installed evaluator; `bench/coco_eval.py` measures them."""
+    """Return the fastest installed evaluator, as measured by `bench/coco_eval.py`."""
     packages = {"hotcoco": "hotcoco", "faster": "faster_coco_eval"}
     return next((name for name, package in packages.items() if importlib.util.find_spec(package)), "pycocotools")
 
 
 @functools.lru_cache
 def evaluator_name() -> str:
-    """Package and version of the default evaluator, such as `hotcoco 1.3.0`, to stand beside its figures."""
+    """Return package and version of the default evaluator, such as `hotcoco 1.3.0`, for reports."""
     backend = default_backend()
     package = "faster-coco-eval" if backend == "faster" else backend
     return f"{package} {importlib.metadata.version(package)}"
 
 
 def _result_tables(ground_truth: GroundTruth, detections: np.ndarray) -> dict[str, Any]:
-    """Detections as the tables of a COCO result, with what `loadRes` would add and without its copies."""
+    """Return detections as COCO result tables, with the fields that `loadRes` would add but without its copies."""
     areas = detections[:, 3] * detections[:, 4]
     annotations = [
         {

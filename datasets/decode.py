@@ -1,6 +1,6 @@
-"""The one decoder of image files: for training, evaluation, searches, inference, pictures, reports and the data check.
+"""Decode image files; every part of the program that reads images uses this module.
 
-Every mode becomes 8-bit RGB, and a photo that lies on its side is turned by one rule, see `read_listed`.
+Every mode becomes 8-bit RGB. `read_listed` defines when an image is rotated by its EXIF orientation.
 """
 
 import functools
@@ -16,12 +16,12 @@ from torchvision.transforms.v2 import functional
 
 from util.errors import UserError, reason_of
 
-# Formats of pictures alone: for others Pillow starts programs (EPS) or reads what the file points to.
+# Raster formats only: for others Pillow starts programs (EPS) or reads files that the file refers to.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
 if "avif" in features.get_supported_modules():  # since Pillow 11.3
     FORMATS += ("AVIF",)
 SIXTEEN_BITS = (0, 65535)
-# From the pixels as stored to the picture as people see it, by EXIF orientation; 1 is upright.
+# The transpose that turns stored pixels upright, by EXIF orientation; 1 is upright.
 UPRIGHT_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,18 +31,18 @@ UPRIGHT_BY_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SWAPPING = (5, 6, 7, 8)  # orientations that exchange width and height
-HALF_TURNS = (2, 3, 4)  # and those that do not
+SWAPPING = (5, 6, 7, 8)  # orientations that swap width and height
+HALF_TURNS = (2, 3, 4)  # orientations that do not
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An image file in memory.
+    """A decoded image file.
 
     Attributes:
         pixels: RGB, uint8 3 x H x W.
-        orientation: its EXIF orientation, 1 (upright, or not given) to 8.
-        is_upright: whether the pixels are turned as the orientation asks; otherwise they are as stored.
+        orientation: EXIF orientation, 1 (upright or missing) to 8.
+        is_upright: whether the pixels are turned upright by the orientation; otherwise they are as stored.
     """
 
     pixels: Tensor
@@ -53,14 +53,13 @@ class DecodedImage:
 def read_listed(path: Path, listed_size_wh: tuple[int, int] | None) -> DecodedImage:
     """Decode an image that an annotation file lists.
 
-    Boxes count in one of two pictures: the pixels as stored, or the picture as people see it. The listed size decides:
-    where width and height are those of the stored pixels exchanged, and the EXIF orientation exchanges them, the image
-    is turned upright. Otherwise the pixels stay as stored, whatever the orientation: no size shows half a turn, and a
-    square has only one.
+    Boxes may refer to the stored pixels or to the upright image. The listed size decides: if it is the stored size with
+    width and height swapped, and the EXIF orientation swaps them, the image is turned upright. Otherwise the pixels
+    stay as stored, since a size cannot reveal a half turn, a reflection, or a turn of a square image.
 
     Args:
         path: the image file.
-        listed_size_wh: width and height in the annotation file; None where it has none.
+        listed_size_wh: width and height in the annotation file, or None.
 
     Raises:
         UserError: the file cannot be read as an image.
@@ -69,7 +68,7 @@ def read_listed(path: Path, listed_size_wh: tuple[int, int] | None) -> DecodedIm
 
 
 def read_upright(path: Path) -> DecodedImage:
-    """Decode an image that no annotation file lists, as people see it: turned as its EXIF orientation says.
+    """Decode an image that no annotation file lists, turned upright by its EXIF orientation.
 
     Raises:
         UserError: the file cannot be read as an image.
@@ -78,33 +77,33 @@ def read_upright(path: Path) -> DecodedImage:
 
 
 def read_size(path: Path, listed_size_wh: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Width and height that `read_listed` would give, from the file's header alone; None where that cannot be read."""
+    """Return the width and height that `read_listed` would give, from the file's header; None if it is unreadable."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             orientation, size_wh = _orientation(image), image.size
-            if image.format == "TIFF":  # Pillow's size may be that of the picture upright
+            if image.format == "TIFF":  # Pillow's size may be that of the upright image
                 size_wh = (
                     int(image.tag_v2[TiffImagePlugin.IMAGEWIDTH]),
                     int(image.tag_v2[TiffImagePlugin.IMAGELENGTH]),
                 )
-    except Exception:  # the decoder will say what is wrong
+    except Exception:  # decoding reports the error
         return None
     return size_wh[::-1] if _is_listed_upright(listed_size_wh, size_wh, orientation) else size_wh
 
 
 @functools.cache
 def image_suffixes() -> tuple[str, ...]:
-    """Ends of the names of files in the formats that are read, in lower case and with their dots."""
+    """Return the file name suffixes of the supported formats, in lower case and with their dots."""
     return tuple(suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
 
 
 def _is_listed_upright(listed_size_wh: tuple[int, int] | None, size_wh: tuple[int, int], orientation: int) -> bool:
-    """Whether a listed size shows that boxes count in the picture turned upright, see `read_listed`."""
+    """Return whether the listed size is that of the upright image; see `read_listed`."""
     return listed_size_wh == size_wh[::-1] != size_wh and orientation in SWAPPING
 
 
 def _decode(path: Path, wants_upright: Callable[[tuple[int, int], int], bool]) -> DecodedImage:
-    """Decode a file; `wants_upright` gets width and height of the stored pixels and the orientation."""
+    """Decode a file; `wants_upright` is called with the stored (width, height) and the orientation."""
     try:
         content = io.BytesIO(path.read_bytes())  # one read; Pillow would make dozens of small ones
         with Image.open(content, formats=FORMATS) as image:
@@ -118,32 +117,32 @@ def _decode(path: Path, wants_upright: Callable[[tuple[int, int], int], bool]) -
             return DecodedImage(functional.pil_to_tensor(rgb), orientation, wanted)
     except MemoryError:
         raise
-    except Exception as error:  # on a damaged file each of Pillow's decoders raises its own kinds
-        unknown = isinstance(error, UnidentifiedImageError)  # its own words show an address in memory
+    except Exception as error:  # each of Pillow's decoders raises other errors for damaged files
+        unknown = isinstance(error, UnidentifiedImageError)  # its message contains a memory address
         reason = "found no known format" if unknown else reason_of(error)
         raise UserError(f"{path} cannot be read as an image: {reason}") from None
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image that is not loaded yet, 1 where it has none or a damaged one."""
+    """Return the EXIF orientation of an image that is not loaded yet; 1 if it is missing or damaged."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged EXIF block leaves the pixels as they are
+    except Exception:  # the EXIF block is damaged
         return 1
     return orientation if orientation in UPRIGHT_BY_ORIENTATION else 1
 
 
 def _reverse(orientation: int) -> int:
-    """The orientation whose turn undoes that of another: a quarter to the left that to the right, others themselves."""
+    """Return the orientation that undoes another: quarter turns swap, all others undo themselves."""
     return {6: 8, 8: 6}.get(orientation, orientation)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image of any mode, on white where it is transparent."""
+    """Convert an image of any mode to 8-bit RGB; transparent pixels are blended with white."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_grey_to_rgb(image)
     if image.has_transparency_data:
-        if image.mode == "La":  # which Pillow converts to nothing else
+        if image.mode == "La":  # Pillow converts La only to LA
             image = image.convert("LA")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -151,10 +150,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits or in floating point, its range brought to 0..255.
+    """Scale grey values of more than 8 bits or in floating point to 0..255.
 
-    The range of 16 bits is all of it. Floats are taken from 0 to 1, 32 bits from 0 to 255 or to 65535, if no value lies
-    outside; else from the least value of the image to the greatest.
+    16-bit images use their full range. Floats use 0 to 1, and 32-bit integers 0 to 255 or 0 to 65535, if all values lie
+    within; otherwise the range is from the image's minimum to its maximum.
 
     Raises:
         ValueError: a pixel is NaN or infinite.
@@ -179,5 +178,5 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_unsigned(image: Image.Image) -> bool:
-    """Whether a TIFF's integers have no sign; Pillow reads its 32 bits as signed ones all the same."""
+    """Return whether a TIFF's integers are unsigned; Pillow always reads 32-bit ones as signed."""
     return image.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 1  # and 2 signed

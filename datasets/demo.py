@@ -2,8 +2,8 @@
 
     python -m datasets.demo OUT --images 5000 --seed 1
 
-Objects differ in shape more than in colour, lie on textured backgrounds, overlap, and run from small to large. One seed
-gives the same pictures on every platform (see `datasets.shapes`); train and val come from different streams of it.
+Objects differ in shape more than in colour, overlap on textured backgrounds, and range from small to large. A seed
+gives the same images on every platform (see `datasets.shapes`); train and val use different random streams.
 """
 
 import argparse
@@ -32,17 +32,17 @@ from util.errors import UserError, run_cli
 from util.files import naming, temporary_of
 from util.lock import hold_name
 
-MARKER = "demo_set.json"  # says that a folder is a demo set, and drawn with which settings
-DRAWING_VERSION = 2  # raise it when the same seed draws other pictures
-MIN_VISIBLE = 40  # percent of an object's area that stays visible, whatever is drawn on top of it
-MIN_INSIDE = 70  # percent of it that lies inside the picture
+MARKER = "demo_set.json"  # marks a folder as a demo set and holds its settings
+DRAWING_VERSION = 2  # increase it when a seed gives different images
+MIN_VISIBLE = 40  # percent of an object's area that later objects may not cover
+MIN_INSIDE = 70  # percent of an object's area that lies inside the image
 PLACES_TRIED = 12
 SPLITS = ("train2017", "val2017")
 
 
 @dataclass
 class _Placed:
-    """One drawn object: category id, samples it covers in all and still visible, its window in samples."""
+    """A drawn object: category id, total and visible number of samples, and its window in samples."""
 
     category_id: int
     total: int
@@ -51,12 +51,12 @@ class _Placed:
 
 
 def draw_image(seed: int, stream: int, index: int, size: int = 256) -> tuple[np.ndarray, list[dict]]:
-    """Draw one picture.
+    """Draw one image.
 
     Args:
-        seed: the set's seed.
+        seed: seed of the set.
         stream: 0 for train, 1 for val.
-        index: number of the picture in its split; pictures do not depend on each other.
+        index: index of the image in its split; images do not depend on each other.
         size: side in pixels.
 
     Returns:
@@ -88,7 +88,7 @@ def draw_image(seed: int, stream: int, index: int, size: int = 256) -> tuple[np.
 
 
 def _object_count(generator: np.random.Generator) -> tuple[int, int]:
-    """Objects in a picture, and their greatest size in 1/256 of its side: 4 % empty, 8 % crowded."""
+    """Draw the number of objects and their maximum size in 1/256 of the image's side: 4 % empty, 8 % crowded."""
     kind = int(generator.integers(100))
     if kind < 4:
         return 0, 0
@@ -98,7 +98,7 @@ def _object_count(generator: np.random.Generator) -> tuple[int, int]:
 
 
 def _object_size(generator: np.random.Generator, largest: int) -> int:
-    """Size in 1/256 of the picture's side: small, medium, large with 32 and 96 of COCO's 640 pixels as the borders."""
+    """Draw a size in 1/256 of the image's side: small, medium or large, divided at 32 and 96 of COCO's 640 pixels."""
     kind = int(generator.integers(100))
     if kind < 6:
         return int(generator.integers(10, 13))
@@ -110,7 +110,7 @@ def _object_size(generator: np.random.Generator, largest: int) -> int:
 def _add_object(
     generator: np.random.Generator, picture: np.ndarray, owner: np.ndarray, placed: list[_Placed], largest: int
 ) -> None:
-    """Draw one object on top of the picture where it hides no other too far; leave it out where no place is found."""
+    """Draw an object on top where it does not hide another too far; skip it if no place is found."""
     draw = generator.integers
     side = owner.shape[0]
     category_id = list(CATEGORIES)[int(draw(len(CATEGORIES)))]
@@ -146,7 +146,7 @@ def _add_object(
 
 
 def _in_samples(pixels: slice, start: int) -> slice:
-    """A range of pixels as a range of samples counted from pixel `start`."""
+    """Convert a range of pixels to a range of samples counted from pixel `start`."""
     return slice((pixels.start - start) * SAMPLES, (pixels.stop - start) * SAMPLES)
 
 
@@ -158,7 +158,7 @@ def _paint(
     u: np.ndarray,
     v: np.ndarray,
 ) -> None:
-    """Blend an object and its outline into `target`, H x W x 3, by the samples it covers."""
+    """Blend an object and its outline into `target` (H x W x 3), weighted by the samples covered."""
     alpha = coverage(inside)[..., None].astype(np.int32)
     fill = coverage(inner)[..., None].astype(np.int32)
     behind = (target * alpha).sum(axis=(0, 1)) // max(1, int(alpha.sum()))
@@ -169,13 +169,13 @@ def _paint(
 
 
 def draw_split(folder: Path, split: str, images: int, *, seed: int, size: int) -> None:
-    """Write `images` pictures of a split and its annotation file below `folder`."""
+    """Write the images of a split and its annotation file below `folder`."""
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
     entries, annotations = [], []
     for index in tqdm(range(images), desc=split, delay=5, unit="image", disable=None):
         pixels, objects = draw_image(seed, SPLITS.index(split), index, size)
-        image_id = index * 3 + 1  # gaps here too: an id is no position in the list
+        image_id = index * 3 + 1  # with gaps, so that ids cannot serve as indices
         name = f"{image_id:012d}.jpg"
         Image.fromarray(pixels).save(folder / split / name, quality=92)
         entries.append({"id": image_id, "file_name": name, "width": size, "height": size})
@@ -189,13 +189,13 @@ def draw_split(folder: Path, split: str, images: int, *, seed: int, size: int) -
 
 
 def draw_set(out: Path, *, images: int, val_images: int, seed: int, size: int = 256) -> bool:
-    """Draw the whole set into `out`; it appears there complete or not at all.
+    """Draw the set into `out`, which appears complete or not at all.
 
     Returns:
-        False where the same set is there already and was left as it is.
+        False if `out` already holds the same set, which is not changed.
 
     Raises:
-        UserError: `out` holds something else.
+        UserError: `out` holds other content.
     """
     settings = {"version": DRAWING_VERSION, "images": images, "val_images": val_images, "seed": seed, "size": size}
     with hold_name(out, "the folder"):
@@ -215,13 +215,13 @@ def draw_set(out: Path, *, images: int, val_images: int, seed: int, size: int = 
 
 
 def _refuse_other_content(out: Path, settings: dict[str, int]) -> None:
-    """Raise `UserError` unless `out` is the demo set of these settings."""
+    """Raise `UserError` unless `out` is a demo set drawn with these settings."""
     try:
         found = json.loads((out / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{out} is not empty and is no demo set; name a new or an empty folder") from None
+        raise UserError(f"{out} is not empty and is not a demo set, expected a new or empty folder") from None
     if found != settings:
-        raise UserError(f"{out} holds a demo set drawn with {found}, asked for {settings}; name another folder")
+        raise UserError(f"{out} holds a demo set drawn with {found}, expected {settings} or another folder")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -230,13 +230,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=user_path, help="folder to write, new or empty")
     parser.add_argument("--images", type=int, default=5000, help="training images")
     parser.add_argument("--val-images", type=int, help="validation images, by default a tenth of --images, at least 1")
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     return parser
 
 
 def main() -> None:
-    """Draw the set that the command line asks for."""
+    """Draw the set described on the command line."""
     args = get_args_parser().parse_args()
     val_images = max(1, args.images // 10) if args.val_images is None else args.val_images
     for option, value, least in (("images", args.images, 1), ("val-images", val_images, 1), ("seed", args.seed, 0)):
@@ -245,8 +245,8 @@ def main() -> None:
     if not 64 <= args.size <= 1024:
         raise UserError(f"--size is {args.size}, expected 64 to 1024 pixels")
     drawn = draw_set(args.out, images=args.images, val_images=val_images, seed=args.seed, size=args.size)
-    said = f"{args.images} + {val_images} images" if drawn else "the same demo set is there already, left as it is"
-    print(f"{args.out}: {said}")
+    result = f"{args.images} + {val_images} images" if drawn else "the same demo set already exists, not changed"
+    print(f"{args.out}: {result}")
 
 
 if __name__ == "__main__":

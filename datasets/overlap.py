@@ -1,4 +1,4 @@
-"""Image files that two splits have in common: AP on images that a detector was fitted to is no fair figure."""
+"""Find images that two splits share, because AP on images used for fitting is biased."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ HEAD_BYTES = 4096  # files of equal names and sizes are compared this far
 
 
 def shared_images(split: Split, other: Split) -> list[str]:
-    """File names in `split` of the images that `other` lists, too.
+    """Return the file names in `split` of images that `other` also lists.
 
-    An image counts if both annotation files name the same file, or if a file of that name in the other folder is a link
-    to it or has the same size and the same first bytes, as a copy has.
+    An image is shared if both annotation files name the same file, or if a file of the same name in the other folder is
+    a link to it or has the same size and first bytes.
     """
     own, others = _paths(split), _paths(other)
     same_path = own.keys() & others.keys()
@@ -29,7 +29,7 @@ def shared_images(split: Split, other: Split) -> list[str]:
 
 
 def _paths(split: Split) -> dict[str, str]:
-    """Absolute path -> file name as the annotations have it; one look at the folder resolves its links."""
+    """Return the annotated file names by absolute path; links are resolved once, for the folder."""
     folder = os.path.realpath(split.image_folder)
     names = load_annotations(split.annotation_file).file_names
     return {os.path.normpath(os.path.join(folder, name)): name for name in names}
@@ -43,5 +43,5 @@ def _is_copy(path: str, other: str) -> bool:
             return False
         with open(path, "rb") as one, open(other, "rb") as two:
             return one.read(HEAD_BYTES) == two.read(HEAD_BYTES)
-    except OSError:  # a missing file is reported where it is read
+    except OSError:  # a missing file is reported when it is read
         return False

@@ -1,7 +1,7 @@
-"""The shapes of the demo set: categories, inside tests and textures, in integer arithmetic only.
+"""Shapes, categories and textures of the demo set, in integer arithmetic.
 
-Floating point may round differently on another processor or in another build of a drawing library, and a pixel on an
-edge would flip with it. Everything here works on integers, so a seed gives the same pixels everywhere.
+Floating point or a drawing library may round differently on another processor or in another build, which would flip
+pixels on edges. With integers, a seed gives the same pixels everywhere.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 UNIT = 1024  # half the extent of a shape in its own coordinates
 SAMPLES = 4  # samples along each side of a pixel
 
-# 64 directions in 1/1024; written as rounded values of a fixed table, far from any tie.
+# Cosines of 64 directions in 1/1024, written out so that no rounding depends on the platform.
 _QUARTER = (1024, 1019, 1004, 980, 946, 903, 851, 792, 724, 650, 569, 483, 392, 297, 200, 100, 0)
 COSINES = (*_QUARTER, *(-c for c in _QUARTER[-2:0:-1]), *(-c for c in _QUARTER), *_QUARTER[-2:0:-1])
 DIRECTIONS = len(COSINES)
@@ -34,7 +34,7 @@ def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Five points with an inner radius of one half: fold the plane onto one half of a point, then one straight edge."""
+    """Return a star of five points: fold the plane onto half a point, which is bounded by one straight edge."""
     cosine, sine = 828, 602  # of 36 degrees, in 1/1024
     u = np.abs(u)
     for side in (1, -1):
@@ -54,7 +54,7 @@ def _crescent(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return (u * u + v * v <= UNIT * UNIT) & (shifted * shifted + v * v >= 800 * 800)
 
 
-# Ids have gaps as COCO's have, so that nothing can take them for indices.
+# Ids have gaps as in COCO, so that they cannot serve as indices.
 CATEGORIES: dict[int, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = {
     1: ("ring", _ring),
     3: ("triangle", _triangle),
@@ -66,7 +66,7 @@ CATEGORIES: dict[int, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]
 
 
 def shape_grid(half_size: int, aspect: int, direction: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shape coordinates of the samples around an object's centre.
+    """Return shape coordinates of the samples around an object's centre.
 
     Args:
         half_size: half the object's size in samples.
@@ -90,7 +90,7 @@ def shape_grid(half_size: int, aspect: int, direction: int) -> tuple[np.ndarray,
 
 
 def erode(mask: np.ndarray, steps: int) -> np.ndarray:
-    """The part of a bool mask H x W at least `steps` samples from its edge along rows and columns."""
+    """Return the part of a bool mask (H x W) at least `steps` samples from its edge along rows and columns."""
     inner = mask.copy()
     inner[steps:] &= mask[:-steps]
     inner[:-steps] &= mask[steps:]
@@ -100,14 +100,14 @@ def erode(mask: np.ndarray, steps: int) -> np.ndarray:
 
 
 def coverage(mask: np.ndarray) -> np.ndarray:
-    """Samples inside per pixel: bool (H * SAMPLES) x (W * SAMPLES) -> int16 H x W in 0..SAMPLES^2."""
+    """Count the samples inside per pixel: bool (H * SAMPLES) x (W * SAMPLES) -> int16 H x W in 0..SAMPLES^2."""
     counts = mask.view(np.uint8)
     rows = sum(counts[i::SAMPLES] for i in range(1, SAMPLES)) + counts[::SAMPLES]
     return (sum(rows[:, i::SAMPLES] for i in range(1, SAMPLES)) + rows[:, ::SAMPLES]).astype(np.int16)
 
 
 def background(generator: np.random.Generator, size: int) -> np.ndarray:
-    """A textured picture without objects, int16 size x size x 3 in 0..255."""
+    """Draw a textured image without objects, int16 size x size x 3 in 0..255."""
     draw = generator.integers
     base = draw(40, 216, 3)
     other = base + draw(-52, 53, 3)
@@ -136,7 +136,7 @@ def background(generator: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _faint_line(draw: Callable, picture: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-    """Clutter: blend one thin line through the picture, a sixth to a quarter of the way to another colour."""
+    """Blend a thin line of a random colour into the image, with an opacity of a sixth to a quarter."""
     size = picture.shape[0]
     direction = int(draw(DIRECTIONS))
     through_x, through_y = draw(0, size, 2)
@@ -146,7 +146,7 @@ def _faint_line(draw: Callable, picture: np.ndarray, x: np.ndarray, y: np.ndarra
 
 
 def _value_noise(draw: Callable, size: int, cells: int) -> np.ndarray:
-    """Smooth noise: random values at (cells + 1)^2 grid points, blended between; int64 size x size in 0..64."""
+    """Draw smooth noise: interpolate random values at (cells + 1)^2 grid points; int64 size x size in 0..64."""
     grid = draw(0, 65, (cells + 1, cells + 1))
     position = np.arange(size) * cells * 64 // size
     cell, part = position >> 6, position & 63
@@ -155,11 +155,11 @@ def _value_noise(draw: Callable, size: int, cells: int) -> np.ndarray:
 
 
 def object_colours(generator: np.random.Generator, behind: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Colours of an object's pixels: a random colour that stands out from what is behind it, shaded and textured.
+    """Draw the colours of an object's pixels: a random colour in contrast to the background, shaded and textured.
 
     Args:
-        generator: source of every choice.
-        behind: mean colour behind the object, 3 integers.
+        generator: random generator.
+        behind: mean background colour, 3 integers.
         u, v: shape coordinates of the pixels, each H x W.
 
     Returns:
@@ -170,7 +170,7 @@ def object_colours(generator: np.random.Generator, behind: np.ndarray, u: np.nda
     contrast = np.abs(colours - behind).sum(axis=1)
     clear = np.flatnonzero(contrast >= 180)
     colour = colours[clear[0] if len(clear) else contrast.argmax()].astype(np.int32)
-    texture = int(draw(5)) if min(u.shape) >= 24 else 0  # on a small object a texture would only hide the shape
+    texture = int(draw(5)) if min(u.shape) >= 24 else 0  # a texture would hide the shape of a small object
     period = int(draw(260, 520))
     if texture == 1:
         pattern = (v // period & 1) * 36 - 18

@@ -1,7 +1,7 @@
-"""Images of another size than their annotation file lists: their boxes most likely count in other pixels.
+"""Warn about images that differ from their listed size, since their boxes probably use other coordinates.
 
-Reading the headers of all images takes too long on a slow disk. So a few are read before a run, and the others are
-counted as a loader gives them.
+Reading the headers of all images is slow on a slow disk, so only a few are read before a run; the others are checked
+when a loader reads them.
 """
 
 import logging
@@ -19,7 +19,7 @@ Size = tuple[int, int]  # width and height
 
 
 def header_notices(dataset: CocoDataset) -> list[Notice]:
-    """A warning if some images, spread over the data set, are of another size than listed; their headers are read."""
+    """Warn if images differ from their listed size, by the headers of a sample spread over the data set."""
     if not distributed.is_main():
         return []
     indices = range(0, len(dataset), -(-len(dataset) // HEADERS))
@@ -33,7 +33,7 @@ def header_notices(dataset: CocoDataset) -> list[Notice]:
 
 
 def size_notices(loader: CocoLoader) -> list[Notice]:
-    """A warning if images of a loader's first pass are of another size than listed; call it in every process."""
+    """Warn if images of a loader's first pass differ from their listed size; call it in every process."""
     if loader.sizes_counted:
         return []
     loader.sizes_counted = True
@@ -48,10 +48,10 @@ def size_notices(loader: CocoLoader) -> list[Notice]:
 
 
 def size_warning(annotation_file: str | Path, other: Mapping[str, tuple[Size, Size]], total: int) -> str:
-    """The warning about images, by file name with the size found and the size listed, among `total` that were read."""
+    """Return the warning about images of `other` (found and listed size by file name), among `total` images read."""
     first, (found, listed) = next(iter(other.items()))
     return (
-        f"{annotation_file}: {len(other)} of {total} images read are of another size than listed, first "
+        f"{annotation_file}: {len(other)} of {total} images read differ from their listed size, first "
         f"{shorten(first, 80)} is "
         f"{found[0]} x {found[1]}, listed {listed[0]} x {listed[1]}; expected boxes in the pixels of the files"
     )

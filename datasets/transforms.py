@@ -1,7 +1,7 @@
 """Image and box transforms: DETR's augmentation for training, one resize for evaluation.
 
-Sizes are DETR's for images of 800 pixels, scaled by `image_size` / 800: small images get the same mix of scales.
-Everything random draws from torch's global generator, which the data set seeds for each sample.
+DETR's sizes for 800-pixel images are scaled by `image_size` / 800, so smaller images get the same mix of scales.
+Random transforms use torch's global generator, which the data set seeds for each sample.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class RandomSizeCrop(v2.Transform):
-    """Crop a window whose height and width are drawn apart from each other, each within the image.
+    """Crop a window inside the image, with height and width drawn independently.
 
     Args:
-        min_size: least side in pixels; a shorter image side is kept whole.
-        max_size: greatest side in pixels.
+        min_size: minimum side in pixels; a shorter image side is not cropped.
+        max_size: maximum side in pixels.
     """
 
     def __init__(self, min_size: int, max_size: int) -> None:
@@ -40,12 +40,12 @@ class RandomSizeCrop(v2.Transform):
 
 
 def _randint(low: int, high: int) -> int:
-    """A random integer in low..high, both included."""
+    """Return a random integer in low..high, inclusive."""
     return int(torch.randint(low, high + 1, ()))
 
 
 class ToModelInput(v2.Transform):
-    """uint8 image to float32, normalised by ImageNet's mean and standard deviation."""
+    """Convert a uint8 image to float32 and normalise it by ImageNet's mean and standard deviation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class ToModelInput(v2.Transform):
         self.shift = -torch.tensor(IMAGENET_MEAN)[:, None, None] / std
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Normalise an image; boxes pass."""
+        """Normalise an image; boxes are unchanged."""
         if isinstance(inpt, tv_tensors.Image):
             pixels = inpt.as_subclass(torch.Tensor).to(torch.float32, memory_format=torch.contiguous_format)
             return tv_tensors.Image(torch.addcmul(self.shift, pixels, self.scale))
@@ -62,12 +62,12 @@ class ToModelInput(v2.Transform):
 
 
 def scaled(pixels: int, image_size: int) -> int:
-    """A size of DETR's recipe for 800-pixel images, at `image_size`."""
+    """Scale a size of DETR's recipe for 800-pixel images to `image_size`."""
     return max(1, round(pixels * image_size / 800))
 
 
 def train_transforms(image_size: int = 800) -> v2.Compose:
-    """DETR's training augmentation: flip; then a random scale, alone or after a resize and a crop."""
+    """Return DETR's training augmentation: flip, then a random scale, alone or after a resize and a crop."""
     scales = [scaled(side, image_size) for side in range(480, 801, 32)]
     longest = scaled(1333, image_size)
     resize = v2.RandomShortestSize(scales, max_size=longest)
@@ -82,17 +82,17 @@ def train_transforms(image_size: int = 800) -> v2.Compose:
 
 
 def flip_transforms(image_size: int = 800) -> v2.Compose:
-    """Training at one scale: flip, then the resize of evaluation."""
+    """Return training transforms at one scale: flip, then the resize of evaluation."""
     return v2.Compose([v2.RandomHorizontalFlip(0.5), eval_transforms(image_size)])
 
 
 def eval_transforms(image_size: int = 800) -> v2.Compose:
-    """Short side `image_size`, long side at most 1333/800 of it; nothing random."""
+    """Return a deterministic resize: short side `image_size`, long side at most 1333/800 of it."""
     return v2.Compose([v2.Resize(image_size, max_size=scaled(1333, image_size)), ToModelInput()])
 
 
 def transformed_size(transforms: v2.Transform, size_hw: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image after `transforms`, in which nothing is random, by those before."""
+    """Return the height and width of an image of `size_hw` after deterministic `transforms`."""
     canvas = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size_hw)
     height, width = transforms(canvas).canvas_size
     return height, width

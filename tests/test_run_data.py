@@ -86,14 +86,14 @@ def in_fractions(tables):
 
 def test_training_on_boxes_below_a_pixel_alone_is_refused_and_some_are_counted(coco, tmp_path):
     root = changed(coco, tmp_path / "all", in_fractions, ("train2017",))
-    with pytest.raises(UserError, match=r"train2017\.json: found no box to learn among 6 \(6 below a pixel\)"):
+    with pytest.raises(UserError, match=r"train2017\.json: found no usable box among 6 \(6 below a pixel\)"):
         train(root, tmp_path / "out")
     assert not (tmp_path / "out" / "run.log").exists()
     root = changed(coco, tmp_path / "some", lambda tables: tables["annotations"][0].update(bbox=[3, 3, 9, 0.5]),
                    ("train2017",))  # fmt: skip
     train(root, tmp_path / "out", "--epochs 1 --lr 0 --num_queries 1")
     log = (tmp_path / "out" / "run.log").read_text()
-    assert "training leaves out 1 of 6 boxes (1 below a pixel)" in log
+    assert "training skips 1 of 6 boxes (1 below a pixel)" in log
     for split in ("train2017", "val2017"):
         assert f"{split}.json: 3 of 4 images have more objects (up to 2) than the detector has queries (1)" in log
 
@@ -111,7 +111,7 @@ def double_sizes(tables):
 
 
 def other_sizes(root: Path, split: str, images: int) -> str:
-    return f"{annotation_path(root, split)}: {images} of {images} images read are of another size than listed, first"
+    return f"{annotation_path(root, split)}: {images} of {images} images read differ from their listed size, first"
 
 
 def test_every_run_says_that_files_have_been_resized(coco, annotated, tmp_path, capsys):
@@ -139,4 +139,4 @@ def test_resized_files_are_told_from_turned_ones(annotated, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.open(path).transpose(Image.Transpose.ROTATE_270).save(path, exif=exif)
-    assert "of another size than listed" not in evaluate(root, tmp_path / "out")
+    assert "differ from their listed size" not in evaluate(root, tmp_path / "out")

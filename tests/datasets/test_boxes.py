@@ -50,13 +50,11 @@ def write(path, content):
 
 def test_a_file_whose_boxes_are_all_left_out_is_refused_and_others_are_counted(tmp_path):
     path = write(tmp_path / "all.json", tables(BELOW + EMPTY))
-    with pytest.raises(
-        UserError, match=r"all\.json: found no box to learn among 8 \(2 without area, 6 below a pixel\)"
-    ):
+    with pytest.raises(UserError, match=r"all\.json: found no usable box among 8 \(2 without area, 6 below a pixel\)"):
         require_training_boxes(path)
     path = write(tmp_path / "some.json", tables(BELOW + GOOD))
     require_training_boxes(path)
-    said = f"{path}: training leaves out 6 of 12 boxes (6 below a pixel)"
+    said = f"{path}: training skips 6 of 12 boxes (6 below a pixel)"
     assert training_box_notices(path) == [(logging.WARNING, said)]
     assert measured_box_notices(path)[0][1].startswith(f"{path}: 6 of 12 boxes are below a pixel, expected")
     path = write(tmp_path / "few.json", tables([*BELOW[:1], *GOOD * 20]))

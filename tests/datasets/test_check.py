@@ -104,7 +104,7 @@ EDITS = {
     "duplicate annotations": (repeat_boxes, {"duplicate annotations": 3}, False),
     "repeated ids": (lambda tables: tables["annotations"][1].update(id=1), {"duplicate annotation ids": 1}, False),
     "crowds": (add_boxes([1, 1, 5, 5], [2, 2, 5, 5], iscrowd=1), {"crowd boxes": 2}, False),
-    "size": (lambda tables: tables["images"][1].update(width=64), {"images of another size than stated": 1}, False),
+    "size": (lambda tables: tables["images"][1].update(width=64), {"images with a wrong listed size": 1}, False),
     "a file twice": (more_of("images", {"id": 50, "file_name": "0.jpg"}), {"duplicate file names": 1}, False),
     "unused": (more_of("categories", {"id": 7, "name": "rare"}), {"categories that never occur": 1}, False),
     "an id twice": (more_of("images", {"id": 10, "file_name": "1.jpg"}),
@@ -189,7 +189,7 @@ def test_broken_files_are_named_and_all_others_read(workers, root, tmp_path, cap
     kinds = totals(found["splits"][0])
     assert code == 1 and kinds["missing image files"] == (1, ["2.jpg"])
     assert kinds["broken image files"][0] == 2 and "1.jpg cannot be read" in kinds["broken image files"][1][1]
-    assert kinds["images of another size than stated"] == (1, ["3.jpg is 9 x 9, stated 80 x 64"])
+    assert kinds["images with a wrong listed size"] == (1, ["3.jpg is 9 x 9, listed 80 x 64"])
     assert totals(found["splits"][1]).keys() == USUAL
     assert "0.jpg cannot be read as an image" in capsys.readouterr().out
 
@@ -210,7 +210,7 @@ def test_images_with_an_exif_orientation_are_counted_by_how_they_are_read(root, 
     assert code == 0 and kinds["images with an EXIF orientation, listed upright"] == (1, ["0.jpg, orientation 6"])
     assert kinds["images with an EXIF orientation, listed as stored"] == (
         2, ["1.jpg, orientation 6", "2.jpg, orientation 3"])  # fmt: skip
-    assert "images of another size than stated" not in kinds
+    assert "images with a wrong listed size" not in kinds
     said = capsys.readouterr().out
     assert "turns them upright" in said and "reads them as stored" in said
 
@@ -234,8 +234,8 @@ def test_categories_of_two_splits_are_compared(root, tmp_path, capsys):
     change(root, edit, "val2017")
     code, found = checked(root, tmp_path)
     assert code == 1 and {finding["kind"]: finding["examples"] for finding in found["between"]} == {
-        "categories of two names": ["category 3 is 'kind 3' and 'another'"],
-        "categories of one split alone": ["'fifth' (5) of val2017"],
+        "categories with two names": ["category 3 is 'kind 3' and 'another'"],
+        "categories in one split only": ["'fifth' (5) of val2017"],
     }
     assert "category 3 is 'kind 3' and 'another'" in capsys.readouterr().out
 

@@ -279,19 +279,19 @@ def test_a_workers_error_is_told_whole_even_if_a_file_name_has_a_line_end(folder
 
 
 def test_missing_files_are_named(folder, tmp_path):
-    with pytest.raises(UserError, match=r"--coco_path .*nowhere is no folder"):
+    with pytest.raises(UserError, match=r"--coco_path .*nowhere is not a readable folder"):
         build_dataset(SPLIT, options(tmp_path / "nowhere"), augment=False)
     with pytest.raises(UserError, match=r"instances_val2017\.json does not exist"):
         build_dataset("val2017", options(folder), augment=False)
     (image_folder(folder, SPLIT) / "c.jpg").unlink()
     with pytest.raises(UserError, match=r"lacks 1 of the 3 images .* first 'c\.jpg'"):
         build_dataset(SPLIT, options(folder), augment=False)
-    with pytest.raises(UserError, match=r"a\.jpg is no folder that can be read \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"a\.jpg is not a readable folder \(Not a directory\)"):
         build_dataset(SPLIT, options(image_folder(folder, SPLIT) / "a.jpg"), augment=False)
     with pytest.raises(UserError, match=r"cannot be read \(Not a directory\)"):
         category_names(annotation_path(folder, SPLIT) / "deeper.json")
     image_folder(folder, SPLIT).rename(folder / "elsewhere")
-    with pytest.raises(UserError, match="train2017 is no folder"):
+    with pytest.raises(UserError, match="train2017 is not a readable folder"):
         build_dataset(SPLIT, options(folder), augment=False)
 
 
@@ -319,7 +319,7 @@ BROKEN = {
     "image 2 has the 'file_name' None, expected text": {"images": [{"id": 2}]},
     "image 2 has the 'file_name' 5, expected text": {"images": [{"id": 2, "file_name": 5}]},
     "image id '2', expected whole numbers": {"images": [{"id": "2", "file_name": "a.jpg"}]},
-    "image id 2 comes twice": {"images": [{"id": 2, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}]},
+    "image id 2 occurs twice": {"images": [{"id": 2, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}]},
     "an entry of 'images' is malformed": {"images": ["a.jpg"]},
     "category id -1, expected": {"categories": [{"id": -1, "name": "x"}], "annotations": []},
     "category id 'cat', expected": {"categories": [{"id": 3}, {"id": "cat"}], "annotations": []},

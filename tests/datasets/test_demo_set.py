@@ -119,7 +119,7 @@ def test_same_set_is_left_and_anything_else_is_refused(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no demo set"):
+    with pytest.raises(UserError, match="is not a demo set"):
         demo.draw_set(other, **settings)
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
 

@@ -37,7 +37,7 @@ def dataset_of(root, edit=None):
 def test_other_sizes_are_counted_by_headers_and_by_a_pass(root, num_workers):
     dataset = dataset_of(root)
     said = (
-        f"{dataset.annotation_file}: 3 of 8 images read are of another size than listed, first '0.jpg' is 32 x 32, "
+        f"{dataset.annotation_file}: 3 of 8 images read differ from their listed size, first '0.jpg' is 32 x 32, "
         "listed 64 x 64; expected boxes in the pixels of the files"
     )
     assert header_notices(dataset) == [(logging.WARNING, said)]

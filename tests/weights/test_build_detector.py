@@ -285,11 +285,14 @@ def test_a_run_on_files_named_one_by_one_is_that_on_the_layout(scattered, tmp_pa
     [
         ("--val_json {tmp}/none.json --val_images {images}", r"^--val_json .*none\.json: no such file"),
         ("--val_json= --coco_path {coco}", "^--val_json : no such file"),
-        ("--val_json {json} --val_images {json}", r"^--val_images .*val\.json is no folder .*Not a directory"),
-        ("--val_images= --coco_path {coco}", r"^--val_images  is no folder .*an empty name"),
+        (
+            "--val_json {json} --val_images {json}",
+            r"^--val_images .*val\.json is not a readable folder .*Not a directory",
+        ),
+        ("--val_images= --coco_path {coco}", r"^--val_images  is not a readable folder .*an empty name"),
         ("--val_json {json} --val_images {tmp}", r"^--val_images .* is an empty folder; expected one with images"),
-        ("--val_json {json} --coco_path {tmp}/none", "^--coco_path .*none is no folder"),
-        ("--val_images {images} --coco_path {tmp}/none", "^--coco_path .*none is no folder"),
+        ("--val_json {json} --coco_path {tmp}/none", "^--coco_path .*none is not a readable folder"),
+        ("--val_images {images} --coco_path {tmp}/none", "^--coco_path .*none is not a readable folder"),
     ],
 )
 def test_files_that_are_not_there_are_told_with_their_option(words, said, scattered, tmp_path):
