@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, where it is asked for."""
+"""Write scalars for TensorBoard (`--tensorboard`)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FOLDER = "tensorboard"
 
 
 class Board:
-    """Writes event files to `output_dir/tensorboard`, in the first process; switched off it does nothing.
+    """Write event files to `output_dir/tensorboard` in the main process.
 
     Args:
         output_dir: the run's folder.
-        enabled: whether anything is written.
+        enabled: write anything at all.
 
     Raises:
-        UserError: the package is missing; in every process, and before anything is written.
+        UserError: the package is missing; raised in every process and before anything is written.
     """
 
     def __init__(self, output_dir: Path, enabled: bool) -> None:
@@ -38,7 +38,7 @@ class Board:
         self._writer: SummaryWriter | None = None
 
     def open(self, done: int = 0) -> None:
-        """Begin to write behind step `done` of an older run that goes on; with 0 older event files are moved aside."""
+        """Continue an older run after step `done`; if 0, move older event files aside and start new ones."""
         if not self.enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -46,13 +46,13 @@ class Board:
         try:
             if not done:
                 move_aside(self.folder)
-            # What a run that was killed wrote behind its last checkpoint comes again.
+            # Steps that a killed run wrote after its last checkpoint are written again.
             self._writer = SummaryWriter(str(self.folder), purge_step=done + 1 if done else None)
         except OSError as error:
             self._give_up(error)
 
     def add(self, scalars: Mapping[str, float], step: int) -> None:
-        """One point on the curve of each name; what is not finite is left out."""
+        """Add a point to the curve of each name; values that are not finite are skipped."""
         if self._writer is None:
             return
         try:
@@ -64,7 +64,7 @@ class Board:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        """Curves are no reason to end a run, least of all in one process of several."""
+        """Warn and write no more curves: this must not end a run, least of all one process of several."""
         get_logger().warning("--tensorboard: %s cannot be written (%s); no more curves", self.folder, error)
         self._writer = None
 

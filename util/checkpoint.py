@@ -1,4 +1,4 @@
-"""Load weights under any of their names into a model."""
+"""Load weights into a model, under any of the parameter names in use."""
 
 import re
 from collections.abc import Mapping
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from util.errors import UserError, one_line
 
 ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:in_proj_|out_proj\.)(?:weight|bias))$")
-LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d{1,4})\.")  # not more: each layer is looked for
+LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d{1,4})\.")  # few digits: callers loop over layers
 SHOWN_KEYS = 3
 BOX_HEADS = ("bbox_embed.", "transformer.decoder.bbox_embed.")
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path = "checkpoint") -> None:
-    """Load weights of any format into `model`, of any floating type; nothing is changed if they do not fit.
+    """Load weights of any format and floating point type into `model`; if they do not fit, nothing is changed.
 
-    A model on the meta device takes none: they are only held against it.
+    For a model on the meta device, the weights are only checked.
 
-    Dense and slim names of the encoder's attention serve either model, one of the box head's two names is enough, and
-    BatchNorm's batch counters may be missing or too many.
+    The encoder's attention may have dense or slim names, one of the box head's two names is enough, and BatchNorm's
+    batch counters may be missing or superfluous.
 
     Raises:
-        UserError: naming `source`, the first keys that do not fit, and the shapes found and expected.
+        UserError: the weights do not fit; names `source`, the first such keys, and the shapes found and expected.
     """
     expected = model.state_dict()
     slim_names = any(".encoder.layers." in key and "self_attn" not in key and "in_proj" in key for key in expected)
@@ -44,29 +44,29 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
 
 
 def rename_encoder_attention(state_dict: Mapping[str, Tensor], slim: bool) -> dict[str, Tensor]:
-    """Name the encoder's attention as slim models do (`N.in_proj_weight`) or as dense ones (`N.self_attn...`)."""
+    """Rename the encoder's attention to slim names (`N.in_proj_weight`) or dense names (`N.self_attn...`)."""
     middle = r"\1\2" if slim else r"\1self_attn.\2"
     return {ENCODER_ATTENTION.sub(middle, key): value for key, value in state_dict.items()}
 
 
 def strip_module(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the `module.` that DistributedDataParallel puts in front."""
+    """Remove DistributedDataParallel's prefix `module.` from the names."""
     return {key.removeprefix("module."): value for key, value in state_dict.items()}
 
 
 def count_layers(state_dict: Mapping[str, Any], stack: str) -> int:
-    """Number of layers of the `encoder` or `decoder` that the keys speak of."""
+    """Return the number of `encoder` or `decoder` layers, by the keys."""
     numbers = [int(match[2]) for match in map(LAYER.match, state_dict) if match and match[1] == stack]
     return max(numbers, default=-1) + 1
 
 
 def shape_text(tensor: Tensor) -> str:
-    """Sizes as `3 x 4`."""
+    """Return a tensor's shape as text, such as `3 x 4`."""
     return " x ".join(map(str, tensor.shape)) or "scalar"
 
 
 def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raise a `UserError` that tells the first few differences in keys and shapes, and how many there are."""
+    """Raise a `UserError` with the first differences in keys, shapes and types, and the number of the others."""
     faults = [
         f"{key} has the shape {shape_text(found[key])}, expected {shape_text(value)}"
         for key, value in expected.items()
@@ -92,5 +92,5 @@ def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sour
         if ours != theirs
     ]
     more = f"; and {len(faults) - SHOWN_KEYS} more" if len(faults) > SHOWN_KEYS else ""
-    told = "; ".join([f"found {line}" for line in layers] + faults[:SHOWN_KEYS])
-    raise UserError(f"{source}: its weights do not fit the model: {told}{more}")
+    shown = "; ".join([f"found {line}" for line in layers] + faults[:SHOWN_KEYS])
+    raise UserError(f"{source}: its weights do not fit the model: {shown}{more}")

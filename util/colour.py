@@ -1,4 +1,4 @@
-"""Colours on terminals, and only there."""
+"""Colour text on terminals."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from termcolor import colored
 
 
 def paint(text: str, colour: str | None, stream: TextIO, attrs: Iterable[str] = ()) -> str:
-    """`text` with the escape codes of a colour if it goes to a terminal.
+    """Return `text` with the escape codes of a colour if `stream` is a terminal.
 
-    With NO_COLOR in the environment, or TERM=dumb, it stays as it is; with FORCE_COLOR it is coloured wherever it goes.
+    The variable NO_COLOR turns colours off, FORCE_COLOR turns them on everywhere, and TERM=dumb means no terminal.
 
     Args:
-        text: what is printed.
-        colour: one of termcolor's, or None.
-        stream: where `text` is printed.
-        attrs: termcolor's attributes, such as bold.
+        text: text to print.
+        colour: a termcolor colour, or None.
+        stream: the stream that `text` is printed to.
+        attrs: termcolor attributes, such as bold.
     """
     if os.environ.get("NO_COLOR"):
         wanted = False
@@ -26,5 +26,5 @@ def paint(text: str, colour: str | None, stream: TextIO, attrs: Iterable[str] = 
         wanted = True
     else:
         wanted = stream.isatty() and os.environ.get("TERM") != "dumb"
-    # Said outright: by itself termcolor looks at stdout alone, and only once.
+    # Force the colour, since termcolor only checks stdout, and only once.
     return colored(text, colour, attrs=list(attrs), force_color=True) if wanted else text

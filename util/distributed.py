@@ -1,4 +1,4 @@
-"""Several processes started by torchrun, or one: the same calls serve both."""
+"""Distributed helpers that work with several processes, started by torchrun, or with one."""
 
 import os
 import pickle
@@ -14,30 +14,30 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """True in a process group, of one process too."""
+    """Return whether there is a process group, which may have one process."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def is_main() -> bool:
-    """True in the one process that writes files and prints."""
+    """Return whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called `name`, by default CUDA where there is one; under torchrun the GPU of this local rank.
+    """Return the device called `name`, by default CUDA if available; under torchrun the GPU of this local rank.
 
     Raises:
-        UserError: `name` is no device of this machine.
+        UserError: this machine has no device `name`.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,7 +61,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def start(device: torch.device) -> None:
-    """Join the process group that torchrun announces in the environment; nothing to do without one."""
+    """Join the process group that torchrun sets in the environment, if there is one."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not is_distributed():
@@ -69,19 +69,19 @@ def start(device: torch.device) -> None:
 
 
 def stop() -> None:
-    """Leave the process group, if in one."""
+    """Leave the process group, if there is one."""
     if is_distributed():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until all processes have called this function."""
     if is_distributed():
         dist.barrier()
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The `value` of every process, by rank; picklable values of any size."""
+    """Return the picklable `value` of every process, by rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -90,10 +90,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """What `action` gives in the main process, in every process; what it raises there is raised in every process.
+    """Run `action` in the main process; return its result, or raise its exception, in every process.
 
-    For whatever writes files: a full disk then ends all processes alike, and none waits for one that is gone. An
-    exception that cannot be pickled is raised in the main process; the others raise a `RuntimeError` with its text.
+    Use it for writing files: a full disk then ends all processes, and none waits for another. If the exception cannot
+    be pickled, the other processes raise a `RuntimeError` with its text.
     """
     result, problem = None, None
     if is_main():
@@ -111,17 +111,17 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def _picklable(result: Any, problem: Exception | None) -> tuple[Any, Exception | None]:
-    """Both as they are; where one of them cannot be pickled and read back, a `RuntimeError` says what it was."""
+    """Return both unchanged, or a `RuntimeError` with the text of the error if they cannot be pickled and read back."""
     try:
         pickle.loads(pickle.dumps((result, problem)))
     except Exception as error:
-        told = error if problem is None else problem
-        return None, RuntimeError(f"{type(told).__name__}: {told}")
+        shown = error if problem is None else problem
+        return None, RuntimeError(f"{type(shown).__name__}: {shown}")
     return result, problem
 
 
 def average(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Scalar tensors averaged over the processes, without gradient; every process must hold the same names."""
+    """Average scalar tensors over the processes, without gradient; all processes must pass the same names."""
     values = {name: value.detach() for name, value in values.items()}
     if not values or world_size() == 1:
         return values
@@ -132,7 +132,7 @@ def average(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:
-    """Give every process the first one's buffers: each gathers BatchNorm statistics of its own images."""
+    """Copy the first process's buffers to all others, since each collects BatchNorm statistics of its own images."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

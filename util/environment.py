@@ -1,4 +1,4 @@
-"""What a run was made with: date, versions, machine, the program's commit and the command, as JSON takes them."""
+"""Run metadata for JSON files: date, versions, machine, the program's commit and the command line."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from util.files import move_aside, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS_NAME = "args.json"
-GIT_SECONDS = 10  # a file system that hangs must not hold up a run
+GIT_SECONDS = 10  # so that a hanging file system does not block a run
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Date, versions and machine, as JSON takes them."""
+    """Return date, versions and machine as JSON values."""
     device = torch.device(device)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -38,8 +38,8 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def program_commit(root: Path = ROOT) -> str | None:
-    """The commit of the clone at `root`, with `+changes` where tracked files differ from it; None for no clone."""
-    if not (root / ".git").exists():  # a repository around the program says nothing of it
+    """Return the commit of the clone at `root`, with `+changes` if tracked files differ; None if it is not a clone."""
+    if not (root / ".git").exists():  # a repository in a parent folder is another project
         return None
     try:
         commit, changes = (
@@ -58,7 +58,7 @@ def program_commit(root: Path = ROOT) -> str | None:
 
 
 def typed_command() -> str:
-    """The command line of this process, quoted for a shell; under torchrun with the processes of this machine."""
+    """Return the command line, quoted for a shell; under torchrun with the number of processes on this machine."""
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = ["python"] if processes is None else ["torchrun", "--nproc_per_node", processes]
     return shlex.join([*launcher, *sys.argv])
@@ -67,9 +67,9 @@ def typed_command() -> str:
 def record_run(
     output_dir: Path, options: Mapping[str, Any], device: torch.device, evaluator: str, *, continuing: bool
 ) -> None:
-    """Write args.json: the options, and under `runs` how the program was started, once more where a run goes on.
+    """Write args.json: the options, and under `runs` an entry for each start of the run.
 
-    None of it is what an interrupted search is compared by: another machine or command may go on with it.
+    A resumed search is not compared with these entries, so another machine or command may continue it.
     """
     path = output_dir / ARGUMENTS_NAME
     if not continuing:
@@ -88,7 +88,7 @@ def record_run(
 
 
 def _earlier_runs(path: Path) -> list[dict[str, Any]]:
-    """What `record_run` wrote before; nothing where there is none or it cannot be read."""
+    """Return the entries that `record_run` wrote before; none if the file is missing or unreadable."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -98,7 +98,7 @@ def _earlier_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def _processor() -> str:
-    """The processor's name as the system tells it."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

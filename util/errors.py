@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how an entry script reports them."""
+"""User-facing errors, and how entry scripts report them."""
 
 import errno
 import io
@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from util.colour import paint
 
-# What a disk or its owner refuses; any other error of the system is a defect, and its traceback helps.
+# Errors of a disk or of permissions; any other OSError is a defect and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one sentence that names file, key or option, what was found and expected."""
+    """Invalid user input. The message is a sentence: file, key or option, then what was found and expected."""
 
 
 def _error_mark() -> str:
@@ -21,18 +21,18 @@ def _error_mark() -> str:
 
 
 class RunFailedError(RuntimeError):
-    """A run that was asked for correctly and has no result: one sentence that says why."""
+    """A run with valid input that has no result. The message is a sentence with the reason."""
 
 
 class NonFiniteLossError(RunFailedError):
-    """A loss, a gradient or a detection is infinite or NaN; the message names it, where it came, and the images."""
+    """A loss, a gradient or a detection is infinite or NaN. The message names it, the step and the images."""
 
 
 def one_line(text: str, length: int | None = None) -> str:
-    """`text` as it may stand in a sentence, a table or a picture.
+    """Return `text` as one line for a sentence, a table or an image.
 
-    Line ends and the white space around them become one space, control characters and lone surrogates are escaped. With
-    `length`, longer texts end in `...` after that many characters.
+    Line ends and the white space around them become one space; control characters and lone surrogates are escaped. With
+    `length`, longer text is cut after that many characters and ends in `...`.
     """
     text = " ".join(part for line in text.splitlines() if (part := line.strip()))
     text = "".join(map(_printable, text))
@@ -40,7 +40,7 @@ def one_line(text: str, length: int | None = None) -> str:
 
 
 def plain_name(text: str) -> str:
-    """The name of a category as it is compared, printed and drawn: `one_line` with all white space collapsed."""
+    """Return a category name for comparing, printing and drawing: `one_line` with white space collapsed."""
     return one_line(" ".join(text.split()))
 
 
@@ -50,33 +50,33 @@ def _printable(character: str) -> str:
 
 
 def shorten(value: object, length: int = 40) -> str:
-    """The `repr` of a value found in a file, for a sentence: one line of at most `length` characters and `...`.
+    """Return the `repr` of a value on one line, cut to `length` characters and `...`.
 
-    Every value, key or name of a file that an error quotes goes through it.
+    Use it for every value, key or name from a file that an error quotes.
     """
     try:
         return one_line(repr(value), length)
-    except (ValueError, RecursionError):  # Python writes out no numbers of thousands of digits
+    except (ValueError, RecursionError):  # Python does not print integers of thousands of digits
         return f"a {type(value).__name__}"
 
 
 def reason_of(error: Exception, length: int = 120) -> str:
-    """The first line of what another library's exception says, or its type where it says nothing, for a sentence."""
+    """Return the first line of another library's exception message or, if that is empty, its type."""
     lines = str(error).strip().splitlines()
     return one_line(lines[0], length) if lines else type(error).__name__
 
 
 def _escape_what_consoles_lack() -> None:
-    """Let standard output and errors escape characters that their encoding lacks, which would else end a run."""
+    """Make stdout and stderr escape characters that their encoding lacks instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Run an entry script; a `UserError`, or a disk that takes no more, becomes one line on stderr and exit code 2.
+    """Run an entry script and report errors on one line of stderr.
 
-    A `RunFailedError` is one line, too, and exit code 1.
+    The exit code is 2 for a `UserError` or a disk error, 1 for a `RunFailedError` and 130 for Ctrl-C.
     """
     _escape_what_consoles_lack()
     try:

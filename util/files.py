@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not at all: write beside the target, flush to disk, rename over it."""
+"""Atomic file writes: write a temporary file beside the target, flush it to disk, rename it over the target."""
 
 import hashlib
 import io
@@ -19,17 +19,17 @@ import torch
 
 from util.errors import UserError
 
-# Which process a temporary file belongs to; files of an older version name no host.
+# The process that owns a temporary file; files of older versions have no host name.
 OWNER = r"(?P<pid>\d+)(?:@(?P<host>[A-Za-z0-9-]+))?"
 TEMPORARY = re.compile(rf"\.(?P<name>.+)\.{OWNER}\.tmp")
-PROBE_SECONDS = 600  # older ones are of processes that were killed: one is there for a millisecond
+PROBE_SECONDS = 600  # a probe exists for a millisecond; older ones belong to killed processes
 PROBE = re.compile(rf"\.probe-{OWNER}-.*")
-ABANDONED_SECONDS = 24 * 3600  # no file takes so long to write, and no two clocks differ by so much
+ABANDONED_SECONDS = 24 * 3600  # longer than any write and than the clocks of two hosts differ
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Let an `OSError` of reading or writing name `path`, where the system does not say which file it was."""
+    """Add `path` to an `OSError` raised inside that has no file name."""
     try:
         yield
     except OSError as error:
@@ -39,12 +39,12 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def temporary_of(path: Path) -> Path:
-    """The name beside `path` under which this process makes what is then renamed to it."""
+    """Return the name beside `path` that this process writes to before renaming it."""
     return path.with_name(f".{path.name}.{_owner()}.tmp")
 
 
 def _owner() -> str:
-    """This process among those of all hosts that share a file system."""
+    """Return the name of this process, unique among all hosts that share a file system."""
     return f"{os.getpid()}@{_host()}"
 
 
@@ -53,9 +53,9 @@ def _host() -> str:
 
 
 def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
-    """Remove what killed processes were writing in `folder` (of the file `name` alone); call it before writing.
+    """Remove temporary files of killed processes from `folder` (only those of the file `name`, if given).
 
-    A process of another host cannot be looked up from here: what it wrote last more than a day ago is removed.
+    Call it before writing. Processes of other hosts cannot be checked: their files are removed after a day.
     """
     for path in Path(folder).iterdir():
         match = TEMPORARY.fullmatch(path.name) or PROBE.fullmatch(path.name)
@@ -71,10 +71,10 @@ def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
 
 
 def _has_ended(pid: str) -> bool:
-    """Whether this host has no other process of that number."""
+    """Return whether no other process of this host has the id `pid`."""
     if int(pid) == os.getpid():
         return True
-    if sys.platform == "win32":  # where signal 0 is Ctrl-C
+    if sys.platform == "win32":  # signal 0 is Ctrl-C there
         return False
     try:
         os.kill(int(pid), 0)
@@ -86,15 +86,15 @@ def _has_ended(pid: str) -> bool:
 
 
 def _is_old(path: Path, seconds: float) -> bool:
-    """Whether nothing was written there for so long; False where it is gone."""
+    """Return whether `path` was last written more than `seconds` ago; False if it does not exist."""
     try:
         return time.time() - path.stat().st_mtime > seconds
-    except FileNotFoundError:  # another process has just removed it
+    except FileNotFoundError:  # removed by another process
         return False
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Fill `path` by `write(binary stream)`; a crash, a full disk or a kill leaves the old file as it was."""
+    """Fill `path` by `write(binary stream)`; after a crash, a full disk or a kill the old file is unchanged."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
@@ -110,7 +110,7 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically; bytes of file names that are no UTF-8 are escaped."""
+    """Write `text` as UTF-8, atomically; file name bytes that are not UTF-8 are escaped."""
     write_atomic(path, lambda stream: stream.write(text.encode(errors="backslashreplace")))
 
 
@@ -120,7 +120,7 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
 
 
 def save_torch(path: str | Path, value: Any) -> None:
-    """`torch.save`, atomically; by way of memory, since torch hides what the disk says."""
+    """Call `torch.save` atomically; it saves to memory first because torch hides errors of the disk."""
     content = io.BytesIO()
     torch.save(value, content)
     write_atomic(path, lambda stream: stream.write(content.getbuffer()))
@@ -132,14 +132,14 @@ def copy_file(source: str | Path, target: str | Path) -> None:
 
 
 def append_json_line(path: str | Path, value: Any) -> None:
-    """Append `value` as one line of JSON and flush it to disk; where that fails the file is as it was."""
+    """Append `value` as one line of JSON and flush it to disk; on failure the file is unchanged."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(value) + "\n").encode()
     with naming(path), path.open("ab", buffering=0) as stream:
         length = stream.seek(0, os.SEEK_END)
         try:
-            while line:  # a full disk may take a part
+            while line:  # a nearly full disk may accept only a part
                 line = line[stream.write(line) :]
             os.fsync(stream.fileno())
         except OSError:
@@ -148,7 +148,7 @@ def append_json_line(path: str | Path, value: Any) -> None:
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -157,7 +157,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def free_name(path: str | Path) -> Path:
-    """The first of `a.1.txt`, `a.2.txt`, ... that is not there, for `a.txt`."""
+    """Return the first of `a.1.txt`, `a.2.txt`, ... that does not exist, for the path `a.txt`."""
     path, number = Path(path), 1
     while (older := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
@@ -165,16 +165,16 @@ def free_name(path: str | Path) -> Path:
 
 
 def move_aside(path: str | Path) -> Path | None:
-    """Rename an existing file to its `free_name`; returns that, None without one."""
+    """Rename an existing file to its `free_name` and return that; return None if there is no file."""
     path = Path(path)
     return path.rename(free_name(path)) if path.exists() else None
 
 
 def check_output_dir(path: str | Path) -> Path:
-    """Return `path` if it is a folder or can become one, without making it.
+    """Return `path` if it is a writable folder or can be created as one, without creating it.
 
     Raises:
-        UserError: a file is in the way, or nothing can be written there.
+        UserError: a parent is a file, or the folder is not writable.
     """
     path = Path(path)
     nearest, missing = path.absolute(), []
@@ -185,12 +185,12 @@ def check_output_dir(path: str | Path) -> Path:
         if not nearest.is_dir():
             raise UserError(f"--output_dir {path}: {nearest} is a file, expected a folder")
         _remove_old_probes(nearest)
-        # Permissions do not tell all, so the missing folders are made once: under a name of this process alone.
+        # Permissions alone do not show what is possible, so create the missing folders in a folder of this process.
         with tempfile.TemporaryDirectory(prefix=f".probe-{_owner()}-", dir=nearest) as probe:
             Path(probe, *missing).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--output_dir {path}: found no way to write there ({reason}), expected a folder") from None
+        raise UserError(f"--output_dir {path}: cannot be written ({reason}), expected a folder") from None
     return path
 
 

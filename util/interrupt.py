@@ -1,4 +1,4 @@
-"""Ctrl-C that lets the step in flight finish."""
+"""Handle Ctrl-C after the current step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from util import distributed
 
 @contextmanager
 def stop_after_step(hint: str) -> Iterator[Callable[[], None]]:
-    """Inside, the first Ctrl-C only takes note; the function that is given raises `KeyboardInterrupt` then.
+    """Delay Ctrl-C: the yielded function raises `KeyboardInterrupt` if Ctrl-C was pressed inside the context.
 
-    Call it in every process where a step is done and saved; with several processes one Ctrl-C stops all. A second
+    Call that function in every process after a step is done and saved; one Ctrl-C then stops all processes. A second
     Ctrl-C stops at once.
 
     Args:
-        hint: how to go on, the message of the exception.
+        hint: how to resume; the message of the exception.
     """
     asked = False
 
@@ -30,14 +30,14 @@ def stop_after_step(hint: str) -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         asked = True
         if distributed.is_main():
-            # torchrun waits 30 seconds for its processes, then kills them: the way on is told now, too.
+            # Print the hint now, too: torchrun kills its processes after 30 seconds.
             print(f"\nstopping after this step; Ctrl-C again stops at once. {hint}", file=sys.stderr, flush=True)
 
     def raise_if_asked() -> None:
         if any(distributed.gather_objects(asked)):
             raise KeyboardInterrupt(hint)
 
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield raise_if_asked
         return
     before = signal.signal(signal.SIGINT, note)

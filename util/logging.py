@@ -1,4 +1,4 @@
-"""What a run says: a text log on the screen and in a file, and tables of figures."""
+"""The text log of a run, on the screen and in a file, and text tables."""
 
 import contextlib
 import logging
@@ -14,12 +14,12 @@ from util.colour import paint
 from util.errors import one_line
 
 LOGGER_NAME = "dn_detr_pruning"
-Notice = tuple[int, str]  # level of logging, and a sentence about the data of a run
-HEADING = re.compile(r"^.+(?=\n-+(  -+)*$)", re.MULTILINE)  # the line above a table's rule
+Notice = tuple[int, str]  # logging level, and a sentence about the data of a run
+HEADING = re.compile(r"^.+(?=\n-+(  -+)*$)", re.MULTILINE)  # a table's header line
 
 
 class _ScreenFormatter(logging.Formatter):
-    """Colours for terminals: warnings, errors, headings of tables. Messages have none, so files have none either."""
+    """Colour warnings, errors and table headers on terminals only; messages in files have no colours."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -29,7 +29,7 @@ class _ScreenFormatter(logging.Formatter):
 
 
 class _TqdmHandler(logging.Handler):
-    """Prints to stdout above a running progress bar, not through it."""
+    """Print to stdout above a running progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
@@ -37,19 +37,19 @@ class _TqdmHandler(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """A log that a full disk cuts short with one warning: the run's own files tell whether it can go on."""
+    """A log file that warns once if it cannot be written; only the run's own files may end a run on a full disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.handleError = lambda record: None
         print(f"warning: {self.baseFilename} cannot be written ({sys.exc_info()[1]})", file=sys.stderr)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written is tried once more
+        with contextlib.suppress(OSError):  # closing retries the failed write
             super().close()
 
 
 def get_logger() -> logging.Logger:
-    """The run's logger: silent below warnings in every process but the first."""
+    """Return the run's logger; all processes but the first log only warnings and errors."""
     logger = logging.getLogger(LOGGER_NAME)
     if not logger.handlers:
         handler = _TqdmHandler()
@@ -61,16 +61,16 @@ def get_logger() -> logging.Logger:
 
 
 def show(notices: Iterable[Notice]) -> None:
-    """Log notices, which all processes may have, in the first one."""
+    """Log notices in the first process; call it in any process."""
     if distributed.is_main():
         for level, text in notices:
             get_logger().log(level, "%s", text)
 
 
 def log_to_file(path: str | Path, shown: Iterable[Notice] = ()) -> logging.Handler | None:
-    """Append the log to `path` too, with times; returns the handler (None in all processes but the first).
+    """Also append the log to `path`, with times; return the handler (None in all processes but the first).
 
-    `shown` are notices that were logged before there was a file.
+    `shown` are notices that were logged earlier and are added to the file.
     """
     if not distributed.is_main():
         return None
@@ -92,12 +92,12 @@ def stop_logging_to_file(handler: logging.Handler | None) -> None:
 
 
 def bar_off(progress: bool = True) -> bool | None:
-    """For tqdm's `disable`: None leaves the bar of the first process to terminals, so that log files stay readable."""
+    """Return tqdm's `disable`: None in the first process, so that only terminals show the bar, else True."""
     return None if progress and distributed.is_main() else True
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Text table: the first column to the left, the others to the right; floats with 4 decimals, a line a row."""
+    """Return a text table: first column left-aligned, others right-aligned, floats with 4 decimals, a line per row."""
     cells = [
         [f"{cell:.4f}" if isinstance(cell, float) else one_line(str(cell)) for cell in row] for row in [header, *rows]
     ]

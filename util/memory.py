@@ -1,4 +1,4 @@
-"""How much memory there is: RAM within the limits of containers, a GPU's, and what a computation takes at its peak."""
+"""Measure memory: free RAM within container limits, free GPU memory, and the peak usage of a computation."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from torch.utils._pytree import tree_leaves
 MEMINFO = Path("/proc/meminfo")
 CGROUPS = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-USABLE_SHARE = 0.8  # of what is free: kernels take some within themselves, which no estimate here sees, and others too
+USABLE_SHARE = 0.8  # of free memory; the rest is for workspaces inside kernels, which are not counted, and for others
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes of a device's memory that this process can still take; infinity where nobody knows.
+    """Return the bytes of a device's memory that this process can still use; infinity if unknown.
 
-    The processes on one machine share its RAM evenly; a GPU serves one process.
+    The processes on a machine share its RAM evenly; a GPU is used by one process.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch has set aside for itself and does not use is free, too.
+        # Memory that torch has reserved but does not use is free, too.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return available_ram() / processes_here()
 
 
 def processes_here() -> int:
-    """Processes of this run on this machine, as torchrun has it; without it all are taken to be here."""
+    """Return the number of this run's processes on this machine; all of them if torchrun does not set it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
 
 
 def available_ram() -> float:
-    """Bytes of RAM that can be taken without swapping or reaching the limit of a container; infinity if unknown."""
+    """Return the bytes of RAM that can be used without swapping or reaching a container's limit, or infinity."""
     return min([_machine_bytes(), *_cgroup_bytes()])
 
 
@@ -49,14 +49,14 @@ def _machine_bytes() -> float:
                 return 1024 * int(line.split()[1])
     except OSError:
         pass
-    try:  # no Linux: how much is in use is not known, so half counts as free
+    try:  # not Linux: the RAM in use is unknown, so assume that half is free
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
     except (AttributeError, OSError, ValueError):
         return math.inf
 
 
 def _cgroup_bytes() -> Iterator[float]:
-    """What each control group around this process leaves free; a group's limit holds for all groups within it."""
+    """Yield the free bytes of each control group of this process; a group's limit includes its subgroups."""
     try:
         lines = CGROUPS.read_text().splitlines()
     except OSError:
@@ -74,19 +74,19 @@ def _room_of_groups(
     root: Path, path: str, limit_names: tuple[str, ...], usage_name: str, prefix: str
 ) -> Iterator[float]:
     parts = [part for part in path.split("/") if part]
-    # In a container the path may be that of the host, and the container's own group stands at the root.
+    # In a container the path may be the host's, and the container's own group is at the root.
     for depth in range(len(parts) + 1):
         folder = root.joinpath(*parts[:depth])
         limit = min(_number(folder / name) for name in limit_names)
         if math.isfinite(limit):
-            # Cached pages of files are part of the usage, and given up when memory is needed.
+            # The usage includes cached file pages, which are freed when memory is needed.
             cached = _entry(folder / "memory.stat", f"{prefix}inactive_file")
             usage = _number(folder / usage_name)
             yield max(0.0, limit - (usage - cached if math.isfinite(usage) else 0))
 
 
 def _number(path: Path) -> float:
-    """The number in a file; infinity without one, or where it says "max"."""
+    """Return the number in a file; infinity if there is no number or it is "max"."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -94,7 +94,7 @@ def _number(path: Path) -> float:
 
 
 def _entry(path: Path, name: str) -> int:
-    """A number of a file of names and numbers, 0 if it is not there."""
+    """Return the number of `name` in a file of names and numbers; 0 if it is missing."""
     try:
         return int(dict(line.split(maxsplit=1) for line in path.read_text().splitlines())[name])
     except (OSError, ValueError, KeyError):
@@ -102,15 +102,15 @@ def _entry(path: Path, name: str) -> int:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors hold, those of a storage that several share once."""
+    """Return the bytes of the tensors' storages; shared storages count once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it, on any device; what a kernel takes within itself is not seen.
+    """Count the bytes of tensors created inside the context, on any device; workspaces inside kernels do not count.
 
     Attributes:
-        peak_bytes: of the tensors that were alive at one time.
+        peak_bytes: maximum number of bytes that were alive at one time.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class PeakMemory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation; tensors that it is the first to show were there before."""
+        """Run one operation. Inputs seen for the first time were created outside and do not count."""
         kwargs = kwargs or {}
         self._watch((args, kwargs), counted=False)
         results = func(*args, **kwargs)
