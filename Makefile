@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.10 or newer only; both create .venv first.
+# `make demo` and `make test` only need Python 3.10 or newer; they create .venv first.
 PYTHON ?= python3
 VENV := .venv/bin
 DEMO_OUTPUT ?= output/demo
@@ -7,18 +7,18 @@ DEMO_OUTPUT ?= output/demo
 
 help:
 	@echo "make help        list the targets"
-	@echo "make demo        prune the demo detector from end to end; writes $(DEMO_OUTPUT)"
+	@echo "make demo        prune the demo detector from start to end; writes to $(DEMO_OUTPUT)"
 	@echo "make test        run the tests"
 	@echo "make soak        run the long tests: kills, fuzzing, 1,000 steps (about half an hour)"
 	@echo "make lint        check format, style and types"
-	@echo "make coverage    run the tests and list the lines that they miss"
+	@echo "make coverage    run the tests and list untested lines"
 	@echo "make mutants     mutation testing: inject bugs into a copy; the tests must fail (about 10 minutes)"
 	@echo "make gpu-check   run the tests that need a GPU"
 	@echo "make checkpoint  train checkpoints/demo.pth from scratch (about 70 minutes on two CPU cores)"
 	@echo "make tables      write the figures of bench/results into README.md and docs/"
 	@echo "make clean       remove .venv and output"
 
-# These stamp files make pip run only when a list of requirements has changed.
+# With these stamp files, pip runs only after a requirements file has changed.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt

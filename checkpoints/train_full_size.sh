@@ -1,7 +1,7 @@
-# Trains a detector of full size (6 + 6 layers, 256 / 2048 channels, 300 queries, ResNet-18 up to layer3, 320 pixels) to
-# measure a search on: train the demo detector on larger images, grow it (bench/full_size.py) and fine-tune it. Run it
-# in the project's root. The weights are too large for the repository. full_size_log.txt is the log of the second
-# training below, from a run on part of one CPU core whose first training was stopped after one epoch.
+# Train a full-size detector (6 + 6 layers, 256 / 2048 channels, 300 queries, ResNet-18 up to layer3, 320 pixels) for
+# measuring searches: train the demo detector on larger images, enlarge it (bench/full_size.py) and fine-tune it. Run
+# this script in the project's root. The weights are too large for the repository. full_size_log.txt is the log of the
+# second training below, on part of one CPU core; the first training was stopped after one epoch.
 set -e
 OUT=output/full_size
 export OMP_NUM_THREADS=1

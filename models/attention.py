@@ -1,4 +1,4 @@
-"""Multi-head attention, over queries, keys and values as they are or projected from one packed weight."""
+"""Multi-head attention, and self-attention with packed input projections."""
 
 import contextlib
 from typing import Protocol, cast
@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.layers import GatedLayer, gated
 
-# Rows of 16 bytes, which the fused CUDA kernels read at once: another head width falls to the unfused products.
+# The fused CUDA kernels read rows of 16 bytes; PyTorch uses unfused products for other head widths.
 CUDA_WIDTH_MULTIPLES = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}
-# The CPU's fused kernel multiplies 16-bit numbers faster in such steps, float32 at any width alike.
+# The CPU's fused kernel is faster at multiples of these for 16-bit numbers; for float32 the width does not matter.
 CPU_WIDTH_MULTIPLES = {torch.float16: 8, torch.bfloat16: 8}
 
 
@@ -30,12 +30,12 @@ def split_heads(x: Tensor, nheads: int) -> Tensor:
 
 
 def fused_widths(query_width: int, value_width: int, device_type: str, dtype: torch.dtype) -> tuple[int, int]:
-    """The head widths, of queries with keys and of values, that an attention is to be padded to for its kernel.
+    """Return the head widths (queries and keys, values) to pad to so that PyTorch can use a fused kernel.
 
-    PyTorch's memory-efficient CUDA kernel takes multiples of `CUDA_WIDTH_MULTIPLES`, different for the two (its flash
-    kernel, for 16 bits without a mask, pads by itself). On the CPU there is flash alone, which takes any width but one
-    for all three: 3.7 to 9 times as quick as the unfused products. Where none has to be padded, padding costs more
-    than a friendlier width gains.
+    PyTorch's memory-efficient CUDA kernel requires multiples of `CUDA_WIDTH_MULTIPLES`; the two widths may differ. Its
+    flash kernel, for 16 bits without a mask, pads internally. On the CPU there is only a flash kernel, 3.7 to 9 times
+    as fast as the unfused products; it accepts any width, the same for queries, keys and values. Padding that is
+    not required costs more than a better width saves.
     """
     multiple = 1
     if device_type == "cuda":
@@ -49,9 +49,9 @@ def fused_widths(query_width: int, value_width: int, device_type: str, dtype: to
 def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, widths: tuple[int, int]
 ) -> Tensor:
-    """Attention as in `attend`, heads apart, with queries and keys, and values, padded to `widths` for the kernel.
+    """Compute attention as `attend` does, but do not merge heads, with head widths zero-padded to `widths`.
 
-    Zeros change neither logits nor the channels that are kept: B x nheads x Lq x dv.
+    The zeros change neither the logits nor the returned channels, B x nheads x Lq x dv.
     """
     query_width, value_width = query.shape[-1], value.shape[-1]
     query, key = (_pad(t, widths[0]) for t in (query, key))
@@ -62,29 +62,29 @@ def padded_attention(
 
 
 def _pad(x: Tensor, width: int) -> Tensor:
-    """Zeros behind the last axis up to `width`; `x` itself where it has that."""
+    """Pad the last axis with zeros to `width`; return `x` itself if no padding is needed."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), heads merged behind it.
+    """Compute scaled dot-product attention (Vaswani et al. 2017, equation 1) and merge the heads.
 
     Args:
         query: B x nheads x Lq x d.
         key: B x nheads x Lk x d.
         value: B x nheads x Lk x dv.
-        mask: bool, broadcastable to B x nheads x Lq x Lk, True where a query may look; None lets it look everywhere.
-        dropout: probability with which an attention weight is dropped.
+        mask: bool, broadcastable to B x nheads x Lq x Lk, True where a query may attend; None for everywhere.
+        dropout: dropout probability of the attention weights.
 
     Returns:
-        B x Lq x (nheads * dv). The scale is 1 / sqrt(d), d being the head width as it is, cut or not.
+        B x Lq x (nheads * dv). The scale is 1 / sqrt(d), where d is the actual head width, pruned or not.
     """
     device_type, widths = query.device.type, (query.shape[-1], value.shape[-1])
-    # PyTorch's fused kernel has a slow backward on the CPU: a training step takes 13 % longer with it.
+    # The backward of PyTorch's fused CPU kernel is slow: a training step takes 13 % longer with it.
     training_on_cpu = device_type == "cpu" and torch.is_grad_enabled()
-    # A runtime that a network is exported to has kernels of its own.
+    # Exported networks are not padded, since other runtimes have other kernels.
     if not (training_on_cpu or torch.compiler.is_exporting()):
-        # The kernel is given what autocast makes of its arguments.
+        # Under autocast the kernel gets arguments of autocast's type.
         autocast = torch.is_autocast_enabled(device_type)
         widths = fused_widths(*widths, device_type, torch.get_autocast_dtype(device_type) if autocast else query.dtype)
     with sdpa_kernel(SDPBackend.MATH) if training_on_cpu else contextlib.nullcontext():
@@ -93,7 +93,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
 
 
 def add_packed_projections(holder: nn.Module, hidden_dim: int, width: int) -> PackedProjections:
-    """Give `holder` in_proj_weight and in_proj_bias (3 * width: queries, keys, values) and out_proj; returns it."""
+    """Add in_proj_weight and in_proj_bias (3 * width: queries, keys, values) and out_proj to `holder`; return it."""
     holder.in_proj_weight = nn.Parameter(torch.empty(3 * width, hidden_dim))
     holder.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
     holder.out_proj = nn.Linear(width, hidden_dim)
@@ -103,16 +103,17 @@ def add_packed_projections(holder: nn.Module, hidden_dim: int, width: int) -> Pa
 def packed_self_attention(
     layer: GatedLayer, block: str, holder: PackedProjections, x: Tensor, pos: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Self-attention of one block of a layer, with queries and keys from x + pos and values from x.
+    """Compute the self-attention of one block of a layer, with queries and keys from x + pos and values from x.
 
     Args:
-        layer: has the block's gates, is told of its activations and has `nheads`.
+        layer: provides `nheads`, the block's gates and the observer of its activations.
+        block: name of the block.
         holder: has the parameters of `add_packed_projections`.
         x, pos: B x L x hidden_dim.
         mask: as in `attend`.
 
     Returns:
-        B x L x width, in front of out_proj.
+        B x L x width, the input of out_proj.
     """
     weight, bias = holder.in_proj_weight, holder.in_proj_bias
     width = weight.shape[0] // 3

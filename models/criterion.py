@@ -1,4 +1,4 @@
-"""The losses of DN-DETR (arXiv 2203.01305, section 4), batched over decoder layers."""
+"""Losses of DN-DETR (arXiv 2203.01305, section 4), batched over decoder layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
 
 
 def layer_suffix(layer: int, num_layers: int) -> str:
-    """What the names of a decoder layer's losses end in: nothing for the last one, else `_` and its number."""
+    """Return the suffix of a decoder layer's loss names: empty for the last layer, else `_` and its index."""
     return "" if layer == num_layers - 1 else f"_{layer}"
 
 
@@ -29,10 +29,10 @@ class Criterion(nn.Module):
 
     Args:
         matcher: pairs queries with targets.
-        num_layers: decoder layers.
-        weights: weight of `loss_ce`, `loss_bbox` and `loss_giou` in the sum, the same for the denoising part.
+        num_layers: number of decoder layers.
+        weights: weights of `loss_ce`, `loss_bbox` and `loss_giou` in the sum, also for denoising queries.
         focal_alpha: weight of positives in the focal loss; its gamma is 2.
-        log_box_parts: give `loss_xy` and `loss_hw`, the L1 loss split into centre and size, which nothing minimises.
+        log_box_parts: also return `loss_xy` and `loss_hw`, the L1 loss split into centre and size, for logging only.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class Criterion(nn.Module):
         }
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
-        """The scalar that training minimises, and by which the paper's search scores channels."""
+        """Return the scalar that training minimises; the paper's search scores channels by it, too."""
         return reduce(torch.add, (losses[name] * weight for name, weight in self.weight_dict.items()))
 
     @contextmanager
     def normalised_by(self, num_boxes: int) -> Iterator[None]:
-        """Inside, losses are divided by `num_boxes` (at least 1), not by the boxes of the targets in all processes.
+        """Divide losses inside the context by `num_boxes` (at least 1), not by the mean box count of the processes.
 
-        For a part of a batch, or for losses that not every process computes equally often.
+        Use it for a part of a batch, or if processes do not compute losses equally often.
         """
         self._num_boxes = num_boxes
         try:
@@ -74,10 +74,10 @@ class Criterion(nn.Module):
             self._num_boxes = None
 
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """All losses by name, unweighted.
+        """Return all losses by name, unweighted.
 
         Args:
-            outputs: a detector's outputs, see `Detector.forward`.
+            outputs: a detector's outputs; see `Detector.forward`.
             targets: a dict for each image with `labels` (N) and `boxes` (N x 4 cxcywh in [0, 1]).
 
         Returns:
@@ -116,7 +116,7 @@ class Criterion(nn.Module):
         return total
 
     def _focal(self, logits: Tensor, matches: Matches, classes: Tensor) -> Tensor:
-        """Summed focal loss of each layer (L); logits are L x B x Q x C, queries without a match are background."""
+        """Sum the focal loss of each layer (L); logits are L x B x Q x C, unmatched queries are background."""
         onehot = torch.zeros_like(logits)
         onehot[matches.layer, matches.image, matches.query, classes] = 1
         return sigmoid_focal_loss(logits, onehot, self.focal_alpha, reduction="none").sum((1, 2, 3))
@@ -124,7 +124,7 @@ class Criterion(nn.Module):
     def _box_losses(
         self, boxes: Tensor, matched_boxes: Tensor, matches: Matches, num_boxes: Tensor
     ) -> dict[str, Tensor]:
-        """L1 (with `log_box_parts` also split into centre and size) and GIoU of each layer (L)."""
+        """Return L1 (with `log_box_parts` also split into centre and size) and GIoU losses of each layer (L)."""
         predicted = boxes[matches.layer, matches.image, matches.query]
         distance = (predicted - matched_boxes).abs()
         giou = generalized_box_iou_loss(
@@ -139,7 +139,7 @@ class Criterion(nn.Module):
     @staticmethod
     @torch.no_grad()
     def _cardinality_error(logits: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        """Mean over images of the gap between queries whose top class is not the last one and targets (L)."""
+        """Return the mean over images of |queries whose top class is not the last - targets| of each layer (L)."""
         counts = torch.tensor([len(target["labels"]) for target in targets], device=logits.device)
         predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
         return (predicted - counts).abs().float().mean(-1)
@@ -147,7 +147,7 @@ class Criterion(nn.Module):
     @staticmethod
     @torch.no_grad()
     def _class_error(logits: Tensor, matches: Matches, classes: Tensor) -> Tensor:
-        """Percentage of matched queries of each layer whose top class is wrong (L); 100 without targets."""
+        """Return the percentage of matched queries with a wrong top class of each layer (L); 100 without targets."""
         correct = logits[matches.layer, matches.image, matches.query].argmax(-1) == classes
         zeros = logits.new_zeros(len(logits))
         right = zeros.index_add(0, matches.layer, correct.to(zeros.dtype))
@@ -162,7 +162,7 @@ class Criterion(nn.Module):
         target_boxes: Tensor,
         num_boxes: Tensor,
     ) -> dict[str, Tensor]:
-        """Losses of the denoising queries against the targets they were made of, without matching."""
+        """Return the losses of denoising queries against their own targets, without matching."""
         names = (*LOSSES, "class_error")
         if denoising is None:
             zeros = torch.zeros(self.num_layers, device=num_boxes.device)
@@ -173,7 +173,7 @@ class Criterion(nn.Module):
         pairs = Matches(layer, *(index.repeat(len(logits)) for index in (image, query, target)))
         num_noised = (num_boxes * denoising["layout"].groups).clamp(min=1)
 
-        # Slots that only pad a group out must not count as background, so the focal loss sees the real ones alone.
+        # Padding slots of a group must not count as background, so the focal loss uses only real ones.
         real = logits[:, image, query]
         onehot = F.one_hot(labels[target], real.shape[-1]).to(real.dtype).expand_as(real)
         losses = {

@@ -1,4 +1,4 @@
-"""Denoising queries: noised copies of the targets that a decoder learns to repair (DN-DETR, arXiv 2203.01305)."""
+"""Denoising queries: noised copies of targets that the decoder learns to reconstruct (DN-DETR, arXiv 2203.01305)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from models.state import DenoisingQueries
 
 @dataclass(frozen=True)
 class DenoisingSettings:
-    """How targets are noised.
+    """Settings of the noise on targets.
 
     Attributes:
-        groups: noised copies of every target (`--scalar`).
-        label_noise: probability with which a label becomes a random class.
-        box_noise: largest shift of a box centre in half box sizes, and largest change of its size in box sizes.
+        groups: number of noised copies of each target (`--scalar`).
+        label_noise: probability that a label becomes a random class.
+        box_noise: maximum shift of a box centre in half box sizes, and maximum change of its size in box sizes.
     """
 
     groups: int = 5
@@ -28,7 +28,7 @@ class DenoisingSettings:
 
 @dataclass(frozen=True)
 class NoisedTargets:
-    """Contents B x P x D and anchor logits B x P x 4 of P denoising queries; zero where a group is padded."""
+    """Contents (B x P x D) and anchor logits (B x P x 4) of P denoising queries; zero in padding slots."""
 
     content: Tensor
     anchor_logits: Tensor
@@ -36,7 +36,7 @@ class NoisedTargets:
 
 
 def slot_indices(targets: list[dict[str, Tensor]], layout: DenoisingQueries) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each noised target stands, for all groups: image index, query index, index among all targets (1-D)."""
+    """Return image, query and target indices (1-D) of all noised targets; targets are counted over the batch."""
     counts = [len(target["labels"]) for target in targets]
     device = targets[0]["labels"].device
     slots_per_group = layout.num_queries // max(layout.groups, 1)
@@ -55,7 +55,7 @@ def slot_indices(targets: list[dict[str, Tensor]], layout: DenoisingQueries) -> 
 def add_noise(
     labels: Tensor, boxes_cxcywh: Tensor, num_classes: int, settings: DenoisingSettings
 ) -> tuple[Tensor, Tensor]:
-    """Noised labels (N) and boxes (N x 4, clipped to [0, 1]), drawn from torch's default generator."""
+    """Return noised labels (N) and boxes (N x 4, clipped to [0, 1]), drawn from torch's default generator."""
     flipped = torch.rand(labels.shape, device=labels.device) < settings.label_noise
     labels = torch.where(flipped, torch.randint_like(labels, num_classes), labels)
     reach = torch.cat((boxes_cxcywh[:, 2:] / 2, boxes_cxcywh[:, 2:]), dim=1)
@@ -66,10 +66,10 @@ def add_noise(
 def noised_queries(
     targets: list[dict[str, Tensor]], label_enc: nn.Embedding, num_classes: int, settings: DenoisingSettings
 ) -> NoisedTargets | None:
-    """Denoising queries for a batch of targets, None where it has no target at all.
+    """Return denoising queries for a batch of targets, or None if there are no targets.
 
-    Each of the `settings.groups` groups holds one noised copy of every target of an image, padded to the largest
-    target count of the batch. The content's last channel is the indicator, 1 for a denoising query.
+    Each of the `settings.groups` groups holds a noised copy of each target of an image, padded to the largest target
+    count of the batch. The content's last channel is the indicator, 1 for denoising queries.
     """
     most = max((len(target["labels"]) for target in targets), default=0)
     if most == 0 or settings.groups == 0:
@@ -88,7 +88,7 @@ def noised_queries(
 
 
 def query_mask(layout: DenoisingQueries, num_matching: int, device: torch.device) -> Tensor:
-    """Q x Q bool, True where a query may look: matching ones at each other, denoising ones also at their own group."""
+    """Return a bool mask (Q x Q), True where a query may attend: to matching queries and to its own group."""
     slots_per_group = layout.num_queries // layout.groups
     group = torch.arange(layout.num_queries, device=device) // slots_per_group
     group = torch.cat((group, group.new_full((num_matching,), -1)))

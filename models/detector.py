@@ -1,4 +1,4 @@
-"""What the variants of DN-DETR share: a detector is a front, a sequence of named steps, and heads."""
+"""Base class of the DN-DETR variants: backbone and projections, a sequence of named steps, and heads."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from models.widths import Widths
 
 
 class Detector(nn.Module, ABC):
-    """Base of the variants; a subclass adds what it is made of.
+    """Base class of the variants.
 
-    That is `transformer` (with `encoder` and `decoder`, each with `step`), `label_enc` and its heads.
+    A subclass adds `transformer` (with `encoder` and `decoder`, each with `step`), `label_enc` and its heads.
 
     Args:
-        widths: channels of every attention and FFN.
+        widths: channels of each attention and FFN.
         num_classes: largest category id + 1.
         hidden_dim: channels of features and queries.
-        nheads: attention heads.
-        num_queries: matching queries.
-        num_patterns: patterns for each anchor, 0 for none.
-        denoising: how targets are noised in training; None trains without denoising queries.
-        strides: of each feature level, pixels from one of its rows or columns to the next.
-        image_multiple: pixels; the stride of the backbone, which padded training images are a multiple of.
+        nheads: number of attention heads.
+        num_queries: number of matching queries.
+        num_patterns: number of patterns for each anchor, 0 for none.
+        denoising: noise on targets in training; None trains without denoising queries.
+        strides: stride of each feature level, in pixels.
+        image_multiple: padded training images have sides that are a multiple of this: the backbone's stride, in pixels.
         padding_rule: one of `models.padding.PADDING_RULES`.
     """
 
@@ -74,19 +74,19 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def feature_maps(self, batch: Tensor) -> list[Tensor]:
-        """Projected features B x hidden_dim x h x w of each level, finest first, of images B x 3 x H x W."""
+        """Project the features of images (B x 3 x H x W) to B x hidden_dim x h x w for each level, finest first."""
 
     @abstractmethod
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
-        """The state in front of the first step, with positions and queries added to the features."""
+        """Add positions and queries to the features and return the input state of the first step."""
 
     @abstractmethod
     def classify(self, layer: int, hidden: Tensor) -> Tensor:
-        """Class logits B x Q x num_classes from what a decoder layer left, B x Q x hidden_dim."""
+        """Return the class logits (B x Q x num_classes) of a decoder layer's output (B x Q x hidden_dim)."""
 
     @abstractmethod
     def layer_slices(self, stack: str, index: int) -> dict[str, tuple[ParameterSlice, ...]]:
-        """How the parameters of one layer of `encoder` or `decoder` shrink with each of its blocks."""
+        """Return, by block, the parameter slices of a layer of `encoder` or `decoder` that shrink with the block."""
 
     def forward(
         self, images: list[Tensor] | Tensor | PaddedImages, targets: list[dict[str, Tensor]] | None = None
@@ -94,27 +94,27 @@ class Detector(nn.Module, ABC):
         """Detect objects.
 
         Args:
-            images: list of 3 x H x W, or one B x 3 x H x W, or padded ones; normalised. A list in eval mode gives
-                what each image gives alone, unless the padding rule is the reference's; see `features`.
-            targets: in training, a dict for each image with `boxes` (N x 4 cxcywh in [0, 1]) and `labels` (N);
-                they add the denoising queries.
+            images: normalised; a list of 3 x H x W, a B x 3 x H x W, or padded images. In eval mode, a list gives each
+                image the result that it has alone, unless the padding rule is the reference's; see `features`.
+            targets: in training, a dict for each image with `boxes` (N x 4 cxcywh in [0, 1]) and `labels` (N), from
+                which denoising queries are made.
 
         Returns:
-            `pred_logits` B x Q x num_classes, `pred_boxes` B x Q x 4 (cxcywh in [0, 1]), `aux_outputs`: the same two
-            for each earlier layer; in training also `memory`, the encoder's output (B x S x D); with denoising queries
-            also `denoising`: `layout`, `pred_logits` and `pred_boxes` with a leading axis of layers.
+            `pred_logits` (B x Q x num_classes), `pred_boxes` (B x Q x 4 cxcywh in [0, 1]) and `aux_outputs`, the same
+            two for each earlier layer. In training also `memory`, the encoder's output (B x S x D). With denoising
+            queries also `denoising`: `layout`, and `pred_logits` and `pred_boxes` with a leading axis of layers.
         """
         return self.outputs(self.run_steps(self.prepare(images, targets)))
 
     def features(self, images: list[Tensor] | Tensor | PaddedImages) -> Features:
-        """What the backbone and the projections behind it make of images.
+        """Compute the projected backbone features of images.
 
-        In eval mode a list of images goes through them in groups of equal size, and the feature maps are padded: an
+        In eval mode, a list of images is processed in groups of equal size and the feature maps are padded, so each
         image has the features that it has alone. In training mode, and always under the reference's padding rule, the
-        images themselves are padded; see `pad`.
+        images are padded instead; see `pad`.
 
         Args:
-            images: list of 3 x H x W, or one B x 3 x H x W, or padded ones; normalised.
+            images: normalised; a list of 3 x H x W, a B x 3 x H x W, or padded images.
         """
         if isinstance(images, Tensor):
             return self._features_of_batch(PaddedImages(images, None))
@@ -130,10 +130,10 @@ class Detector(nn.Module, ABC):
         return Features(_pixels([maps for maps, _ in levels]), tuple(padding for _, padding in levels), is_padded=True)
 
     def pad(self, images: list[Tensor]) -> PaddedImages:
-        """Images (each 3 x H x W) padded as in training.
+        """Pad images (each 3 x H x W) as in training.
 
-        Sides are a multiple of the backbone's stride, so that an image has as many rows and columns on its map as
-        alone; under the reference's rule they are those of the largest image.
+        Sides are multiples of the backbone's stride, so that an image has as many rows and columns on its feature map
+        as alone. Under the reference's rule, images are padded to the largest height and width.
         """
         return pad_images(images, 1 if self.padding_rule == "reference" else self.image_multiple)
 
@@ -154,15 +154,16 @@ class Detector(nn.Module, ABC):
     def prepare(
         self, images: list[Tensor] | Tensor | PaddedImages, targets: list[dict[str, Tensor]] | None = None
     ) -> DetectorState:
-        """The state in front of the first step: features, positions and queries."""
+        """Return the input state of the first step: features, positions and queries."""
         return self.first_state(self.features(images), targets)
 
     def queries(self, content: Tensor, anchor_logits: Tensor, targets: list[dict] | None) -> QueryFields:
-        """The fields of a state that hold the queries: the matching ones, in training behind the denoising ones.
+        """Return the query fields of a state: the matching queries, in training after the denoising queries.
 
         Args:
-            content: B x Q x hidden_dim of the matching queries.
+            content: content of the matching queries, B x Q x hidden_dim.
             anchor_logits: B x Q x 4.
+            targets: as in `forward`.
         """
         mask = layout = noised = None
         if self.training and targets is not None and self.denoising is not None:
@@ -176,7 +177,7 @@ class Detector(nn.Module, ABC):
         return QueryFields(queries=content, query_mask=mask, anchors=anchors, live_anchors=anchors, denoising=layout)
 
     def run_steps(self, state: DetectorState, start: str | None = None, stop: str | None = None) -> DetectorState:
-        """Run the steps from `start` (included; None is the first) to `stop` (excluded; None runs to the end)."""
+        """Run the steps from `start` (inclusive, None for the first) to `stop` (exclusive, None for the end)."""
         first = 0 if start is None else self.step_names.index(start)
         last = len(self.step_names) if stop is None else self.step_names.index(stop)
         for name in self.step_names[first:last]:
@@ -185,7 +186,7 @@ class Detector(nn.Module, ABC):
         return state
 
     def outputs(self, state: DetectorState) -> dict:
-        """Logits and boxes of a state at the end of the steps; see `forward`."""
+        """Return the outputs of a state after the last step; see `forward`."""
         logits = [self.classify(layer, hidden) for layer, hidden in enumerate(state.hidden)]
         split = state.denoising.num_queries if state.denoising else 0
         layers = [
@@ -204,7 +205,7 @@ class Detector(nn.Module, ABC):
         return outputs
 
     def prunable_modules(self) -> dict[str, PrunableModule]:
-        """Every attention and FFN by name, in network order."""
+        """Return every attention and FFN by name, in network order."""
         modules = {}
         for name, width in self.widths.items():
             stack, index, block = name.split(".")
@@ -216,5 +217,5 @@ class Detector(nn.Module, ABC):
 
 
 def _pixels(maps: Sequence[Tensor]) -> Tensor:
-    """Maps B x D x h x w of all levels as one B x S x D, level after level, each row by row."""
+    """Flatten the maps (B x D x h x w) of all levels to B x S x D, level after level, each row by row."""
     return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)

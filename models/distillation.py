@@ -1,4 +1,4 @@
-"""Distillation: a pruned detector learns from the one it was cut from (Hinton et al. 2015, arXiv 1503.02531)."""
+"""Distillation of the unpruned detector into the pruned one (Hinton et al. 2015, arXiv 1503.02531)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from util import distributed
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the teacher says of a batch; L decoder layers, B images, Q matching queries, C classes, S feature pixels.
+    """The teacher's outputs: L decoder layers, B images, Q matching queries, C classes, S feature pixels.
 
     Attributes:
         probabilities: L x B x Q x C.
@@ -35,20 +35,20 @@ class Lesson:
 
 
 class Distillation:
-    """Losses that draw a student's matching queries and encoder output to its teacher's on the same images.
+    """Losses between a student's and its teacher's matching queries and encoder outputs on the same images.
 
-    A student cut from its teacher has the teacher's queries, so query i learns from query i, without matching. Queries
-    in which the teacher sees nothing are most of them: what they say of boxes means nothing, and their logits must not
-    drown the few that hold an object. So boxes count by the square of the teacher's confidence (its highest class
+    A student pruned from its teacher has the same queries, so query i learns from query i, without matching. Most
+    queries are background to the teacher: their boxes are meaningless, and their logits must not dominate those of the
+    few queries with an object. So boxes are weighted by the square of the teacher's confidence (its highest class
     probability in that layer), and logits by the square of the difference in probability (the quality focal loss of
-    arXiv 2006.04388, with soft targets), which is next to nothing where both see background. Both are summed and
-    divided by the sum of the squared confidences. The memory's loss is the mean squared difference of pixels'
-    features, each normalised over its channels.
+    arXiv 2006.04388, with soft targets), which is almost 0 where both predict background. Both are summed and divided
+    by the sum of the squared confidences. The memory's loss is the mean squared difference of pixel features, each
+    normalised over its channels.
 
     Args:
-        teacher: a detector with the student's classes, queries, channels and layers, on the student's device; it is put
-            in eval mode and keeps no gradient.
-        weights: weight of `loss_distill_logits`, `loss_distill_bbox`, `loss_distill_giou` and `loss_distill_memory`.
+        teacher: a detector with the student's classes, queries, channels and layers, on the student's device; it is set
+            to eval mode without gradients.
+        weights: weights of `loss_distill_logits`, `loss_distill_bbox`, `loss_distill_giou` and `loss_distill_memory`.
     """
 
     def __init__(self, teacher: Detector, weights: dict[str, float]) -> None:
@@ -63,9 +63,9 @@ class Distillation:
 
     @torch.no_grad()
     def teach(self, images: list[Tensor] | Tensor | PaddedImages) -> Lesson:
-        """Run the teacher on the student's images, list of 3 x H x W or one B x 3 x H x W.
+        """Run the teacher on the student's images, a list of 3 x H x W or a B x 3 x H x W.
 
-        A list is padded as for the student, which is in training, so that both have the same feature pixels.
+        A list is padded as in training, like the student's, so that both have the same feature pixels.
         """
         if isinstance(images, list):
             images = self.teacher.pad(images)
@@ -74,17 +74,17 @@ class Distillation:
         return Lesson(logits.sigmoid(), boxes, at_least_float32(state.memory), state.pixels.float())
 
     def __call__(self, outputs: dict, lesson: Lesson) -> dict[str, Tensor]:
-        """All losses by name, unweighted: `loss_distill_memory` and, with the suffix `_i` for each layer but the last,
-        `loss_distill_logits`, `loss_distill_bbox` and `loss_distill_giou`.
+        """Return all losses by name, unweighted: `loss_distill_memory` and, with the suffix `_i` for each layer but the
+        last, `loss_distill_logits`, `loss_distill_bbox` and `loss_distill_giou`.
 
         Args:
-            outputs: of the student in training mode, see `Detector.forward`.
-            lesson: of the same images.
+            outputs: the student's outputs in training mode; see `Detector.forward`.
+            lesson: the teacher's outputs for the same images.
         """
         logits, boxes = _stacked(outputs)
         weights = lesson.probabilities.amax(-1).square()
         totals = {str(layer): total for layer, total in enumerate(weights.sum((1, 2)))}
-        # Gradients are averaged over the processes, so each divides by the mean over all of them.
+        # Gradients are averaged over the processes, so each process divides by the mean total.
         totals = distributed.average({**totals, "pixels": lesson.pixels.sum()})
         pixels = totals.pop("pixels")
         per_layer = {
@@ -103,30 +103,30 @@ class Distillation:
         return losses
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
-        """The scalar that training minimises beside the losses against the targets."""
+        """Return the scalar that training adds to the losses against the targets."""
         return reduce(torch.add, (losses[name] * weight for name, weight in self.weight_dict.items()))
 
 
 def _stacked(outputs: dict) -> tuple[Tensor, Tensor]:
-    """Logits L x B x Q x C and boxes L x B x Q x 4 of all layers, at least in float32."""
+    """Return the logits (L x B x Q x C) and boxes (L x B x Q x 4) of all layers, in float32 or wider."""
     layers = [*outputs["aux_outputs"], outputs]
     logits = at_least_float32(torch.stack([layer["pred_logits"] for layer in layers]))
     return logits, at_least_float32(torch.stack([layer["pred_boxes"] for layer in layers]))
 
 
 def _quality_focal(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """arXiv 2006.04388, equation 3, with beta = 2: cross entropy against soft targets, least (0) where they agree."""
+    """Compute the quality focal loss (arXiv 2006.04388, equation 3, beta = 2) against soft targets."""
     entropy = F.binary_cross_entropy_with_logits(logits, probabilities, reduction="none")
     return (probabilities - logits.sigmoid()).square() * entropy
 
 
 def _giou_loss(boxes_cxcywh: Tensor, others_cxcywh: Tensor) -> Tensor:
-    """1 - GIoU of boxes at the same place in two tensors ... x 4."""
+    """Return 1 - GIoU of the boxes at the same index of two tensors (... x 4)."""
     return generalized_box_iou_loss(
         box_convert(boxes_cxcywh, "cxcywh", "xyxy"), box_convert(others_cxcywh, "cxcywh", "xyxy")
     )
 
 
 def _normalised(memory: Tensor) -> Tensor:
-    """Features B x S x D with mean 0 and variance 1 over the channels of each pixel."""
+    """Normalise features (B x S x D) to mean 0 and variance 1 over the channels of each pixel."""
     return F.layer_norm(at_least_float32(memory), memory.shape[-1:])

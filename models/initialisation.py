@@ -1,4 +1,4 @@
-"""Initial values of a detector trained from scratch, those of DN-DETR (arXiv 2203.01305) and its predecessors."""
+"""Initialise a detector that is trained from scratch, as DN-DETR (arXiv 2203.01305) and its predecessors do."""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from models.layers import MLP
 
 
 def initialise_detector(transformer: nn.Module, class_heads: Iterable[nn.Linear], box_heads: Iterable[MLP]) -> None:
-    """Xavier-uniform matrices and zero biases in the transformer; heads that start at "rarely an object, no offset"."""
+    """Initialise the transformer (Xavier-uniform, zero biases), class heads (probability 0.01) and box heads (zero)."""
     for module in transformer.modules():
         if isinstance(module, nn.Embedding | nn.PReLU | nn.LayerNorm):
             continue

@@ -1,4 +1,4 @@
-"""Small building blocks that the encoder, the decoder and the heads share."""
+"""Building blocks of the encoder, the decoder and the heads."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -13,18 +13,18 @@ Observer = Callable[[str, dict[str, Any]], None]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# What DN-DETR bounds the coordinates of anchors and noised boxes by before it takes their logits.
+# DN-DETR's bound of the coordinates of anchors and noised boxes before it computes their logits.
 ANCHOR_EPS = 1e-3
 ACTIVATIONS: dict[str, type[nn.Module]] = {"prelu": nn.PReLU, "relu": nn.ReLU}
 
 
 def module_list(modules: Iterable[ModuleT]) -> Sequence[ModuleT]:
-    """An `nn.ModuleList`, which keeps no type of what it holds, as a sequence that does."""
+    """Return an `nn.ModuleList` typed as a sequence of its modules' type."""
     return cast(Sequence[ModuleT], nn.ModuleList(modules))
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """16-bit numbers as float32; float32 and float64 as they are."""
+    """Convert 16-bit tensors to float32; float32 and float64 are unchanged."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -43,7 +43,7 @@ class MLP(nn.Module):
 
 
 class OutputProjection(nn.Module):
-    """The projection behind the heads of an attention; a module of its own for the sake of its state-dict name."""
+    """Output projection of an attention; a separate module gives it its name in the state dict."""
 
     def __init__(self, width: int, hidden_dim: int) -> None:
         super().__init__()
@@ -55,20 +55,19 @@ class OutputProjection(nn.Module):
 
 
 class GatedLayer(nn.Module):
-    """Base of the transformer layers: holds the gates of its modules and the feed-forward block.
+    """Base class of the transformer layers, with gates, an observer and the feed-forward block.
 
-    A gate multiplies exactly the channels that a cut would remove, so that the gated layer and the cut one compute the
-    same function. `gates[block]` is `(query gate, value gate)` for an attention, `(value gate, None)` for a deformable
-    one and `(hidden gate, None)` for the FFN; a gate has the shape `width`, or `B x 1 x width` for one gate an image.
-    Gates are no part of the state dict.
+    A gate multiplies exactly the channels that pruning would remove, so that the gated layer and the pruned layer
+    compute the same function. `gates[block]` is `(query gate, value gate)` for an attention, `(value gate, None)` for a
+    deformable attention and `(hidden gate, None)` for the FFN. A gate has the shape `width`, or `B x 1 x width` for a
+    gate per image. Gates are not in the state dict.
 
-    `observer`, where there is one, is called with a block's name and its activations as they come by: `queries` and
-    `keys`, tuples of B x L x width that are multiplied with each other pair by pair, before any gate; `attended`, what
-    the output projection of an attention is given; `hidden`, what `linear2` is given. A deformable attention has no
-    queries and keys to show.
+    `observer`, if set, is called with a block's name and its activations: `queries` and `keys`, tuples of
+    B x L x width, multiplied pair by pair, before gates; `attended`, the input of an attention's output projection;
+    `hidden`, the input of `linear2`. A deformable attention has no queries and keys.
 
     Attributes:
-        nheads: attention heads.
+        nheads: number of attention heads.
     """
 
     nheads: int
@@ -84,30 +83,30 @@ class GatedLayer(nn.Module):
 
     @property
     def attention_dropout(self) -> float:
-        """Probability with which an attention weight is dropped: 0 outside training."""
+        """Dropout probability of the attention weights; 0 in eval mode."""
         return self.dropout.p if self.training else 0.0
 
     def gate(self, block: str) -> tuple[Tensor | None, Tensor | None]:
-        """The gates of one module of this layer, `(None, None)` where it has none."""
+        """Return the gates of a block, `(None, None)` if it has none."""
         return self.gates.get(block, (None, None))
 
     def observe(self, block: str, **activations: Tensor | tuple[Tensor, ...] | None) -> None:
-        """Show activations of one block to the observer."""
+        """Pass activations of a block to the observer."""
         if self.observer is not None:
             self.observer(block, activations)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """linear2(gate * activation(linear1(x))), without residual or norm; x is B x L x hidden_dim."""
+        """Return linear2(gate * activation(linear1(x))), without residual or norm; x is B x L x hidden_dim."""
         hidden = gated(self.activation(self.linear1(x)), self.gate("ffn")[0])
         self.observe("ffn", hidden=hidden)
         return self.linear2(self.dropout(hidden))
 
 
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
-    """`x` (B x L x width) times its gate, or `x` itself where there is none."""
+    """Multiply `x` (B x L x width) by its gate; return `x` itself if `gate` is None."""
     return x if gate is None else x * gate
 
 
 def inverse_sigmoid(x: Tensor, eps: float = ANCHOR_EPS) -> Tensor:
-    """log(x / (1 - x)) with both terms bounded below by `eps`, for x in [0, 1]."""
+    """Return log(x / (1 - x)) for x in [0, 1], with both terms clamped to at least `eps`."""
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

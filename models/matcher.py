@@ -17,9 +17,9 @@ UNMATCHABLE_COST = 1e6
 
 @dataclass(frozen=True)
 class Matches:
-    """K pairs of a query and a target over all layers, as five index vectors of length K.
+    """K pairs of a query and a target over all layers, as four index vectors of length K.
 
-    `target` counts through the targets of the whole batch, image after image.
+    `target` indexes the targets of the whole batch, image after image.
     """
 
     layer: Tensor
@@ -30,9 +30,9 @@ class Matches:
 
 @dataclass(frozen=True)
 class HungarianMatcher:
-    """Weights of the matching cost: focal class cost, L1 and GIoU of the boxes.
+    """Hungarian matcher with weights for the focal class cost, L1 and GIoU of the boxes.
 
-    `alpha` and `gamma` are the focal loss's (arXiv 1708.02002).
+    `alpha` and `gamma` are those of the focal loss (arXiv 1708.02002).
     """
 
     class_cost: float = 2.0
@@ -43,7 +43,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, boxes_cxcywh: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
-        """Match each target to one query in every layer, at the least total cost.
+        """Match each target to one query in every layer, with minimum total cost.
 
         Args:
             logits: L x B x Q x C.
@@ -62,10 +62,10 @@ class HungarianMatcher:
         return Matches(*torch.tensor(found, dtype=torch.int64, device=logits.device).reshape(-1, 4).unbind(1))
 
     def _costs(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        """L x B x Q x (largest target count); columns beyond an image's count are never read."""
+        """Return the costs, L x B x Q x (largest target count); columns beyond an image's count are not used."""
         labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
         target_boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True)
-        # What the focal loss of a query would change by if this class became its target.
+        # The change of a query's focal loss if this class becomes its target.
         positive = self.alpha * (1 - logits.sigmoid()) ** self.gamma * -torch.nn.functional.logsigmoid(logits)
         negative = (1 - self.alpha) * logits.sigmoid() ** self.gamma * -torch.nn.functional.logsigmoid(-logits)
         index = labels[None, :, None, :].expand(*logits.shape[:3], -1)
@@ -79,5 +79,5 @@ class HungarianMatcher:
             box_convert(queries, "cxcywh", "xyxy").expand(shape), box_convert(columns, "cxcywh", "xyxy").expand(shape)
         )
         cost = self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost
-        # The assignment refuses NaN; a loss that is not finite is reported by the training loop, with its parts.
+        # The assignment rejects NaN; the training loop reports losses that are not finite.
         return cost.nan_to_num(nan=UNMATCHABLE_COST, posinf=UNMATCHABLE_COST, neginf=UNMATCHABLE_COST)

@@ -1,4 +1,4 @@
-"""Images of different sizes as one batch."""
+"""Batch images of different sizes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,19 +6,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# "exact": an image gives the same alone and in any batch, where nothing is trained. "reference": the rule of DN-DETR.
+# "exact": in eval mode, the result of an image does not depend on its batch. "reference": the rule of DN-DETR.
 PADDING_RULES = ("exact", "reference")
 
 
 class PaddedImages(NamedTuple):
-    """A batch of images B x 3 x H x W, and its padding B x H x W (bool, True on padding), None where there is none."""
+    """A batch of images (B x 3 x H x W) and its padding (B x H x W bool, True on padding), or None without padding."""
 
     batch: Tensor
     padding: Tensor | None
 
 
 class SizeGroup(NamedTuple):
-    """Images of one size, n x 3 x H x W, and the places that they have in the batch."""
+    """Images of one size (n x 3 x H x W) and their indices in the batch."""
 
     places: list[int]
     batch: Tensor
@@ -27,8 +27,8 @@ class SizeGroup(NamedTuple):
 def pad_images(images: Sequence[Tensor], multiple: int = 1) -> PaddedImages:
     """Pad images at the right and bottom to one size.
 
-    That is the largest height and width among them, each rounded up to a multiple of `multiple` pixels. Images of one
-    size are not padded.
+    The size is the largest height and width, each rounded up to a multiple of `multiple` pixels. Images of equal size
+    are not padded.
 
     Args:
         images: each 3 x H x W.
@@ -47,7 +47,7 @@ def pad_images(images: Sequence[Tensor], multiple: int = 1) -> PaddedImages:
 
 
 def group_by_size(images: Sequence[Tensor]) -> list[SizeGroup]:
-    """Images (each 3 x H x W) in batches of one size, which need no padding."""
+    """Group images (each 3 x H x W) into batches of equal size, which need no padding."""
     places: dict[torch.Size, list[int]] = {}
     for place, image in enumerate(images):
         places.setdefault(image.shape, []).append(place)
@@ -55,14 +55,14 @@ def group_by_size(images: Sequence[Tensor]) -> list[SizeGroup]:
 
 
 def join_maps(groups: Sequence[SizeGroup], maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Feature maps of groups of images as one batch in the images' order, padded with zeros at the right and bottom.
+    """Join the feature maps of groups to one batch in the images' order, zero-padded at the right and bottom.
 
     Args:
-        groups: of `group_by_size`.
-        maps: of each group n x D x h x w.
+        groups: groups of `group_by_size`.
+        maps: feature map of each group, n x D x h x w.
 
     Returns:
-        The maps B x D x h x w, and their padding B x h x w (bool, True on padding).
+        The maps (B x D x h x w) and their padding (B x h x w bool, True on padding).
     """
     count = sum(len(group.places) for group in groups)
     height, width = (max(group_map.shape[axis] for group_map in maps) for axis in (2, 3))
@@ -77,24 +77,23 @@ def join_maps(groups: Sequence[SizeGroup], maps: Sequence[Tensor]) -> tuple[Tens
 
 
 def padding_of_map(padding: Tensor, size_hw: Sequence[int], stride: int) -> Tensor:
-    """Padding of a feature map B x h x w: an image of s pixels has ceil(s / stride) rows or columns, as it has alone.
+    """Return a feature map's padding (B x h x w): an image side of s pixels has ceil(s / stride) valid rows or columns.
 
     Args:
-        padding: of the images, B x H x W (bool, True on padding).
+        padding: padding of the images, B x H x W (bool, True on padding).
         size_hw: rows and columns of the map.
-        stride: pixels from one row or column of the map to the next.
+        stride: stride of the map in pixels.
     """
     rows, columns = (torch.arange(count, device=padding.device) * stride for count in size_hw)
     return padding[:, rows][:, :, columns]
 
 
 def resize_padding(padding: Tensor, size_hw: Sequence[int]) -> Tensor:
-    """Padding B x H x W (bool) at the size of a feature map, nearest: B x h x w.
+    """Resize padding (B x H x W bool) to a feature map (B x h x w) by nearest neighbour, the reference's rule.
 
-    This is the reference's rule. Unless H is a multiple of the stride, it can mark a row or column as valid that a
-    smaller image does not have.
+    Unless H is a multiple of the stride, it can mark a row or column as valid that a smaller image does not have.
 
-    The places are whole numbers, because those that `F.interpolate` rounds come out one lower in other runtimes.
+    Indices are computed in integers, because those that `F.interpolate` rounds can be one lower in other runtimes.
     """
     rows, columns = (
         torch.arange(small, device=padding.device) * whole // small

@@ -9,7 +9,7 @@ from models.layers import at_least_float32
 
 
 def sine_encoding(position: Tensor, channels: int, temperature: float) -> Tensor:
-    """Interleaved sines and cosines of `position` (any shape, in radians): adds a last axis of `channels`.
+    """Encode `position` (any shape, in radians) as interleaved sines and cosines along a new last axis of `channels`.
 
     Returns:
         float64 for positions of that type, else float32.
@@ -31,14 +31,14 @@ def pixel_encoding(
     eps: float = 1e-6,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Encoding of each feature pixel's place among the valid rows and columns.
+    """Encode each feature pixel's position among the valid rows and columns.
 
     Args:
         padding: B x H x W bool, True on padding.
         hidden_dim: channels of the result; the first half encodes y, the second x.
         temperature_h, temperature_w: base of the frequencies for y and for x.
-        shift: taken from the rows and columns, which count from 1; 0.5 encodes the pixels' centres.
-        dtype: of the features that the encoding is added to.
+        shift: subtracted from the rows and columns, which count from 1; 0.5 encodes the pixels' centres.
+        dtype: type of the features that the encoding is added to.
 
     Returns:
         B x (H * W) x hidden_dim, float64 for features of that type, else float32.
@@ -57,6 +57,6 @@ def pixel_encoding(
 
 
 def anchor_encoding(anchors_cxcywh: Tensor, hidden_dim: int, temperature: float = 10000) -> Tensor:
-    """Encoding of anchors in [0, 1]: ... x 4 (cx, cy, w, h) -> ... x (2 * hidden_dim) in the order y, x, w, h."""
+    """Encode anchors in [0, 1]: ... x 4 (cx, cy, w, h) -> ... x (2 * hidden_dim) in the order y, x, w, h."""
     yxwh = anchors_cxcywh[..., [1, 0, 2, 3]] * 2 * math.pi
     return sine_encoding(yxwh, hidden_dim // 2, temperature).flatten(-2)

@@ -1,4 +1,4 @@
-"""From a detector's outputs to detections in pixels."""
+"""Convert a detector's outputs to detections in pixels."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,18 @@ from models.layers import at_least_float32
 
 
 class PostProcess:
-    """Keep the best `num_select` pairs of query and class of each image."""
+    """Select the `num_select` pairs of query and class with the highest scores in each image."""
 
     def __init__(self, num_select: int) -> None:
         self.num_select = num_select
 
     @torch.no_grad()
     def __call__(self, outputs: dict, sizes_hw: Tensor) -> list[dict[str, Tensor]]:
-        """Detections of each image, best first.
+        """Return the detections of each image, sorted by descending score.
 
         Args:
             outputs: `pred_logits` B x Q x C and `pred_boxes` B x Q x 4 (cxcywh in [0, 1]).
-            sizes_hw: B x 2, height and width that the boxes are scaled to.
+            sizes_hw: B x 2, height and width to scale the boxes to.
 
         Returns:
             For each image `scores` (K), `labels` (K, category ids) and `boxes` (K x 4, absolute xyxy), with
@@ -31,7 +31,7 @@ class PostProcess:
         return [{"scores": s, "labels": label, "boxes": b} for s, label, b in zip(scores, labels, boxes, strict=True)]
 
     def select(self, logits: Tensor, boxes_cxcywh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best pairs, best first: scores B x K, labels B x K, boxes B x K x 4 (xyxy, in the boxes' unit).
+        """Return scores (B x K), labels (B x K) and boxes (B x K x 4 xyxy, in the boxes' unit) by descending score.
 
         Args:
             logits: B x Q x C.

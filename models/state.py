@@ -1,4 +1,4 @@
-"""What flows through a detector between two of its steps, as a value that a search can keep and start from again."""
+"""The state of a detector between two of its steps, which a search can cache and resume from."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Features:
-    """What the front of a detector makes of a batch of images; all else of the first state follows from it.
+    """The projected backbone features of a batch of images, from which the first state is computed.
 
     Attributes:
         memory: B x S x D, projected features.
-        paddings: for each feature level B x h x w (1 x h x w where all images are alike) bool, True on padding.
-        is_padded: False where the batch has no padding at all.
+        paddings: bool for each feature level, True on padding; B x h x w, or 1 x h x w without padding.
+        is_padded: whether the batch has padding.
     """
 
     memory: Tensor
@@ -25,22 +25,22 @@ class Features:
     is_padded: bool
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Features:
-        """A copy elsewhere, the memory in another precision if one is given."""
+        """Return a copy on `device`, with the memory in `dtype` if given."""
         return replace(self, memory=self.memory.to(device, dtype), paddings=tuple(p.to(device) for p in self.paddings))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
+        """Number of bytes of the tensors."""
         return sum(tensor.nbytes for tensor in (self.memory, *self.paddings))
 
 
 @dataclass(frozen=True)
 class DenoisingQueries:
-    """Where the noised copies of the targets stand among the queries.
+    """Layout of the denoising queries.
 
     Attributes:
-        num_queries: number of denoising queries in front of the matching ones, `groups * largest target count`.
-        groups: number of noised copies of every target.
+        num_queries: number of denoising queries, `groups * largest target count`; they precede the matching queries.
+        groups: number of noised copies of each target.
     """
 
     num_queries: int
@@ -48,7 +48,7 @@ class DenoisingQueries:
 
 
 class QueryFields(TypedDict):
-    """The fields of a `DetectorState` that hold the queries."""
+    """The query fields of a `DetectorState`."""
 
     queries: Tensor
     query_mask: Tensor | None
@@ -65,17 +65,17 @@ class DetectorState:
     """The tensors between two steps; B images, S feature pixels, Q queries, D channels.
 
     Attributes:
-        memory: B x S x D, the encoder's features, encoded as far as the steps have gone.
-        memory_pos: B x S x D (or 1 x S x D where all images are alike), sine encoding of the pixels.
+        memory: B x S x D, the encoder's features after the steps so far.
+        memory_pos: B x S x D (or 1 x S x D if equal for all images), sine encoding of the pixels.
         memory_mask: B x 1 x 1 x S bool, True on image pixels; None without padding.
-        queries: B x Q x D, the decoder's content.
-        query_mask: Q x Q bool, True where a query may look; None without denoising queries.
-        anchors: B x Q x 4 cxcywh in [0, 1], which the layer attends with (no gradient to the layer before).
-        live_anchors: the same with its gradient, which the layer's boxes are offsets of.
-        query_pos, query_sine: B x Q x D, positional queries of the decoder layer under way; None before the first.
-        hidden: B x Q x D for each decoder layer done, normalised.
-        boxes: B x Q x 4 cxcywh for each decoder layer done.
-        denoising: None where there are no denoising queries.
+        queries: B x Q x D, content of the decoder's queries.
+        query_mask: Q x Q bool, True where a query may attend; None without denoising queries.
+        anchors: B x Q x 4 cxcywh in [0, 1], for the layer's attention (no gradient to the previous layer).
+        live_anchors: the same with gradient; the layer's box offsets are added to them.
+        query_pos, query_sine: B x Q x D, positional queries of the current decoder layer; None before the first.
+        hidden: B x Q x D for each finished decoder layer, normalised.
+        boxes: B x Q x 4 cxcywh for each finished decoder layer.
+        denoising: layout of the denoising queries, None without them.
     """
 
     memory: Tensor
@@ -92,11 +92,11 @@ class DetectorState:
     denoising: DenoisingQueries | None = None
 
     def replace(self: StateT, **changes: Any) -> StateT:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     def map(self: StateT, function: Callable[[Tensor], Tensor]) -> StateT:
-        """A copy with `function` applied to every tensor."""
+        """Return a copy with `function` applied to every tensor."""
 
         def apply(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -106,7 +106,7 @@ class DetectorState:
         return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
     def to(self: StateT, device: torch.device | str) -> StateT:
-        """A copy on another device."""
+        """Return a copy on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
     @property
@@ -117,7 +117,7 @@ class DetectorState:
         return self.memory_mask[:, 0, 0].to(self.memory)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors of the state."""
+        """Yield all tensors of the state."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):

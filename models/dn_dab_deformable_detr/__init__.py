@@ -12,10 +12,10 @@ from util.errors import UserError
 def build(
     args: Namespace, widths: Widths | None, backbone: Backbone, denoising: DenoisingSettings | None
 ) -> DnDabDeformableDetr:
-    """The detector that the arguments describe; its activation is ReLU and its positions' temperature 10000.
+    """Build the detector described by `args`, with ReLU and a position encoding of temperature 10000.
 
     Raises:
-        UserError: where the options describe none.
+        UserError: an option has an unsupported value.
     """
     if args.hidden_dim % NORM_GROUPS:
         raise UserError(f"--hidden_dim: found {args.hidden_dim}, expected a multiple of {NORM_GROUPS}")

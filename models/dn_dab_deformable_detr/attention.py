@@ -13,14 +13,14 @@ from models.prunable import ParameterSlice, columns, rows_and_bias
 
 
 class DeformableAttention(nn.Module):
-    """Every query reads each level of the features at a few points of its own choice (equation 3 of the paper).
+    """Each query samples each feature level at a few learned points (equation 3 of the paper).
 
     Args:
         hidden_dim: channels of queries, features and result.
         width: value channels.
-        nheads: attention heads.
-        num_levels: levels of the features.
-        num_points: points that a head reads on each level.
+        nheads: number of attention heads.
+        num_levels: number of feature levels.
+        num_points: number of points that a head samples on each level.
     """
 
     def __init__(self, hidden_dim: int, width: int, nheads: int, num_levels: int, num_points: int) -> None:
@@ -33,7 +33,7 @@ class DeformableAttention(nn.Module):
 
     @torch.no_grad()
     def initialise_sampling(self) -> None:
-        """Equal weights, and points on a square ring: head i looks in its own direction, point k goes k + 1 pixels."""
+        """Set equal weights, and offsets on square rings: a direction for each head, k + 1 pixels for point k."""
         nheads, num_levels, num_points = self.grid
         angle = torch.arange(nheads) * (2 * math.pi / nheads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
@@ -53,7 +53,7 @@ class DeformableAttention(nn.Module):
         sizes_flat: list[int],
         gate: Tensor | None,
     ) -> Tensor:
-        """Attend, up to the output projection, which stands in the layer for an observer to see what it is given.
+        """Compute attention without the output projection, which the layer applies so that an observer gets its input.
 
         Args:
             query: B x Q x hidden_dim.
@@ -62,10 +62,10 @@ class DeformableAttention(nn.Module):
             memory: B x S x hidden_dim, the features of all levels.
             memory_mask: B x S x 1 bool, True on image pixels; None without padding.
             sizes_flat: [h0, w0, h1, w1, ...] of the levels.
-            gate: of the value channels, `width` or B x 1 x width, or None.
+            gate: gate of the value channels, `width` or B x 1 x width, or None.
 
         Returns:
-            B x Q x width, what `output_proj` takes.
+            B x Q x width, the input of `output_proj`.
         """
         nheads = self.grid[0]
         value = gated(self.value_proj(memory), gate)
@@ -81,9 +81,9 @@ class DeformableAttention(nn.Module):
         return sampled.flatten(2)
 
     def _locations(self, query: Tensor, reference: Tensor, sizes_flat: list[int]) -> Tensor:
-        """Sampling points B x Q x heads x levels x points x 2 (x, y), in [0, 1] of each level's map.
+        """Return the sampling points B x Q x heads x levels x points x 2 (x, y), in [0, 1] of each level's map.
 
-        They are at least float32: 16 bits are too few for the pixels of a large map.
+        They are float32 or wider, because 16 bits are too few for the pixels of a large map.
         """
         offsets = at_least_float32(self.sampling_offsets(query)).unflatten(-1, (*self.grid, 2))
         reference = reference[:, :, None, :, None].to(offsets.dtype)
@@ -94,5 +94,5 @@ class DeformableAttention(nn.Module):
 
 
 def deformable_attention_slices(prefix: str) -> tuple[ParameterSlice, ...]:
-    """The parameters that shrink with the value channels of the deformable attention at `prefix`."""
+    """Return the parameter slices of the deformable attention at `prefix` that shrink with its value channels."""
     return (*rows_and_bias(f"{prefix}.value_proj", "value"), columns(f"{prefix}.output_proj", "value"))

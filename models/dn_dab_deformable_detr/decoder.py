@@ -1,4 +1,4 @@
-"""The decoder of DAB-Deformable-DETR (arXiv 2201.12329, 2010.04159): anchors that every layer refines."""
+"""Decoder of DAB-Deformable-DETR (arXiv 2201.12329, 2010.04159): queries are anchor boxes that each layer refines."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class DecoderLayer(GatedLayer):
     Args:
         hidden_dim: channels of the queries.
         widths: channels of the self-attention, value channels of the cross-attention and channels of the FFN.
-        nheads: attention heads.
-        num_levels, num_points: levels of the features, and points read on each.
-        dropout: probability.
+        nheads: number of attention heads.
+        num_levels, num_points: number of feature levels, and of points sampled on each.
+        dropout: dropout probability.
     """
 
     def __init__(
@@ -38,35 +38,35 @@ class DecoderLayer(GatedLayer):
         self.norm3 = nn.LayerNorm(hidden_dim)
 
     def self_attention(self, x: Tensor, query_pos: Tensor, mask: Tensor | None) -> Tensor:
-        """x and query_pos are B x Q x hidden_dim, mask Q x Q bool or None."""
+        """Return the queries after self-attention; x and query_pos are B x Q x hidden_dim, mask Q x Q bool or None."""
         attended = packed_self_attention(self, "self_attention", self.self_attn, x, query_pos, mask)
         return self.norm2(x + self.dropout(self.self_attn.out_proj(attended)))
 
     def cross_attention(self, x: Tensor, state: DeformableState) -> Tensor:
-        """x is B x Q x hidden_dim; the anchors are laid on each level's map, padding included."""
+        """Return the queries after cross-attention (B x Q x hidden_dim); anchors are scaled to each padded map."""
         gate, _ = self.gate("cross_attention")
         reference = state.anchors[:, :, None] * state.valid_ratios.repeat(1, 1, 2)[:, None]
-        assert state.query_pos is not None  # since the layer's self-attention
+        assert state.query_pos is not None  # set by the layer's self-attention
         query = x + state.query_pos
         attended = self.cross_attn(query, reference, state.memory, state.memory_mask, state.levels.flat(), gate)
         self.observe("cross_attention", attended=attended)
         return self.norm1(x + self.dropout(self.cross_attn.output_proj(attended)))
 
     def ffn(self, x: Tensor) -> Tensor:
-        """B x Q x hidden_dim."""
+        """Return the queries after the FFN, B x Q x hidden_dim."""
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers around the anchors.
+    """A stack of decoder layers that refine anchors.
 
     Args:
         layers: the layers in order.
         hidden_dim: channels of the queries.
-        bbox_embed: the detector's box heads, one for each layer, shared with it.
-        anchor_eps: bound of `inverse_sigmoid`.
-        anchors_on_padded_map: encode anchors as parts of the finest map with its padding, as the reference does, and
-            not as parts of the image.
+        bbox_embed: the detector's box heads, one for each layer.
+        anchor_eps: `eps` of `inverse_sigmoid`.
+        anchors_on_padded_map: encode anchors relative to the finest map with its padding, as the reference does, not
+            relative to the image.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         return self._finish_layer(index, state.replace(queries=layer.ffn(x)))
 
     def _position_queries(self, index: int, state: DeformableState) -> DeformableState:
-        """Positional queries from the anchors, scaled by their content from the second layer on."""
+        """Compute positional queries from the anchors, scaled by the content except in the first layer."""
         x, anchors = state.queries, state.anchors
         if self.anchors_on_padded_map:
             anchors = anchors * state.valid_ratios[:, :1].repeat(1, 1, 2)
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         return state.replace(query_pos=query_pos if index == 0 else query_pos * self.query_scale(x))
 
     def _finish_layer(self, index: int, state: DeformableState) -> DeformableState:
-        """Read the layer's boxes off; the next one starts from them, without gradient."""
+        """Predict the layer's boxes, which without gradient are the anchors of the next layer."""
         x = state.queries
         boxes = (self.bbox_embed[index](x) + inverse_sigmoid(state.anchors, self.anchor_eps)).sigmoid()
         state = state.replace(hidden=(*state.hidden, x), boxes=(*state.boxes, boxes))
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
 
 
 def decoder_layer_slices(prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
-    """The parameters that shrink with each block of the decoder layer at `prefix`."""
+    """Return, by block, the parameter slices of the decoder layer at `prefix` that shrink with the block."""
     return {
         "self_attention": packed_attention_slices(f"{prefix}.self_attn"),
         "cross_attention": deformable_attention_slices(f"{prefix}.cross_attn"),

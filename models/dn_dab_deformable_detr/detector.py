@@ -21,22 +21,22 @@ from models.widths import Widths
 
 NORM_GROUPS = 32
 TEMPERATURE = 10000
-BOX_SIZE_BIAS = -2.0  # logit: the first layer's boxes begin at about an eighth of the anchor's odds
+BOX_SIZE_BIAS = -2.0  # initial size logit of the first layer's boxes: about an eighth of the anchor's odds
 
 
 class MapNorm(nn.GroupNorm):
-    """Group normalisation of feature maps, also where a group holds a single value; `nn.GroupNorm` refuses that.
+    """Group normalisation of feature maps that also accepts groups of one value, which `nn.GroupNorm` rejects.
 
-    Such a value becomes the bias: 32 channels on a map of one pixel, for a batch of one as for a larger one.
+    Such a value becomes the bias. This happens with 32 channels on a map of one pixel, at any batch size.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """B x C x h x w, normalised."""
+        """Normalise a feature map, B x C x h x w."""
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class Transformer(nn.Module):
-    """Encoder, decoder and the embedding of the levels; a container that gives the state dict its names."""
+    """Container of encoder, decoder and level embedding, for the names in the state dict."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder, num_levels: int, hidden_dim: int) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ class DnDabDeformableDetr(Detector):
     """The deformable variant of DN-DETR (arXiv 2203.01305, 2010.04159) with any widths.
 
     Args:
-        backbone: gives the features; every stage from layer2 to its last is a level.
-        widths: channels of every attention (value channels of a deformable one) and FFN.
+        backbone: the backbone; each stage from layer2 to its last is a feature level.
+        widths: channels of each attention (value channels of deformable attention) and FFN.
         num_classes: largest category id + 1.
-        num_levels: levels of the features; those beyond the backbone's come from convolutions of stride 2.
-        encoder_points, decoder_points: points that a head reads on each level.
-        anchor_eps: lower bound of an anchor's coordinate and of its distance from 1 where its logit is taken.
-        denoising: how targets are noised in training; None trains without denoising queries.
+        num_levels: number of feature levels; convolutions of stride 2 compute those beyond the backbone's.
+        encoder_points, decoder_points: number of points that a head samples on each level.
+        anchor_eps: lower bound of an anchor coordinate and of its distance from 1 when its logit is computed.
+        denoising: noise on targets in training; None trains without denoising queries.
         padding_rule: one of `models.padding.PADDING_RULES`.
     """
 
@@ -116,7 +116,7 @@ class DnDabDeformableDetr(Detector):
         self.input_proj = nn.ModuleList(
             _projections([backbone.channels[s] for s in self.stages], num_levels, hidden_dim)
         )
-        # A list of one, because the checkpoints' keys begin with `backbone.0.body`.
+        # A list of one, because the keys in checkpoints begin with `backbone.0.body`.
         self.backbone = module_list([backbone])
         self._initialise()
 
@@ -133,7 +133,7 @@ class DnDabDeformableDetr(Detector):
                 nn.init.zeros_(convolution.bias)
 
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DeformableState:
-        """The state in front of the first step, with positions and queries added to the features."""
+        """Add positions and queries to the features and return the input state of the first step."""
         dtype = features.memory.dtype
         positions = [
             pixel_encoding(padding, self.hidden_dim, TEMPERATURE, TEMPERATURE, shift=0.5, dtype=dtype) + embedding
@@ -150,7 +150,7 @@ class DnDabDeformableDetr(Detector):
         )
 
     def feature_maps(self, batch: Tensor) -> list[Tensor]:
-        """Projected features B x hidden_dim x h x w of each level, finest first, of images B x 3 x H x W."""
+        """Project the features of images (B x 3 x H x W) to B x hidden_dim x h x w for each level, finest first."""
         features = self.backbone[0](batch, self.stages)
         maps: list[Tensor] = []
         for index, projection in enumerate(self.input_proj):
@@ -165,22 +165,22 @@ class DnDabDeformableDetr(Detector):
         content, anchor_logits = (t.expand(batch_size, -1, -1) for t in (content, self.refpoint_embed.weight))
         fields = self.queries(content, anchor_logits, targets)
         if self.training and fields["denoising"] is None:
-            # DistributedDataParallel waits for a gradient of every parameter, and no query has used the labels'.
+            # DistributedDataParallel waits for the gradient of every parameter, also of the unused label_enc.
             fields["queries"] = fields["queries"] + 0 * self.label_enc.weight.sum()
         return fields
 
     def classify(self, layer: int, hidden: Tensor) -> Tensor:
-        """Class logits B x Q x num_classes by the layer's own head."""
+        """Return the class logits of the layer's head, B x Q x num_classes."""
         return self.class_embed[layer](hidden)
 
     def layer_slices(self, stack: str, index: int) -> dict[str, tuple[ParameterSlice, ...]]:
-        """How the parameters of one layer shrink with each of its blocks."""
+        """Return, by block, the parameter slices of a layer that shrink with the block."""
         slices = encoder_layer_slices if stack == "encoder" else decoder_layer_slices
         return slices(f"transformer.{stack}.layers.{index}")
 
 
 def _projections(channels: list[int], num_levels: int, hidden_dim: int) -> list[nn.Sequential]:
-    """A 1x1 convolution for each stage, then 3x3 ones of stride 2: on the last stage, then on the level before."""
+    """Return 1x1 convolutions of the stages, then 3x3 ones of stride 2 of the last stage and of each previous level."""
     convolutions = [nn.Conv2d(count, hidden_dim, kernel_size=1) for count in channels]
     for index in range(len(channels), num_levels):
         count = channels[-1] if index == len(channels) else hidden_dim
@@ -189,9 +189,9 @@ def _projections(channels: list[int], num_levels: int, hidden_dim: int) -> list[
 
 
 def _valid_ratio(padding: Tensor, dtype: torch.dtype) -> Tensor:
-    """Padding B x h x w -> B x 2: the part of the width and of the height that is image.
+    """Return the fractions of width and height that are not padding (B x 2), from padding B x h x w.
 
-    It is float64 for features of that type, else float32.
+    The result is float64 for features of that type, else float32.
     """
     valid = (~padding).to(torch.promote_types(dtype, torch.float32))
     return torch.stack((valid[:, 0].mean(1), valid[:, :, 0].mean(1)), dim=-1)

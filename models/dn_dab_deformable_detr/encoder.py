@@ -1,4 +1,4 @@
-"""The encoder of Deformable DETR (arXiv 2010.04159): post-norm layers over the pixels of all levels."""
+"""Encoder of Deformable DETR (arXiv 2010.04159): post-norm layers over the pixels of all levels."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class EncoderLayer(GatedLayer):
     Args:
         hidden_dim: channels of x.
         widths: value channels of the attention and channels of the FFN.
-        nheads: attention heads.
-        num_levels, num_points: levels of the features, and points read on each.
-        dropout: probability.
+        nheads: number of attention heads.
+        num_levels, num_points: number of feature levels, and of points sampled on each.
+        dropout: dropout probability.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class EncoderLayer(GatedLayer):
         self.norm2 = nn.LayerNorm(hidden_dim)
 
     def attention(self, reference: Tensor, state: DeformableState) -> Tensor:
-        """The memory after attention, B x S x hidden_dim; reference is B x S x L x 2."""
+        """Return the memory after attention, B x S x hidden_dim; reference is B x S x L x 2."""
         x = state.memory
         gate, _ = self.gate("attention")
         attended = self.self_attn(x + state.memory_pos, reference, x, state.memory_mask, state.levels.flat(), gate)
@@ -40,7 +40,7 @@ class EncoderLayer(GatedLayer):
         return self.norm1(x + self.dropout(self.self_attn.output_proj(attended)))
 
     def ffn(self, x: Tensor) -> Tensor:
-        """B x S x hidden_dim."""
+        """Return x after the FFN, B x S x hidden_dim."""
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
@@ -61,14 +61,14 @@ class Encoder(nn.Module):
 
 
 def reference_points(levels: LevelSizes, valid_ratios: Tensor) -> Tensor:
-    """Where each feature pixel's centre lies on the map of every level.
+    """Return the position of each feature pixel's centre on the map of every level.
 
     Args:
         levels: L sizes with S pixels in all.
         valid_ratios: B x L x 2, width and height.
 
     Returns:
-        B x S x L x 2 (x, y): the centre as a part of the image without padding, times each level's valid ratio.
+        B x S x L x 2 (x, y): the centre relative to the image without padding, times each level's valid ratio.
     """
     points = []
     for index, (height, width) in enumerate(levels.sizes_hw):
@@ -81,5 +81,5 @@ def reference_points(levels: LevelSizes, valid_ratios: Tensor) -> Tensor:
 
 
 def encoder_layer_slices(prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
-    """The parameters that shrink with each block of the encoder layer at `prefix`."""
+    """Return, by block, the parameter slices of the encoder layer at `prefix` that shrink with the block."""
     return {"attention": deformable_attention_slices(f"{prefix}.self_attn"), "ffn": ffn_slices(prefix)}

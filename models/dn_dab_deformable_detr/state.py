@@ -1,4 +1,4 @@
-"""What flows between two steps of the deformable detector, beside what flows through the dense one."""
+"""The state of the deformable detector between two of its steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LevelSizes:
     sizes_hw: tuple[tuple[int, int], ...]
 
     def flat(self) -> list[int]:
-        """[h0, w0, h1, w1, ...], as the sampling operator takes them."""
+        """Return [h0, w0, h1, w1, ...] for the sampling operator."""
         return [side for size in self.sizes_hw for side in size]
 
 
@@ -28,8 +28,8 @@ class DeformableState(DetectorState):
 
     Attributes:
         levels: sizes of the levels.
-        valid_ratios: B x L x 2 (or 1 x L x 2 where all images are alike), the part of each level's width and height
-            that is image and not padding.
+        valid_ratios: B x L x 2 (or 1 x L x 2 if equal for all images), the fractions of each level's width and height
+            that are not padding.
     """
 
     levels: LevelSizes

@@ -9,7 +9,7 @@ from models.widths import Widths
 
 
 def build(args: Namespace, widths: Widths | None, backbone: Backbone, denoising: DenoisingSettings | None) -> DnDabDetr:
-    """The detector that the arguments describe."""
+    """Build the detector described by `args`."""
     full = Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
     if widths is not None:
         widths.check(nheads=args.nheads, full=full)

@@ -1,4 +1,4 @@
-"""The transformer decoder of DAB-DETR (arXiv 2201.12329): queries are anchor boxes that every layer refines."""
+"""Transformer decoder of DAB-DETR (arXiv 2201.12329): queries are anchor boxes that each layer refines."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class DecoderLayer(GatedLayer):
     Args:
         hidden_dim: channels of the queries.
         widths: channels of the self-attention, the cross-attention and the FFN.
-        nheads: attention heads.
+        nheads: number of attention heads.
         activation: key of `models.layers.ACTIVATIONS`.
-        dropout: probability.
-        is_first: the first layer's cross-attention adds the positional query and key to the content, too.
+        dropout: dropout probability.
+        is_first: also add the positional query and key to the content in the cross-attention.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DecoderLayer(GatedLayer):
         self.norm3 = nn.LayerNorm(hidden_dim)
 
     def self_attention(self, x: Tensor, query_pos: Tensor, mask: Tensor | None) -> Tensor:
-        """x and query_pos are B x Q x hidden_dim, mask Q x Q bool or None."""
+        """Return the queries after self-attention; x and query_pos are B x Q x hidden_dim, mask Q x Q bool or None."""
         query_gate, value_gate = self.gate("self_attention")
         query = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos)
         key = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
@@ -63,7 +63,7 @@ class DecoderLayer(GatedLayer):
         return self.norm1(x + self.dropout(self.self_attn(attended)))
 
     def cross_attention(self, x: Tensor, state: DetectorState) -> Tensor:
-        """x is B x Q x hidden_dim; content and position are concatenated within each head."""
+        """Return the queries after cross-attention (B x Q x hidden_dim); heads concatenate content and position."""
         query_gate, value_gate = self.gate("cross_attention")
         query, key = self.ca_qcontent_proj(x), self.ca_kcontent_proj(state.memory)
         key_pos = self.ca_kpos_proj(state.memory_pos)
@@ -84,23 +84,23 @@ class DecoderLayer(GatedLayer):
         return self.norm2(x + self.dropout(self.cross_attn(attended)))
 
     def _concatenate(self, content: Tensor, position: Tensor) -> Tensor:
-        """Two B x L x width -> B x nheads x L x (2 * head width); position may have B = 1."""
+        """Concatenate two B x L x width to B x nheads x L x (2 * head width); position may have B = 1."""
         content, position = split_heads(content, self.nheads), split_heads(position, self.nheads)
         return torch.cat((content, position.expand(content.shape)), dim=-1)
 
     def ffn(self, x: Tensor) -> Tensor:
-        """B x Q x hidden_dim."""
+        """Return the queries after the FFN, B x Q x hidden_dim."""
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers around the anchors.
+    """A stack of decoder layers that refine anchors.
 
     Args:
         layers: the layers in order.
         hidden_dim: channels of the queries.
-        bbox_embed: the detector's box head, shared with it, which refines the anchors.
-        anchor_eps: bound of `inverse_sigmoid`.
+        bbox_embed: the detector's box head, which also refines the anchors.
+        anchor_eps: `eps` of `inverse_sigmoid`.
     """
 
     def __init__(self, layers: list[DecoderLayer], hidden_dim: int, bbox_embed: MLP, anchor_eps: float) -> None:
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
         return self._finish_layer(index, state.replace(queries=layer.ffn(x)))
 
     def _position_queries(self, index: int, state: DetectorState) -> DetectorState:
-        """Positional queries from the anchors, modulated by their sizes (arXiv 2201.12329, equations 5 and 6)."""
+        """Compute positional queries from anchors, modulated by their sizes (arXiv 2201.12329, equations 5 and 6)."""
         x, anchors = state.queries, state.anchors
         hidden_dim = x.shape[-1]
         encoding = anchor_encoding(anchors, hidden_dim)
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         return state.replace(query_pos=self.ref_point_head(encoding), query_sine=modulated.flatten(-2))
 
     def _finish_layer(self, index: int, state: DetectorState) -> DetectorState:
-        """Read the layer's boxes off and refine the anchors for the next one."""
+        """Predict the layer's boxes and refine the anchors for the next layer."""
         x = state.queries
         hidden = self.norm(x)
         boxes = (self.bbox_embed(hidden) + inverse_sigmoid(state.live_anchors, self.anchor_eps)).sigmoid()
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
 
 
 def decoder_layer_slices(prefix: str, is_first: bool) -> dict[str, tuple[ParameterSlice, ...]]:
-    """The parameters that shrink with each block of the decoder layer at `prefix`."""
+    """Return, by block, the parameter slices of the decoder layer at `prefix` that shrink with the block."""
     self_slices, cross_slices = [], []
     for name in ("sa_qcontent_proj", "sa_qpos_proj"):
         self_slices += rows_and_bias(f"{prefix}.{name}", "query", fold=True)

@@ -19,7 +19,7 @@ from models.widths import Widths
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder; a container that gives the state dict its names."""
+    """Container of encoder and decoder, for the names in the state dict."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder, num_patterns: int, hidden_dim: int) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class DnDabDetr(Detector):
     """The dense variant of DN-DETR (arXiv 2203.01305) with any widths.
 
     Args:
-        backbone: gives the features.
-        widths: channels of every attention and FFN.
+        backbone: the backbone.
+        widths: channels of each attention and FFN.
         num_classes: largest category id + 1.
         slim_names: name the encoder's attention as the paper's slim models do.
-        temperatures: of the pixel encoding, for height and width.
-        anchor_eps: lower bound of an anchor's coordinate and of its distance from 1 where its logit is taken.
-        denoising: how targets are noised in training; None trains without denoising queries.
+        temperatures: temperatures of the pixel encoding, for height and width.
+        anchor_eps: lower bound of an anchor coordinate and of its distance from 1 when its logit is computed.
+        denoising: noise on targets in training; None trains without denoising queries.
         padding_rule: one of `models.padding.PADDING_RULES`.
     """
 
@@ -94,21 +94,21 @@ class DnDabDetr(Detector):
         self.label_enc = nn.Embedding(num_classes + 1, hidden_dim - 1)
         self.refpoint_embed = nn.Embedding(num_queries, 4)
         self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
-        # A list of one, because the checkpoints' keys begin with `backbone.0.body`.
+        # A list of one, because the keys in checkpoints begin with `backbone.0.body`.
         self.backbone = module_list([backbone])
         initialise_detector(self.transformer, [self.class_embed], [self.bbox_embed])
 
     def feature_maps(self, batch: Tensor) -> list[Tensor]:
-        """Projected features B x hidden_dim x h x w of the one level, of images B x 3 x H x W."""
+        """Project the features of images (B x 3 x H x W) to one level, B x hidden_dim x h x w."""
         (features,) = self.backbone[0](batch, self.stages)
         return [self.input_proj(features)]
 
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
-        """The state in front of the first step, with positions and queries added to the features."""
+        """Add positions and queries to the features and return the input state of the first step."""
         (padding,) = features.paddings
         memory_pos = pixel_encoding(padding, self.hidden_dim, *self.temperatures, dtype=features.memory.dtype)
         memory_mask = ~padding.flatten(1)[:, None, None, :] if features.is_padded else None
-        # The last row of label_enc is "no object yet"; the matching queries' indicator channel is 0.
+        # The last row of label_enc is the content of matching queries; their indicator channel is 0.
         content = torch.cat((self.label_enc.weight[self.num_classes], self.label_enc.weight.new_zeros(1)))
         content = content.expand(self.num_queries, -1)
         anchor_logits = self.refpoint_embed.weight
@@ -121,11 +121,11 @@ class DnDabDetr(Detector):
         return DetectorState(features.memory, memory_pos, memory_mask, **queries)
 
     def classify(self, layer: int, hidden: Tensor) -> Tensor:
-        """Class logits B x Q x num_classes; all layers share one head."""
+        """Return the class logits, B x Q x num_classes; all layers share one head."""
         return self.class_embed(hidden)
 
     def layer_slices(self, stack: str, index: int) -> dict[str, tuple[ParameterSlice, ...]]:
-        """How the parameters of one layer shrink with each of its blocks."""
+        """Return, by block, the parameter slices of a layer that shrink with the block."""
         prefix = f"transformer.{stack}.layers.{index}"
         if stack == "encoder":
             return encoder_layer_slices(prefix, self.slim_names)

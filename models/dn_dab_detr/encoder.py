@@ -1,4 +1,4 @@
-"""The transformer encoder of DAB-DETR: post-norm layers whose positions are scaled by their content."""
+"""Transformer encoder of DAB-DETR: post-norm layers whose position encodings are scaled by the content."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class EncoderLayer(GatedLayer):
     Args:
         hidden_dim: channels of x.
         widths: channels of the attention and of the FFN.
-        nheads: attention heads.
+        nheads: number of attention heads.
         activation: key of `models.layers.ACTIVATIONS`.
-        dropout: probability.
-        slim_names: name the attention's parameters as the paper's slim models do, `in_proj_weight` on the layer
-            itself, instead of `self_attn.in_proj_weight` as in DN-DETR's release.
+        dropout: dropout probability.
+        slim_names: name the attention's parameters `in_proj_weight` and so on, as in the paper's slim models, instead
+            of `self_attn.in_proj_weight` as in DN-DETR's release.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class EncoderLayer(GatedLayer):
         return cast(PackedProjections, self._modules.get("self_attn", self))
 
     def attention(self, x: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor:
-        """x and pos are B x S x hidden_dim; mask as in `models.attention.attend`."""
+        """Return x after self-attention; x and pos are B x S x hidden_dim, mask as in `models.attention.attend`."""
         attended = packed_self_attention(self, "attention", self.projections, x, pos, mask)
         return self.norm1(x + self.dropout(self.projections.out_proj(attended)))
 
     def ffn(self, x: Tensor) -> Tensor:
-        """B x S x hidden_dim."""
+        """Return x after the FFN, B x S x hidden_dim."""
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
@@ -77,6 +77,6 @@ class Encoder(nn.Module):
 
 
 def encoder_layer_slices(prefix: str, slim_names: bool) -> dict[str, tuple[ParameterSlice, ...]]:
-    """The parameters that shrink with each block of the encoder layer at `prefix`."""
+    """Return, by block, the parameter slices of the encoder layer at `prefix` that shrink with the block."""
     holder = prefix if slim_names else f"{prefix}.self_attn"
     return {"attention": packed_attention_slices(holder), "ffn": ffn_slices(prefix)}

@@ -1,4 +1,4 @@
-"""Sampling of multi-scale deformable attention: the pure PyTorch form, and the compiled operator where it is built."""
+"""Sampling of multi-scale deformable attention: in plain PyTorch, or by the compiled operator if it is installed."""
 
 from models.dn_dab_deformable_detr.ops.sampling import sample, sample_in_pytorch, without_operator
 

@@ -1,4 +1,4 @@
-"""Weighted sums of bilinear samples: by the compiled operator where it is built, else by PyTorch's own operations."""
+"""Weighted sums of bilinear samples, by the compiled operator if it is installed, else in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from torch import Tensor
 MODULE = "deformable_sampling"
 OPERATOR = "dn_detr::sample"
 
-# Types of devices that the compiled operator has a kernel for; None until it has been looked for.
+# Device types for which the compiled operator has a kernel; None before `load_operator`.
 _compiled_for: frozenset[str] | None = None
 
 
 def sample(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """The sum over levels and points of weight times bilinear sample (arXiv 2010.04159, equation 3, inner sums).
+    """Sum the weighted bilinear samples over levels and points (arXiv 2010.04159, equation 3, inner sums).
 
     Args:
-        value: B x S x heads x channels of any floating type, the pixels of all levels, level after level.
+        value: B x S x heads x channels of any floating point type, the pixels of all levels, level after level.
         level_sizes: [h0, w0, h1, w1, ...], in all S pixels.
         locations: B x Q x heads x levels x points x 2, (x, y) in [0, 1] of a level's map, on which pixel (i, j) has its
-            centre at ((j + 0.5) / w, (i + 0.5) / h); what lies outside is 0. Infinite and NaN locations lie outside,
-            but PyTorch's own operations on the CPU give NaN for them.
-        weights: B x Q x heads x levels x points. It and `locations` are float64 for values of that type, else float32.
+            centre at ((j + 0.5) / w, (i + 0.5) / h). Values outside of the map are 0. Infinite and NaN locations are
+            outside, but plain PyTorch on the CPU gives NaN for them.
+        weights: B x Q x heads x levels x points. Like `locations`, float64 for float64 values, else float32.
 
     Returns:
-        B x Q x heads x channels, of the values' type; sums are taken in that of the weights.
+        B x Q x heads x channels, of the values' type; sums are computed in the type of the weights.
 
     Raises:
-        RuntimeError: arguments that do not fit together.
+        RuntimeError: the arguments are inconsistent.
     """
     compiled_for = load_operator() if _compiled_for is None else _compiled_for
     if value.device.type in compiled_for:
@@ -46,7 +46,7 @@ def sample(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Te
 
 @contextlib.contextmanager
 def without_operator() -> Iterator[None]:
-    """Let `sample` use PyTorch's own operations alone, so that what is traced meanwhile needs no compiled operator."""
+    """Make `sample` use plain PyTorch inside the context, so that traced models do not need the compiled operator."""
     global _compiled_for
     before, _compiled_for = _compiled_for, frozenset()
     try:
@@ -56,7 +56,7 @@ def without_operator() -> Iterator[None]:
 
 
 def sample_in_pytorch(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """`sample` in PyTorch's own operations; the reference for the compiled operator."""
+    """Compute `sample` in plain PyTorch, the reference for the compiled operator."""
     batch, _, heads, channels = value.shape
     sizes_hw = list(zip(level_sizes[::2], level_sizes[1::2], strict=True))
     dtype = locations.dtype
@@ -72,7 +72,7 @@ def sample_in_pytorch(value: Tensor, level_sizes: list[int], locations: Tensor, 
 
 
 def check_arguments(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> None:
-    """Raise a `RuntimeError` unless the arguments of `sample` fit together; the compiled operator checks the same."""
+    """Raise a `RuntimeError` if the arguments of `sample` are inconsistent, as the compiled operator does."""
     torch._check(value.dim() == 4, lambda: f"sample: value has {value.dim()} axes, expected 4")
     torch._check(locations.dim() == 6, lambda: f"sample: locations has {locations.dim()} axes, expected 6")
     torch._check(
@@ -109,7 +109,7 @@ def _check_companion(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: t
 
 
 def load_operator() -> frozenset[str]:
-    """Look for the compiled operator, once; returns the types of devices it runs on and warns where it is missing."""
+    """Load the compiled operator once; return the device types that it supports, and warn about missing ones."""
     global _compiled_for
     if _compiled_for is not None:
         return _compiled_for
@@ -135,7 +135,7 @@ def load_operator() -> frozenset[str]:
 
 @functools.cache
 def _register() -> None:
-    """What the compiled library leaves to Python: shapes for compilers and exporters, and the gradient's formula."""
+    """Register output shapes, for compilers and exporters, and the backward formula of the compiled operator."""
 
     @torch.library.register_fake(OPERATOR)
     def _(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:

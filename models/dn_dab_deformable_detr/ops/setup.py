@@ -1,13 +1,13 @@
 """Build the sampling operator: `python setup.py build install`, or `pip install --no-build-isolation .`
 
-The CUDA part is built wherever it can be. Elsewhere the CPU part is built alone, and the last line says why.
+If the CUDA part cannot be built, only the CPU part is built, and the last line of output gives the reason.
 Environment variables:
 
-CUDA_HOME: folder of the CUDA toolkit; by default the one that has the `nvcc` found in PATH.
-TORCH_CUDA_ARCH_LIST: compute capabilities to compile for, such as "8.0;9.0+PTX"; by default those of the visible GPUs,
-    and without a visible GPU `COMPUTE_CAPABILITIES`.
-FORCE_CUDA=1: a CUDA part that cannot be built is an error.
-FORCE_CPU=1: build the CPU part alone, whatever FORCE_CUDA says.
+CUDA_HOME: folder of the CUDA toolkit; by default that of the `nvcc` in PATH.
+TORCH_CUDA_ARCH_LIST: compute capabilities to compile for, such as "8.0;9.0+PTX"; by default those of the visible GPUs
+    or, without one, `COMPUTE_CAPABILITIES`.
+FORCE_CUDA=1: fail if the CUDA part cannot be built.
+FORCE_CPU=1: build only the CPU part; overrides FORCE_CUDA.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 NAME = "deformable_sampling"
 SOURCES = Path("src")
-# What is compiled where no GPU is visible, as far as nvcc knows it: T4, A100, RTX 30, RTX 40, H100, B200, RTX 50.
+# Compiled for if no GPU is visible, where nvcc supports them: T4, A100, RTX 30, RTX 40, H100, B200, RTX 50.
 COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 ERROR_LINE = re.compile(r"error:|fatal\s*:|cannot find|not found|denied", re.IGNORECASE)
 LONGEST_REASON = 300
 
 
 class CannotBuildError(Exception):
-    """Why a part of the operator cannot be built, in a few words."""
+    """A part of the operator cannot be built; the message is the reason."""
 
 
 def nvcc_output(option: str) -> str:
-    """What nvcc prints with one option; raises `CannotBuildError` where there is no nvcc that works."""
+    """Return the output of nvcc with one option; raise `CannotBuildError` if there is no working nvcc."""
     if CUDA_HOME is None:
         raise CannotBuildError("found no nvcc, neither in CUDA_HOME nor in PATH")
     nvcc = Path(CUDA_HOME) / "bin/nvcc"
@@ -53,7 +53,7 @@ def nvcc_output(option: str) -> str:
 
 
 def check_versions() -> None:
-    """Raise `CannotBuildError` unless PyTorch and nvcc have the same major version of CUDA."""
+    """Raise `CannotBuildError` unless PyTorch and nvcc have the same major CUDA version."""
     if torch.version.cuda is None:
         raise CannotBuildError(f"this PyTorch, {torch.__version__}, was built without CUDA")
     release = re.search(r"release (\d+)\.\d+", nvcc_output("--version"))
@@ -65,10 +65,10 @@ def check_versions() -> None:
 
 
 def architectures(listed: str) -> str:
-    """`COMPUTE_CAPABILITIES` that nvcc knows in the format of TORCH_CUDA_ARCH_LIST, the newest as PTX for newer GPUs.
+    """Return the `COMPUTE_CAPABILITIES` that nvcc supports as a TORCH_CUDA_ARCH_LIST, with PTX for newer GPUs.
 
     Args:
-        listed: the output of `nvcc --list-gpu-arch`, lines such as `compute_90`.
+        listed: output of `nvcc --list-gpu-arch`, lines such as `compute_90`.
     """
     known = {int(number) for number in re.findall(r"compute_(\d+)\s*$", listed, re.MULTILINE)}
     found = [capability for capability in COMPUTE_CAPABILITIES if int(capability.replace(".", "")) in known]
@@ -78,13 +78,13 @@ def architectures(listed: str) -> str:
 
 
 def first_error(output: str, otherwise: str) -> str:
-    """The first line of a compiler's output that reports an error, in one line of limited length."""
+    """Return the first line of a compiler's output that reports an error, cut to `LONGEST_REASON` characters."""
     lines = [line for line in output.splitlines() if ERROR_LINE.search(line)]
     return " ".join((lines[0] if lines else otherwise).split())[:LONGEST_REASON]
 
 
 def extension(*, with_cuda: bool) -> Extension:
-    """The one extension, of the CPU's sources or of all."""
+    """Return the extension with the CPU's sources or with all sources."""
     sources = sorted(map(str, SOURCES.glob("*.cpp")))
     # at::parallel_for is parallel only in sources that are compiled with OpenMP.
     flags = ["-O3", "-std=c++20", "-Wno-psabi", *(["-fopenmp"] if sys.platform.startswith("linux") else [])]
@@ -99,7 +99,7 @@ def extension(*, with_cuda: bool) -> Extension:
 
 @contextlib.contextmanager
 def output_to(file: Path) -> Iterator[None]:
-    """Write to `file` what this process and the compilers that it starts print."""
+    """Redirect the output of this process and of the compilers that it starts to `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     streams = (sys.stdout, sys.stderr)
     before = [os.dup(number) for number in (1, 2)]
@@ -117,7 +117,7 @@ def output_to(file: Path) -> Iterator[None]:
 
 
 class Build(BuildExtension):
-    """Builds both parts or, where the CUDA part cannot be built, the CPU part alone."""
+    """Build both parts or, if the CUDA part cannot be built, only the CPU part."""
 
     outcome = ""  # one sentence
     compiler: Any  # set by setuptools
@@ -141,7 +141,7 @@ class Build(BuildExtension):
         Build.outcome = f"{NAME} has been built for the CPU alone, {reason}"
 
     def _build_with_cuda(self) -> str:
-        """Build both parts; returns the compute capabilities. Raises `CannotBuildError`."""
+        """Build both parts and return the compute capabilities; may raise `CannotBuildError`."""
         check_versions()
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
             os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(nvcc_output("--list-gpu-arch"))
@@ -150,12 +150,12 @@ class Build(BuildExtension):
         return os.environ.get("TORCH_CUDA_ARCH_LIST") or "of the visible GPUs"
 
     def _build(self, *, with_cuda: bool) -> None:
-        """Compile and link, with the compilers' output in a file; raises `CannotBuildError` with the first error."""
-        self.force = True  # a library that is newer than the sources may be that of the CPU part alone
+        """Compile and link with the compilers' output in a log; raise `CannotBuildError` with the first error."""
+        self.force = True  # an up-to-date library may contain the CPU part only
         (found,) = self.extensions
         vars(found).update(vars(extension(with_cuda=with_cuda)))
         log = Path(self.build_temp) / ("build_cuda.log" if with_cuda else "build_cpu.log")
-        compiler, self.compiler = self.compiler, copy.copy(self.compiler)  # PyTorch changes it for what it builds
+        compiler, self.compiler = self.compiler, copy.copy(self.compiler)  # PyTorch modifies the compiler
         try:
             with output_to(log):
                 if with_cuda:
@@ -169,7 +169,7 @@ class Build(BuildExtension):
             self.compiler = compiler
 
     def _link_nothing(self, found: Extension) -> None:
-        """Fail at once where a library is missing, instead of minutes later, after all has been compiled."""
+        """Link an empty library, to fail at once if a dependency is missing instead of after minutes of compiling."""
         trial = str(Path(self.build_temp) / f"libraries{self.get_ext_filename('')}")
         self.compiler.link_shared_object([], trial, libraries=found.libraries, library_dirs=found.library_dirs)
 

@@ -1,7 +1,6 @@
-"""Check the compiled operator against the pure PyTorch form: `python test.py`, after it has been built and installed.
+"""Check the installed operator against plain PyTorch: `python test.py`.
 
-Every line ends with True or False; the script ends with exit code 1 if one of them is False. With a CUDA device all
-checks run on it, too.
+Every line ends with True or False; the exit code is 1 if one is False. All checks also run on CUDA if available.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from models.dn_dab_deformable_detr.ops import sample_in_pytorch
 from models.dn_dab_deformable_detr.ops.sampling import load_operator
 
-GRADIENT_CHANNELS = (30, 32, 64, 71, 19, 7, 1)  # of a head; the odd ones are what pruning leaves
+GRADIENT_CHANNELS = (30, 32, 64, 71, 19, 7, 1)  # per head; pruning gives odd numbers
 SIZES = [6, 4, 3, 2]
 PIXEL_SIZES = [1, 1, 1, 5, 4, 1]
-EXACT_SIZES = [4, 8, 2, 4, 1, 2]  # powers of 2: no rounding between a location and its place on the map
+EXACT_SIZES = [4, 8, 2, 4, 1, 2]  # powers of 2, so that locations scale to the map without rounding
 INFINITY, NAN = float("inf"), float("nan")
-# Largest difference from the same sums in double, relative to the largest number.
+# Maximum difference from the result in double, relative to the largest number.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 Arguments = tuple[Tensor, list[int], Tensor, Tensor]
@@ -43,7 +42,7 @@ def arguments(
     heads: int = 2,
     points: int = 2,
 ) -> Arguments:
-    """Random arguments of `sample`; a good part of the points lies outside, none where the derivative jumps."""
+    """Return random arguments of `sample`, with many points outside of the map and none where the derivative jumps."""
     generator = torch.Generator().manual_seed(channels)
     levels = len(sizes) // 2
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -51,7 +50,7 @@ def arguments(
     sizes_wh = torch.tensor(sizes, dtype=torch.float64).view(levels, 2).flip(-1)[:, None]
     value = 2 * torch.rand(batch, pixels, heads, channels, generator=generator) - 1
     locations = 1.6 * torch.rand(batch, queries, heads, levels, points, 2, generator=generator).double() - 0.3
-    # Finite differences see the bend of a bilinear surface at pixel centres: keep away from them.
+    # Avoid pixel centres, where the bilinear surface has kinks that break finite differences.
     grid = locations * sizes_wh - 0.5
     part = (grid - grid.floor()).clamp(0.05, 0.95)
     locations = (grid.floor() + part + 0.5) / sizes_wh
@@ -60,7 +59,7 @@ def arguments(
 
 
 def outcome(function: Callable, given: Arguments) -> list[Tensor]:
-    """Result and gradients of `function`, in double."""
+    """Return the result and gradients of `function`, converted to double."""
     value, sizes, locations, weights = given
     inputs = [tensor.detach().clone().requires_grad_() for tensor in (value, locations, weights)]
     out = function(inputs[0], sizes, inputs[1], inputs[2])
@@ -70,7 +69,7 @@ def outcome(function: Callable, given: Arguments) -> list[Tensor]:
 
 
 def agrees(given: Arguments) -> bool:
-    """Whether the operator and the pure form in double find the same result and gradients."""
+    """Return whether the operator agrees with plain PyTorch in double in result and gradients."""
     found = outcome(torch.ops.dn_detr.sample, given)
     value, sizes, locations, weights = given
     expected = outcome(sample_in_pytorch, (value.double(), sizes, locations.double(), weights.double()))
@@ -84,12 +83,12 @@ def agrees(given: Arguments) -> bool:
 
 
 def agrees_on(channels: int, dtype: torch.dtype, device: str, points: int = 2) -> bool:
-    """Whether they do on random arguments."""
+    """Return whether they agree on random arguments."""
     return agrees(arguments(channels, dtype, device, points=points))
 
 
 def gradients_are_right(channels: int, device: str) -> bool:
-    """Gradients in double against finite differences."""
+    """Compare gradients in double with finite differences."""
     value, sizes, locations, weights = arguments(channels, torch.float64, device, batch=1, queries=2)
     inputs = tuple(tensor.requires_grad_() for tensor in (value, locations, weights))
     call = lambda v, x, w: torch.ops.dn_detr.sample(v, sizes, x, w)  # noqa: E731
@@ -97,30 +96,30 @@ def gradients_are_right(channels: int, device: str) -> bool:
 
 
 def strided(given: Arguments) -> Arguments:
-    """The same numbers in tensors that are not contiguous."""
+    """Return the same numbers in tensors that are not contiguous."""
     value, sizes, locations, weights = given
     swapped = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (value, locations, weights)]
     return swapped[0], sizes, swapped[1], swapped[2]
 
 
 def outside(given: Arguments) -> Arguments:
-    """The same with all points outside, some infinitely far, some nowhere."""
+    """Return the same arguments with all points outside of the map, some infinite, some NaN."""
     value, sizes, locations, weights = given
     places = torch.tensor([-3.0, 7.0, float("inf"), float("nan"), 1e30]).to(locations)
     return value, sizes, places.repeat(locations.numel())[: locations.numel()].view(locations.shape), weights
 
 
 def is_zero(given: Arguments) -> bool:
-    """Whether result and gradients of the locations and weights vanish."""
+    """Return whether the result and all gradients are 0."""
     return all(not tensor.any() for tensor in outcome(torch.ops.dn_detr.sample, given))
 
 
 def exact_arguments(
     channels: int, dtype: torch.dtype, device: str, *, values: tuple[float, ...] = (), attention: tuple[float, ...]
 ) -> Arguments:
-    """Arguments with points on and between pixel centres, on the map's edges, and on the lines where it becomes 0.
+    """Return arguments with points on and between pixel centres, on the map's edges, and where samples become 0.
 
-    One pixel in eight has one of `values`, infinite ones for example; every weight is one of `attention`.
+    One pixel in eight has one of `values`, such as infinity; every weight is one of `attention`.
     """
     generator = torch.Generator().manual_seed(channels)
     value, sizes, locations, weights = arguments(channels, dtype, "cpu", sizes=EXACT_SIZES, points=9)
@@ -136,7 +135,7 @@ def exact_arguments(
 
 
 def same_numbers(given: Arguments, parts: int = 4) -> bool:
-    """Whether the first `parts` of result and gradients are those of the pure form on the CPU, infinite and NaN too."""
+    """Return whether the first `parts` of result and gradients match plain PyTorch on the CPU, infinity and NaN too."""
     found = outcome(torch.ops.dn_detr.sample, given)
     on_cpu = (given[0].cpu(), given[1], given[2].cpu(), given[3].cpu())
     expected = outcome(sample_in_pytorch, on_cpu)
@@ -148,14 +147,14 @@ def same_numbers(given: Arguments, parts: int = 4) -> bool:
 
 
 def edges_are_right(dtype: torch.dtype, device: str) -> bool:
-    """Points on pixel centres and on the edges; the gradient jumps there, and is that of the same side as PyTorch's."""
+    """Check points on pixel centres and edges, where the gradient jumps and must be of the same side as PyTorch's."""
     return all(same_numbers(exact_arguments(c, dtype, device, attention=(0.25, 1.0))) for c in (3, 19, 32, 40))
 
 
 def infinite_values_stay(dtype: torch.dtype, device: str) -> bool:
-    """Infinite and NaN values appear in result and gradients exactly where they do in PyTorch's form.
+    """Check that infinite and NaN values appear in result and gradients exactly where they do in plain PyTorch.
 
-    Attention of 0 and of 1e-40, which vanishes in float32 when it is multiplied by a small bilinear weight, included.
+    Weights include 0, and 1e-40, whose product with a small bilinear weight is 0 in float32.
     """
     values, attention = (INFINITY, -INFINITY, NAN), (0.0, 1e-40, 0.5, 1.0)
     return all(
@@ -166,9 +165,9 @@ def infinite_values_stay(dtype: torch.dtype, device: str) -> bool:
 
 
 def infinite_attention_stays(dtype: torch.dtype, device: str) -> bool:
-    """Infinite and NaN attention, too, in result and gradient of the values; even at points outside of the map.
+    """Check infinite and NaN attention in the result and the values' gradient, even at points outside of the map.
 
-    The gradient of such a location is NaN in PyTorch on the CPU, 0 in PyTorch on CUDA, and not compared.
+    The gradient of such a location is not compared: it is NaN in PyTorch on the CPU and 0 on CUDA.
     """
     attention = (INFINITY, NAN, 1.0, 1.0, 1.0, 1.0, 0.0)
     return all(same_numbers(exact_arguments(c, dtype, device, attention=attention), parts=2) for c in (1, 19, 32))
@@ -176,7 +175,7 @@ def infinite_attention_stays(dtype: torch.dtype, device: str) -> bool:
 
 @contextlib.contextmanager
 def deterministic(*, warn_only: bool) -> Iterator[None]:
-    """Run with `torch.use_deterministic_algorithms`, which also fills new tensors with NaN."""
+    """Enable `torch.use_deterministic_algorithms`, which also fills new tensors with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
         with warnings.catch_warnings():
@@ -187,7 +186,7 @@ def deterministic(*, warn_only: bool) -> Iterator[None]:
 
 
 def writes_every_element(device: str) -> bool:
-    """Whether results and gradients are right in memory that was full of NaN."""
+    """Return whether results and gradients are right in memory initialised with NaN."""
     with deterministic(warn_only=True):
         if not torch.empty(1000, device=device).isnan().all():
             return False
@@ -202,7 +201,7 @@ def writes_every_element(device: str) -> bool:
 
 
 def refused(function: Callable[[], object], message: str) -> bool:
-    """Whether `function` raises a `RuntimeError` with that message."""
+    """Return whether `function` raises a `RuntimeError` with `message`."""
     try:
         function()
     except RuntimeError as error:
@@ -211,17 +210,17 @@ def refused(function: Callable[[], object], message: str) -> bool:
 
 
 def is_refused_as_not_deterministic(device: str) -> bool:
-    """Whether the backward, whose additions come in any order, is an error under deterministic algorithms."""
+    """Return whether the backward, with its unordered additions, is an error under deterministic algorithms."""
     with deterministic(warn_only=False):
         given = arguments(19, torch.float32, device)
         return refused(lambda: outcome(torch.ops.dn_detr.sample, given), "does not have a deterministic implementation")
 
 
 def too_many_are_refused(device: str) -> bool:
-    """Whether 2^31 - 100 points of a row, rows, or channels are refused, which the kernels' int cannot count."""
+    """Return whether 2^31 - 100 points of a row, rows, or channels, too many for the kernels' int, are rejected."""
     many, one = 2**31 - 100, torch.zeros(1, device=device)
 
-    def call(channels: int, queries: int, points: int) -> Tensor:  # no memory: all elements are the same one
+    def call(channels: int, queries: int, points: int) -> Tensor:  # needs no memory: all elements are one
         shape = (1, queries, 1, 1, points)
         return torch.ops.dn_detr.sample(one.expand(1, 1, 1, channels), [1, 1], one.expand(*shape, 2), one.expand(shape))
 
@@ -230,7 +229,7 @@ def too_many_are_refused(device: str) -> bool:
 
 
 def checks(device: str) -> dict[str, Callable[[], bool]]:
-    """What is checked on a device, by the line that is printed."""
+    """Return the checks of a device by their printed name."""
     found: dict[str, Callable[[], bool]] = {}
     for dtype in TOLERANCE:
         name = str(dtype).removeprefix("torch.")
@@ -259,7 +258,7 @@ def checks(device: str) -> dict[str, Callable[[], bool]]:
 
 
 def main() -> int:
-    """Run every check on every device; returns the exit code."""
+    """Run every check on every device and return the exit code."""
     compiled_for = load_operator()
     if not compiled_for:
         print("the operator is installed: False")

@@ -1,12 +1,12 @@
-// The backward kernel: gradients of locations and weights are summed within a group of lanes and written
-// once; only the values' need atomic additions, and those go out in vectors where the GPU has them.
+// Backward kernel: gradients of locations and weights are summed within a group of lanes and written once.
+// Only the gradient of value needs atomic additions, in vectors where the GPU supports them.
 #include "cuda_common.cuh"
 
 namespace deformable {
 
 namespace {
 
-// Numbers of a vector that one atomic addition takes: GPUs from compute capability 9.0 on add 2 or 4 floats at once.
+// Numbers per atomic addition; GPUs of compute capability 9.0 or newer can add 2 or 4 floats at once.
 template <typename A, int Vec>
 constexpr int kAddedAtOnce =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -15,14 +15,14 @@ constexpr int kAddedAtOnce =
     1;
 #endif
 
-// `Numbers` is a template parameter because only compute capability 9.0 and newer has atomicAdd for vectors: an older one
-// would refuse a call with float4 even in a branch that is never taken.
+// `Numbers` is a template parameter because atomicAdd for vectors needs compute capability 9.0: for older ones, a call
+// with float4 would not compile even in a branch that is never taken.
 template <typename Numbers, typename A>
 __device__ __forceinline__ void add_at_once(A* address, const Numbers& numbers) {
   atomicAdd(reinterpret_cast<Numbers*>(address), numbers);
 }
 
-// address[0 .. Vec) += numbers, each one atomically.
+// address[0 .. Vec) += numbers; each addition is atomic.
 template <int Vec, typename A>
 __device__ __forceinline__ void add_atomically(A* address, const A (&numbers)[Vec]) {
   constexpr int kAtOnce = kAddedAtOnce<A, Vec>;
@@ -38,8 +38,8 @@ __device__ __forceinline__ void add_atomically(A* address, const A (&numbers)[Ve
   }
 }
 
-// Sums of four numbers over the lanes of a group; lane i gets that of number i % 4. Lanes trade two numbers with the
-// lane two away and one with the next, so that three exchanges do the first two steps of all four sums.
+// Sums four numbers over the lanes of a group; lane i gets the sum of number i % 4. Lanes exchange two numbers with the
+// lane two away and one with their neighbour, so three exchanges do the first two steps of all four sums.
 template <int Group, typename A>
 __device__ __forceinline__ A sum_of_four(const A (&numbers)[4], int lane, unsigned mask) {
   static_assert(Group >= 4);
@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
   using A = wide<T>;
   constexpr int kTile = Group * kPointsPerLane;
   __shared__ Place<A> shared_places[kThreads / Group][kTile];
-  __shared__ Pack<A, 4> shared_dots[kThreads / Group][kTile];  // of the gradient with the values at the four corners
+  __shared__ Pack<A, 4> shared_dots[kThreads / Group][kTile];  // gradient times values, at the four corners
   const int lane = threadIdx.x % Group, group = threadIdx.x / Group;
   const int row = blockIdx.x * (kThreads / Group) + group;
-  if (row >= problem.rows) return;  // whole groups: the others wait for lanes of their own group alone
+  if (row >= problem.rows) return;  // safe: groups return as a whole, and lanes only wait for their group
   const unsigned mask = group_mask<Group>();
   Place<A>* places = shared_places[group];
   Pack<A, 4>* dots = shared_dots[group];
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
     }
     for (int tile = 0; tile < samples; tile += kTile) {
       Fractions<A> mine[kPointsPerLane];
-      __syncwarp(mask);  // the places and sums of the tile before have been read
+      __syncwarp(mask);  // all lanes have read the places and sums of the previous tile
 #pragma unroll
       for (int i = 0; i < kPointsPerLane; ++i) {
         const int k = tile + lane + i * Group;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
 #pragma unroll 2
       for (int k = 0; k < count; ++k) {
         const Place<A> place = places[k];
-        if (place.first == kNowhere) continue;  // all lanes of the group alike
+        if (place.first == kNowhere) continue;  // the same for all lanes of the group
         A dot[4] = {};
         if (has_channels) {
           Pack<T, Vec> corners[4];
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
           at_location.item[1] = f.attention * f.height * ((1 - f.x) * (dot[2] - dot[0]) + f.x * (dot[3] - dot[1]));
         }
         auto* to_location = reinterpret_cast<Pack<A, 2>*>(grad_locations + 2 * (first_sample + k));
-        if (first > 0) {  // further channels add to what the same lane has written for the first ones
+        if (first > 0) {  // add to the sums that this lane wrote for the previous channels
           at_weight += grad_weights[first_sample + k];
           at_location.item[0] += to_location->item[0];
           at_location.item[1] += to_location->item[1];

@@ -1,4 +1,4 @@
-// The operator on the CPU: parallel over images, heads and queries (backward: levels), vectors over channels.
+// CPU operator: parallel over images, heads and queries (backward: levels), vectorised over channels.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,7 +11,7 @@ namespace deformable {
 
 namespace {
 
-// The same loops for each instruction set; `target` lets the compiler use it inside of that function alone.
+// The same loops for each instruction set; `target` enables it for that function only.
 #define DEFORMABLE_VARIANT(name, attribute)                                              \
   template <typename Kernel, typename T>                                                 \
   attribute void name(const Arguments<T>& arguments, int64_t begin, int64_t end) {       \
@@ -65,7 +65,7 @@ void backward(
   arguments.grad_value = grad_value.mutable_data_ptr<T>();
   arguments.grad_locations = grad_locations.mutable_data_ptr<T>();
   arguments.grad_weights = grad_weights.mutable_data_ptr<T>();
-  // As many tasks as keep the threads busy, and no more: heads that share a task share its cache lines.
+  // Just enough tasks to keep the threads busy, since heads in one task share cache lines.
   const int64_t tasks = sizes.batch * static_cast<int64_t>(sizes.levels.size());
   arguments.head_groups = std::clamp<int64_t>((4 * at::get_num_threads() + tasks - 1) / tasks, 1, sizes.heads);
   run_parallel<Backward>(arguments, tasks * arguments.head_groups, 1);

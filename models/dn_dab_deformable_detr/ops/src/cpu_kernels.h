@@ -1,4 +1,4 @@
-// The loops of the CPU operator. cpu.cpp includes them inside of functions for several instruction sets.
+// Loops of the CPU operator. cpu.cpp inlines them into functions for several instruction sets.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace deformable {
 
 constexpr int kTile = 32;    // points whose places are computed together
-constexpr int kVectors = 4;  // most vectors of one block of channels
+constexpr int kVectors = 4;  // maximum number of vectors in a block of channels
 
 // Sizes and tensors of one call.
 template <typename T>
@@ -22,15 +22,15 @@ struct Arguments {
   const T* value;
   const T* locations;
   const T* weights;
-  const T* gradient;  // backward only, as the next three
+  const T* gradient;  // backward only, like the next three
   T* grad_value;
   T* grad_locations;
   T* grad_weights;
   T* out;               // forward only
-  int64_t head_groups;  // backward only: parts of the heads that are worked on in parallel
+  int64_t head_groups;  // backward only: number of groups of heads that run in parallel
 };
 
-// `Lanes` numbers that are added and multiplied together, at any address.
+// A SIMD vector of `Lanes` numbers at any address.
 template <typename T, int Lanes>
 struct Vector {
   typedef T type __attribute__((vector_size(Lanes * sizeof(T)), aligned(alignof(T)), may_alias));
@@ -53,12 +53,12 @@ DEFORMABLE_INLINE vector<T, Lanes>& lanes_at(T* address) {
   return *reinterpret_cast<vector<T, Lanes>*>(address);
 }
 
-// Where the vectors of `count` channels begin; the last one overlaps the one before instead of reading beyond the end.
+// Start of each vector of `count` channels; the last vector overlaps the previous one so as not to read beyond the end.
 template <typename T, int Lanes, int Vectors>
 struct Layout {
   int64_t first[Vectors];
-  vector<T, Lanes> lane;  // the lanes' numbers
-  T overlap;              // lanes of the last vector that the one before has too
+  vector<T, Lanes> lane;  // indices of the lanes
+  T overlap;              // number of lanes that the last two vectors share
 
   DEFORMABLE_INLINE explicit Layout(int64_t count) : overlap(static_cast<T>(Vectors * Lanes - count)) {
     for (int i = 0; i < Vectors; ++i) first[i] = i * Lanes;
@@ -70,31 +70,31 @@ struct Layout {
     }
   }
 
-  // The last vector with 0 in the lanes that the one before has too, so that sums count them once. A product with 0
-  // would not do: it is NaN for an infinite number.
+  // The last vector with 0 in the lanes shared with the previous one, so that sums count them once. Multiplying by 0
+  // would give NaN for infinite numbers.
   DEFORMABLE_INLINE vector<T, Lanes> once(const vector<T, Lanes>& last) const {
     return lane >= overlap ? last : vector<T, Lanes>{};
   }
 };
 
-// The four pixels around a point: the first is at (y, x), the others one step right and down, but not out of the map.
+// The four pixels around a point: the first is at (y, x), the others one step right and down, clamped to the map.
 template <typename T>
 struct Corners {
   int32_t x[kTile], y[kTile], right[kTile], down[kTile];
-  T weight[4][kTile];  // of (y, x), right of it, below it, right and below; negative outside, where nothing is read
+  T weight[4][kTile];  // first, right, down, right and down; negative outside of the map, which is not read
   T attention[kTile];
-  int32_t counts[kTile];  // whether the point adds anything
+  int32_t counts[kTile];  // whether the point contributes
 };
 
-// The largest whole number that is not above x; unlike std::floor the compiler has it in vectors everywhere.
+// floor(x); unlike std::floor, compilers can vectorise it for every instruction set.
 template <typename T>
 DEFORMABLE_INLINE int32_t floor_of(T x) {
   const int32_t truncated = static_cast<int32_t>(x);
   return truncated - (static_cast<T>(truncated) > x);
 }
 
-// Places of `count` points of one query and head. Points outside of the map, infinitely far or NaN are 0, as in PyTorch's
-// grid_sample on CUDA. So is their product with the attention, unless that is infinite or NaN: then the product is NaN.
+// Computes the corners of `count` points of one query and head. Samples at locations that are outside of the map,
+// infinite or NaN are 0, as in PyTorch's grid_sample on CUDA; times infinite or NaN attention, they are NaN.
 template <typename T>
 DEFORMABLE_INLINE void place(
     const T* __restrict locations, const T* __restrict attention, const int32_t* __restrict heights,
@@ -122,7 +122,7 @@ DEFORMABLE_INLINE void place(
   }
 }
 
-// Output rows [begin, end) of all (image, query, head), for `count` channels from `channel` on.
+// Computes output rows [begin, end) of all (image, query, head), for `count` channels starting at `channel`.
 template <typename T, int Lanes, int Vectors>
 DEFORMABLE_INLINE void forward_block(
     const Arguments<T>& a, int64_t begin, int64_t end, int64_t channel, int64_t count) {
@@ -162,7 +162,7 @@ DEFORMABLE_INLINE void forward_block(
         }
         for (int i = 0; i < Vectors; ++i) sums[i] += corners.attention[k] * sample[i];
       }
-      // Later tiles add to what the first has written; overlapping lanes must be read before any of them is written.
+      // Later tiles add to the first one's output. Read all overlapping lanes before writing any.
       if (tile > 0) {
         for (int i = 0; i < Vectors; ++i) sums[i] += lanes_at<Lanes>(out + layout.first[i]);
       }
@@ -187,9 +187,9 @@ DEFORMABLE_INLINE T sum_of_lanes(const vector<T, Lanes>& lanes) {
   }
 }
 
-// Gradients of the points of one (image, level, group of heads), for `count` channels from `channel` on. No other task
-// writes to the same place, so that nothing needs to be atomic. Heads are the inner loop: the pixels of one head alone
-// lie so far apart that they would share few of a cache's sets.
+// Computes the gradients of one (image, level, group of heads), for `count` channels starting at `channel`. Tasks write
+// to separate memory, so nothing needs to be atomic. Heads are the inner loop, because the pixels of a single head are
+// so far apart that they would use only a few sets of the cache.
 template <typename T, int Lanes, int Vectors>
 DEFORMABLE_INLINE void backward_block(const Arguments<T>& a, int64_t task, int64_t channel, int64_t count) {
   const Sizes& s = a.sizes;
@@ -239,7 +239,7 @@ DEFORMABLE_INLINE void backward_block(const Arguments<T>& a, int64_t task, int64
         }
         dot[j] = sum_of_lanes<T, Lanes>(products);
       }
-      // The derivatives of the bilinear weights; the gradients begin at 0, and every block of channels adds to them.
+      // Derivatives of the bilinear weights. The gradients start at 0, and each block of channels adds to them.
       a.grad_weights[sample] += (1 - fy) * ((1 - fx) * dot[0] + fx * dot[1]) + fy * ((1 - fx) * dot[2] + fx * dot[3]);
       a.grad_locations[2 * sample] += attention * width * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
       a.grad_locations[2 * sample + 1] += attention * height * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
@@ -271,7 +271,7 @@ DEFORMABLE_INLINE void run_lanes(const Arguments<T>& a, int64_t begin, int64_t e
   }
 }
 
-// All channels, in blocks of nearly equal size that fit `kVectors` vectors of 64 bytes.
+// Runs all channels in blocks of nearly equal size that fit into `kVectors` vectors of 64 bytes.
 template <typename Kernel, typename T>
 DEFORMABLE_INLINE void run_blocks(const Arguments<T>& a, int64_t begin, int64_t end) {
   constexpr int kWide = 64 / sizeof(T);

@@ -1,4 +1,4 @@
-// The operator on CUDA, the host's part: checks, memory and the choice of the kernel.
+// Host code of the CUDA operator: checks arguments, allocates memory and launches the kernels.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -34,8 +34,7 @@ Problem problem_of(const Sizes& sizes) {
   return problem;
 }
 
-// Locations of which every pair of coordinates may be read at once: a view into the middle of a tensor need not begin
-// at such an address.
+// Returns locations aligned so that a pair of coordinates can be read at once; views into a tensor may be unaligned.
 at::Tensor with_aligned_pairs(const at::Tensor& given) {
   const auto locations = given.contiguous();
   const auto address = reinterpret_cast<uintptr_t>(locations.const_data_ptr());
@@ -66,9 +65,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_backward(
   check_gradient(given_gradient, given_value, sizes);
   alert_not_deterministic();
   const c10::cuda::CUDAGuard guard(given_value.device());
-  // 16-bit values add up in float: thousands of small shares would be lost otherwise.
+  // Gradients of 16-bit values are summed in float, which does not lose thousands of small terms.
   auto grad_value = at::zeros(given_value.sizes(), given_value.options().dtype(given_locations.scalar_type()));
-  // The kernel writes every element of these two, but it does not run where the result has no elements.
+  // The kernel writes every element of these two, but it does not run if the result has no elements.
   const bool runs = given_gradient.numel() > 0 && sizes.samples() > 0;
   const auto make = [&](const at::Tensor& like) {
     return runs ? at::empty(like.sizes(), like.options()) : at::zeros(like.sizes(), like.options());

@@ -1,8 +1,8 @@
-// What the forward and the backward kernel share.
+// Code shared by the forward and the backward kernel.
 //
-// A group of 4 to 32 lanes of one warp works on one row, the output of one image, query and head. Its lanes first place
-// the row's points, a different one each, and write corners and weights to shared memory; then all loop over the
-// points together, each lane with its own `Vec` neighbouring channels.
+// A group of 4 to 32 lanes of a warp computes a row, the output of one image, query and head. First each lane computes
+// the corners and weights of different points and writes them to shared memory. Then all lanes loop over the points,
+// each for its own `Vec` adjacent channels.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -20,7 +20,7 @@ namespace deformable {
 constexpr int kThreads = 256;
 constexpr int kPointsPerLane = 2;
 
-// The type that sums are taken in, and that locations and weights have.
+// The type of sums, locations and weights.
 template <typename T>
 using wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -29,11 +29,11 @@ struct alignas(sizeof(T) * Vec) Pack {
   T item[Vec];
 };
 
-// Place::first of a point that adds nothing.
+// Place::first of a point that contributes nothing.
 constexpr int kNowhere = -1;
 
-// The four pixels around a point, as distances in elements from the first element of the row's image and head. Corner i
-// is one pixel right of the first for odd i, and one below it for i >= 2.
+// The four pixels around a point, as offsets in elements from the first element of the row's image and head. Corner i
+// is one pixel to the right of the first for odd i, and one below it for i >= 2.
 template <typename A>
 struct alignas(16) Place {
   A weight[4];  // bilinear; negative for a corner outside of the map, which must not be read
@@ -46,7 +46,7 @@ struct alignas(16) Place {
   }
 };
 
-// What the lane that has placed a point keeps for its gradient.
+// Values that the lane which placed a point keeps for its gradient.
 template <typename A>
 struct Fractions {
   A x, y, attention;
@@ -64,8 +64,8 @@ __device__ __forceinline__ unsigned group_mask() {
   }
 }
 
-// Points outside of the map, infinitely far or NaN are 0, as in PyTorch's grid_sample on CUDA. So is their product with
-// the attention, unless that is infinite or NaN: then the product is NaN, and the point must not be left out.
+// Samples at locations that are outside of the map, infinite or NaN are 0, as in PyTorch's grid_sample on CUDA. Times
+// infinite or NaN attention they are NaN, so such points must not be skipped.
 template <typename A>
 __device__ __forceinline__ Fractions<A> place(
     const Problem& problem, const A* __restrict__ locations, const A* __restrict__ weights, int64_t sample, int level,
@@ -101,7 +101,7 @@ __device__ __forceinline__ Fractions<A> place(
   return f;
 }
 
-// Channels of one corner; zeros for one outside of the map.
+// Reads the channels of one corner; zeros if it is outside of the map.
 template <int Vec, typename T, typename A>
 __device__ __forceinline__ Pack<T, Vec> read_corner(const T* channels, const Place<A>& place, int corner) {
   Pack<T, Vec> pack = {};

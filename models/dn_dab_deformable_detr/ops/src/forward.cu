@@ -1,4 +1,4 @@
-// The forward kernel: every channel is read in vectors of up to 16 bytes, every point placed once a row.
+// Forward kernel: channels are read in vectors of up to 16 bytes, and corners are computed once per row and point.
 #include "cuda_common.cuh"
 
 namespace deformable {
@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   __shared__ Place<A> shared[kThreads / Group][kTile];
   const int lane = threadIdx.x % Group, group = threadIdx.x / Group;
   const int row = blockIdx.x * (kThreads / Group) + group;
-  if (row >= problem.rows) return;  // whole groups: the others wait for lanes of their own group alone
+  if (row >= problem.rows) return;  // safe: groups return as a whole, and lanes only wait for their group
   const unsigned mask = group_mask<Group>();
   Place<A>* places = shared[group];
   const int head = row % problem.heads, image = row / problem.heads / problem.queries;
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
     const bool has_channels = channel < problem.channels;
     A sums[Vec] = {};
     for (int tile = 0; tile < samples; tile += kTile) {
-      __syncwarp(mask);  // the places of the tile before have been read
+      __syncwarp(mask);  // all lanes have read the places of the previous tile
 #pragma unroll
       for (int i = 0; i < kPointsPerLane; ++i) {
         const int k = tile + lane + i * Group;

@@ -1,4 +1,4 @@
-// The operator's schema and the checks that every kernel makes first.
+// The operator's schema, and the argument checks of all kernels.
 #include <Python.h>
 
 #include <ATen/Context.h>
@@ -84,7 +84,7 @@ TORCH_LIBRARY(dn_detr, library) {
       "-> (Tensor, Tensor, Tensor)");
 }
 
-// Importing the module loads this library, and loading it registers the operator; there is nothing else in it.
+// An empty Python module: importing it loads this library, which registers the operator.
 PyMODINIT_FUNC PyInit_deformable_sampling() {
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "deformable_sampling", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -3,8 +3,8 @@
 //   out[b, q, h, :] = sum over levels l and points p of
 //       weights[b, q, h, l, p] * bilinear(value of image b, level l, head h; locations[b, q, h, l, p, :])
 //
-// A location (x, y) in [0, 1] lies at (x * width - 0.5, y * height - 0.5) on the grid of pixel centres; what is outside
-// of the map is 0.
+// A location (x, y) in [0, 1] is at (x * width - 0.5, y * height - 0.5) on the grid of pixel centres; values outside of
+// the map are 0.
 #pragma once
 
 #include <c10/util/ArrayRef.h>
@@ -13,18 +13,18 @@
 #include <vector>
 
 namespace at {
-class Tensor;  // declared, not included: nvcc would read its headers once for each compute capability
+class Tensor;  // not included, because nvcc would parse the header once for each compute capability
 }
 
 namespace deformable {
 
-// A level may be this many pixels high or wide: float32 tells no more of them apart.
+// Maximum height or width of a level; float32 cannot distinguish more pixels.
 constexpr int64_t kLargestSide = int64_t(1) << 24;
 
 struct Level {
   int32_t height;
   int32_t width;
-  int64_t start;  // pixels of the levels in front of it
+  int64_t start;  // number of pixels of the previous levels
 };
 
 struct Sizes {
@@ -34,14 +34,14 @@ struct Sizes {
   int64_t samples() const { return static_cast<int64_t>(levels.size()) * points; }
 };
 
-// Sizes of arguments that fit together; a c10::Error otherwise.
+// Returns the sizes of the arguments; throws c10::Error if they are inconsistent.
 Sizes checked_sizes(
     const at::Tensor& value, c10::IntArrayRef level_sizes, const at::Tensor& locations, const at::Tensor& weights);
 
-// The gradient has the shape, type and device of the operator's result; a c10::Error otherwise.
+// Throws c10::Error unless the gradient has the shape, type and device of the operator's result.
 void check_gradient(const at::Tensor& gradient, const at::Tensor& value, const Sizes& sizes);
 
-// For a kernel whose atomic additions come in any order: an error or a warning under torch.use_deterministic_algorithms.
+// Raises an error or a warning under torch.use_deterministic_algorithms, for kernels with atomic additions.
 void alert_not_deterministic();
 
 }  // namespace deformable
