@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from datasets.coco import CocoLoader
 from datasets.coco_eval import GroundTruth, coco_stats, to_detections
 from models.criterion import Criterion
 from models.distillation import Distillation
@@ -23,14 +24,6 @@ from util.logging import bar_off, get_logger, table
 
 LEAST_SCALE = 2.0**-30  # of fp16's loss; one that has fallen below it was never too large: the gradient is NaN
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Batches(Protocol):
-    """Batches of (images, targets), and how many there are."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]: ...
 
 
 @dataclass
@@ -69,16 +62,15 @@ class Means:
         """Mean of each name over the batches of all processes."""
         if self._sums is None:
             return {}
-        sums = dict(zip(self._names, self._sums, strict=True))
-        # No loss is called "": the weights travel with the sums.
-        found = distributed.average({**sums, "": torch.full_like(self._sums[0], self._weight)})
-        return {name: float(found[name] / found[""]) for name in self._names}
+        sums = distributed.average(dict(zip(self._names, self._sums, strict=True)))
+        weight = distributed.average({"weight": self._sums.new_tensor(self._weight)})["weight"]
+        return {name: float(total / weight) for name, total in sums.items()}
 
 
 def move_to(value: Any, device: torch.device) -> Any:
-    """Tensors, and whatever has `.to(device)`, inside lists, tuples and dicts, moved to `device`."""
-    if hasattr(value, "to"):
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+    """Tensors inside lists, tuples and dicts, moved to `device`; all else stays as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {key: move_to(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -95,7 +87,7 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 def train_one_epoch(
     model: nn.Module,
     criterion: Criterion,
-    loader: Batches,
+    loader: CocoLoader,
     optimizer: torch.optim.Optimizer,
     *,
     device: torch.device,
@@ -108,24 +100,20 @@ def train_one_epoch(
     weight_average: WeightAverage | None = None,
     distillation: Distillation | None = None,
     progress: bool = True,
-    on_batch: Callable[[Mapping[str, Tensor], int, Sequence[float]], None] | None = None,
+    on_batch: Callable[[Mapping[str, Tensor], int, Sequence[float]], None] = lambda losses, images, rates: None,
 ) -> dict[str, float]:
-    """Train `model` on every batch of `loader` once.
+    """Train `model`, or a DistributedDataParallel of it, on every batch of `loader` once.
 
     The gradient of an optimizer step is the mean of the gradients of its `accumulate` batches (of those left, in the
     last step of the epoch). Each batch normalises its losses by its own number of boxes, so this equals one batch
     `accumulate` times as large where the batches hold equally many boxes.
 
     Args:
-        model: takes (images, targets) in training mode; a DistributedDataParallel of it too.
-        criterion: takes (outputs, targets), gives the losses, and has `weighted_sum(losses)`.
         scheduler: stepped once an optimizer step, also where fp16 skips one: it counts how far the run is.
         clip_max_norm: largest norm of the gradient, 0 for no clipping.
         amp: off, bf16 or fp16; fp16 needs `scaler`.
-        weight_average: updated after each optimizer step.
         distillation: adds its losses towards a teacher's outputs on the same images.
-        on_batch: called behind each batch with its losses averaged over all processes, the number of its images in this
-            one, and the learning rates of its optimizer step, one for each group of parameters.
+        on_batch: called after each batch with the processes' mean losses, its images here, and the learning rates.
 
     Returns:
         Mean of each loss over the epoch and all processes, and `loss`, the weighted sum.
@@ -135,34 +123,26 @@ def train_one_epoch(
     """
     model.train()
     criterion.train()
-    means = Means()
-    batches = len(loader)
-    bar = tqdm(total=batches, desc=f"epoch {epoch}", disable=bar_off(progress), leave=False)
     optimizer.zero_grad(set_to_none=True)
-    pending: list[dict[str, Tensor]] = []  # targets of the batches that the next optimizer step is made of
-    for number, (images, targets) in enumerate(loader):
+    means = Means()
+    pending: list[dict[str, Tensor]] = []  # targets of the batches of the next optimizer step
+    bar = tqdm(loader, desc=f"epoch {epoch}", disable=bar_off(progress), leave=False)
+    for number, (images, targets) in enumerate(bar):
         pending += targets
-        place = f"epoch {epoch}, step {number + 1} of {batches}"
+        place = f"epoch {epoch}, step {number + 1} of {len(loader)}"
         images, targets = move_to(images, device), move_to(targets, device)
-        group = min(accumulate, batches - number // accumulate * accumulate)
-        stepping = (number + 1) % accumulate == 0 or number + 1 == batches
+        in_step = min(accumulate, len(loader) - number // accumulate * accumulate)  # batches
+        stepping = (number + 1) % accumulate == 0 or number + 1 == len(loader)
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not stepping else nullcontext():
             loss, losses = _losses(model, criterion, images, targets, autocast(device, amp), distillation, place)
-            (loss / group if scaler is None else scaler.scale(loss / group)).backward()
+            (loss / in_step if scaler is None else scaler.scale(loss / in_step)).backward()
         means.add(losses)
         rates = [group["lr"] for group in optimizer.param_groups]
         if stepping:
-            stepped = _optimizer_step(model, optimizer, scaler, clip_max_norm, pending, place)
-            if stepped and weight_average is not None:
-                weight_average.update()
-            if scheduler is not None:
-                scheduler.step()
+            _optimizer_step(model, optimizer, scheduler, clip_max_norm, scaler, weight_average, pending, place)
             pending = []
         bar.set_postfix(loss=f"{float(losses['loss']):.3f}", lr=f"{rates[0]:.1e}", refresh=False)
-        bar.update()
-        if on_batch is not None:
-            on_batch(losses, len(images), rates)
-    bar.close()
+        on_batch(losses, len(images), rates)
     return means.read()
 
 
@@ -184,7 +164,7 @@ def evaluate(
     Args:
         predict: gives the detector's outputs for one batch of inputs; a module is put in eval mode for the while.
         postprocess: takes (outputs, sizes B x 2 as (h, w) of the original images), gives scores, labels, boxes xyxy.
-        loader: gives (inputs, targets); inputs are images, or whatever `predict` takes and has `.to(device)`.
+        loader: gives (inputs, targets); inputs are images, or whatever else `predict` takes, on `device`.
         ground_truth: annotations prepared once; those of the images seen are counted.
         criterion: if given, its losses are averaged too.
         backend: evaluator of `coco_stats`, its own default if None.
@@ -279,15 +259,16 @@ def _losses(
 def _optimizer_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     clip_max_norm: float,
+    scaler: torch.amp.GradScaler | None,
+    weight_average: WeightAverage | None,
     targets: Sequence[Mapping[str, Tensor]],
     place: str,
-) -> bool:
-    """Clip, step and clear the gradients; with a scaler an overflow skips the step and lowers the scale.
+) -> None:
+    """Clip the gradients, step, and clear them; update the average of the weights and the learning rates.
 
-    Returns:
-        Whether the step was taken.
+    With a scaler an overflow skips the step, and with it the average, and lowers the scale.
 
     Raises:
         NonFiniteLossError: the gradient is not finite, with a scaler at any scale; the weights are as they were.
@@ -309,8 +290,11 @@ def _optimizer_step(
         stepped = scaler.get_scale() >= scale
         if scaler.get_scale() < LEAST_SCALE:
             raise _bad_gradient(place, targets)
+    if stepped and weight_average is not None:
+        weight_average.update()
+    if scheduler is not None:
+        scheduler.step()
     optimizer.zero_grad(set_to_none=True)
-    return stepped
 
 
 def _bad_gradient(place: str, targets: Sequence[Mapping[str, Tensor]]) -> NonFiniteLossError:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -149,12 +150,14 @@ def test_a_gradient_that_no_scale_makes_finite_ends_training_under_fp16():
     scaler = torch.amp.GradScaler("cpu", init_scale=4 * engine.LEAST_SCALE)
     before = weight.weight.detach().clone()
     targets = [{"image_id": torch.tensor(7)}]
-    stepped = []
+    average, scheduler, tried = mock.Mock(), mock.Mock(), 0
     with pytest.raises(engine.NonFiniteLossError, match=r"^here: the gradient is not finite, on the images \[7\]$"):
-        while len(stepped) < 10:
+        while tried < 10:
+            tried += 1
             scaler.scale(float("nan") * weight(torch.ones(1, 1)).sum()).backward()
-            stepped.append(engine._optimizer_step(weight, optimizer, scaler, 0.1, targets, "here"))
-    assert stepped == [False, False] and torch.equal(weight.weight, before)
+            engine._optimizer_step(weight, optimizer, scheduler, 0.1, scaler, average, targets, "here")
+    assert tried == 3 and scheduler.step.call_count == 2 and torch.equal(weight.weight, before)
+    assert not average.update.called
 
 
 @pytest.fixture(scope="module")
