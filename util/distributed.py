@@ -89,6 +89,15 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def from_main(value: Any) -> Any:
+    """The main process's `value`, in every process; picklable values of any size."""
+    if world_size() == 1:
+        return value
+    sent = [value]
+    dist.broadcast_object_list(sent, 0)
+    return sent[0]
+
+
 def on_main(action: Callable[[], T]) -> T:
     """Run `action` in the main process; return its result, or raise its exception, in every process.
 
@@ -102,7 +111,7 @@ def on_main(action: Callable[[], T]) -> T:
         except Exception as error:
             problem = error
     own = problem
-    result, problem = gather_objects(_picklable(result, problem) if world_size() > 1 else (result, problem))[0]
+    result, problem = from_main(_picklable(result, problem) if world_size() > 1 else (result, problem))
     if own is not None:
         raise own
     if problem is not None:

@@ -154,7 +154,7 @@ def test_every_process_is_refused_where_the_first_one_is(coco, tmp_path, holder)
 def test_the_processes_that_do_not_lock_hear_of_the_refusal(tmp_path, monkeypatch):
     refusal = UserError("--output_dir x: found process 1")
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: [(None, refusal), value])
+    monkeypatch.setattr(distributed, "from_main", lambda value: (None, refusal))
     with pytest.raises(UserError, match="found process 1"), hold_folder(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
