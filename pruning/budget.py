@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pruning.gates import Gated
+from models.prunable import PrunableModule
 from pruning.journal import Effort, Trial
 from pruning.kept import Kept
 from pruning.moments import TINY
@@ -332,7 +332,7 @@ class BudgetSearch:
 def check_affordable(
     keep: float,
     total_cost: float,
-    modules: Mapping[str, Gated],
+    modules: Mapping[str, PrunableModule],
     cost_per_channel: Mapping[str, float],
     units: Mapping[str, int],
 ) -> None:

@@ -104,11 +104,11 @@ class Calibration:
         start: str,
         wanted: Callable[[], Sequence[Tensor]],
         before: Callable[[int], None] = lambda images: None,
-    ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+    ) -> Iterator[tuple[int, DetectorState, Tensor, list[Tensor]]]:
         """Gradients of the loss of the calibration images, run from in front of module `start`.
 
-        Gives the place of the batch among the calibration batches, loss and gradients of each piece of it; for `wanted`
-        and `before` see `LossGradients`.
+        Gives the place of the batch among the calibration batches and its state, loss and gradients of each piece of
+        it; for `wanted` and `before` see `LossGradients`.
 
         Raises:
             NonFiniteLossError: behind the last batch, in every process, if a loss is not finite in one.
@@ -120,7 +120,7 @@ class Calibration:
                 self.cache.counter.add(start, None, 3 * images)
                 if not are_finite([loss]):
                     bad.update(image_ids(targets))
-                yield place, loss, found
+                yield place, state, loss, found
         check_everywhere({f"the loss behind {start} is": bad})
 
     def image_ids(self, place: int) -> list[int]:
@@ -144,12 +144,14 @@ class Calibration:
             for name, module in self._modules.items()
         ]
         loss_sum = 0.0
+        pixels: dict[int, Tensor] = {}
         bad: dict[str, set[int]] = {name: set() for name in self._modules}
         try:
-            for place, loss, gradients in self.gradients(
+            for place, state, loss, gradients in self.gradients(
                 self.model.step_names[0], lambda: list(outputs.values()), lambda images: outputs.clear()
             ):
                 loss_sum += float(loss)
+                pixels[place] = state.pixels.cpu()
                 for name, gradient in zip(outputs, gradients, strict=True):
                     if not are_finite([gradient]):
                         bad[name].update(self.image_ids(place))
@@ -163,12 +165,13 @@ class Calibration:
         # A gradient that is not finite spoils those of all modules in front, so the last module is named.
         check_everywhere({f"the loss's gradient at {name} is": bad[name] for name in reversed(bad)})
         squares = {name: [torch.cat(batch) for batch in batches] for name, batches in pieces.items()}
-        pixels = [state.pixels.cpu() for state, _ in self._states()]
         own_images = sum(map(len, squares[next(iter(squares))]))
-        gathered = distributed.gather_objects((squares, metrics, pixels, own_images))
+        gathered = distributed.gather_objects((squares, metrics, [*pixels.values()], own_images))
         images = sum(count for *_, count in gathered)
         self.loss = sum(distributed.gather_objects(loss_sum)) / images
-        return {name: self._sensitivity(name, squares[name], pixels, gathered, images) for name in self._modules}
+        return {
+            name: self._sensitivity(name, squares[name], [*pixels.values()], gathered, images) for name in self._modules
+        }
 
     def _sensitivity(
         self, name: str, squares: list[Tensor], pixels: list[Tensor], gathered: list[tuple], images: int

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from models.detector import Detector
-from pruning.kept import Channels, Kept, check_kept, width_of
+from models.prunable import PrunableModule
+from pruning.kept import Kept, check_kept, width_of
 from util.errors import UserError
 
 
-class Gated(Channels, Protocol):
-    """A prunable module whose channels can be multiplied by a gate."""
-
-    def set_gate(self, first: Tensor | None, second: Tensor | None = None) -> None:
-        """Multiply the module's `parts` by gates of shape `width` or B x 1 x width; None takes one away."""
-
-
-def set_gate(module: Gated, kept: Kept, device: torch.device | str = "cpu") -> None:
+def set_gate(module: PrunableModule, kept: Kept, device: torch.device | str = "cpu") -> None:
     """Let only the channels `kept` of a module through; no gate at all where that is every channel."""
     if width_of(kept) == module.width:
         module.set_gate(None)
@@ -30,7 +23,7 @@ def set_gate(module: Gated, kept: Kept, device: torch.device | str = "cpu") -> N
 
 
 def set_candidate_gates(
-    module: Gated,
+    module: PrunableModule,
     kept: Kept,
     candidates: Sequence[Tensor],
     images: int,

@@ -9,43 +9,21 @@ independent by format; `add` gives both the same channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 import torch
 
+from models.prunable import PrunableModule
 from util.errors import UserError, shorten
 
 Kept = Mapping[str, torch.Tensor]
 
 
-class Channels(Protocol):
-    """What this package asks of a prunable module.
-
-    Its name, how many channels it has and in how many heads, and the parts whose channels its kept set names.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def nheads(self) -> int: ...
-
-    @property
-    def is_attention(self) -> bool: ...
-
-    @property
-    def parts(self) -> tuple[str, ...]: ...
-
-
-def none_kept(module: Channels) -> Kept:
+def none_kept(module: PrunableModule) -> Kept:
     """The empty kept set, from which a search starts."""
     return {part: torch.empty(0, dtype=torch.int64) for part in module.parts}
 
 
-def all_kept(module: Channels) -> Kept:
+def all_kept(module: PrunableModule) -> Kept:
     """The kept set of a whole module."""
     return {part: torch.arange(module.width) for part in module.parts}
 
@@ -60,7 +38,7 @@ def add(kept: Kept, channels: torch.Tensor) -> Kept:
     return {part: torch.cat([indices, channels.to(indices)]).unique(sorted=True) for part, indices in kept.items()}
 
 
-def missing(module: Channels, kept: Kept) -> torch.Tensor:
+def missing(module: PrunableModule, kept: Kept) -> torch.Tensor:
     """Sorted indices of the channels that no part of `kept` has."""
     free = torch.ones(module.width, dtype=torch.bool)
     for indices in kept.values():
@@ -68,7 +46,7 @@ def missing(module: Channels, kept: Kept) -> torch.Tensor:
     return free.nonzero().flatten()
 
 
-def unit_channels(module: Channels, attention_unit: int, ffn_unit: int) -> int:
+def unit_channels(module: PrunableModule, attention_unit: int, ffn_unit: int) -> int:
     """Channels that one step adds: `attention_unit` for each head of an attention, `ffn_unit` for an FFN."""
     return attention_unit * module.nheads if module.is_attention else ffn_unit
 
@@ -83,7 +61,7 @@ def from_lists(lists: Mapping[str, Iterable[int]]) -> Kept:
     return {part: torch.tensor(list(indices), dtype=torch.int64) for part, indices in lists.items()}
 
 
-def check_kept(module: Channels, kept: Kept, source: str = "kept set") -> None:
+def check_kept(module: PrunableModule, kept: Kept, source: str = "kept set") -> None:
     """Raise a `UserError` naming `source`, module and part unless `kept` can be cut from `module`."""
     where = f"{source}: {module.name}"
     if set(kept) != set(module.parts):

@@ -1,16 +1,18 @@
 """Rankings: how good is it to keep a channel. The lower a score, the better.
 
 A ranking is called with the module under search, the parts of its kept set that a channel would join or leave, that
-kept set and candidate channels, and gives one score each. Candidates that are kept are judged by what their loss would
-cost (backward elimination), others by what their addition would bring (forward selection).
+kept set and candidate channels, and gives one float64 score each, on the CPU. Candidates that are kept are judged by
+what their loss would cost (backward elimination), others by what their addition would bring (forward selection).
+
+Scores are the same bits in every process: gathered from all, or computed in the main one. Where something that they are
+made of is not finite, a `NonFiniteLossError` is raised in every process.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,29 +20,18 @@ from torch import Tensor
 from engine import move_to
 from models.criterion import Criterion
 from models.detector import Detector
+from models.prunable import PrunableModule
 from pruning.calibration import Calibration
 from pruning.finite import are_finite, check_everywhere, decided_on_main, image_ids
 from pruning.fit import Surgeon
-from pruning.gates import Gated, gate_vector, set_candidate_gates, set_gate
+from pruning.gates import gate_vector, set_candidate_gates, set_gate
 from pruning.kept import Kept
 from pruning.moments import TINY, Moments, square_root
 from pruning.reconstruction import Reconstruction
 from pruning.state_cache import StateCache, repeat_batch, split_outputs
 from util import distributed
 
-
-class Ranking(Protocol):
-    """What a search asks of a ranking."""
-
-    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """One float64 score on the CPU for each of the candidate channels of the parts `joined`, lower is better.
-
-        Scores are the same bits in every process: gathered from all, or computed in the main one.
-
-        Raises:
-            NonFiniteLossError: in every process, where something that they are made of is not finite.
-        """
-        ...
+Ranking = Callable[[PrunableModule, Sequence[str], Kept, Tensor], Tensor]
 
 
 class RandomOrder:
@@ -49,8 +40,8 @@ class RandomOrder:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """See `Ranking`; a channel's score depends on seed, module, parts and channel alone."""
+    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+        """A channel's score depends on seed, module, parts and channel alone."""
         words = f"{self._seed}/{module.name}/{'+'.join(joined)}"
         generator = torch.Generator().manual_seed(zlib.crc32(words.encode()))
         return torch.rand(module.width, generator=generator, dtype=torch.float64)[candidates]
@@ -63,12 +54,12 @@ class Magnitude:
         """Weights are those of before any cut."""
         self._reconstruction = reconstruction
 
-    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """See `Ranking`."""
+    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+        """The scores of `candidates`."""
         return decided_on_main(f"the magnitude of {module.name}", lambda: self._scores(module, joined)[candidates],
                                lambda scores: [scores])  # fmt: skip
 
-    def _scores(self, module: Gated, joined: Sequence[str]) -> Tensor:
+    def _scores(self, module: PrunableModule, joined: Sequence[str]) -> Tensor:
         squares: dict[tuple[str, int], Tensor] = {}
         for piece in self._reconstruction.module(module.name).parameter_slices():
             for part, block in piece.blocks(self._reconstruction.original(piece.key).double().cpu()):
@@ -102,8 +93,8 @@ class ExactLoss:
         self._at_once = max(1, images_at_once // len(self._targets))
 
     @torch.no_grad()
-    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """See `Ranking`. With several processes each scores its share, and all get every score."""
+    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+        """With several processes each scores its share, and all get every score."""
         state = self._cache.state(0)
         images, world = len(self._targets), distributed.world_size()
         share = -(-len(candidates) // world)
@@ -138,8 +129,8 @@ class GateGradient:
         self._calibration = calibration
         self._order = order
 
-    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """See `Ranking`."""
+    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+        """The scores of `candidates`."""
         device, total = self._calibration.device, torch.zeros(module.width, dtype=torch.float64)
         gates: dict[str, Tensor] = {}
 
@@ -150,7 +141,7 @@ class GateGradient:
             module.set_gate(*gates.values())
 
         bad: set[int] = set()
-        for place, _, gradients in self._calibration.gradients(
+        for place, _, _, gradients in self._calibration.gradients(
             module.name, lambda: [gates[part] for part in joined], open_gates
         ):
             gradient = reduce(torch.add, gradients)[:, 0].double().cpu()
@@ -176,8 +167,8 @@ class Elimination:
         self._moments: Moments | None = None
         self._surgeon: Surgeon | None = None
 
-    def __call__(self, module: Gated, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """See `Ranking`. Candidates for addition are judged as if all of them were there."""
+    def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+        """Candidates for addition are judged as if all of them were there."""
         # All processes take the sums, the main one judges by them.
         moments = self._reconstruction.hidden_moments() if set(joined) - {"query"} else None
         logits = self._reconstruction.logit_moments() if "query" in joined else None
@@ -196,7 +187,7 @@ class Elimination:
 
         return decided_on_main(f"the ranking of {module.name}", judge, lambda scores: [scores])
 
-    def _output_error(self, module: Gated, kept: Tensor, candidates: Tensor, moments: Moments) -> Tensor:
+    def _output_error(self, module: PrunableModule, kept: Tensor, candidates: Tensor, moments: Moments) -> Tensor:
         channels = torch.cat((kept, candidates)).unique()
         surgeon = self._surgeon_of(module, channels, moments)
         surgeon.remove(surgeon.channels[~torch.isin(surgeon.channels, channels)])
@@ -204,7 +195,7 @@ class Elimination:
         score[channels] = surgeon.scores()
         return score
 
-    def _surgeon_of(self, module: Gated, channels: Tensor, moments: Moments) -> Surgeon:
+    def _surgeon_of(self, module: PrunableModule, channels: Tensor, moments: Moments) -> Surgeon:
         """The one of the call before, if it still has all these channels of these moments."""
         surgeon = self._surgeon
         if surgeon is None or moments is not self._moments or not torch.isin(channels, surgeon.channels).all():

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pruning.gates import Gated
+from models.prunable import PrunableModule
 from pruning.journal import Decision, Effort
 from pruning.kept import Kept, add, all_kept, check_kept, missing, none_kept, unit_channels, width_of
 from pruning.method import Method
@@ -37,7 +37,7 @@ class Workbench(Protocol):
     loss: float  # mean of the calibration images while everything is whole, 0 without calibration
 
     @property
-    def modules(self) -> Mapping[str, Gated]:
+    def modules(self) -> Mapping[str, PrunableModule]:
         """What can be pruned, by name, in network order."""
 
     def reset(self) -> None:
@@ -86,11 +86,11 @@ class Units:
     ffn_candidates: int
     seed: int
 
-    def channels(self, module: Gated) -> int:
+    def channels(self, module: PrunableModule) -> int:
         """Channels that one step adds to a module."""
         return unit_channels(module, self.attention_unit, self.ffn_unit)
 
-    def candidates(self, module: Gated) -> int:
+    def candidates(self, module: PrunableModule) -> int:
         """Most channels that one step scores."""
         return self.attention_candidates if module.is_attention else self.ffn_candidates
 
@@ -218,7 +218,7 @@ class Search:
         check_kept(self.bench.modules[name], decision.kept, "journal")
         return decision
 
-    def _candidates_to_add(self, module: Gated, kept: Kept, step: int) -> torch.Tensor:
+    def _candidates_to_add(self, module: PrunableModule, kept: Kept, step: int) -> torch.Tensor:
         """The channels that a growing step adds."""
         free, unit = missing(module, kept), self.units.channels(module)
         if len(free) <= unit:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pruning.gates import Gated
+from models.prunable import PrunableModule
 from pruning.kept import Kept, add, all_kept, missing, none_kept
 from pruning.scores import Ranking
 
@@ -28,13 +28,13 @@ class Order:
         }
 
     @classmethod
-    def natural(cls, module: Gated) -> Order:
+    def natural(cls, module: PrunableModule) -> Order:
         """Channels as they stand: for places that a reconstruction fills anew."""
         return cls({part: torch.arange(module.width).view(module.nheads, -1) for part in module.parts})
 
 
 def order_channels(
-    module: Gated, ranking: Ranking, direction: str, unit: int, share_sets: bool, max_steps: int = 32
+    module: PrunableModule, ranking: Ranking, direction: str, unit: int, share_sets: bool, max_steps: int = 32
 ) -> Order:
     """Rank all channels of a module.
 
@@ -57,7 +57,7 @@ def order_channels(
     return Order(ranked)
 
 
-def _backward(module: Gated, ranking: Ranking, joined: Sequence[str], per_head: int) -> Tensor:
+def _backward(module: PrunableModule, ranking: Ranking, joined: Sequence[str], per_head: int) -> Tensor:
     kept = all_kept(module)
     tail: list[Tensor] = []
     while len(kept[joined[0]]):
@@ -70,7 +70,7 @@ def _backward(module: Gated, ranking: Ranking, joined: Sequence[str], per_head: 
     return torch.cat(tail, 1)
 
 
-def _forward(module: Gated, ranking: Ranking, joined: Sequence[str], per_head: int) -> Tensor:
+def _forward(module: PrunableModule, ranking: Ranking, joined: Sequence[str], per_head: int) -> Tensor:
     whole, empty, front = all_kept(module), none_kept(module), []
     kept = {part: empty[part] if part in joined else whole[part] for part in whole}
     while len(kept[joined[0]]) < module.width:
@@ -81,13 +81,13 @@ def _forward(module: Gated, ranking: Ranking, joined: Sequence[str], per_head: i
     return torch.cat(front, 1)
 
 
-def _sorted_heads(module: Gated, candidates: Tensor, scores: Tensor) -> Tensor:
+def _sorted_heads(module: PrunableModule, candidates: Tensor, scores: Tensor) -> Tensor:
     """nheads x (candidates of a head), the lowest score first; candidates ascend, equally many in each head."""
     of_heads, scores = candidates.view(module.nheads, -1), scores.view(module.nheads, -1)
     return of_heads.gather(1, scores.argsort(dim=1, stable=True))
 
 
-def draw_candidates(module: Gated, kept: Kept, count: int, unit: int, generator: torch.Generator) -> Tensor:
+def draw_candidates(module: PrunableModule, kept: Kept, count: int, unit: int, generator: torch.Generator) -> Tensor:
     """Random channels that are not kept yet, in ascending order.
 
     At most `count` in all, spread evenly over the heads of an attention, and enough of each head for one unit.
@@ -106,7 +106,7 @@ def draw_candidates(module: Gated, kept: Kept, count: int, unit: int, generator:
     return torch.cat(drawn).sort().values
 
 
-def best_of_each_head(module: Gated, candidates: Tensor, scores: Tensor, unit: int) -> Tensor:
+def best_of_each_head(module: PrunableModule, candidates: Tensor, scores: Tensor, unit: int) -> Tensor:
     """The `unit` channels with the lowest scores, equally many from each head; all that are there if fewer."""
     head_width = module.width // module.nheads
     best = []

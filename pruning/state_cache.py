@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from datasets.coco import CocoLoader
 from engine import autocast
 from models.detector import Detector
 from models.state import DetectorState, Features
@@ -67,17 +68,6 @@ class PassCounter:
         return sum(self.step_shares[name] for name in names[names.index(start) : last])
 
 
-class Batches(Protocol):
-    """Batches of (images, targets) in a fixed order, such as a loader that does not shuffle."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[tuple[list[Tensor], Targets]]: ...
-
-    def read(self, numbers: Sequence[int]) -> Iterator[tuple[list[Tensor], Targets]]:
-        """Some of the batches, by their places in a pass."""
-
-
 class StateCache:
     """A set of images as seen from in front of one module; the module changes as a search moves along the network.
 
@@ -90,7 +80,7 @@ class StateCache:
     def __init__(
         self,
         model: Detector,
-        batches: Batches,
+        batches: CocoLoader,
         counter: PassCounter,
         *,
         device: torch.device,
@@ -168,7 +158,7 @@ class StateCache:
             after = self._model.run_steps(before, start, self.position)
         if is_kept:
             to = self.storage.device
-            self._keep_state(batch, after.to(to) if cached is None else _keep_unchanged(cached, before, after, to))
+            self._keep_state(batch, after.to(to) if cached is None else _stored_after(cached, before, after, to))
         return after
 
     def predict(self, state: DetectorState) -> dict[str, Any]:
@@ -258,9 +248,17 @@ def _without_images(target: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in target.items() if isinstance(value, Tensor)}
 
 
-def _keep_unchanged(
-    cached: DetectorState, before: DetectorState, after: DetectorState, device: torch.device
+def _stored_after(
+    stored: DetectorState, before: DetectorState, after: DetectorState, device: torch.device
 ) -> DetectorState:
-    """`after` on `device`, holding the tensors of `cached` wherever the steps did not touch them."""
-    held = {id(old): kept for old, kept in zip(before.tensors(), cached.tensors(), strict=True)}
-    return after.map(lambda tensor: held[id(tensor)] if id(tensor) in held else tensor.to(device))
+    """`after` on `device`; what has not changed since `before` stays the tensor of `stored`, the same state."""
+
+    def store(kept: Any, old: Any, new: Any) -> Any:
+        if new is old:
+            return kept
+        if isinstance(new, tuple):  # steps only append
+            return (*kept, *(tensor.to(device) for tensor in new[len(old) :]))
+        return new.to(device) if isinstance(new, Tensor) else new
+
+    values = {f.name: [getattr(state, f.name) for state in (stored, before, after)] for f in fields(after)}
+    return after.replace(**{name: store(*states) for name, states in values.items()})

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasets.coco import CocoLoader
 from datasets.coco_eval import GroundTruth
 from engine import evaluate
 from models.criterion import Criterion
@@ -21,7 +22,7 @@ from pruning.method import Method
 from pruning.reconstruction import Reconstruction
 from pruning.scores import Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder, Ranking
 from pruning.selection import Order, order_channels
-from pruning.state_cache import Batches, PassCounter, StateCache
+from pruning.state_cache import PassCounter, StateCache
 from util import distributed
 
 
@@ -37,7 +38,7 @@ class DetectorBench:
         model: Detector,
         criterion: Criterion,
         postprocess: Callable[[dict[str, Any], Tensor], Sequence[dict[str, Tensor]]],
-        batches: Batches,
+        batches: CocoLoader,
         ground_truth: GroundTruth,
         step_shares: Mapping[str, float],
         *,

@@ -10,8 +10,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from models.prunable import PrunableModule
 from models.widths import Widths
-from pruning.gates import Gated
 from pruning.journal import Decision, Trial
 from pruning.method import Method
 from pruning.search import Units
@@ -28,7 +28,9 @@ class ProgressBar:
     So the time left is an upper estimate at the pace so far, which falls with each module that ends early.
     """
 
-    def __init__(self, modules: Sequence[Gated], units: Units, method: Method, disable: bool | None = None) -> None:
+    def __init__(
+        self, modules: Sequence[PrunableModule], units: Units, method: Method, disable: bool | None = None
+    ) -> None:
         """`disable` None shows the bar on terminals only."""
         self._steps = {module.name: -(-module.width // units.channels(module)) for module in modules}
         if method.search == "bisect":

@@ -2,34 +2,24 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from models.prunable import ParameterSlice, PrunableModule
 from pruning.kept import Kept, width_of
 from pruning.method import PAPER, Method
 from pruning.selection import Order
 from pruning.state_cache import PassCounter
 
 
-@dataclass(frozen=True)
-class FakeModule:
+def fake_module(name: str, width: int, nheads: int, is_attention: bool, is_deformable: bool = False) -> PrunableModule:
     """Channels without weights."""
-
-    name: str
-    width: int
-    nheads: int
-    is_attention: bool
-    is_deformable: bool = False
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        if not self.is_attention:
-            return ("hidden",)
-        return ("value",) if self.is_deformable else ("query", "value")
-
-    def set_gate(self, first: Tensor | None, second: Tensor | None = None) -> None:
-        """Nothing to multiply."""
+    parts = ("hidden",) if not is_attention else ("value",) if is_deformable else ("query", "value")
+    slices = tuple(ParameterSlice(f"{name}.{part}", 0, (part,)) for part in parts)
+    kind = "cross_attention" if is_attention else "ffn"
+    return PrunableModule(name, kind, width, nheads, SimpleNamespace(gates={}), slices)
 
 
 @dataclass
@@ -39,7 +29,7 @@ class FakeBench:
     `damage` is that of a module at a width; channels are chosen as they stand in each head.
     """
 
-    modules: Mapping[str, FakeModule]
+    modules: Mapping[str, PrunableModule]
     ap: Callable[[dict[str, int], bool], float]
     scores: Callable[[str, Tensor], Tensor] = lambda name, candidates: candidates.double()
     damage: Callable[[str, int], float] = lambda name, width: 0.0
@@ -51,7 +41,7 @@ class FakeBench:
     def __post_init__(self) -> None:
         self.widths = {name: module.width for name, module in self.modules.items()}
 
-    def ranking(self, module: FakeModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+    def ranking(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         self.asked.append(("score", module.name, width_of(kept), len(candidates)))
         return self.scores(module.name, candidates)
 
@@ -89,11 +79,11 @@ class FakeBench:
         return sum(map(width_of, kept.values()))
 
 
-def fake_modules() -> dict[str, FakeModule]:
+def fake_modules() -> dict[str, PrunableModule]:
     """An attention of 2 heads x 4 channels and an FFN of 6 channels."""
     return {
-        "encoder.0.attention": FakeModule("encoder.0.attention", 8, 2, True),
-        "encoder.0.ffn": FakeModule("encoder.0.ffn", 6, 1, False),
+        "encoder.0.attention": fake_module("encoder.0.attention", 8, 2, True),
+        "encoder.0.ffn": fake_module("encoder.0.ffn", 6, 1, False),
     }
 
 

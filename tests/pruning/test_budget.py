@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
 from pruning.journal import Trial
-from tests.pruning.fakes import FakeBench, FakeModule, constant, fake_modules
+from tests.pruning.fakes import FakeBench, constant, fake_module, fake_modules
 from tests.pruning.samples import quick
 from util.errors import UserError
 
@@ -23,7 +23,7 @@ class BeforeTheRest(BudgetSearch):
 
 def search_of(tables, costs, kind=BudgetSearch, fixed_cost=0.0):
     """A search that knows the damages: for each module a damage for each width from 1, 0 at the last."""
-    modules = {name: FakeModule(name, len(table), 1, False) for name, table in tables.items()}
+    modules = {name: fake_module(name, len(table), 1, False) for name, table in tables.items()}
     bench = FakeBench(modules, constant(0.5))
     total = fixed_cost + sum(costs[name] * len(table) for name, table in tables.items())
     damages = {name: {width + 1: d for width, d in enumerate(table)} for name, table in tables.items()}
@@ -234,7 +234,7 @@ def test_trials_of_another_search_are_refused():
     ],
 )
 def test_damage_is_predicted_at_the_least_width_and_evenly_up_to_the_whole(width, unit, expected):
-    module = FakeModule("encoder.0.ffn", width, 1, False)
+    module = fake_module("encoder.0.ffn", width, 1, False)
     bench = FakeBench({module.name: module}, constant(0.5), damage=lambda name, width: 1 / width)
     search = BudgetSearch(bench, {module.name: 1.0}, float(width), {module.name: unit}, 0.5)
     search.run(1.0)
@@ -249,7 +249,7 @@ def test_damage_is_predicted_at_the_least_width_and_evenly_up_to_the_whole(width
     ids=["attention", "deformable attention", "ffn"],
 )
 def test_damage_is_measured_at_few_widths_where_each_takes_a_forward(is_attention, is_deformable, expected):
-    module, measured = FakeModule("encoder.0.module", 16, 2, is_attention, is_deformable), set()
+    module, measured = fake_module("encoder.0.module", 16, 2, is_attention, is_deformable), set()
     bench = FakeBench({module.name: module}, constant(0.5), damage=lambda name, width: measured.add(width) or 1 / width)
     search = BudgetSearch(bench, {module.name: 1.0}, 16.0, {module.name: 2}, 0.5)
     search.run(None, 0.5)
@@ -286,8 +286,8 @@ def test_trials_that_lose_alike_tell_no_slope():
 @given(st.floats(0.3, 1), st.integers(1, 12), st.integers(1, 50))
 def test_widths_are_multiples_of_the_units_or_whole(keep, attention_unit, ffn_unit):
     modules = {
-        "encoder.0.attention": FakeModule("encoder.0.attention", 4 * 32, 4, True),
-        "encoder.0.ffn": FakeModule("encoder.0.ffn", 200, 1, False),
+        "encoder.0.attention": fake_module("encoder.0.attention", 4 * 32, 4, True),
+        "encoder.0.ffn": fake_module("encoder.0.ffn", 200, 1, False),
     }
     units = {"encoder.0.attention": 4 * attention_unit, "encoder.0.ffn": ffn_unit}
     bench = FakeBench(modules, lambda w, whole: sum(w.values()) / 400, damage=lambda n, w: 1 / w)
@@ -305,7 +305,7 @@ def test_widths_that_were_measured_before_cost_no_evaluation():
         def _guess(self, losses, allowed, fails, passes):
             return next(self.guesses)
 
-    modules = {f"encoder.{number}.ffn": FakeModule(f"encoder.{number}.ffn", 4, 1, False) for number in range(4)}
+    modules = {f"encoder.{number}.ffn": fake_module(f"encoder.{number}.ffn", 4, 1, False) for number in range(4)}
     bench = FakeBench(modules, lambda widths, whole: sum(widths.values()) / 32, damage=damage)
     trials = []
     search = Told(bench, dict.fromkeys(modules, 1.0), 16.0, dict.fromkeys(modules, 1), 0.5, trials.append)
@@ -325,7 +325,7 @@ def test_a_trial_of_an_earlier_run_is_taken_without_being_measured_again():
 
 
 def test_the_whole_network_is_no_trial_and_needs_no_measurement():
-    modules = {"encoder.0.ffn": FakeModule("encoder.0.ffn", 4, 1, False)}
+    modules = {"encoder.0.ffn": fake_module("encoder.0.ffn", 4, 1, False)}
     bench = FakeBench(modules, constant(0.5), damage=damage)
     search = BudgetSearch(bench, {"encoder.0.ffn": 1.0}, 4.0, {"encoder.0.ffn": 4}, 0.5)
     kept, best = search.run(None, 0.45)

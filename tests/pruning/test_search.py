@@ -9,7 +9,7 @@ from pruning.journal import Decision
 from pruning.method import PAPER, VISIT
 from pruning.schedule import GP, MGP
 from pruning.search import Search, Units
-from tests.pruning.fakes import FakeBench, FakeModule, constant, equal_heads, fake_modules
+from tests.pruning.fakes import FakeBench, constant, equal_heads, fake_module, fake_modules
 from util.errors import UserError
 
 UNITS = Units(attention_unit=1, ffn_unit=4, attention_candidates=100, ffn_candidates=200, seed=0)
@@ -152,7 +152,7 @@ def test_decisions_come_before_the_next_step():
 
 
 def one_ffn(width):
-    return {FFN: FakeModule(FFN, width, 1, False)}
+    return {FFN: fake_module(FFN, width, 1, False)}
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 5, 17, 30])
@@ -269,7 +269,7 @@ def test_decisions_of_another_search_are_refused(change):
 def test_widths_are_multiples_of_the_units_or_whole(method, needed):
     """So that `--attention_unit 4 --ffn_unit 8` finds head widths that every kernel likes."""
     units = Units(attention_unit=3, ffn_unit=5, attention_candidates=5, ffn_candidates=7, seed=0)
-    modules = {ATTENTION: FakeModule(ATTENTION, 2 * 11, 2, True), FFN: FakeModule(FFN, 22, 1, False)}
+    modules = {ATTENTION: fake_module(ATTENTION, 2 * 11, 2, True), FFN: fake_module(FFN, 22, 1, False)}
     ap = lambda w, whole: 0.5 if min(w.values()) >= needed else 0.0  # noqa: E731
     _, kept, decisions = run(ap, units=units, modules=modules, method=method)
     assert equal_heads(kept[ATTENTION], 11)

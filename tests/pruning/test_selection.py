@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from pruning.kept import add, all_kept, missing, none_kept
 from pruning.selection import DIRECTIONS, Order, best_of_each_head, draw_candidates, order_channels
-from tests.pruning.fakes import FakeModule, equal_heads
+from tests.pruning.fakes import equal_heads, fake_module
 from tests.pruning.samples import quick
 
-ATTENTION = FakeModule("encoder.0.attention", 32, 4, True)
-FFN = FakeModule("encoder.0.ffn", 30, 1, False)
+ATTENTION = fake_module("encoder.0.attention", 32, 4, True)
+FFN = fake_module("encoder.0.ffn", 30, 1, False)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def fake_modules(draw):
     """An attention, deformable or not, or an FFN, of any width."""
     if draw(st.booleans()):
         nheads, is_deformable = draw(st.integers(1, 4)), draw(st.booleans())
-        return FakeModule("encoder.0.attention", nheads * draw(st.integers(1, 9)), nheads, True, is_deformable)
-    return FakeModule("encoder.0.ffn", draw(st.integers(1, 40)), 1, False)
+        return fake_module("encoder.0.attention", nheads * draw(st.integers(1, 9)), nheads, True, is_deformable)
+    return fake_module("encoder.0.ffn", draw(st.integers(1, 40)), 1, False)
 
 
 @quick
@@ -143,7 +143,7 @@ def test_once_scores_the_whole_module_in_one_go():
 
 def test_the_number_of_steps_is_bounded():
     seen = []
-    order_channels(FakeModule("encoder.0.ffn", 60, 1, False), fixed_scores(0, seen)[0], "backward", 1, True, 7)
+    order_channels(fake_module("encoder.0.ffn", 60, 1, False), fixed_scores(0, seen)[0], "backward", 1, True, 7)
     assert len(seen) == 7
 
 

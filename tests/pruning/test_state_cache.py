@@ -9,7 +9,7 @@ from models.state import Features
 from pruning.cache_plan import Storage
 from pruning.gates import clear_gates, set_gate
 from pruning.kept import add, none_kept
-from pruning.state_cache import PassCounter, StateCache, _keep_unchanged, repeat_batch, split_outputs
+from pruning.state_cache import PassCounter, StateCache, _stored_after, repeat_batch, split_outputs
 from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector
 
 CPU = torch.device("cpu")
@@ -195,7 +195,7 @@ def test_only_what_a_step_has_made_goes_to_the_caches_device(monkeypatch):
     cached, after = before.to("meta"), model.run_steps(before, "decoder.1.ffn")
     moved, to = [], torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where: moved.append(tensor) or to(tensor, *where))
-    found = _keep_unchanged(cached, before, after, torch.device("meta"))
+    found = _stored_after(cached, before, after, torch.device("meta"))
     assert [id(tensor) for tensor in moved] == [id(after.queries), id(after.hidden[1]), id(after.boxes[1])]
     assert found.memory is cached.memory
     assert found.hidden[0] is cached.hidden[0]
