@@ -18,6 +18,7 @@ import engine
 from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import GroundTruth
 from models.widths import Widths
+from pruning.allocation import linear_costs
 from pruning.arguments import CALIBRATION_IMAGES
 from pruning.budget import BudgetSearch
 from pruning.cost import count_parameters, params_per_channel, step_shares
@@ -167,10 +168,11 @@ class Pruner:
 
     @functools.cached_property
     def budget(self) -> BudgetSearch:
-        """The search by budget over this detector; damages are predicted once."""
+        """The search by budget over this detector."""
         units = {name: self.units.channels(module) for name, module in self.bench.modules.items()}
         params = count_parameters(self.model.transformer)
-        return self._search(self.bench, params_per_channel(self.whole), params, units, self.bench.full_ap())
+        costs = linear_costs(self.bench.modules, params_per_channel(self.whole), units)
+        return self._search(self.bench, costs, params, self.bench.full_ap())
 
     def searched(self, fraction: float) -> Built:
         """The detector cut to widths that a search by budget finds."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from models.detector import Detector
+from pruning.allocation import Tables, check_affordable, linear_costs
 from pruning.arguments import units_of
-from pruning.budget import check_affordable
 from pruning.cost import cost_of, macs_per_channel, params_per_channel
 
 
@@ -18,13 +17,11 @@ class Prices:
 
     Attributes:
         total: of the whole transformer.
-        per_channel: of each module.
-        units: channels by which each module's width changes.
+        costs: of each module at each of its widths; see `pruning.allocation`.
     """
 
     total: float
-    per_channel: Mapping[str, float]
-    units: Mapping[str, int]
+    costs: Tables
 
 
 def prices_of(args: argparse.Namespace, model: Detector, image_size_hw: tuple[int, int]) -> Prices:
@@ -36,9 +33,9 @@ def prices_of(args: argparse.Namespace, model: Detector, image_size_hw: tuple[in
     cost, modules = cost_of(model, image_size_hw), model.prunable_modules()
     units = {name: units_of(args).channels(module) for name, module in modules.items()}
     if args.cost == "params":
-        prices = Prices(cost.transformer_params, params_per_channel(model), units)
+        prices = Prices(cost.transformer_params, linear_costs(modules, params_per_channel(model), units))
     else:
-        prices = Prices(1e9 * cost.gmacs, macs_per_channel(model, image_size_hw), units)
+        prices = Prices(1e9 * cost.gmacs, linear_costs(modules, macs_per_channel(model, image_size_hw), units))
     if args.keep is not None:
-        check_affordable(args.keep, prices.total, modules, prices.per_channel, units)
+        check_affordable(args.keep, prices.costs, prices.total)
     return prices

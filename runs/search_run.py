@@ -260,7 +260,7 @@ class SearchRun:
     def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
         """Price all modules at once; returns the kept sets and mAP of the whole split."""
         args, prices = self.args, self.prices
-        search = BudgetSearch(self.bench, prices.per_channel, prices.total, prices.units, base_ap)
+        search = BudgetSearch(self.bench, prices.costs, prices.total, base_ap)
         sweeps = 1 + (EVALUATIONS if args.keep is None else len(POWERS))
         threshold_ap = self.schedule.fast_threshold_ap(base_ap)
         with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:

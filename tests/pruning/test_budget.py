@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pruning.allocation import linear_costs, widths_tried
 from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
 from pruning.journal import Trial
 from tests.pruning.fakes import FakeBench, constant, fake_module, fake_modules
@@ -14,112 +15,29 @@ from tests.pruning.samples import quick
 from util.errors import UserError
 
 
-class BeforeTheRest(BudgetSearch):
-    """A search that spends nothing of what the price leaves over."""
+def search_over(bench, units, base_ap=0.5, kind=BudgetSearch, **options):
+    """A search in which every channel costs 1; `units` are of all modules or of each."""
+    if isinstance(units, int):
+        units = dict.fromkeys(bench.modules, units)
+    costs = linear_costs(bench.modules, dict.fromkeys(bench.modules, 1.0), units)
+    total = float(sum(module.width for module in bench.modules.values()))
+    return kind(bench, costs, total, base_ap, **options)
 
-    def _spend_rest(self, widths, budget, power):
-        return widths
 
-
-def search_of(tables, costs, kind=BudgetSearch, fixed_cost=0.0):
+def search_of(tables, kind=BudgetSearch):
     """A search that knows the damages: for each module a damage for each width from 1, 0 at the last."""
     modules = {name: fake_module(name, len(table), 1, False) for name, table in tables.items()}
-    bench = FakeBench(modules, constant(0.5))
-    total = fixed_cost + sum(costs[name] * len(table) for name, table in tables.items())
-    damages = {name: {width + 1: d for width, d in enumerate(table)} for name, table in tables.items()}
-    search = kind(bench, costs, total, dict.fromkeys(tables, 1), 0.5)
-    search._damages = damages
+    search = search_over(FakeBench(modules, constant(0.5)), 1, kind=kind)
+    search.damages = {name: {width + 1: d for width, d in enumerate(table)} for name, table in tables.items()}
     return search
 
 
-@st.composite
-def problems(draw, convex=False):
-    """Damages of up to three modules with up to five widths, costs, a fraction to keep and a power.
-
-    Costs and fraction are dyadic, so that their sums are exact.
-    """
-    tables, costs = {}, {}
-    for number in range(draw(st.integers(1, 3))):
-        falls = draw(st.lists(st.floats(0.01, 10), min_size=1, max_size=4))
-        falls = sorted(falls, reverse=True) if convex else falls
-        tables[f"encoder.{number}.ffn"] = [sum(falls[width:]) for width in range(len(falls) + 1)]
-        costs[f"encoder.{number}.ffn"] = 1.0 if convex else draw(st.integers(2, 20)) / 4
-    return tables, costs, draw(st.integers(1, 64)) / 64, draw(st.sampled_from(POWERS))
-
-
-def cost_of(widths, costs):
-    return sum(costs[name] * width for name, width in widths.items())
-
-
-def damage_of(widths, tables, power):
-    return sum(tables[name][width - 1] ** power for name, width in widths.items())
-
-
-def all_divisions(tables):
-    choices = itertools.product(*(range(1, len(table) + 1) for table in tables.values()))
-    return [dict(zip(tables, widths, strict=True)) for widths in choices]
-
-
-@quick
-@given(problem=problems())
-def test_a_division_never_costs_more_than_the_budget_and_leaves_no_room(problem):
-    tables, costs, keep, power = problem
-    budget = keep * cost_of({name: len(table) for name, table in tables.items()}, costs)
-    if cost_of(dict.fromkeys(tables, 1), costs) > budget:
-        with pytest.raises(UserError, match=r"--keep .*: found that one unit of every module keeps"):
-            search_of(tables, costs).allocate(keep, power)
-        return
-    widths = search_of(tables, costs).allocate(keep, power)
-    assert cost_of(widths, costs) <= budget
-    for name, table in tables.items():
-        if widths[name] < len(table):
-            assert cost_of(widths, costs) + costs[name] > budget
-
-
-@quick
-@given(problem=problems())
-def test_nothing_as_cheap_does_less_damage_than_what_a_price_buys(problem):
-    """Everett's theorem; what is left over is spent afterwards, and only lowers the damage."""
-    tables, costs, keep, power = problem
-    if cost_of(dict.fromkeys(tables, 1), costs) > keep * sum(costs[n] * len(t) for n, t in tables.items()):
-        return
-    bought = search_of(tables, costs, BeforeTheRest).allocate(keep, power)
-    limit = cost_of(bought, costs)
-    best = min(damage_of(w, tables, power) for w in all_divisions(tables) if cost_of(w, costs) <= limit)
-    assert damage_of(bought, tables, power) <= best + 1e-9
-    assert damage_of(search_of(tables, costs).allocate(keep, power), tables, power) <= best + 1e-9
-
-
-@quick
-@given(problem=problems(convex=True))
-def test_a_division_is_the_best_of_all_where_each_channel_brings_less_than_the_one_before(problem):
-    tables, costs, keep, _ = problem
-    total = sum(map(len, tables.values()))
-    keep = (max(len(tables), int(keep * total)) + 0.5) / total
-    widths = search_of(tables, costs).allocate(keep, 1.0)
-    affordable = [w for w in all_divisions(tables) if cost_of(w, costs) <= keep * total]
-    best = min(damage_of(w, tables, 1.0) for w in affordable)
-    assert damage_of(widths, tables, 1.0) == pytest.approx(best, rel=1e-9, abs=1e-9)
-
-
-def test_a_wider_module_that_is_predicted_to_do_more_damage_is_not_bought():
-    tables = {"encoder.0.ffn": [3.0, 1.0, 1.5, 0.0], "encoder.1.ffn": [0.5, 0.0]}
-    widths = search_of(tables, dict.fromkeys(tables, 1.0)).allocate(5 / 6, 1.0)
-    assert damage_of(widths, tables, 1.0) == 1.0
-
-
-def test_a_module_that_is_worth_nothing_before_it_is_whole_is_bought_whole():
-    tables = {"encoder.0.ffn": [10.0, 10.0, 10.0, 0.0], "encoder.1.ffn": [1.0, 0.6, 0.3, 0.0]}
-    widths = search_of(tables, dict.fromkeys(tables, 1.0)).allocate(5 / 8, 1.0)
-    assert widths == {"encoder.0.ffn": 4, "encoder.1.ffn": 1}
-
-
 def test_what_cannot_be_cut_counts_in_the_whole():
-    tables = {"encoder.0.ffn": [3.0, 2.0, 1.0, 0.0]}
-    search = search_of(tables, {"encoder.0.ffn": 1.0}, fixed_cost=4.0)
-    assert search.allocate(0.75, 1.0) == {"encoder.0.ffn": 2}
+    search = search_of({"encoder.0.ffn": [3.0, 2.0, 1.0, 0.0]})
+    search.total_cost += 4.0
+    assert search._allocate(0.75, 1.0) == {"encoder.0.ffn": 2}
     with pytest.raises(UserError, match=r"--keep 0\.6: .* keeps 0\.625 of the transformer's cost"):
-        search.allocate(0.6, 1.0)
+        search.run(0.6)
 
 
 def damage(name, width):
@@ -133,9 +51,8 @@ def divisions(trials):
 
 def run(ap, keep, replayed=()):
     bench = FakeBench(fake_modules(), ap, damage=damage)
-    trials, costs = [], dict.fromkeys(bench.modules, 1.0)
-    units = {"encoder.0.attention": 2, "encoder.0.ffn": 2}
-    search = BudgetSearch(bench, costs, 14.0, units, 0.5, trials.append, list(replayed))
+    trials = []
+    search = search_over(bench, 2, on_trial=trials.append, replayed=list(replayed))
     kept, best = search.run(keep, 0.45)
     return bench, search, trials, kept, best
 
@@ -173,12 +90,11 @@ def test_of_several_powers_the_trial_of_the_greatest_map_is_taken_and_its_cut_ke
     class Told(BudgetSearch):
         def _trial(self, keep, power, widths):
             number = POWERS.index(power)
-            self._last_cut = (number,), None
-            return Trial(keep, power, {"encoder.0.ffn": number}, aps[number], keep)
+            return Trial(keep, power, {"encoder.0.ffn": number}, aps[number], keep), number
 
-    search = search_of({"encoder.0.ffn": [1.0, 0.0]}, {"encoder.0.ffn": 1.0}, Told)
-    assert search._best_power(0.5).full_ap == 0.3
-    assert search._best_cut[0] == (aps.index(0.3),)
+    trial, cut = search_of({"encoder.0.ffn": [1.0, 0.0]}, Told)._best_power(0.5)
+    assert trial.full_ap == 0.3
+    assert cut == aps.index(0.3)
 
 
 def test_a_trial_of_just_the_map_that_is_asked_for_passes():
@@ -223,23 +139,14 @@ def test_trials_of_another_search_are_refused():
         run(constant(0.5), 0.6, replayed=[other])
 
 
-@pytest.mark.parametrize(
-    ("width", "unit", "expected"),
-    [
-        (8, 2, [2, 4, 6, 8]),
-        (7, 3, [3, 6, 7]),
-        (4, 4, [4]),
-        (4, 9, [4]),
-        (66, 2, [2, *range(4, 65, 4), 66]),
-    ],
-)
-def test_damage_is_predicted_at_the_least_width_and_evenly_up_to_the_whole(width, unit, expected):
+@pytest.mark.parametrize(("width", "unit"), [(8, 2), (4, 4), (66, 2)])
+def test_damage_is_predicted_at_each_width_that_is_tried(width, unit):
     module = fake_module("encoder.0.ffn", width, 1, False)
     bench = FakeBench({module.name: module}, constant(0.5), damage=lambda name, width: 1 / width)
-    search = BudgetSearch(bench, {module.name: 1.0}, float(width), {module.name: unit}, 0.5)
+    search = search_over(bench, unit)
     search.run(1.0)
-    damages = search._damages[module.name]
-    assert sorted(damages) == expected
+    damages = search.damages[module.name]
+    assert list(damages) == widths_tried(width, unit)
     assert all(value == (0 if w == width else 1 / w) for w, value in damages.items())
 
 
@@ -251,13 +158,13 @@ def test_damage_is_predicted_at_the_least_width_and_evenly_up_to_the_whole(width
 def test_damage_is_measured_at_few_widths_where_each_takes_a_forward(is_attention, is_deformable, expected):
     module, measured = fake_module("encoder.0.module", 16, 2, is_attention, is_deformable), set()
     bench = FakeBench({module.name: module}, constant(0.5), damage=lambda name, width: measured.add(width) or 1 / width)
-    search = BudgetSearch(bench, {module.name: 1.0}, 16.0, {module.name: 2}, 0.5)
+    search = search_over(bench, 2)
     search.run(None, 0.5)
     assert {2, 16} <= measured
     assert expected <= measured
-    assert sorted(search._damages[module.name]) == [*range(2, 17, 2)]
+    assert sorted(search.damages[module.name]) == [*range(2, 17, 2)]
     measured.clear()
-    search = BudgetSearch(bench, {module.name: 1.0}, 16.0, {module.name: 2}, 0.5)
+    search = search_over(bench, 2)
     search.run(1.0)
     assert measured - {16} == {*range(2, 16, 2)}  # where a fraction is asked for, each
 
@@ -271,13 +178,13 @@ def test_damage_is_measured_at_few_widths_where_each_takes_a_forward(is_attentio
 )
 def test_the_next_guess_lies_between_what_failed_and_what_passed(losses, allowed, ends):
     tables = {"encoder.0.ffn": [3.0, 1.0, 0.5, 0.0], "encoder.1.ffn": [0.5, 0.1, 0.0]}
-    guess = search_of(tables, dict.fromkeys(tables, 1.0))._guess(losses, allowed, *ends)
+    guess = search_of(tables)._guess(losses, allowed, *ends)
     assert ends[0] <= guess <= ends[1]
 
 
 def test_trials_that_lose_alike_tell_no_slope():
     tables = {"encoder.0.ffn": [3.0, 1.0, 0.5, 0.0]}
-    search = search_of(tables, {"encoder.0.ffn": 1.0})
+    search = search_of(tables)
     for losses in ({1.0: 0.0020, 10.0: 0.00202}, {1.0: 0.0, 3.0: 0.0001003}):
         assert 0.3 < search._guess(losses, 0.06, 0.3, 0.9) < 0.9
 
@@ -291,7 +198,7 @@ def test_widths_are_multiples_of_the_units_or_whole(keep, attention_unit, ffn_un
     }
     units = {"encoder.0.attention": 4 * attention_unit, "encoder.0.ffn": ffn_unit}
     bench = FakeBench(modules, lambda w, whole: sum(w.values()) / 400, damage=lambda n, w: 1 / w)
-    search = BudgetSearch(bench, dict.fromkeys(modules, 1.0), 328.0, units, 0.82)
+    search = search_over(bench, units, 0.82)
     for asked in (keep, None):
         kept, _ = search.run(asked, 0.82 * keep)
         for name, width in widths_of(kept).items():
@@ -308,7 +215,7 @@ def test_widths_that_were_measured_before_cost_no_evaluation():
     modules = {f"encoder.{number}.ffn": fake_module(f"encoder.{number}.ffn", 4, 1, False) for number in range(4)}
     bench = FakeBench(modules, lambda widths, whole: sum(widths.values()) / 32, damage=damage)
     trials = []
-    search = Told(bench, dict.fromkeys(modules, 1.0), 16.0, dict.fromkeys(modules, 1), 0.5, trials.append)
+    search = search_over(bench, 1, kind=Told, on_trial=trials.append)
     kept, best = search.run(None, 9 / 32)
     # The first three guesses come out as 12 channels.
     assert [sum(trial.widths.values()) for trial in trials] == [12, 11, 10, 9]
@@ -327,7 +234,7 @@ def test_a_trial_of_an_earlier_run_is_taken_without_being_measured_again():
 def test_the_whole_network_is_no_trial_and_needs_no_measurement():
     modules = {"encoder.0.ffn": fake_module("encoder.0.ffn", 4, 1, False)}
     bench = FakeBench(modules, constant(0.5), damage=damage)
-    search = BudgetSearch(bench, {"encoder.0.ffn": 1.0}, 4.0, {"encoder.0.ffn": 4}, 0.5)
+    search = search_over(bench, 4)
     kept, best = search.run(None, 0.45)
     assert best is None and widths_of(kept) == {"encoder.0.ffn": 4}
     assert search.trials == [] and not any(entry[0] == "full" for entry in bench.asked)

@@ -61,6 +61,7 @@ class Mutant:
 SEARCH = ("tests/pruning/test_search.py",)
 SCHEDULE = ("tests/pruning/test_schedule.py",)
 BUDGET = ("tests/pruning/test_budget.py",)
+ALLOCATION = ("tests/pruning/test_allocation.py",)
 SELECTION = ("tests/pruning/test_selection.py",)
 TRANSPLANT = ("tests/pruning/test_transplant.py",)
 JOURNAL = ("tests/pruning/test_journal.py",)
@@ -108,8 +109,8 @@ MUTANTS = (
         "trial.full_ap > best.full_ap:", "trial.full_ap < best.full_ap:", BUDGET,
     ),
     Mutant(
-        "what is left of a budget is not spent to the end: >= for >", "pruning/budget.py",
-        "self.cost_per_channel[name]) > rest:", "self.cost_per_channel[name]) >= rest:", BUDGET,
+        "what is left of a budget is not spent to the end: >= for >", "pruning/allocation.py",
+        "costs[name][widths[name]]) > rest:", "costs[name][widths[name]]) >= rest:", ALLOCATION,
     ),
     Mutant(
         "a unit of an attention counted once, not for each head", "pruning/kept.py",
