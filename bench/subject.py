@@ -27,7 +27,7 @@ from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.search import Search, Units
 from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
-from pruning.workbench import DetectorBench
+from pruning.workbench import DetectorBench, Passes, SearchImages
 from runs.training_state import TrainingState, seed_everything
 from util.cli import script_parser, user_path, whole
 from weights.build import build_detector, build_distillation, settle_arguments
@@ -142,11 +142,12 @@ class Pruner:
         count, size = len(subject.seen), subject.seen.batch_size
         attention, ffn = subset_batches or (count, count)
         self.units = Units(1, 4 * self.model.nheads, 100, 200, seed)
+        images = SearchImages(
+            subject.seen, range(count), subject.seen_truth, attention, ffn, -(-calibration_images // size)
+        )
         self.bench = bench(
-            self.model, subject.criterion, subject.postprocess, subject.seen, subject.seen_truth,
-            step_shares(self.model, subject.image_size_hw), method=method, device=CPU, batch_numbers=range(count),
-            subset_batches_attention=attention, subset_batches_ffn=ffn,
-            calibration_batches=-(-calibration_images // size), images_at_once=images_at_once, seed=seed,
+            self.model, subject.criterion, subject.postprocess, images, step_shares(self.model, subject.image_size_hw),
+            method=method, passes=Passes(CPU, images_at_once), seed=seed,
         )  # fmt: skip
         self.whole = copy.deepcopy(self.model)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +28,49 @@ from pruning.state_cache import PassCounter, StateCache
 from util import distributed
 
 
+@dataclass(frozen=True)
+class SearchImages:
+    """The images that a search looks at, in batches, and what each part of them is for.
+
+    Attributes:
+        batches: those of this process.
+        numbers: for each of `batches`, its number in the whole split; the first is 0, which every process has.
+        ground_truth: annotations of the whole split.
+        subset_batches_attention, subset_batches_ffn: the subset's size, counted in batches of the whole split.
+        calibration_batches: the first batches of the whole split, which moments and gradients are taken of.
+    """
+
+    batches: CocoLoader
+    numbers: Sequence[int]
+    ground_truth: GroundTruth
+    subset_batches_attention: int
+    subset_batches_ffn: int
+    calibration_batches: int
+
+    def own(self, stop: float = math.inf) -> list[int]:
+        """Places in `batches` of this process's share of the first `stop` batches of the split."""
+        world, rank = distributed.world_size(), distributed.rank()
+        shared = {number: place for place, number in enumerate(self.numbers) if number % world == rank}
+        return [place for number, place in sorted(shared.items()) if number < stop]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a search runs the network.
+
+    Attributes:
+        device: where.
+        images_at_once: most images in a forward that scores several candidates.
+        amp: precision of the passes with gradients: off, bf16 or fp16.
+        eval_amp: the same of features, states and mAP.
+    """
+
+    device: torch.device
+    images_at_once: int
+    amp: str = "off"
+    eval_amp: str = "off"
+
+
 class DetectorBench:
     """A `Workbench` over a detector and the images that the search looks at.
 
@@ -38,69 +83,50 @@ class DetectorBench:
         model: Detector,
         criterion: Criterion,
         postprocess: Callable[[dict[str, Any], Tensor], Sequence[dict[str, Tensor]]],
-        batches: CocoLoader,
-        ground_truth: GroundTruth,
+        images: SearchImages,
         step_shares: Mapping[str, float],
         *,
         method: Method,
-        device: torch.device,
-        batch_numbers: Sequence[int],
-        subset_batches_attention: int,
-        subset_batches_ffn: int,
-        calibration_batches: int,
-        images_at_once: int,
+        passes: Passes,
         seed: int = 0,
         cache_plan: Callable[[Collection[int], Collection[int]], Plan] | None = None,
-        amp: str = "off",
-        eval_amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
-        """Run the backbone over `batches` and keep what it gives.
+        """Run the backbone over the images and keep what it gives.
 
         Args:
             step_shares: share of the network's cost that each step has, see `pruning.cost.step_shares`.
-            batch_numbers: for each of `batches`, its number in the whole split; the first is 0.
-            subset_batches_attention, subset_batches_ffn: the subset's size, counted in batches of the whole split.
-            calibration_batches: the first batches of the whole split, which moments and gradients are taken of.
-            images_at_once: most images in a forward that scores several candidates.
             seed: of a random ranking.
             cache_plan: gives the `plan` of `StateCache`, by the batches whose states are kept and those calibrated on.
-            amp: precision of the passes with gradients.
-            eval_amp: precision of features, states and mAP.
             progress: see `StateCache`.
         """
         self.modules = model.prunable_modules()
         self.counter = PassCounter(step_shares)
         self.method = method
-        self._model = model.eval()
-        clear_gates(model)
         self._postprocess = postprocess
-        self._ground_truth = ground_truth
-        self._device = device
-        self._subset_batches = {True: subset_batches_attention, False: subset_batches_ffn}
-        world, rank = distributed.world_size(), distributed.rank()
-        self._own = {n: index for index, n in enumerate(batch_numbers) if n % world == rank}
-        calibrated = [index for number, index in sorted(self._own.items()) if number < calibration_batches]
-        calibrated = calibrated if method.is_calibrated else []
-        kept = set(calibrated if method.search == "global" else self._own.values())
+        self._images = images
+        self._device = passes.device
+        clear_gates(model.eval())
+        criterion.eval()
+        calibrated = images.own(images.calibration_batches) if method.is_calibrated else []
+        kept = {*(calibrated if method.search == "global" else images.own())}
         kept |= {0} if method.ranking == "exact" else set()
         self.cache = StateCache(
-            model, batches, self.counter, device=device, amp=eval_amp, progress=progress,
+            model, images.batches, self.counter, device=passes.device, amp=passes.eval_amp, progress=progress,
             plan=None if cache_plan is None else cache_plan(kept, calibrated),
         )  # fmt: skip
-        self._num_batches = max(map(max, distributed.gather_objects(list(batch_numbers)))) + 1
+        self._num_batches = max(map(max, distributed.gather_objects(list(images.numbers)))) + 1
         self._transformer_params = count_parameters(model.transformer)
         self._params_per_channel = params_per_channel(model)
-        self._measured: dict[int, float] = {}
+        self._measured: dict[int, float] = {}  # mAP by the number of batches, for the gates and weights as they are
         self._calibration: Calibration | None = None
         self._reconstruction: Reconstruction | None = None
         self.loss = 0.0
-        criterion.eval()
         if method.is_calibrated:
-            self._calibration = Calibration(model, criterion, self.cache, calibrated, device, amp)
+            self._calibration = Calibration(model, criterion, self.cache, calibrated, passes.device, passes.amp)
             self._reconstruction = Reconstruction(self._calibration, method.reconstruction)
             self.loss = self._calibration.loss
-        self.ranking = self._build_ranking(model, criterion, images_at_once, seed)
+        self.ranking = self._build_ranking(model, criterion, passes.images_at_once, seed)
 
     def _build_ranking(self, model: Detector, criterion: Criterion, images_at_once: int, seed: int) -> Ranking:
         name = self.method.ranking
@@ -168,7 +194,8 @@ class DetectorBench:
 
     def subset_ap(self, name: str) -> float:
         """mAP of the first batches, as many as a module of that kind is judged by."""
-        return self._ap(self._subset_batches[self.modules[name].is_attention])
+        images, is_attention = self._images, self.modules[name].is_attention
+        return self._ap(images.subset_batches_attention if is_attention else images.subset_batches_ffn)
 
     def full_ap(self) -> float:
         """mAP of all batches."""
@@ -187,11 +214,8 @@ class DetectorBench:
                 self.cache.predict,
                 self._postprocess,
                 # A search of all modules at once measures mAP once for each cut, and visits many times.
-                self.cache.states(
-                    [index for number, index in self._own.items() if number < batches],
-                    is_kept=self.method.search != "global",
-                ),
-                self._ground_truth,
+                self.cache.states(self._images.own(batches), is_kept=self.method.search != "global"),
+                self._images.ground_truth,
                 device=self._device,
                 progress=False,
             )

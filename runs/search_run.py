@@ -35,7 +35,7 @@ from pruning.price import prices_of
 from pruning.schedule import Schedule
 from pruning.search import Search
 from pruning.transplant import widths_after
-from pruning.workbench import DetectorBench
+from pruning.workbench import DetectorBench, Passes, SearchImages
 from reports import plots
 from reports import search_log as report
 from reports.report import REPORT_NAME, write_report
@@ -107,20 +107,19 @@ class SearchRun:
             self.model,
             criterion,
             postprocess,
-            loader,
-            ground_truth,
+            SearchImages(
+                loader,
+                numbers,
+                ground_truth,
+                args.subset_batches_attention,
+                args.subset_batches_ffn,
+                calibration_batches=-(-args.calibration_images // args.batch_size),
+            ),
             step_shares(self.model, self.image_size_hw),
             method=method_of(args),
-            device=self.device,
-            batch_numbers=numbers,
-            subset_batches_attention=args.subset_batches_attention,
-            subset_batches_ffn=args.subset_batches_ffn,
-            calibration_batches=-(-args.calibration_images // args.batch_size),
-            images_at_once=args.images_at_once,
+            passes=Passes(self.device, args.images_at_once, args.amp, args.eval_amp),
             seed=args.seed,
             cache_plan=functools.partial(self._plan_cache, shapes),
-            amp=args.amp,
-            eval_amp=args.eval_amp,
             progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
         )
         self.notices += [*self.planner.notices, *(found := size_notices(loader))]
