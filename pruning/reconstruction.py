@@ -49,7 +49,11 @@ class Fit:
 
 
 class Reconstruction:
-    """Cuts modules to kept sets by gates and refits them; each module from its own weights as they were at first."""
+    """Cuts modules to kept sets by gates and refits them; each module from its own weights before any cut.
+
+    Attributes:
+        original: the parameters that a reconstruction may change, by key, as they were before any cut.
+    """
 
     def __init__(self, calibration: Calibration, level: str) -> None:
         """`level` is one of `LEVELS`; `calibration` holds the images to fit on."""
@@ -58,7 +62,7 @@ class Reconstruction:
         self._parameters = dict(calibration.model.named_parameters(remove_duplicate=False))
         self._modules: Mapping[str, PrunableModule] = calibration.model.prunable_modules()
         keys = {key for module in self._modules.values() for key in _keys(module)}
-        self._original = {key: self._parameters[key].detach().clone() for key in keys}
+        self.original = {key: self._parameters[key].detach().clone() for key in keys}
         self._name = ""
 
     def begin(self, name: str) -> None:
@@ -72,7 +76,7 @@ class Reconstruction:
         """Give a module its first weights back, and no gate."""
         with torch.no_grad():
             for key in _keys(self._modules[name]):
-                self._parameters[key].copy_(self._original[key])
+                self._parameters[key].copy_(self.original[key])
         self._modules[name].set_gate(None)
 
     @torch.no_grad()
@@ -118,7 +122,7 @@ class Reconstruction:
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of all parameters that a reconstruction changes."""
-        return {key: self._parameters[key].detach().clone() for key in self._original}
+        return {key: self._parameters[key].detach().clone() for key in self.original}
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -144,16 +148,8 @@ class Reconstruction:
         """D x D, in which errors of the module's output are judged."""
         return self._calibration.sensitivities[self._name].metric
 
-    def module(self, name: str) -> PrunableModule:
-        """The module of that name, with its parameters."""
-        return self._modules[name]
-
-    def original(self, key: str) -> Tensor:
-        """A parameter as it was before any cut."""
-        return self._original[key]
-
     def _output_layer(self, module: PrunableModule) -> tuple[Tensor, Tensor]:
-        return self._original[f"{module.output_name}.weight"], self._original[f"{module.output_name}.bias"]
+        return self.original[f"{module.output_name}.weight"], self.original[f"{module.output_name}.bias"]
 
     def _output_moments(self, module: PrunableModule, kept: Kept) -> Moments:
         """Inputs of the output layer with the kept queries alone, targets what the whole module gives."""

@@ -61,8 +61,8 @@ class Magnitude:
 
     def _scores(self, module: PrunableModule, joined: Sequence[str]) -> Tensor:
         squares: dict[tuple[str, int], Tensor] = {}
-        for piece in self._reconstruction.module(module.name).parameter_slices():
-            for part, block in piece.blocks(self._reconstruction.original(piece.key).double().cpu()):
+        for piece in module.parameter_slices():
+            for part, block in piece.blocks(self._reconstruction.original[piece.key].double().cpu()):
                 across = [axis for axis in range(block.dim()) if axis != piece.axis]
                 norms = block.square().sum(across) if across else block.square()
                 key = (part, piece.axis)
@@ -200,8 +200,7 @@ class Elimination:
         surgeon = self._surgeon
         if surgeon is None or moments is not self._moments or not torch.isin(channels, surgeon.channels).all():
             root, _ = square_root(self._reconstruction.metric())
-            output_name = self._reconstruction.module(module.name).output_name
-            weight = root @ self._reconstruction.original(f"{output_name}.weight").double().cpu()
+            weight = root @ self._reconstruction.original[f"{module.output_name}.weight"].double().cpu()
             surgeon = Surgeon(weight, moments.covariance_xx)
             self._moments, self._surgeon = moments, surgeon
         return surgeon

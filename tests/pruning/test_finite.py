@@ -179,7 +179,7 @@ def test_scores_are_named_with_module_and_images(setting, ranking):
 @pytest.mark.parametrize("kind", [Magnitude, Elimination])
 def test_scores_of_weights_that_are_not_finite_are_named_with_their_module(setting, kind):
     module, reconstruction = setting.begin("decoder.1.ffn")
-    reconstruction._original[f"{module.output_name}.weight"][0, 0] = INF
+    reconstruction.original[f"{module.output_name}.weight"][0, 0] = INF
     with pytest.raises(NonFiniteLossError, match=r"^calibration: .* of decoder\.1\.ffn "):
         kind(reconstruction)(module, ("hidden",), all_kept(module), torch.arange(32))
 
