@@ -238,7 +238,7 @@ def _losses(
     """The loss of a batch to go backward from, and every loss averaged over the processes.
 
     Raises:
-        NonFiniteLossError: the average is not finite; `place` says where in the training that is.
+        NonFiniteLossError: the average is not finite; `place` is where in the training.
     """
     with precision:
         outputs = model(images, targets)

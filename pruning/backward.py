@@ -83,7 +83,7 @@ class LossGradients:
         return images
 
     def _halve(self, images: int) -> None:
-        """A GPU had too little memory for so many images: go on with half of them."""
+        """A GPU had too little memory for so many images: take half of them."""
         if images == 1:
             raise UserError(
                 f"{self._device}: found too little memory for the gradients of one image of the search, expected "

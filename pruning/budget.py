@@ -31,7 +31,7 @@ PRECISION = 0.01  # of the whole cost, to which that budget is then known
 # The damage of queries takes a forward for each width, so that few are measured and those between follow.
 ATTENTION_WIDTHS_MEASURED = 4
 STEEPEST = 4.0  # power of the damage that mAP may be taken to fall by
-MIN_LOSS = 1e-4  # of mAP: less is taken for this much, since it tells nothing of a slope
+MIN_LOSS = 1e-4  # of mAP: less is taken for this much, since it gives no slope
 AIM = 0.97  # of the mAP that may be lost, so that a prediction a little off still passes
 ROUNDING = 1e-9  # of the whole cost
 NEAR = 0.1  # of the same: who comes as near to losing it all has found the budget
@@ -154,7 +154,7 @@ class BudgetSearch:
         """The kept fraction between two others with which mAP should fall by what it may.
 
         Damage is an estimate of what the loss rises by, so that mAP is taken to fall in proportion to it, as it does in
-        other networks before any trial, or by the power of it that the two trials nearest to what is allowed tell.
+        other networks before any trial, or by the power of it that the two trials nearest to what is allowed show.
 
         Args:
             losses: mAP that trials lost, by their damages.
@@ -172,7 +172,7 @@ class BudgetSearch:
         (_, damage, loss), exponent = known[0], 1.0
         if len(known) > 1 and (known[1][2] - loss) * (known[1][1] - damage) > 0:
             exponent = math.log(known[1][2] / loss) / math.log(known[1][1] / damage)
-            exponent = min(max(exponent, 1 / STEEPEST), STEEPEST)  # trials that lose alike tell no slope
+            exponent = min(max(exponent, 1 / STEEPEST), STEEPEST)  # trials that lose alike give no slope
         target = damage * (AIM * allowed / loss) ** (1 / exponent)
         margin = (passes - fails) / 8
         low, high = fails + margin, passes - margin

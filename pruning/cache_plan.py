@@ -46,13 +46,13 @@ def shape_of(sizes_hw: Sequence[tuple[int, int]]) -> BatchShape:
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What the options say of the cache.
+    """The options of the cache.
 
     Attributes:
         gigabytes: --cache_gb, None for what is free.
         dtype: --cache_dtype, None for bfloat16 only where more does not fit.
         device: --cache_device, None for --device, or RAM where that is a GPU whose memory does not suffice.
-        searched: the option that says which images are searched on, for messages.
+        searched: the option for the images that are searched on, for messages.
     """
 
     gigabytes: float | None = None

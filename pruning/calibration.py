@@ -1,4 +1,4 @@
-"""Calibration: what a few images of the search tell about each module, its activations and how much they matter."""
+"""Calibration: activations of each module on a few images of the search, and how sensitive the loss is to them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OUTLIER = 50.0
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How the loss feels an error of one module's output.
+    """Sensitivity of the loss to errors in one module's output.
 
     Attributes:
         token_weights: for each calibration batch B x L, 0 on padding; see `token_weights`.
@@ -58,7 +58,7 @@ class Calibration:
         device: torch.device,
         amp: str = "off",
     ) -> None:
-        """One pass forward and backward; `cache` stands in front of the first module.
+        """One pass forward and backward; `cache` is at the first module.
 
         Args:
             batches: which of the cache's batches to look at.

@@ -45,7 +45,7 @@ def check_everywhere(bad_images: Mapping[str, Collection[int]]) -> None:
 
 
 def decided_on_main(what: str, fit: Callable[[], T], numbers_of: Callable[[T], Iterable[Tensor]]) -> T:
-    """What `fit` gives in the main process, in every process, so that all go on with the same bits.
+    """What `fit` gives in the main process, in every process, so that all have the same bits.
 
     Args:
         what: is fitted, for the error.

@@ -37,7 +37,7 @@ class Decision:
         subset_ap: mAP of the subset, None where it was not needed.
         full_ap: mAP of the whole split, None where the subset's did not suffice.
         accepted: True on the last step of a visit.
-        transformer_params: parameters of the transformer if every module were cut as it stands.
+        transformer_params: parameters of the transformer if every module were cut to its width so far.
         image_passes: images through any range of steps, since the search began.
         whole_passes: the same, a part of the network counting as its share.
         seconds: since the search began.
@@ -146,7 +146,7 @@ class Journal:
         self._write("end", facts)
 
     def resume(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
-        """Go on with the file that is there, if there is one; returns its base mAP and its lines behind the first.
+        """Continue the file that is there, if there is one; returns its base mAP and its lines behind the first.
 
         A last line that a crash cut short is dropped from it. The base mAP of another machine may differ by rounding;
         that of the journal holds.

@@ -73,7 +73,7 @@ class Reconstruction:
         self._second_moments: tuple[list[Tensor], list[Tensor]] | None = None
 
     def restore(self, name: str) -> None:
-        """Give a module its first weights back, and no gate."""
+        """Give a module its own weights back, and no gate."""
         with torch.no_grad():
             for key in _keys(self._modules[name]):
                 self._parameters[key].copy_(self.original[key])
@@ -300,7 +300,7 @@ def _balance(projections: list[list[Tensor]], blocks: list[tuple[int, int, Tenso
     """Scale queries against keys, direction by direction, so that the rows of their weights are of one length.
 
     The logits stay the same. Where one side's weights are a hundred times the other's, the first steps of a fine-tuning
-    destroy more than they mend.
+    destroy more than they repair.
     """
     for product, (on_queries, on_keys) in enumerate(zip(*projections, strict=True)):
         squares = []

@@ -125,7 +125,7 @@ class GateGradient:
     """
 
     def __init__(self, calibration: Calibration, order: int) -> None:
-        """`calibration` holds the images that the loss is of; its cache stands in front of the module."""
+        """`calibration` holds the images that the loss is of; its cache is at the module."""
         self._calibration = calibration
         self._order = order
 

@@ -41,7 +41,7 @@ class Workbench(Protocol):
         """What can be pruned, by name, in network order."""
 
     def reset(self) -> None:
-        """Make every module whole again, with the weights it had at first."""
+        """Make every module whole again, with its own weights."""
 
     def begin(self, name: str) -> None:
         """Make ready to search module `name`; gates of others stay as they are."""
@@ -152,7 +152,7 @@ class Search:
             self._kept_in_bench = None
             for decision, is_new in visit_module(visit, name):
                 if decision.accepted:
-                    # Whoever is told of an accepted decision finds it in the network.
+                    # The network has an accepted decision before `on_decision` is called.
                     self._show_bench(name, decision.kept)
                 if is_new:
                     self.on_decision(decision)
@@ -238,7 +238,7 @@ class Search:
         self._show_bench(name, kept)
         if not subset_passed:
             subset_ap = self.bench.subset_ap(name)
-            # A subset without boxes (-1) can tell nothing: the whole split decides.
+            # A subset without boxes (-1) has no mAP: the whole split decides.
             subset_passed = subset_ap < 0 or subset_ap >= self._visits[visit].subset_threshold_ap
         if subset_passed:
             full_ap = self.bench.full_ap()

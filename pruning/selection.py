@@ -29,7 +29,7 @@ class Order:
 
     @classmethod
     def natural(cls, module: PrunableModule) -> Order:
-        """Channels as they stand: for places that a reconstruction fills anew."""
+        """Channels in their own order: where a reconstruction gives each of them new weights."""
         return cls({part: torch.arange(module.width).view(module.nheads, -1) for part in module.parts})
 
 
@@ -40,7 +40,7 @@ def order_channels(
 
     Args:
         direction: `backward` takes the worst away step by step, `forward` adds the best to an empty module step by
-            step, both scoring anew in between; `once` scores the whole module.
+            step, both scoring again in between; `once` scores the whole module.
         unit: least channels of a step, in all heads together; a step is larger where `max_steps` would be passed.
         share_sets: one order for all parts, or one for each.
     """

@@ -1,4 +1,4 @@
-"""What a search computes once and keeps: the features of every image, and the state in front of one module."""
+"""What a search computes once and keeps: the features of every image, and its state at the input of one module."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class PassCounter:
 
 
 class StateCache:
-    """A set of images as seen from in front of one module; the module changes as a search moves along the network.
+    """Cached states of all images at the input of the module under search, which changes as the search moves.
 
     Everything in front of the first step runs once for each image, when the cache is made. A batch's state is brought
     to the module under search when it is asked for, from wherever it was last kept, under the gates and weights as they
@@ -91,7 +91,7 @@ class StateCache:
         """Run the front of `model` (its `features`) over `batches`.
 
         Args:
-            plan: says how to keep features and states, given the features of the first batch and the bytes that making
+            plan: how to keep features and states, given the features of the first batch and the bytes that making
                 them took at the peak; None keeps all as they are made, on `device`.
             progress: wraps `batches`, to show a bar.
         """
@@ -122,7 +122,7 @@ class StateCache:
 
     @property
     def images_without_features(self) -> int:
-        """Images whose features do not fit, so that the backbone runs anew each time."""
+        """Images whose features do not fit, so that the backbone runs again each time."""
         return sum(len(t) for t, kept in zip(self.targets, self._features, strict=True) if kept is None)
 
     def states(

@@ -142,7 +142,7 @@ class DetectorBench:
         return GateGradient(self._calibration, {"first_order": 1, "fisher": 2}[name])
 
     def reset(self) -> None:
-        """Make every module whole again, with the weights it had at first."""
+        """Make every module whole again, with its own weights."""
         for name, module in self.modules.items():
             if self._reconstruction is None:
                 module.set_gate(None)
@@ -161,7 +161,7 @@ class DetectorBench:
         """The order in which channels of the module begun with are kept."""
         module, method = self.modules[name], self.method
         if module.is_attention and method.reconstruction == "full":
-            # Every kept channel is filled anew, so that its place does not matter.
+            # Every kept channel gets new weights, so its place does not matter.
             return Order.natural(module)
         self.set_kept(name, all_kept(module))
         return order_channels(module, self.ranking, method.direction, module.nheads, method.share_sets)

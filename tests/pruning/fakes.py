@@ -26,7 +26,7 @@ def fake_module(name: str, width: int, nheads: int, is_attention: bool, is_defor
 class FakeBench:
     """A `Workbench` whose mAP is `ap(widths of all modules, whole split?)` and that notes what it is asked.
 
-    `damage` is that of a module at a width; channels are chosen as they stand in each head.
+    `damage` is that of a module at a width; channels are chosen in their own order in each head.
     """
 
     modules: Mapping[str, PrunableModule]

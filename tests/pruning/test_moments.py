@@ -1,4 +1,4 @@
-"""Moments say of activations what measuring the activations says."""
+"""Moments of activations against the activations themselves."""
 
 import dataclasses
 from itertools import pairwise

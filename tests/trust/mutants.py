@@ -1,4 +1,4 @@
-"""Mutants: small wrongs done to a copy of the program, each of which the tests named with it must notice.
+"""Mutation testing: inject bugs into a copy of the program; the tests named with each must fail.
 
     python -m tests.trust.mutants [NAME ...]
 
@@ -36,8 +36,8 @@ class Mutant:
         name: what is wrong.
         path: the file.
         source: text that occurs in it exactly once.
-        mutated: what stands there in the mutant.
-        tests: what pytest is told to run, first what is likeliest to notice.
+        mutated: the text of the mutant in its place.
+        tests: arguments of pytest, first what is likeliest to notice.
     """
 
     name: str
@@ -84,7 +84,7 @@ MUTANTS = (
         "while passes - fails > 1:", "while passes - fails > 2:", SEARCH,
     ),
     Mutant(
-        "a subset of mAP 0 tells nothing: <= for <", "pruning/search.py",
+        "a subset of mAP 0 counts as one without boxes: <= for <", "pruning/search.py",
         "subset_ap < 0 or", "subset_ap <= 0 or", SEARCH,
     ),
     Mutant(
@@ -239,7 +239,7 @@ def main(names: Sequence[str]) -> int:
             print(f"the tests fail without any mutant: pytest ended with {code}", file=sys.stderr)
             return 1
         verdicts = [verdict(tree, mutant) for mutant in tqdm(chosen, unit="mutant")]
-    rows = [(mutant.path, mutant.name, told) for mutant, told in zip(chosen, verdicts, strict=True)]
+    rows = [(mutant.path, mutant.name, found) for mutant, found in zip(chosen, verdicts, strict=True)]
     print(table(["file", "mutant", ""], rows))
     print(f"{verdicts.count('killed')} of {len(verdicts)} killed")
     return 0 if set(verdicts) == {"killed"} else 1
