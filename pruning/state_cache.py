@@ -68,6 +68,15 @@ class PassCounter:
         return sum(self.step_shares[name] for name in names[names.index(start) : last])
 
 
+@dataclass(frozen=True)
+class StoredState:
+    """The state of a batch at the input of module `position`, wherever states are kept, and its bytes."""
+
+    position: str
+    state: DetectorState
+    nbytes: int
+
+
 class StateCache:
     """Cached states of all images at the input of the module under search, which changes as the search moves.
 
@@ -103,8 +112,7 @@ class StateCache:
         self._plan = plan
         self._amp = amp
         self._features: list[Features | None] = []
-        self._moved: dict[int, tuple[str, DetectorState]] = {}
-        self._moved_bytes: dict[int, int] = {}
+        self._stored: dict[int, StoredState] = {}
         self.nbytes = 0
         self.targets: list[Targets] = []
         self.position: str = model.step_names[0]
@@ -133,7 +141,7 @@ class StateCache:
         Images whose features are not kept are read ahead, in one pass over all of them.
         """
         chosen = range(len(self)) if batches is None else batches
-        unread = {batch for batch in chosen if batch not in self._moved and self._features[batch] is None}
+        unread = {batch for batch in chosen if batch not in self._stored and self._features[batch] is None}
         images = self._batches.read([batch for batch in chosen if batch in unread]) if unread else iter(())
         for batch in chosen:
             yield self.state(batch, is_kept, next(images)[0] if batch in unread else None), self.targets[batch]
@@ -147,18 +155,17 @@ class StateCache:
             images: those of the batch, if they have been read; otherwise they are read where they are needed.
         """
         with autocast(self._device, self._amp):
-            moved = self._moved.get(batch)
-            start, cached = (self._model.step_names[0], None) if moved is None else moved
-            before = (
-                self._model.first_state(self._features_of(batch, images)) if cached is None else cached.to(self._device)
-            )
+            stored = self._stored.get(batch)
+            if stored is None:
+                start, before = self._model.step_names[0], self._model.first_state(self._features_of(batch, images))
+            else:
+                start, before = stored.position, stored.state.to(self._device)
             if start == self.position:
                 return before
             self.counter.add(start, self.position, len(before.queries))
             after = self._model.run_steps(before, start, self.position)
         if is_kept:
-            to = self.storage.device
-            self._keep_state(batch, after.to(to) if cached is None else _stored_after(cached, before, after, to))
+            self._keep_state(batch, before, after)
         return after
 
     def predict(self, state: DetectorState) -> dict[str, Any]:
@@ -169,9 +176,8 @@ class StateCache:
 
     def forget(self) -> None:
         """Go back to the features: what is behind them was made with other weights or gates."""
-        self._moved.clear()
-        self.nbytes -= sum(self._moved_bytes.values())
-        self._moved_bytes.clear()
+        self.nbytes -= sum(stored.nbytes for stored in self._stored.values())
+        self._stored.clear()
         self.position = self._model.step_names[0]
 
     def move_to(self, name: str) -> None:
@@ -213,11 +219,14 @@ class StateCache:
             features = self._run_front(images).to(self._device, self.storage.dtype)
         return features.to(self._device, self._made_dtype)
 
-    def _keep_state(self, batch: int, state: DetectorState) -> None:
-        more = storage_bytes(state.tensors()) - self._moved_bytes.get(batch, 0)
+    def _keep_state(self, batch: int, before: DetectorState, after: DetectorState) -> None:
+        """Keep the state `after` in place of that `before`, if there is room."""
+        stored, device = self._stored.get(batch), self.storage.device
+        state = after.to(device) if stored is None else _stored_after(stored.state, before, after, device)
+        nbytes = storage_bytes(state.tensors())
+        more = nbytes - (0 if stored is None else stored.nbytes)
         if self.nbytes + more <= self.storage.max_bytes:
-            self._moved[batch] = (self.position, state)
-            self._moved_bytes[batch] = self._moved_bytes.get(batch, 0) + more
+            self._stored[batch] = StoredState(self.position, state, nbytes)
             self.nbytes += more
 
 

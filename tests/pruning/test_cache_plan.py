@@ -90,8 +90,8 @@ def test_the_estimate_is_what_a_search_holds_at_its_largest(variant, tmp_path, m
         found.append(measure(planner, features, front_bytes))
         return found[-1]
 
-    def kept(cache, batch, state):
-        keep_state(cache, batch, state)
+    def kept(cache, *arguments):
+        keep_state(cache, *arguments)
         held.append(cache.nbytes)
 
     monkeypatch.setattr(CachePlanner, "measure", measured)

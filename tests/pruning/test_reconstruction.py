@@ -1,5 +1,6 @@
 """Reconstruction on tiny detectors: what it promises, held against the modules' own outputs."""
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -251,7 +252,7 @@ def test_padding_counts_for_nothing(network):
     before = damage()
     state = setting.cache.state(0)
     changed = state.replace(memory=torch.where(mask[..., None], state.memory, state.memory + 3))
-    setting.cache._moved[0] = (name, changed)
+    setting.cache._stored[0] = dataclasses.replace(setting.cache._stored[0], state=changed)
     setting.model.load_state_dict(setting.at_first)
     assert damage() == pytest.approx(before, rel=1e-6)
 
