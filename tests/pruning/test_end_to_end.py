@@ -21,6 +21,7 @@ from pruning.kept import from_lists
 from pruning.schedule import GP, MGP, Schedule
 from pruning.state_cache import PassCounter, StateCache
 from pruning.workbench import DetectorBench
+from runs import search_command
 from runs.search_command import get_pruning_parser, search
 from tests.pruning.tiny import NETWORK, VARIANTS, tiny_args, tiny_detector
 from util.errors import UserError, run_cli
@@ -172,7 +173,7 @@ def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
         built.append(model)
         return model, criterion, postprocessors
 
-    moves, runs = [], {}
+    moves, passes = [], {}
     move_to, add = StateCache.move_to, PassCounter.add
 
     def watched_move(self, name):
@@ -180,10 +181,10 @@ def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
         move_to(self, name)
 
     def watched_add(self, start, stop, images):
-        runs.setdefault((len(moves), start, stop), []).append(images)
+        passes.setdefault((len(moves), start, stop), []).append(images)
         add(self, start, stop, images)
 
-    monkeypatch.setattr(runs.search_command, "build_detector", watched)
+    monkeypatch.setattr(search_command, "build_detector", watched)
     monkeypatch.setattr(StateCache, "move_to", watched_move)
     monkeypatch.setattr(PassCounter, "add", watched_add)
     run(MGP, folder, tmp_path)
@@ -193,10 +194,10 @@ def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
     passed = [order[0]]
     for number, (came_from, name) in enumerate(moves, start=1):
         passed = [order[0]] if order.index(name) < order.index(came_from) else [*passed, came_from]
-        to_the_module = {key[1:]: sum(images) for key, images in runs.items() if key[0] == number and key[2]}
+        to_the_module = {key[1:]: sum(images) for key, images in passes.items() if key[0] == number and key[2]}
         assert sum(to_the_module.values()) <= IMAGES
         assert all(start in passed and stop == name for start, stop in to_the_module)
-    assert sum(len(images) for key, images in runs.items() if key[2]) > len(moves) / 2
+    assert sum(len(images) for key, images in passes.items() if key[2]) > len(moves) / 2
 
 
 def test_a_search_goes_on_from_its_own_output(folder, tmp_path):
