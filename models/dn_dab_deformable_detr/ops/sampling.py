@@ -126,8 +126,8 @@ def load_operator() -> frozenset[str]:
     _compiled_for = found
     if expected - found:
         warnings.warn(
-            f"no compiled sampling for {', '.join(sorted(expected - found))} ({reason}): PyTorch's own operations "
-            "take its place, several times slower; models/dn_dab_deformable_detr/ops/setup.py builds it",
+            f"no compiled sampling for {', '.join(sorted(expected - found))} ({reason}): plain PyTorch is used, which "
+            "is several times slower; build the operator with models/dn_dab_deformable_detr/ops/setup.py",
             stacklevel=2,
         )
     return found

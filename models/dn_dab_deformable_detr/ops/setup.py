@@ -41,7 +41,7 @@ class CannotBuildError(Exception):
 def nvcc_output(option: str) -> str:
     """Return the output of nvcc with one option; raise `CannotBuildError` if there is no working nvcc."""
     if CUDA_HOME is None:
-        raise CannotBuildError("found no nvcc, neither in CUDA_HOME nor in PATH")
+        raise CannotBuildError("found no nvcc in CUDA_HOME or PATH")
     nvcc = Path(CUDA_HOME) / "bin/nvcc"
     try:
         done = subprocess.run([nvcc, option], capture_output=True, text=True, errors="replace", check=False)
@@ -73,7 +73,7 @@ def architectures(listed: str) -> str:
     known = {int(number) for number in re.findall(r"compute_(\d+)\s*$", listed, re.MULTILINE)}
     found = [capability for capability in COMPUTE_CAPABILITIES if int(capability.replace(".", "")) in known]
     if not found:
-        raise CannotBuildError(f"nvcc knows none of the compute capabilities {', '.join(COMPUTE_CAPABILITIES)}")
+        raise CannotBuildError(f"nvcc supports none of the compute capabilities {', '.join(COMPUTE_CAPABILITIES)}")
     return ";".join(found) + "+PTX"
 
 
@@ -123,11 +123,11 @@ class Build(BuildExtension):
     compiler: Any  # set by setuptools
 
     def build_extensions(self) -> None:
-        reason = "as FORCE_CPU=1 asks"
+        reason = "because FORCE_CPU=1 is set"
         if os.environ.get("FORCE_CPU") != "1":
             try:
                 capabilities = self._build_with_cuda()
-                Build.outcome = f"{NAME} has been built for the CPU and for CUDA, compute capabilities {capabilities}"
+                Build.outcome = f"built {NAME} for the CPU and for CUDA, compute capabilities {capabilities}"
                 return
             except CannotBuildError as error:
                 why = f"the CUDA part of {NAME} cannot be built: {error}"
@@ -138,14 +138,14 @@ class Build(BuildExtension):
             self._build(with_cuda=False)
         except CannotBuildError as error:
             sys.exit(f"error: {NAME} cannot be built: {error}")
-        Build.outcome = f"{NAME} has been built for the CPU alone, {reason}"
+        Build.outcome = f"built {NAME} for the CPU only, {reason}"
 
     def _build_with_cuda(self) -> str:
         """Build both parts and return the compute capabilities; may raise `CannotBuildError`."""
         check_versions()
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
             os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(nvcc_output("--list-gpu-arch"))
-        print(f"compiling {NAME} for the CPU and for CUDA with {CUDA_HOME}/bin/nvcc, which takes some minutes")
+        print(f"compiling {NAME} for the CPU and for CUDA with {CUDA_HOME}/bin/nvcc; this takes a few minutes")
         self._build(with_cuda=True)
         return os.environ.get("TORCH_CUDA_ARCH_LIST") or "of the visible GPUs"
 
@@ -164,7 +164,7 @@ class Build(BuildExtension):
         except Exception as error:
             reason = first_error(log.read_text(errors="replace"), str(error))
             where = f"CUDA_HOME is {CUDA_HOME}, " if with_cuda else ""
-            raise CannotBuildError(f"{reason} ({where}all output is in {log})") from error
+            raise CannotBuildError(f"{reason} ({where}full output: {log})") from error
         finally:
             self.compiler = compiler
 

@@ -69,7 +69,7 @@ def test_the_default_is_all_gpus_that_nvcc_knows(listed, expected):
 
 
 def test_an_nvcc_that_knows_none_of_the_gpus_is_refused():
-    with pytest.raises(setup.CannotBuildError, match="nvcc knows none of the compute capabilities 7"):
+    with pytest.raises(setup.CannotBuildError, match="nvcc supports none of the compute capabilities 7"):
         setup.architectures("compute_30\ncompute_990\ncompute_75a\n")
 
 
@@ -147,7 +147,7 @@ def test_without_a_gpu_it_is_compiled_for_all_that_nvcc_knows(toolkit):
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
-    assert last.endswith("built for the CPU and for CUDA, compute capabilities 8.0;9.0+PTX")
+    assert last.endswith("built deformable_sampling for the CPU and for CUDA, compute capabilities 8.0;9.0+PTX")
     objects, options = compiled(run)
     assert objects == {"operator", "cpu", "cuda", "forward", "backward"}
     calls = options.splitlines()
@@ -185,7 +185,7 @@ def test_where_cuda_cannot_be_built_the_cpu_part_is(obstacle, toolkit):
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
-    start = "deformable_sampling has been built for the CPU alone, because the CUDA part"
+    start = "built deformable_sampling for the CPU only, because the CUDA part"
     assert last.startswith(start), done.stdout + done.stderr
     assert reason in last and last.endswith("; FORCE_CUDA=1 makes this an error")
     assert "Traceback" not in done.stdout + done.stderr

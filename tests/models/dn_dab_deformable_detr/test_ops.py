@@ -228,7 +228,7 @@ def test_a_level_larger_than_float_can_tell_apart_is_refused():
 def test_without_the_extension_the_pure_form_runs_with_one_warning(monkeypatch):
     monkeypatch.setattr(sampling, "_compiled_for", None)
     monkeypatch.setattr(sampling, "MODULE", "no_such_module")
-    with pytest.warns(UserWarning, match=r"no compiled sampling .*setup\.py builds it"):
+    with pytest.warns(UserWarning, match=r"no compiled sampling .*build the operator with .*setup\.py"):
         found = sample(*arguments())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
