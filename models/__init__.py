@@ -10,6 +10,7 @@ from models.denoising import DenoisingSettings
 from models.detector import Detector
 from models.matcher import HungarianMatcher
 from models.post_process import PostProcess
+from models.residual import block_widths
 from models.widths import Widths
 from util.errors import UserError
 
@@ -19,6 +20,17 @@ MODELS: dict[str, Callable[[Namespace, Widths | None, Backbone, DenoisingSetting
 }
 # For the log; the deformable variant's releases never had them.
 LOGS_BOX_PARTS = ("dn_dab_detr",)
+
+
+def full_widths(args: Namespace) -> Widths:
+    """Widths before any pruning."""
+    return Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
+
+
+def check_widths(widths: Widths, args: Namespace) -> Widths:
+    """The same widths, held against the whole detector that the arguments describe; see `Widths.check`."""
+    blocks = block_widths(args.backbone, args.return_layer)
+    return widths.check(nheads=args.nheads, full=full_widths(args), blocks=blocks)
 
 
 def build_model(args: Namespace) -> tuple[Detector, Criterion, dict[str, PostProcess]]:
@@ -33,6 +45,9 @@ def build_model(args: Namespace) -> tuple[Detector, Criterion, dict[str, PostPro
     for option, divisor in (("hidden_dim", args.nheads), ("hidden_dim", 4)):
         if getattr(args, option) % divisor:
             raise UserError(f"--{option}: found {getattr(args, option)}, expected a multiple of {divisor}")
+    widths = args.cfgs if isinstance(args.cfgs, Widths | None) else Widths.parse(args.cfgs)
+    if widths is not None:
+        widths = check_widths(widths, args)
     backbone = Backbone(
         args.backbone,
         args.return_layer,
@@ -40,9 +55,9 @@ def build_model(args: Namespace) -> tuple[Detector, Criterion, dict[str, PostPro
         args.batch_norm_type,
         args.pretrained_backbone,
         frozen=args.lr_backbone == 0,
+        widths=None if widths is None else widths.backbone,
     )
     denoising = DenoisingSettings(args.scalar, args.label_noise_scale, args.box_noise_scale) if args.use_dn else None
-    widths = args.cfgs if isinstance(args.cfgs, Widths | None) else Widths.parse(args.cfgs)
     model = MODELS[args.modelname](args, widths, backbone, denoising)
     matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou, args.focal_alpha)
     weights = {

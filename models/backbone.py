@@ -8,6 +8,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from models.residual import ResidualBlock, block_widths
 from util.errors import UserError, reason_of
 
 NORM_LAYERS = {"FrozenBatchNorm2d": FrozenBatchNorm2d, "BatchNorm2d": nn.BatchNorm2d}
@@ -29,6 +30,8 @@ class Backbone(nn.Module):
         batch_norm_type: key of `NORM_LAYERS`.
         pretrained: load torchvision's ImageNet weights.
         frozen: train nothing.
+        widths: inner channels of each residual block, stage by stage (`models.residual.block_widths` gives those of a
+            whole ResNet); None leaves all whole.
 
     Attributes:
         channels: of the output of each stage, such as `layer2`, in order.
@@ -43,10 +46,16 @@ class Backbone(nn.Module):
         batch_norm_type: str,
         pretrained: bool,
         frozen: bool = False,
+        widths: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:
         super().__init__()
         self.frozen = frozen
         norm_layer = NORM_LAYERS[batch_norm_type]
+        if pretrained and widths is not None:
+            raise UserError(
+                "--pretrained_backbone: found --cfgs that cut the backbone, expected a --resume checkpoint or "
+                "--no-pretrained_backbone, as ImageNet weights are those of a whole one"
+            )
         try:
             resnet = torchvision.models.get_model(
                 name, weights="IMAGENET1K_V1" if pretrained else None, norm_layer=norm_layer
@@ -58,20 +67,39 @@ class Backbone(nn.Module):
             ) from None
         names = list(resnet._modules)
         self.body = nn.ModuleDict({n: resnet._modules[n] for n in names[: names.index(return_layer) + 1]})
+        all_widths = widths or block_widths(name, return_layer)
+        for stage_name, of_stage in zip(self._stages(), all_widths, strict=True):
+            blocks = zip(self.body[stage_name].children(), of_stage, strict=True)
+            self.body[stage_name] = nn.Sequential(*(ResidualBlock(block, width) for block, width in blocks))
         if dilation and return_layer == "layer4":
             _dilate(self.body["layer4"])
         never_trained = FROZEN_STAGES if norm_layer is FrozenBatchNorm2d else ()
         self._trained_stages = [stage for stage in self.body if stage not in never_trained]
         for name, stage in self.body.items():
             stage.requires_grad_(name in self._trained_stages and not frozen)
-        stages = [stage for stage in self.body if stage.startswith("layer")]
-        self.channels: dict[str, int] = {stage: _output_channels(self.body[stage]) for stage in stages}
+        self.channels: dict[str, int] = {stage: _output_channels(self.body[stage]) for stage in self._stages()}
         self.num_channels = self.channels[return_layer]
         self.strides: dict[str, int] = {}
         stride = STEM_STRIDE
-        for name in stages:
+        for name in self._stages():
             stride *= _stride(self.body[name])
             self.strides[name] = stride
+
+    def _stages(self) -> list[str]:
+        return [stage for stage in self.body if stage.startswith("layer")]
+
+    @property
+    def widths(self) -> tuple[tuple[int, ...], ...]:
+        """Inner channels of each residual block, stage by stage."""
+        blocks = self.residual_blocks()
+        return tuple(
+            tuple(block.width for name, block in blocks.items() if name.startswith(f"{stage}."))
+            for stage in self._stages()
+        )
+
+    def residual_blocks(self) -> dict[str, ResidualBlock]:
+        """The blocks by name, such as `layer3.1`, in network order."""
+        return {name: block for name, block in self.body.named_modules() if isinstance(block, ResidualBlock)}
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Parameters that train unless the whole backbone is frozen.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.denoising import DenoisingSettings, noised_queries, query_mask
 from models.padding import (
     PaddedImages,
@@ -17,18 +19,19 @@ from models.padding import (
     padding_of_map,
     resize_padding,
 )
-from models.prunable import KINDS, ParameterSlice, PrunableModule
+from models.prunable import KINDS, ParameterSlice, PrunableModule, residual_block_module
 from models.state import DetectorState, Features, QueryFields
-from models.widths import Widths
+from models.widths import BACKBONE, Widths
 
 
 class Detector(nn.Module, ABC):
     """Base class of the variants.
 
-    A subclass adds `transformer` (with `encoder` and `decoder`, each with `step`), `label_enc` and its heads.
+    A subclass adds `backbone` (a list of one), `transformer` (with `encoder` and `decoder`, each with `step`),
+    `label_enc` and its heads.
 
     Args:
-        widths: channels of each attention and FFN.
+        widths: channels of each attention and FFN, and of each residual block of the backbone if some are pruned.
         num_classes: largest category id + 1.
         hidden_dim: channels of features and queries.
         nheads: number of attention heads.
@@ -41,6 +44,7 @@ class Detector(nn.Module, ABC):
     """
 
     widths: Widths
+    backbone: Sequence[Backbone]
     transformer: nn.Module
     label_enc: nn.Embedding
     refpoint_embed: nn.Embedding
@@ -70,7 +74,7 @@ class Detector(nn.Module, ABC):
         self.strides = strides
         self.image_multiple = image_multiple
         self.padding_rule = padding_rule
-        self.step_names = widths.names()
+        self.step_names = tuple(name for name in widths.names() if not name.startswith(f"{BACKBONE}."))
 
     @abstractmethod
     def feature_maps(self, batch: Tensor) -> list[Tensor]:
@@ -204,10 +208,23 @@ class Detector(nn.Module, ABC):
             }
         return outputs
 
-    def prunable_modules(self) -> dict[str, PrunableModule]:
-        """Return every attention and FFN by name, in network order."""
+    def widths_in(self, scope: str) -> Widths:
+        """Return the widths of the modules of a scope; only the scope `detector` lists those of a whole backbone."""
+        return replace(self.widths, backbone=self.backbone[0].widths) if scope == "detector" else self.widths
+
+    def prunable_modules(self, scope: str = "transformer") -> dict[str, PrunableModule]:
+        """Return the modules of a scope by name, in network order.
+
+        Args:
+            scope: one of `models.prunable.SCOPES`: `transformer` has every attention and FFN, `detector` also every
+                residual block of the backbone.
+        """
         modules = {}
-        for name, width in self.widths.items():
+        if scope == "detector":
+            for name, residual_block in self.backbone[0].residual_blocks().items():
+                modules[f"{BACKBONE}.{name}"] = residual_block_module(f"{BACKBONE}.{name}", residual_block)
+        for name in self.step_names:
+            width = self.widths.of(name)
             stack, index, block = name.split(".")
             slices = self.layer_slices(stack, int(index))[block]
             groups = 1 if block == "ffn" else self.nheads

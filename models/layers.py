@@ -54,17 +54,40 @@ class OutputProjection(nn.Module):
         return self.out_proj(x)
 
 
-class GatedLayer(nn.Module):
-    """Base class of the transformer layers, with gates, an observer and the feed-forward block.
+class GatedModule(nn.Module):
+    """Base class of everything that has channels to prune, with gates and an observer.
 
-    A gate multiplies exactly the channels that pruning would remove, so that the gated layer and the pruned layer
-    compute the same function. `gates[block]` is `(query gate, value gate)` for an attention, `(value gate, None)` for a
-    deformable attention and `(hidden gate, None)` for the FFN. A gate has the shape `width`, or `B x 1 x width` for a
-    gate per image. Gates are not in the state dict.
+    A gate multiplies exactly the channels that pruning would remove, so that the gated module and the pruned module
+    compute the same function. It has the shape `width`, or `B x 1 x width` for a gate per image. `gates[block]` are the
+    gates of a block; the second is None if the block has one. Gates are not in the state dict.
 
-    `observer`, if set, is called with a block's name and its activations: `queries` and `keys`, tuples of
-    B x L x width, multiplied pair by pair, before gates; `attended`, the input of an attention's output projection;
-    `hidden`, the input of `linear2`. A deformable attention has no queries and keys.
+    `observer`, if set, is called with a block's name and its activations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.observer: Observer | None = None
+
+    def gate(self, block: str) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gates of a block, `(None, None)` if it has none."""
+        return self.gates.get(block, (None, None))
+
+    def observe(self, block: str, **activations: Tensor | tuple[Tensor, ...] | None) -> None:
+        """Pass activations of a block to the observer."""
+        if self.observer is not None:
+            self.observer(block, activations)
+
+
+class GatedLayer(GatedModule):
+    """Base class of the transformer layers, with the feed-forward block.
+
+    `gates[block]` is `(query gate, value gate)` for an attention, `(value gate, None)` for a deformable attention and
+    `(hidden gate, None)` for the FFN.
+
+    The observer gets `queries` and `keys`, tuples of B x L x width, multiplied pair by pair, before gates; `attended`,
+    the input of an attention's output projection; `hidden`, the input of `linear2`. A deformable attention has no
+    queries and keys.
 
     Attributes:
         nheads: number of attention heads.
@@ -78,22 +101,11 @@ class GatedLayer(nn.Module):
         self.linear2 = nn.Linear(ffn_width, hidden_dim)
         self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
-        self.gates: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        self.observer: Observer | None = None
 
     @property
     def attention_dropout(self) -> float:
         """Dropout probability of the attention weights; 0 in eval mode."""
         return self.dropout.p if self.training else 0.0
-
-    def gate(self, block: str) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gates of a block, `(None, None)` if it has none."""
-        return self.gates.get(block, (None, None))
-
-    def observe(self, block: str, **activations: Tensor | tuple[Tensor, ...] | None) -> None:
-        """Pass activations of a block to the observer."""
-        if self.observer is not None:
-            self.observer(block, activations)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Return linear2(gate * activation(linear1(x))), without residual or norm; x is B x L x hidden_dim."""

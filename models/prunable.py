@@ -1,4 +1,4 @@
-"""What a search may cut: one record for each attention and FFN, found by name in a detector."""
+"""What a search may cut: one record for each attention, FFN and residual block, found by name in a detector."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.layers import GatedLayer
+from models.layers import GatedModule
+from models.residual import BLOCK, ResidualBlock
 
 KINDS = {
     "attention": "encoder_attention",
@@ -14,6 +15,8 @@ KINDS = {
     "cross_attention": "cross_attention",
     "ffn": "ffn",
 }
+SCOPES = ("transformer", "detector")
+PARTS = ("query", "value", "hidden", "inner", "inner1", "inner2")
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,12 @@ class ParameterSlice:
 
     Attributes:
         key: full key in the detector's state dict.
-        axis: axis along which kept channels are selected, 0 for a projection's rows and 1 for its columns.
+        axis: axis along which kept channels are selected, 0 for a projection's rows and 1 for its columns; of a
+            convolution for its outputs and its inputs.
         parts: what each block along the axis holds: ("query",), ("hidden",), or ("query", "key", "value") for a packed
             projection. Where content and position are multiplied apart, "query" and "key" are those of the content,
             "position_query" and "position_key" those of the position, and a projection that keys of both are made with
-            is a "common_key".
+            is a "common_key". "inner", or "inner1" and "inner2", are those of a residual block.
         fold: True for each block that carries the softmax scale, to be multiplied by sqrt(kept / full head width).
     """
 
@@ -42,14 +46,14 @@ class ParameterSlice:
 
 @dataclass(frozen=True)
 class PrunableModule:
-    """One attention or FFN.
+    """One attention, FFN or residual block.
 
     Attributes:
         name: such as `decoder.1.cross_attention`.
-        kind: `encoder_attention`, `self_attention`, `cross_attention` or `ffn`.
+        kind: `encoder_attention`, `self_attention`, `cross_attention`, `ffn` or `residual_block`.
         width: its channels as it stands.
-        nheads: groups with equal counts of channels, 1 for an FFN.
-        layer: the layer that holds its gate.
+        nheads: groups with equal counts of channels, 1 for an FFN and a residual block.
+        layer: what holds its gates.
         slices: the parameters that shrink with it.
     """
 
@@ -57,13 +61,18 @@ class PrunableModule:
     kind: str
     width: int
     nheads: int
-    layer: GatedLayer
+    layer: GatedModule
     slices: tuple[ParameterSlice, ...]
 
     @property
     def is_attention(self) -> bool:
-        """True for an attention, False for an FFN."""
-        return self.kind != "ffn"
+        """True for an attention, False for an FFN and a residual block."""
+        return self.kind not in ("ffn", BLOCK)
+
+    @property
+    def block(self) -> str:
+        """The name that its layer knows it by, in `gates` and for the observer."""
+        return BLOCK if self.kind == BLOCK else self.name.rsplit(".", 1)[1]
 
     @property
     def has_logits(self) -> bool:
@@ -77,18 +86,18 @@ class PrunableModule:
 
     @property
     def output_name(self) -> str:
-        """Name in the detector of the linear layer behind the channels."""
-        return next(piece.key for piece in self.slices if piece.axis == 1).removesuffix(".weight")
+        """Name in the detector of the linear layer or convolution behind the (last) channels."""
+        return [piece.key for piece in self.slices if piece.axis == 1][-1].removesuffix(".weight")
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The sets of channels that a cut names: query and value; value for a deformable attention; hidden."""
+        """The sets of channels that a cut names, such as query and value; value alone for a deformable attention."""
         cut = {part for piece in self.slices for part in piece.parts}
-        return tuple(part for part in ("query", "value", "hidden") if part in cut)
+        return tuple(part for part in PARTS if part in cut)
 
     def set_gate(self, first: Tensor | None, second: Tensor | None = None) -> None:
         """Multiply the module's `parts` by gates of shape `width` or B x 1 x width; None takes one away."""
-        self.layer.gates[self.name.rsplit(".", 1)[1]] = (first, second)
+        self.layer.gates[self.block] = (first, second)
 
     def parameter_slices(self) -> tuple[ParameterSlice, ...]:
         """The parameters that shrink with the module, and how."""
@@ -118,3 +127,14 @@ def packed_attention_slices(prefix: str) -> tuple[ParameterSlice, ...]:
         ParameterSlice(f"{prefix}.in_proj_bias", 0, *packed),
         columns(f"{prefix}.out_proj", "value"),
     )
+
+
+def residual_block_module(name: str, layer: ResidualBlock) -> PrunableModule:
+    """The record of the residual block `backbone.STAGE.INDEX`; batch norms are cut with the convolution before them."""
+    prefix = f"backbone.0.body.{name.partition('.')[2]}"
+    slices: list[ParameterSlice] = []
+    for number, part in enumerate(layer.parts, 1):
+        norm = [f"bn{number}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")]
+        slices += [ParameterSlice(f"{prefix}.{leaf}", 0, (part,)) for leaf in (f"conv{number}.weight", *norm)]
+        slices.append(columns(f"{prefix}.conv{number + 1}", part))
+    return PrunableModule(name, BLOCK, layer.width, 1, layer, tuple(slices))

@@ -1,4 +1,4 @@
-"""How many channels each attention and FFN of a detector has, and the `--cfgs` grammar that says so."""
+"""How many channels each attention, FFN and residual block of a detector has, and the `--cfgs` grammar for it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from util.errors import UserError, one_line, reason_of, shorten
 
 ENCODER_BLOCKS = ("attention", "ffn")
 DECODER_BLOCKS = ("self_attention", "cross_attention", "ffn")
+BACKBONE = "backbone"
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 LARGEST_FILE = 1 << 20  # bytes
 GRAMMAR = "[[[attention, ffn], ...], [[self_attention, cross_attention, ffn], ...]]"
 
@@ -23,10 +25,12 @@ class Widths:
     Attributes:
         encoder: (attention, ffn) of each layer.
         decoder: (self_attention, cross_attention, ffn) of each layer.
+        backbone: inner channels of each residual block of each stage; None where all blocks are whole.
     """
 
     encoder: tuple[tuple[int, ...], ...]
     decoder: tuple[tuple[int, ...], ...]
+    backbone: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def dense(cls, enc_layers: int, dec_layers: int, hidden_dim: int, dim_feedforward: int) -> Widths:
@@ -40,7 +44,8 @@ class Widths:
         """Read the `--cfgs` grammar from a nested list, its JSON, its words as a shell split them, or a file's path.
 
         Raises:
-            UserError: where it is no JSON or no `[encoder, decoder]` of whole numbers.
+            UserError: where it is no JSON or no `[encoder, decoder]` or `[encoder, decoder, backbone]` of whole
+                numbers.
         """
         shown = "--cfgs"
         if isinstance(given, list | tuple) and all(isinstance(word, str) for word in given):
@@ -55,25 +60,54 @@ class Widths:
                 raise UserError(f"{shown}: found no JSON ({reason_of(error)}), expected {GRAMMAR}") from None
         return cls(*_stacks(given, shown))
 
-    def check(self, *, nheads: int, full: Widths) -> None:
-        """Raise a `UserError` unless these widths can be cut from a detector with the widths `full`."""
+    def check(self, *, nheads: int, full: Widths, blocks: tuple[tuple[int, ...], ...] = ()) -> Widths:
+        """These widths, without those of a backbone that is whole.
+
+        Args:
+            nheads: attention heads.
+            full: the widths of the detector that they are cut from.
+            blocks: those of its residual blocks (`models.residual.block_widths`).
+
+        Raises:
+            UserError: they cannot be cut from such a detector.
+        """
         for stack in ("encoder", "decoder"):
             found, expected = len(getattr(self, stack)), len(getattr(full, stack))
             if found != expected:
                 raise UserError(f"--cfgs: found {found} {stack} layers, expected {expected} (--{stack[:3]}_layers)")
-        for name in self.names():
-            width, limit = self.of(name), full.of(name)
+        self._check_backbone(blocks)
+        full = replace(full, backbone=blocks)
+        for name, width in self.items():
+            limit = full.of(name)
             if not 1 <= width <= limit:
                 raise UserError(f"--cfgs: found width {width} for {name}, expected 1 to {limit}")
-            if not name.endswith("ffn") and width % nheads:
+            if name.endswith("attention") and width % nheads:
                 raise UserError(f"--cfgs: found width {width} for {name}, expected a multiple of --nheads {nheads}")
+        return replace(self, backbone=None) if self.backbone == blocks else self
+
+    def _check_backbone(self, blocks: tuple[tuple[int, ...], ...]) -> None:
+        if self.backbone is None:
+            return
+        found, expected = len(self.backbone), len(blocks)
+        if found != expected:
+            raise UserError(
+                f"--cfgs: found {found} stages of the backbone, expected {expected}, layer1 to --return_layer"
+            )
+        for stage, of_stage, of_whole in zip(STAGES, self.backbone, blocks, strict=False):
+            if len(of_stage) != len(of_whole):
+                raise UserError(
+                    f"--cfgs: found {len(of_stage)} blocks in {stage} of the backbone, expected {len(of_whole)}"
+                )
 
     def names(self) -> tuple[str, ...]:
         """Module names in network order, such as `encoder.0.attention`."""
         return tuple(name for name, _ in self.items())
 
     def items(self) -> Iterator[tuple[str, int]]:
-        """Pairs of module name and width in network order."""
+        """Pairs of module name and width in network order; of the backbone's blocks where `backbone` is there."""
+        for stage, of_stage in zip(STAGES, self.backbone or (), strict=False):
+            for index, width in enumerate(of_stage):
+                yield f"{BACKBONE}.{stage}.{index}", width
         for stack, blocks in (("encoder", ENCODER_BLOCKS), ("decoder", DECODER_BLOCKS)):
             for index, layer in enumerate(getattr(self, stack)):
                 for block, width in zip(blocks, layer, strict=True):
@@ -92,8 +126,9 @@ class Widths:
         return replace(self, **{stack: tuple(map(tuple, layers))})
 
     def to_list(self) -> list:
-        """The nested list of the `--cfgs` grammar."""
-        return [[list(layer) for layer in stack] for stack in (self.encoder, self.decoder)]
+        """The nested list of the `--cfgs` grammar: two lists, or three where `backbone` is there."""
+        stacks = (self.encoder, self.decoder, *([] if self.backbone is None else [self.backbone]))
+        return [[list(layer) for layer in stack] for stack in stacks]
 
     def __str__(self) -> str:
         return json.dumps(self.to_list(), separators=(",", ":"))
@@ -101,6 +136,8 @@ class Widths:
 
 def _locate(module_name: str) -> tuple[str, int, int]:
     stack, index, block = module_name.split(".")
+    if stack == BACKBONE:
+        return stack, STAGES.index(index), int(block)
     return stack, int(index), {"encoder": ENCODER_BLOCKS, "decoder": DECODER_BLOCKS}[stack].index(block)
 
 
@@ -119,10 +156,12 @@ def _read_file(path: str) -> bytes:
 
 
 def _stacks(nested: object, shown: str) -> list[tuple[tuple[int, ...], ...]]:
-    if not (isinstance(nested, list | tuple) and len(nested) == 2):
-        raise UserError(f"{shown}: expected two lists, [encoder, decoder], as {GRAMMAR}")
+    if not (isinstance(nested, list | tuple) and len(nested) in (2, 3)):
+        raise UserError(
+            f"{shown}: expected two lists, [encoder, decoder], as {GRAMMAR}, or three with a [backbone] behind them"
+        )
     stacks = []
-    for stack, blocks, layers in zip(("encoder", "decoder"), (ENCODER_BLOCKS, DECODER_BLOCKS), nested, strict=True):
+    for stack, blocks, layers in zip(("encoder", "decoder"), (ENCODER_BLOCKS, DECODER_BLOCKS), nested, strict=False):
         if not isinstance(layers, list | tuple):
             raise UserError(f"{shown}: found {shorten(layers)} for the {stack}, expected a list of layers, {GRAMMAR}")
         for index, layer in enumerate(layers):
@@ -133,4 +172,14 @@ def _stacks(nested: object, shown: str) -> list[tuple[tuple[int, ...], ...]]:
             if not all(type(width) is int for width in layer):
                 raise UserError(f"{shown}: found {shorten(layer)} for {stack} layer {index}, expected whole numbers")
         stacks.append(tuple(tuple(layer) for layer in layers))
-    return stacks
+    return [*stacks, *(_stages(stages, shown) for stages in nested[2:])]
+
+
+def _stages(stages: object, shown: str) -> tuple[tuple[int, ...], ...]:
+    expected = "expected a list of stages, each a list with the width of each block"
+    if not isinstance(stages, list | tuple):
+        raise UserError(f"{shown}: found {shorten(stages)} for the {BACKBONE}, {expected}")
+    for index, widths in enumerate(stages, 1):
+        if not isinstance(widths, list | tuple) or not all(type(width) is int for width in widths):
+            raise UserError(f"{shown}: found {shorten(widths)} for layer{index} of the {BACKBONE}, {expected}")
+    return tuple(tuple(widths) for widths in stages)

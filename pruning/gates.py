@@ -49,7 +49,7 @@ def set_candidate_gates(
 
 def clear_gates(model: Detector) -> None:
     """Take all gates of a detector away."""
-    for module in model.prunable_modules().values():
+    for module in model.prunable_modules("detector").values():
         module.set_gate(None)
 
 
@@ -60,7 +60,7 @@ def gated(model: Detector, kept: Mapping[str, Kept]) -> Iterator[None]:
     Raises:
         UserError: for a module that the detector has not, or channels that its module has not.
     """
-    modules = model.prunable_modules()
+    modules = model.prunable_modules("detector")
     device = next(model.parameters()).device
     for name, kept_of_module in kept.items():
         if name not in modules:

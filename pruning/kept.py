@@ -2,8 +2,9 @@
 
 A `Kept` maps a part to its sorted channel indices (int64, counted over the whole module, not within a head):
 `{"query": ..., "value": ...}` for an attention, equally many in each head and in both parts, `{"hidden": ...}` for an
-FFN, `{"value": ...}` for a deformable attention, which has no queries to cut. The two sets of an attention are
-independent by format; `add` gives both the same channels.
+FFN, `{"value": ...}` for a deformable attention, which has no queries to cut; `{"inner": ...}` for a BasicBlock,
+`{"inner1": ..., "inner2": ...}`, equally many, for a Bottleneck. The two sets of a module are independent by format;
+`add` gives both the same channels.
 """
 
 from __future__ import annotations
@@ -79,4 +80,4 @@ def check_kept(module: PrunableModule, kept: Kept, source: str = "kept set") -> 
                     f"{where}: found {shorten(counts, 80)} {part} channels in the heads, expected equally many"
                 )
     if len({len(indices) for indices in kept.values()}) > 1:
-        raise UserError(f"{where}: found different numbers of query and value channels, expected the same")
+        raise UserError(f"{where}: found different numbers of {' and '.join(module.parts)} channels, expected the same")

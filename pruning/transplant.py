@@ -23,7 +23,7 @@ from util.errors import UserError, one_line
 # An index set of a kept set cuts these parts of a parameter: keys go with the queries they are multiplied with.
 SET_OF_PART = {
     **dict.fromkeys(("query", "key", "position_query", "position_key", "common_key"), "query"),
-    **{"value": "value", "hidden": "hidden"},
+    **{part: part for part in ("value", "hidden", "inner", "inner1", "inner2")},
 }
 
 # The paper's masks in the order they stand in a layer: `select1` gates the first attention, the last one the FFN.
@@ -66,12 +66,17 @@ def cut_state_dict(
 def slim_copy(model: Detector, state_dict: Mapping[str, Tensor], widths: Widths) -> Detector:
     """A copy of a detector that holds the smaller weights `state_dict`, of the names it has, and says `widths`."""
     slim = copy.deepcopy(model)
-    for key, old in list(slim.named_parameters()):
+    for key, old in [*slim.named_parameters(), *slim.named_buffers()]:
         holder, leaf = slim.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
         if state_dict[key].shape != old.shape:
-            setattr(holder, leaf, nn.Parameter(state_dict[key].clone(), old.requires_grad))
-        if isinstance(holder, nn.Linear) and leaf == "weight":
+            new = state_dict[key].clone()
+            setattr(holder, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        if leaf == "weight" and isinstance(holder, nn.Linear):
             holder.out_features, holder.in_features = holder.weight.shape
+        elif leaf == "weight" and isinstance(holder, nn.Conv2d):
+            holder.out_channels, holder.in_channels = holder.weight.shape[:2]
+        elif leaf == "weight" and isinstance(holder, nn.BatchNorm2d):
+            holder.num_features = len(holder.weight)
     slim.load_state_dict(state_dict)
     slim.widths = widths
     return slim.eval()

@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets.annotations import load_annotations
 from datasets.coco import split_of
+from models import full_widths
 from models.widths import Widths
 from pruning.cost import Cost
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
@@ -28,7 +29,6 @@ from reports.search_log import MODULE_COLUMNS, TRIAL_COLUMNS, module_rows, next_
 from util.environment import ARGUMENTS_NAME
 from util.errors import UserError, shorten
 from weights.checkpoint_file import read_checkpoint
-from weights.stored_options import full_widths
 
 VAL_WARNING = (
     "This search looked at val2017, so the AP it reports is that of images which it chose its channels by. "

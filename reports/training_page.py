@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.coco_eval import STAT_NAMES, shown
+from models import full_widths
 from models.widths import Widths
 from reports import charts, page
 from reports.folder import (
@@ -24,7 +25,6 @@ from reports.folder import (
 from reports.samples import SPLIT, Samples
 from util.errors import UserError
 from weights.checkpoint_file import read_checkpoint
-from weights.stored_options import full_widths
 
 EPOCH_COLUMNS = ("epoch", "lr", "train_loss", "test_loss", "test_AP", "test_AP50", "train_seconds")
 

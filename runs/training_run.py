@@ -20,6 +20,7 @@ from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import STAT_NAMES, GroundTruth, ap_by_category, evaluator_name, shown
 from datasets.notices import measured_notices, training_notices
 from datasets.sizes import size_notices
+from models import full_widths
 from pruning.cost import cost_of
 from reports.report import REPORT_NAME, write_report
 from reports.samples import Samples
@@ -35,7 +36,6 @@ from util.logging import Notice, get_logger, show, table
 from weights.build import build_distillation
 from weights.checkpoint_file import Checkpoint, plain_arguments, save_checkpoint
 from weights.safetensors_file import SUFFIX
-from weights.stored_options import full_widths
 
 
 class Run:

@@ -115,7 +115,7 @@ def slim_state_dict(checkpoint: Checkpoint, whole: nn.Module) -> dict[str, Tenso
         UserError: weights or channels that do not fit `whole`.
     """
     load_weights(whole, checkpoint.state_dict, checkpoint.path)
-    modules = whole.prunable_modules()
+    modules = whole.prunable_modules("detector")
     if checkpoint.kind == "search":  # the paper's sets need no equal counts in the heads
         check_kept_sets(modules, checkpoint.kept, str(checkpoint.path))
     try:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from models import check_widths, full_widths
 from models.layers import ANCHOR_EPS
 from models.widths import Widths
 from util.errors import UserError, shorten
@@ -89,19 +90,14 @@ def take_from_checkpoint(
                 f"{checkpoint.path}: found {len(layers)} {'en' if name == 'enc_layers' else 'de'}coder layers, "
                 f"expected {getattr(args, name)} (--{name})"
             )
-    full = full_widths(args)
-    if args.cfgs is not None:
-        widths = Widths.parse(args.cfgs)
-        widths.check(nheads=args.nheads, full=full)
-        if widths != checkpoint.widths:
-            raise UserError(f"--cfgs {widths}: {checkpoint.path} has the widths {checkpoint.widths}")
-        args.cfgs = widths
-    elif checkpoint.widths != full or stored.get("cfgs") is not None:
+    typed_widths = None if args.cfgs is None else check_widths(Widths.parse(args.cfgs), args)
+    if typed_widths is not None or checkpoint.widths != full_widths(args) or stored.get("cfgs") is not None:
         try:
-            checkpoint.widths.check(nheads=args.nheads, full=full)
+            args.cfgs = check_widths(checkpoint.widths, args)
         except UserError as error:
             raise UserError(f"{checkpoint.path}: {str(error).removeprefix('--cfgs: ')}") from None
-        args.cfgs = checkpoint.widths
+        if typed_widths not in (None, args.cfgs):
+            raise UserError(f"--cfgs {typed_widths}: {checkpoint.path} has the widths {checkpoint.widths}")
 
 
 def _check_stored(option: argparse.Action, value: Any, path: Path) -> None:
@@ -129,10 +125,4 @@ def _check_stored(option: argparse.Action, value: Any, path: Path) -> None:
 def take_from_command_line(args: argparse.Namespace) -> None:
     """Without a checkpoint: `args.cfgs` becomes the widths typed, or None."""
     if args.cfgs is not None:
-        args.cfgs = Widths.parse(args.cfgs)
-        args.cfgs.check(nheads=args.nheads, full=full_widths(args))
-
-
-def full_widths(args: argparse.Namespace) -> Widths:
-    """Widths before any pruning."""
-    return Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
+        args.cfgs = check_widths(Widths.parse(args.cfgs), args)

@@ -27,12 +27,9 @@ def build(
             f"--num_feature_levels: found {args.num_feature_levels}, expected at least {stages}, one for each stage "
             f"from layer2 to {args.return_layer} (--return_layer)"
         )
-    full = Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
-    if widths is not None:
-        widths.check(nheads=args.nheads, full=full)
     return DnDabDeformableDetr(
         backbone,
-        widths or full,
+        widths or Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward),
         num_classes=args.num_classes,
         hidden_dim=args.hidden_dim,
         nheads=args.nheads,

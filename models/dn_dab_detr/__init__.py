@@ -10,12 +10,9 @@ from models.widths import Widths
 
 def build(args: Namespace, widths: Widths | None, backbone: Backbone, denoising: DenoisingSettings | None) -> DnDabDetr:
     """Build the detector described by `args`."""
-    full = Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
-    if widths is not None:
-        widths.check(nheads=args.nheads, full=full)
     return DnDabDetr(
         backbone,
-        widths or full,
+        widths or Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward),
         num_classes=args.num_classes,
         hidden_dim=args.hidden_dim,
         nheads=args.nheads,

@@ -85,3 +85,41 @@ def test_one_module_is_read_and_replaced_by_name():
     assert widths.of("decoder.0.ffn") == 40
     assert widths.of("encoder.0.attention") == 8
     assert [name for name, _ in widths.items()][-1] == "decoder.0.ffn"
+
+
+BLOCKS = ((8, 8), (16, 16, 16))
+BACKBONE = [[8, 3], [16, 1, 16]]
+
+
+def test_a_third_list_is_the_backbones():
+    widths = Widths.parse([*GOOD, BACKBONE])
+    assert widths.check(nheads=8, full=FULL, blocks=BLOCKS) == widths
+    assert widths.to_list() == [*GOOD, BACKBONE]
+    assert Widths.parse(str(widths)) == widths
+    assert list(widths.items())[:3] == [("backbone.layer1.0", 8), ("backbone.layer1.1", 3), ("backbone.layer2.0", 16)]
+    assert widths.of("backbone.layer1.1") == 3
+    assert widths.replace("backbone.layer2.1", 5).to_list()[2] == [[8, 3], [16, 5, 16]]
+
+
+def test_a_backbone_that_is_whole_is_not_written():
+    whole = Widths.parse([*GOOD, BLOCKS]).check(nheads=8, full=FULL, blocks=BLOCKS)
+    assert whole == Widths.parse(GOOD)
+    assert whole.to_list() == GOOD
+
+
+@pytest.mark.parametrize(
+    ("backbone", "words"),
+    [
+        (7, "found 7 for the backbone, expected a list of stages, each a list"),
+        ([[8, 8], 16], "found 16 for layer2 of the backbone, expected a list of stages"),
+        ([[8, 8], [16, 16, 1.5]], r"found \[16, 16, 1\.5\] for layer2 of the backbone"),
+        ([[8, 8]], "found 1 stages of the backbone, expected 2, layer1 to --return_layer"),
+        ([[8, 8], [16, 16, 16], [4], [4], [4]], "found 5 stages of the backbone, expected 2"),
+        ([[8, 8], [16, 16]], "found 2 blocks in layer2 of the backbone, expected 3"),
+        ([[8, 0], [16, 16, 16]], r"width 0 for backbone\.layer1\.1, expected 1 to 8"),
+        ([[8, 8], [16, 17, 16]], r"width 17 for backbone\.layer2\.1, expected 1 to 16"),
+    ],
+)
+def test_widths_of_no_backbone_are_named(backbone, words):
+    with pytest.raises(UserError, match=f"^--cfgs: .*{words}"):
+        Widths.parse([*GOOD, backbone]).check(nheads=8, full=FULL, blocks=BLOCKS)

@@ -1,16 +1,34 @@
 """A gated detector and the one cut to the same channels compute the same function."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.gates import gated
-from pruning.kept import all_kept, check_kept
+from pruning.kept import all_kept, check_kept, width_of
 from pruning.transplant import cut_state_dict, paper_masks_to_kept, slices_of, slim_copy, widths_after
-from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
+from tests.pruning.tiny import VARIANTS, pictures, randomise_norms, tiny_detector
 from util.checkpoint import load_weights
 from util.errors import UserError
+
+# Of which the backbone is cut too.
+DETECTORS = {
+    "basic": "--batch_norm_type BatchNorm2d",
+    "basic, dilated, deformable": f"{VARIANTS['deformable'].replace('layer3', 'layer4')} --dilation",
+    "bottleneck, deformable": f"{VARIANTS['deformable']} --backbone resnet50 --batch_norm_type BatchNorm2d",
+    "bottleneck, dilated": "--backbone resnet50 --dilation",
+}
+
+
+@functools.cache
+def whole_detector(words):
+    model = tiny_detector(words)[0]
+    randomise_norms(model)
+    return model.double()  # rounding in float32 grows to 1e-5 behind so many layers
+
 
 WHOLE_OF = {variant: tiny_detector(words)[0] for variant, words in VARIANTS.items()}
 WHOLE = WHOLE_OF["dense"]
@@ -18,11 +36,11 @@ IMAGES, TARGETS = pictures()
 
 
 @st.composite
-def kept_sets(draw, model):
+def kept_sets(draw, model, scope="transformer"):
     """Random channels of every module, equally many in each head, one up to all; query and value sets may differ."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     kept = {}
-    for name, module in model.prunable_modules().items():
+    for name, module in model.prunable_modules(scope).items():
         head_width = module.width // module.nheads
         count = draw(st.integers(1, head_width))
 
@@ -36,19 +54,22 @@ def kept_sets(draw, model):
     return kept
 
 
-def cut_model(model, kept):
-    """The slim model with the weights that `kept` leaves."""
-    variant = next(words for name, words in VARIANTS.items() if type(WHOLE_OF[name]) is type(model))
-    slim = tiny_detector(variant, cfgs=widths_after(model.widths, kept), seed=1)[0]
-    load_weights(slim, cut_state_dict(model.state_dict(), kept, slices_of(model.prunable_modules())))
+def cut_model(model, kept, words=None):
+    """The slim model, of the options `words`, with the weights that `kept` leaves."""
+    if words is None:
+        words = next(VARIANTS[name] for name, whole in WHOLE_OF.items() if type(whole) is type(model))
+    slim = tiny_detector(words, cfgs=widths_after(model.widths_in("detector"), kept), seed=1)[0]
+    slim.to(next(model.parameters()).dtype)
+    load_weights(slim, cut_state_dict(model.state_dict(), kept, slices_of(model.prunable_modules("detector"))))
     return slim
 
 
 def outputs_of(model, training):
     torch.manual_seed(0)
     model.train(training)
+    images = [image.to(next(model.parameters()).dtype) for image in IMAGES]
     with torch.no_grad():
-        outputs = model(IMAGES, TARGETS if training else None)
+        outputs = model(images, TARGETS if training else None)
     layers = [*outputs["aux_outputs"], outputs, *([outputs["denoising"]] if training else [])]
     return [layer[key] for layer in layers for key in ("pred_logits", "pred_boxes")]
 
@@ -64,6 +85,38 @@ def test_gated_and_cut_agree(variant, data, training):
         expected = outputs_of(whole, training)
     for found, wanted in zip(outputs_of(slim, training), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("words", DETECTORS.values(), ids=DETECTORS)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_backbone_and_transformer_gated_and_cut_at_once_agree(words, data):
+    whole = whole_detector(words)
+    kept = data.draw(kept_sets(whole, "detector"))
+    slim = cut_model(whole, kept, words)
+    copied = slim_copy(whole, cut_state_dict(whole.state_dict(), kept, slices_of(whole.prunable_modules("detector"))),
+                       slim.widths)  # fmt: skip
+    with gated(whole, kept):
+        expected = outputs_of(whole, False)
+    assert {name: width_of(sets) for name, sets in kept.items()} == dict(slim.widths_in("detector").items())
+    for found, found_of_copy, wanted in zip(outputs_of(slim, False), outputs_of(copied, False), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
+        assert torch.equal(found, found_of_copy)
+    shapes = [[str(module) for module in model.backbone.modules()] for model in (slim, copied)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("words", DETECTORS.values(), ids=DETECTORS)
+def test_one_channel_of_every_block_can_be_kept(words):
+    whole = whole_detector(words)
+    kept = {name: {part: torch.tensor([place + 3]) for place, part in enumerate(module.parts)}
+            for name, module in whole.prunable_modules("detector").items() if name.startswith("backbone.")}  # fmt: skip
+    with gated(whole, kept):
+        expected = outputs_of(whole, False)
+    slim = cut_model(whole, kept, words)
+    assert {width for stage in slim.backbone[0].widths for width in stage} == {1}
+    for found, wanted in zip(outputs_of(slim, False), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

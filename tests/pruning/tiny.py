@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from models import build_model
 from models.widths import Widths
@@ -38,6 +40,16 @@ def tiny_detector(more: str = "", cfgs: Widths | None = None, seed: int = 0) -> 
                 if parameter.dim() == 1 and "norm" not in name and "activation" not in name:
                     parameter.normal_(0, 0.2)
     return model, criterion, postprocessors
+
+
+def randomise_norms(model: nn.Module, seed: int = 0) -> None:
+    """Draw what batch norms have learnt, so that each channel is scaled and shifted in its own way."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+            for tensor, low, high in ((module.weight, 0.2, 0.6), (module.bias, -0.3, 0.3),
+                                      (module.running_mean, -0.3, 0.3), (module.running_var, 0.5, 1.5)):  # fmt: skip
+                tensor.data.uniform_(low, high, generator=generator)
 
 
 def pictures(sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96)), seed: int = 0) -> tuple[list, list]:

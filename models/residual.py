@@ -1,0 +1,99 @@
+"""The residual blocks of torchvision's ResNets, with any number of inner channels."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from models.layers import GatedModule
+
+BLOCK = "residual_block"  # the key of a block's gates, and its name for the observer
+
+
+class ResidualBlock(GatedModule):
+    """A BasicBlock (arXiv 1512.03385, figure 5 left) or Bottleneck (right): `parts` says which.
+
+    Its channels are those between its convolutions: `inner` of a BasicBlock, `inner1` and `inner2`, equally many, of a
+    Bottleneck. What comes in and goes out keeps its size. `gates[BLOCK]` are the gates of the parts, behind the ReLU of
+    the convolution that makes them. The observer gets each part as the next convolution is given it, gated,
+    B x width x h x w.
+
+    Args:
+        block: torchvision's; its layers are taken where the width is their own, else new ones begin as it does.
+        width: inner channels.
+    """
+
+    conv1: nn.Conv2d
+    bn1: nn.Module
+    conv2: nn.Conv2d
+    bn2: nn.Module
+    conv3: nn.Conv2d | None
+    bn3: nn.Module
+    downsample: nn.Module | None
+
+    def __init__(self, block: nn.Module, width: int) -> None:
+        super().__init__()
+        assert isinstance(block, BasicBlock | Bottleneck)
+        self.parts = ("inner1", "inner2") if isinstance(block, Bottleneck) else ("inner",)
+        last = len(self.parts) + 1
+        for number in range(1, last + 1):
+            convolution, norm = block.get_submodule(f"conv{number}"), block.get_submodule(f"bn{number}")
+            assert isinstance(convolution, nn.Conv2d)
+            if width != block.conv1.out_channels:
+                inputs = convolution.in_channels if number == 1 else width
+                outputs = convolution.out_channels if number == last else width
+                convolution = _resized(convolution, inputs, outputs)
+                norm = norm if number == last else type(norm)(width)
+            self.add_module(f"conv{number}", convolution)
+            self.add_module(f"bn{number}", norm)
+        if last < 3:
+            self.conv3 = None
+        self.relu = block.relu
+        self.downsample = block.downsample
+
+    @property
+    def width(self) -> int:
+        """Inner channels."""
+        return self.conv1.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B x C x H x W -> B x C' x h x w."""
+        first_gate, second_gate = self.gate(BLOCK)
+        first = _gated_map(self.relu(self.bn1(self.conv1(x))), first_gate)
+        if self.conv3 is None:
+            self.observe(BLOCK, inner=first)
+            out = self.bn2(self.conv2(first))
+        else:
+            second = _gated_map(self.relu(self.bn2(self.conv2(first))), second_gate)
+            self.observe(BLOCK, inner1=first, inner2=second)
+            out = self.bn3(self.conv3(second))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+@lru_cache
+def block_widths(backbone: str, return_layer: str) -> tuple[tuple[int, ...], ...]:
+    """Inner channels of each residual block of a whole ResNet, stage by stage up to `return_layer`."""
+    with torch.device("meta"):
+        resnet = torchvision.models.get_model(backbone)
+    stages = [f"layer{number}" for number in range(1, int(return_layer.removeprefix("layer")) + 1)]
+    return tuple(tuple(block.conv1.out_channels for block in resnet.get_submodule(stage)) for stage in stages)
+
+
+def _gated_map(x: Tensor, gate: Tensor | None) -> Tensor:
+    """`x`, B x C x h x w, times its gate of shape C or B x 1 x C."""
+    return x if gate is None else x * gate.reshape(*gate.shape[:-2], -1, 1, 1)
+
+
+def _resized(convolution: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:
+    """A convolution like another one but for its channels, with torchvision's initial values."""
+    resized = copy.deepcopy(convolution)
+    resized.in_channels, resized.out_channels = inputs, outputs
+    resized.weight = nn.Parameter(convolution.weight.new_empty(outputs, inputs, *convolution.kernel_size))
+    nn.init.kaiming_normal_(resized.weight, mode="fan_out", nonlinearity="relu")
+    return resized
