@@ -136,6 +136,7 @@ def summarise(output: Path, checkpoint: Path) -> list[dict]:
                 "transformer_params": found["transformer_params"],
                 "params": found["params"],
                 "gmacs": found["gmacs"],
+                "detector_gmacs": found["detector_gmacs"],
                 "ms_per_image": times[name],
                 "widths": found["widths"],
             }
@@ -187,8 +188,8 @@ def main() -> None:
         rows = summarise(args.output, args.checkpoint)
         seconds = round(time.perf_counter() - start)
         write_json(args.output / "summary.json", {"environment": environment(), "seconds": seconds, "rows": rows})
-    keys = ("name", "ap", "ap50", "transformer_params", "params", "gmacs", "ms_per_image")
-    titles = ("", "AP", "AP50", "transformer parameters", "all parameters", "GMACs", "ms an image")
+    keys = ("name", "ap", "ap50", "transformer_params", "params", "gmacs", "detector_gmacs", "ms_per_image")
+    titles = ("", "AP", "AP50", "transformer parameters", "all parameters", "GMACs", "detector GMACs", "ms an image")
     cells = [[f"{row[k]:,}" if isinstance(row[k], int) else row[k] for k in keys] for row in rows]
     print(f"\n{table(titles, cells)}\n\nwidths: --cfgs '{json.dumps(rows[-1]['widths'])}'")
     for name in ("summary.json", "widths.png", "ap_params.png", "detections.png"):

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 
 from models import dn_dab_deformable_detr, dn_dab_detr
 from models.backbone import Backbone
@@ -22,9 +23,10 @@ MODELS: dict[str, Callable[[Namespace, Widths | None, Backbone, DenoisingSetting
 LOGS_BOX_PARTS = ("dn_dab_detr",)
 
 
-def full_widths(args: Namespace) -> Widths:
-    """Widths before any pruning."""
-    return Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
+def full_widths(args: Namespace, with_backbone: bool = False) -> Widths:
+    """Widths before any pruning; those of the backbone's blocks are listed on wish."""
+    widths = Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
+    return replace(widths, backbone=block_widths(args.backbone, args.return_layer)) if with_backbone else widths
 
 
 def check_widths(widths: Widths, args: Namespace) -> Widths:

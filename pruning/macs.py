@@ -1,8 +1,9 @@
-"""The matrix products of each variant's transformer, which `pruning.cost` adds up in several ways."""
+"""The products of a detector, convolutions and matrix products, which `pruning.cost` adds up in several ways."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from models.detector import Detector
@@ -16,10 +17,10 @@ MACS_PER_SAMPLE = 5
 
 @dataclass(frozen=True)
 class Product:
-    """Matrix products of one image.
+    """Products of one image.
 
     Attributes:
-        step: the module name (`decoder.0.ffn`) of the step they are done in.
+        step: the module name (`decoder.0.ffn`) of the step they are done in; of a convolution its own name.
         part: what they compute.
         macs: multiply-accumulates.
         is_attention: queries by keys, attention weights by values, or sampling: no weights.
@@ -33,6 +34,15 @@ class Product:
     is_attention: bool = False
     is_hooked: bool = True
     is_head: bool = False
+
+
+def convolutions(model: Detector, pixels: Mapping[str, int]) -> list[Product]:
+    """The convolutions in front of the transformer, by their names; `pixels` are the pixels that each one gives."""
+    weights = dict(model.named_parameters())
+    return [
+        Product(name, "convolution", count * weights[f"{name}.weight"].numel(), is_hooked=False)
+        for name, count in pixels.items()
+    ]
 
 
 def dense_products(model: Detector, widths: Widths, tokens: int) -> list[Product]:

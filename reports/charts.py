@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from models.widths import Widths
-from reports.plots import WHOLE, draw_ap_against_parameters, draw_widths, new_figure
+from reports.plots import WHOLE, by_kind, draw_ap_against_parameters, draw_widths, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,13 +34,12 @@ NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def widths_plots(before: Widths, after: Widths) -> list[tuple[str, str]]:
-    """Caption and plot of the attentions' channels, and of the FFNs': those kept, on those there were."""
+    """Caption and plot of the channels of attentions, FFNs and blocks: those kept, on those there were."""
     found = []
-    for kind, is_ffn in (("Attention", False), ("FFN", True)):
-        draw = functools.partial(draw_widths, before=before, after=after, is_ffn=is_ffn, horizontal=True)
-        count = sum(name.endswith("ffn") == is_ffn for name in before.names())
-        caption = f"{kind} channels kept (grey: whole)"
-        found.append((caption, svg(draw, caption, 0.5 + BAR_HEIGHT * count)))
+    for kind, names in by_kind(before).items():
+        draw = functools.partial(draw_widths, names=names, before=before, after=after, horizontal=True)
+        caption = f"{kind[0].upper()}{kind[1:]} channels kept (grey: whole)"
+        found.append((caption, svg(draw, caption, 0.5 + BAR_HEIGHT * len(names))))
     return found
 
 

@@ -123,7 +123,7 @@ def cost_section(name: str, before: Cost, after: Cost | None, image_size_hw: tup
         rows, note = [row for row in rows if "GMACs" not in row[0]], ""
     else:
         size = " x ".join(map(str, image_size_hw))
-        note = page.paragraph(f"GMACs of the transformer for one image of {size} pixels.", "faint")
+        note = page.paragraph(f"GMACs for one image of {size} pixels, of the transformer where not said.", "faint")
     return page.section("Cost", page.table(header, rows), note)
 
 

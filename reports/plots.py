@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.widths import Widths
+from models.widths import BACKBONE, Widths
 from pruning.schedule import role_of
 from util.files import write_atomic
 
@@ -21,25 +21,36 @@ COLOURS = {
     "decoder.cross_attention": "#d62728",
     "decoder.ffn": "#ff7f0e",
 }
+BLOCK_COLOUR = "#2ca02c"
 WHOLE = "#dddddd"
 
 
 def plot_widths(path: str | Path, before: Widths, after: Widths) -> None:
-    """Write a PNG with the width of each module before (grey) and after, attentions above FFNs."""
-    figure = new_figure(10, 6)
-    panels = figure.subplots(2, 1)
-    for axes, title, is_ffn in zip(panels, ("attention channels", "FFN channels"), (False, True), strict=True):
-        draw_widths(axes, before, after, is_ffn=is_ffn)
-        axes.set_title(title, loc="left", fontsize=10)
+    """Write a PNG with the width of each module before (grey) and after, attentions above FFNs above blocks."""
+    groups = by_kind(before)
+    figure = new_figure(10, 3 * len(groups))
+    for axes, (kind, names) in zip(figure.subplots(len(groups), 1), groups.items(), strict=True):
+        draw_widths(axes, names, before, after)
+        axes.set_title(f"{kind} channels", loc="left", fontsize=10)
     save_figure(figure, path)
 
 
-def draw_widths(axes: Axes, before: Widths, after: Widths, *, is_ffn: bool, horizontal: bool = False) -> None:
-    """Bars of the attentions' widths, or of the FFNs', before (grey) and after; `horizontal` from the top down."""
-    names = [name for name in before.names() if name.endswith("ffn") == is_ffn]
+def by_kind(widths: Widths) -> dict[str, list[str]]:
+    """The names of the modules of each kind: attentions, FFNs and, where widths list them, residual blocks."""
+    blocks = [name for name in widths.names() if name.startswith(f"{BACKBONE}.")]
+    kinds = {
+        "attention": [name for name in widths.names() if name.endswith("attention")],
+        "FFN": [name for name in widths.names() if name.endswith("ffn")],
+    }
+    return kinds | {"residual block": blocks} if blocks else kinds
+
+
+def draw_widths(axes: Axes, names: Sequence[str], before: Widths, after: Widths, *, horizontal: bool = False) -> None:
+    """Bars of the widths of those modules before (grey) and after; `horizontal` from the top down."""
     draw = axes.barh if horizontal else axes.bar
     draw(names, [before.of(name) for name in names], color=WHOLE, label="before")
-    bars = draw(names, [after.of(name) for name in names], color=[COLOURS[role_of(name)] for name in names])
+    colours = [COLOURS.get(role_of(name), BLOCK_COLOUR) for name in names]
+    bars = draw(names, [after.of(name) for name in names], color=colours)
     if horizontal:
         axes.bar_label(bars, padding=3)
         axes.margins(x=0.12, y=0.01)

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets.annotations import load_annotations
 from datasets.coco import split_of
-from models import full_widths
+from models import check_widths, full_widths
 from models.widths import Widths
 from pruning.cost import Cost
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
@@ -137,7 +137,7 @@ def search_page(path: Path, samples: Samples) -> str:
     resume, output = facts.folder.first_resume, path / OUTPUT_NAME
     detector = "a detector" if resume is None else Path(resume).name
     title = f"{facts.start['schedule']['name'].upper()} search of {detector} on {facts.split}"
-    is_dense = facts.before == full_widths(args)
+    is_dense = check_widths(facts.before, args) == full_widths(args)
     detectors = [] if resume is None else [("dense" if is_dense else "before the search", Path(resume))]
     detectors.append(("slim, before fine-tuning", output))
     return page.page(
@@ -181,10 +181,13 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
     ]
     if facts.image_size_hw is not None:
         height, width = facts.image_size_hw
-        figures.append(
-            ("transformer GMACs", f"{after.gmacs:.3g}",
-             f"{change(before.gmacs, after.gmacs)}, from {before.gmacs:.3g}, at {height} x {width}")
-        )  # fmt: skip
+        figures += [
+            (name, f"{now:.3g}", f"{change(was, now)}, from {was:.3g}, at {height} x {width}")
+            for name, was, now in (
+                ("transformer GMACs", before.gmacs, after.gmacs),
+                ("GMACs of the whole detector", before.detector_gmacs, after.detector_gmacs),
+            )
+        ]
     figures += [
         ("image passes", effort["image_passes"], f"worth {effort['whole_passes']:,.0f} through the whole detector"),
         ("duration", duration(effort["seconds"]), f"--search {args.search}"),

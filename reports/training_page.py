@@ -50,8 +50,8 @@ def training_page(path: Path, samples: Samples) -> str:
         raise UserError(f"{path / LOG_NAME}: found no epoch in it, expected that of a training run")
     folder = read_folder(path, {})
     args = folder.args
-    full = full_widths(args)
-    widths = full if args.cfgs is None else Widths.parse(args.cfgs)
+    widths = full_widths(args) if args.cfgs is None else Widths.parse(args.cfgs)
+    full = full_widths(args, with_backbone=widths.backbone is not None)
     measured = [line for line in epochs if line.get("test_AP") not in (None, -1)]
     best = max(measured, key=lambda line: line["test_AP"], default=None)  # the first of equals, as the checkpoint
     start = folder.first_resume

@@ -94,13 +94,14 @@ class Run:
         self.notices += notices
 
     def costs(self) -> dict[str, int | float]:
-        """Parameters, and GMACs of the transformer for an image of the first one's size."""
+        """Parameters, and GMACs of the transformer and of the detector for an image of the first one's size."""
         height, width = self.val_dataset[0][0].shape[-2:]
         cost = cost_of(self.model, (height, width))
         return {
             "transformer_params": cost.transformer_params,
             "params": cost.params,
             "gmacs": cost.gmacs,
+            "detector_gmacs": cost.detector_gmacs,
             "image_size_hw": f"{height} x {width}",
         }
 

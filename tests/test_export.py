@@ -72,6 +72,21 @@ def test_onnx_of_a_slim_detector_takes_other_sizes_and_batches_and_selects_detec
         torch.testing.assert_close(found[key], torch.stack([d[key] for d in expected]), rtol=0, atol=1e-4)
 
 
+def test_a_cut_backbone_is_exported_cut(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    cfgs = Widths.parse([*SLIM.to_list(), [[5, 64], [1, 128], [256, 99]]])
+    save(tmp_path / "slim.pth", "--return_layer layer3", cfgs=cfgs)
+    (result,) = run_script("--resume", tmp_path / "slim.pth", "--output_dir", tmp_path, "--format", "onnx")
+    assert result.passed and all(case.difference < 1e-4 for case in result.cases)
+    graph = onnx.load(tmp_path / "slim.onnx")
+    facts = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(facts["widths"]) == cfgs.to_list()
+    shapes = [list(weight.dims) for weight in graph.graph.initializer]
+    assert [5, 64, 3, 3] in shapes and [256, 99, 3, 3] in shapes
+
+
 def test_a_deformable_searchs_output_is_cut_and_exported_without_the_operator(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -12,6 +12,7 @@ import inference
 import main
 from datasets.coco import annotation_path
 from pruning.kept import all_kept
+from pruning.transplant import widths_after
 from tests.pruning.tiny import tiny_detector
 from tests.tiny_run import TINY, options, write_self_annotated
 from tools import prediction as predict
@@ -25,9 +26,11 @@ def root(tmp_path_factory) -> Path:
     """A data set that its detector dense.pth knows, that detector cut by a search, and as a foreign file."""
     root = write_self_annotated(tmp_path_factory.mktemp("annotated") / "coco")
     dense = read_checkpoint(root / "dense.pth")
-    kept = {name: all_kept(module) for name, module in tiny_detector()[0].prunable_modules().items()}
+    model = tiny_detector()[0]
+    kept = {name: all_kept(module) for name, module in model.prunable_modules().items()}
     kept["encoder.0.ffn"] = {"hidden": torch.arange(16)}
-    widths = dense.widths.replace("encoder.0.ffn", 16)
+    kept["backbone.layer2.0"] = {"inner": torch.arange(8, 108)}
+    widths = widths_after(model.widths_in("detector"), kept)
     save_checkpoint(root / "pruned.pth", state_dict=dense.state_dict, widths=widths, full_widths=dense.widths,
                     kept=kept, arguments=dense.arguments, num_classes=7, trace=[])  # fmt: skip
     torch.save({"model": dense.state_dict}, root / "foreign.pth")

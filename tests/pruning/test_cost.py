@@ -8,6 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import build_model
 from models.widths import Widths
 from pruning.cost import (
+    GIGA,
+    block_macs,
+    block_params,
+    convolutions_of,
     cost_of,
     count_parameters,
     macs_per_channel,
@@ -24,6 +28,8 @@ GP = "[[[152,416],[232,1408],[216,1504],[232,1248],[224,1472],[248,1344]],"
 GP += "[[8,136,544],[184,192,1216],[240,168,1920],[232,256,800],[256,192,960],[256,216,1216]]]"
 MGP = "[[[160,32],[176,672],[216,608],[224,1344],[248,1248],[248,1152]],"
 MGP += "[[8,96,640],[120,120,1248],[224,160,1120],[176,144,576],[224,256,672],[216,152,1472]]]"
+BASIC = [[64, 7], [128, 128], [1, 256], [512, 300]]
+BOTTLENECK = [[64, 7, 64], [128, 128, 1, 50], [256, 256, 30, 256, 256, 100]]
 FIGURES = {
     "dense": (None, 19_667_474, 43_694_977, "15.90", "12.23", "11.23"),
     "gp": (GP, 12_863_330, 36_890_833, "11.51", "8.53", "7.73"),
@@ -44,10 +50,22 @@ def test_the_published_figures(name):
     assert [f"{value:.2f}" for value in found] == gmacs
 
 
+def test_the_backbone_of_800_x_1088_pixels():
+    with torch.device("meta"):
+        model = tiny_detector("--backbone resnet50")[0].eval()
+        images = torch.empty(1, 3, 800, 1088)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.backbone[0](images, ["layer4"])
+    macs = sum(p.macs for p in convolutions_of(model, (800, 1088)) if p.step.startswith("backbone."))
+    assert counter.get_total_flops() == 2 * macs
+    assert f"{macs / GIGA:.1f}" == "70.9"
+
+
 def test_the_command_prints_them(capsys):
     main(["--cfgs", *MGP.replace(",", ", ").split()])
     printed = capsys.readouterr().out
-    for figure in ("19,667,474", "10,467,714", "-46.8%", "34,495,217", "9.76", "-38.6%", "-42.5%", "-43.9%"):
+    figures = ("19,667,474", "10,467,714", "-46.8%", "34,495,217", "9.76", "-38.6%", "-42.5%", "-43.9%")
+    for figure in (*figures, "87.53", "81.38"):
         assert figure in printed
 
 
@@ -59,6 +77,8 @@ def test_the_command_prints_them(capsys):
         ("--enc_layers 2", "[[[4,8],[16,24]],[[8,12,16],[4,28,32]]]", (64, 64)),
         (VARIANTS["deformable"], None, (70, 33)),
         (f"{VARIANTS['deformable']} --enc_layers 2", "[[[4,8],[16,24]],[[8,12,16],[4,28,32]]]", (64, 96)),
+        ("--dilation", f"[[[4,8]],[[8,12,16],[4,28,32]],{BASIC}]", (70, 33)),
+        (f"{VARIANTS['deformable']} --backbone resnet50", f"[[[4,8]],[[8,12,16],[4,28,32]],{BOTTLENECK}]", (64, 96)),
     ],
 )
 def test_macs_are_those_of_a_forward(options, cfgs, size):
@@ -69,7 +89,11 @@ def test_macs_are_those_of_a_forward(options, cfgs, size):
     unread = [p.macs for p in products if p.part == "anchor refinement"][-1]
     uncounted = sum(p.macs for p in products if p.part == "sampling") if "deformable" in options else unread
     # With gradients the CPU's attention pads no widths for its kernel: zeros are no part of the cost.
-    state = model.prepare(images)
+    with FlopCounterMode(display=False) as counter:
+        state = model.prepare(images)
+    front = sum(p.macs for p in convolutions_of(model, size))
+    assert counter.get_total_flops() == 2 * front
+    assert cost_of(model, size).detector_gmacs == (front + sum(p.macs for p in products)) / GIGA
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.outputs(model.run_steps(state))
     assert counter.get_total_flops() == 2 * (sum(p.macs for p in products) - uncounted)
@@ -106,6 +130,26 @@ def test_a_channel_costs_what_a_head_of_channels_less_saves(network):
         macs_after, params_after = totals(slim)
         assert macs_before - macs_after == module.nheads * macs[name]
         assert params_before - params_after == module.nheads * params[name]
+
+
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [("", "layer1.0"), ("--batch_norm_type BatchNorm2d", "layer4.1"), ("--backbone resnet50", "layer2.0"),
+     (f"{VARIANTS['deformable']} --backbone resnet50 --batch_norm_type BatchNorm2d", "layer3.5")],
+)  # fmt: skip
+def test_a_blocks_table_says_what_a_cut_saves(network, name):
+    with torch.device("meta"):
+        whole = tiny_detector(network)[0]
+        tables = block_params(whole), block_macs(whole, (64, 96))
+        before, name = cost_of(whole, (64, 96)), f"backbone.{name}"
+        assert list(tables[0]) == list(tables[1]) == [n for n in whole.prunable_modules("detector") if "layer" in n]
+        for width in (1, 17, whole.widths_in("detector").of(name)):
+            slim = tiny_detector(network, whole.widths_in("detector").replace(name, width))[0]
+            after = cost_of(slim, (64, 96))
+            assert before.params - after.params == tables[0][name][-1] - tables[0][name][width]
+            saved = tables[1][name][-1] - tables[1][name][width]
+            assert before.detector_gmacs - after.detector_gmacs == pytest.approx(saved / GIGA)
+            assert before.gmacs == after.gmacs
 
 
 @pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)

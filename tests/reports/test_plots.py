@@ -1,5 +1,7 @@
 """The pictures show the figures that they are given."""
 
+from dataclasses import replace
+
 import pytest
 
 from models.widths import Widths
@@ -14,13 +16,17 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_bars_are_as_high_as_the_widths(drawn):
-    before = Widths.dense(1, 2, 16, 32)
+@pytest.mark.parametrize("with_backbone", [False, True])
+def test_bars_are_as_high_as_the_widths(drawn, with_backbone):
+    before = replace(Widths.dense(1, 2, 16, 32), backbone=((8, 8), (16,)) if with_backbone else None)
     after = before.replace("encoder.0.attention", 8).replace("decoder.1.ffn", 5)
+    if with_backbone:
+        after = after.replace("backbone.layer1.1", 3)
     plots.plot_widths("a.png", before, after)
-    attentions, ffns = drawn[0].axes
-    for axes, is_ffn in ((attentions, False), (ffns, True)):
-        names = [name for name in before.names() if name.endswith("ffn") == is_ffn]
+    groups = plots.by_kind(before)
+    assert list(groups) == ["attention", "FFN", "residual block"][: 2 + with_backbone]
+    assert sorted(name for names in groups.values() for name in names) == sorted(before.names())
+    for axes, names in zip(drawn[0].axes, groups.values(), strict=True):
         assert [label.get_text() for label in axes.get_xticklabels()] == names
         grey, coloured = axes.containers
         assert [bar.get_height() for bar in grey] == [before.of(name) for name in names]

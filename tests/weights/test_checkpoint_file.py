@@ -7,10 +7,12 @@ import torch
 
 import main
 from models.widths import Widths
-from tests.pruning.tiny import NETWORK, VARIANTS, pictures, tiny_args, tiny_detector
+from pruning.transplant import cut_state_dict, slices_of, widths_after
+from tests.pruning.tiny import NETWORK, VARIANTS, pictures, randomise_norms, tiny_args, tiny_detector
 from tests.tiny_run import options
 from util.checkpoint import load_weights, rename_encoder_attention
 from util.errors import UserError
+from weights.build import arguments_for, build_detector
 from weights.checkpoint_file import plain_arguments, read_checkpoint, save_checkpoint, slim_state_dict
 from weights.options import get_args_parser, parse
 from weights.slim_down import slim_down
@@ -100,6 +102,43 @@ def test_the_papers_slim_model_tells_its_widths(tmp_path):
     target = tiny_detector(cfgs=checkpoint.widths, seed=2)[0]
     load_weights(target, checkpoint.state_dict, checkpoint.path)
     assert torch.equal(outputs_of(model), outputs_of(target))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".half"])
+@pytest.mark.parametrize("is_search", [False, True])
+def test_a_cut_backbone_is_in_every_file_of_ours(tmp_path, variant, suffix, is_search):
+    pytest.importorskip("safetensors")
+    words = f"{VARIANTS[variant]} --batch_norm_type BatchNorm2d"
+    whole = tiny_detector(words, seed=1)[0]
+    randomise_norms(whole)
+    kept = {"backbone.layer1.1": {"inner": torch.tensor([3, 63])}, "encoder.0.ffn": {"hidden": torch.arange(20)}}
+    widths = widths_after(whole.widths_in("detector"), kept)
+    slim = tiny_detector(words, widths, seed=2)[0]
+    load_weights(slim, cut_state_dict(whole.state_dict(), kept, slices_of(whole.prunable_modules("detector"))))
+    source = whole if is_search else slim
+    save_checkpoint(tmp_path / "a.pth", state_dict=source.state_dict(), widths=widths, full_widths=whole.widths,
+                    kept=kept if is_search else None, arguments=tiny_args(words, None if is_search else widths),
+                    num_classes=7, safetensors=True)  # fmt: skip
+    if suffix == ".half":
+        slim_down(tmp_path / "a.pth", tmp_path / "a.half", half=True)
+    checkpoint = read_checkpoint(tmp_path / f"a{suffix}")
+    args = arguments_for(tiny_args(words), checkpoint)
+    assert args.cfgs == widths and args.cfgs.of("backbone.layer1.1") == 2
+    found = build_detector(args, checkpoint)[0]
+    assert found.widths == widths
+    torch.testing.assert_close(outputs_of(found), outputs_of(slim), rtol=0, atol=0.1 if suffix == ".half" else 0)
+
+
+def test_channels_that_a_block_has_not_are_told_with_the_file(tmp_path):
+    model = tiny_detector(seed=1)[0]
+    kept = {"backbone.layer1.1": {"inner": torch.tensor([3, 64])}}
+    widths = widths_after(model.widths_in("detector"), kept)
+    save_checkpoint(tmp_path / "a.pth", state_dict=model.state_dict(), widths=widths, full_widths=model.widths,
+                    kept=kept, arguments=tiny_args(), num_classes=7)  # fmt: skip
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth: backbone\.layer1\.1: expected ascending inner channels from 0 to 63"):
+        slim_state_dict(checkpoint, model)
 
 
 @pytest.mark.parametrize("name", ["ema_model", "model_ema", "ema"])
