@@ -23,7 +23,7 @@ from util.errors import UserError, one_line
 # An index set of a kept set cuts these parts of a parameter: keys go with the queries they are multiplied with.
 SET_OF_PART = {
     **dict.fromkeys(("query", "key", "position_query", "position_key", "common_key"), "query"),
-    **{part: part for part in ("value", "hidden", "inner", "inner1", "inner2")},
+    **{"value": "value", "hidden": "hidden", "inner": "inner", "inner1": "inner1", "inner2": "inner2"},
 }
 
 # The paper's masks in the order they stand in a layer: `select1` gates the first attention, the last one the FFN.

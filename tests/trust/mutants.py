@@ -125,6 +125,10 @@ MUTANTS = (
         '"value": "value", "hidden"', '"value": "query", "hidden"', TRANSPLANT,
     ),
     Mutant(
+        "second channels of a Bottleneck cut by the first ones' index set", "pruning/transplant.py",
+        '"inner2": "inner2"', '"inner2": "inner1"', TRANSPLANT,
+    ),
+    Mutant(
         "softmax scale not folded into the queries", "pruning/transplant.py",
         "math.sqrt(len(indices) / full) if fold else block", "1.0 if fold else block", TRANSPLANT,
     ),
