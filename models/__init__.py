@@ -24,13 +24,13 @@ LOGS_BOX_PARTS = ("dn_dab_detr",)
 
 
 def full_widths(args: Namespace, with_backbone: bool = False) -> Widths:
-    """Widths before any pruning; those of the backbone's blocks are listed on wish."""
+    """Return the widths before any pruning, with those of the backbone's blocks if `with_backbone`."""
     widths = Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
     return replace(widths, backbone=block_widths(args.backbone, args.return_layer)) if with_backbone else widths
 
 
 def check_widths(widths: Widths, args: Namespace) -> Widths:
-    """The same widths, held against the whole detector that the arguments describe; see `Widths.check`."""
+    """Check widths against the unpruned detector that the arguments describe; see `Widths.check`."""
     blocks = block_widths(args.backbone, args.return_layer)
     return widths.check(nheads=args.nheads, full=full_widths(args), blocks=blocks)
 

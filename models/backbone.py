@@ -30,8 +30,7 @@ class Backbone(nn.Module):
         batch_norm_type: key of `NORM_LAYERS`.
         pretrained: load torchvision's ImageNet weights.
         frozen: train nothing.
-        widths: inner channels of each residual block, stage by stage (`models.residual.block_widths` gives those of a
-            whole ResNet); None leaves all whole.
+        widths: inner channels of each residual block, stage by stage; None leaves all blocks whole.
 
     Attributes:
         channels: of the output of each stage, such as `layer2`, in order.
@@ -98,7 +97,7 @@ class Backbone(nn.Module):
         )
 
     def residual_blocks(self) -> dict[str, ResidualBlock]:
-        """The blocks by name, such as `layer3.1`, in network order."""
+        """Return the blocks by name, such as `layer3.1`, in network order."""
         return {name: block for name, block in self.body.named_modules() if isinstance(block, ResidualBlock)}
 
     def trained_parameters(self) -> list[nn.Parameter]:

@@ -71,7 +71,7 @@ class PrunableModule:
 
     @property
     def block(self) -> str:
-        """The name that its layer knows it by, in `gates` and for the observer."""
+        """Its name within its layer, for `gates` and the observer."""
         return BLOCK if self.kind == BLOCK else self.name.rsplit(".", 1)[1]
 
     @property
@@ -130,7 +130,7 @@ def packed_attention_slices(prefix: str) -> tuple[ParameterSlice, ...]:
 
 
 def residual_block_module(name: str, layer: ResidualBlock) -> PrunableModule:
-    """The record of the residual block `backbone.STAGE.INDEX`; batch norms are cut with the convolution before them."""
+    """Return the record of the residual block `backbone.STAGE.INDEX`; batch norms are cut with their convolution."""
     prefix = f"backbone.0.body.{name.partition('.')[2]}"
     slices: list[ParameterSlice] = []
     for number, part in enumerate(layer.parts, 1):

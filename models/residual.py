@@ -16,16 +16,19 @@ BLOCK = "residual_block"  # the key of a block's gates, and its name for the obs
 
 
 class ResidualBlock(GatedModule):
-    """A BasicBlock (arXiv 1512.03385, figure 5 left) or Bottleneck (right): `parts` says which.
+    """A BasicBlock (arXiv 1512.03385, figure 5 left) or a Bottleneck (right) with any inner width.
 
-    Its channels are those between its convolutions: `inner` of a BasicBlock, `inner1` and `inner2`, equally many, of a
-    Bottleneck. What comes in and goes out keeps its size. `gates[BLOCK]` are the gates of the parts, behind the ReLU of
-    the convolution that makes them. The observer gets each part as the next convolution is given it, gated,
-    B x width x h x w.
+    Prunable are the channels between the convolutions: part `inner` of a BasicBlock, parts `inner1` and `inner2` of a
+    Bottleneck, which have equally many. Input and output channels stay. `gates[BLOCK]` has a gate for each part, which
+    multiplies the output of the ReLU. The observer gets each part, B x width x h x w and gated: the input of the next
+    convolution.
 
     Args:
-        block: torchvision's; its layers are taken where the width is their own, else new ones begin as it does.
+        block: torchvision's block, whose layers are used; layers of another width are created with its initialisation.
         width: inner channels.
+
+    Attributes:
+        parts: names of the sets of inner channels.
     """
 
     conv1: nn.Conv2d
@@ -62,7 +65,7 @@ class ResidualBlock(GatedModule):
         return self.conv1.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """B x C x H x W -> B x C' x h x w."""
+        """Map B x C x H x W to B x C' x h x w."""
         first_gate, second_gate = self.gate(BLOCK)
         first = _gated_map(self.relu(self.bn1(self.conv1(x))), first_gate)
         if self.conv3 is None:
@@ -78,7 +81,7 @@ class ResidualBlock(GatedModule):
 
 @lru_cache
 def block_widths(backbone: str, return_layer: str) -> tuple[tuple[int, ...], ...]:
-    """Inner channels of each residual block of a whole ResNet, stage by stage up to `return_layer`."""
+    """Return the inner channels of each residual block of a whole ResNet, stage by stage up to `return_layer`."""
     with torch.device("meta"):
         resnet = torchvision.models.get_model(backbone)
     stages = [f"layer{number}" for number in range(1, int(return_layer.removeprefix("layer")) + 1)]
@@ -86,12 +89,12 @@ def block_widths(backbone: str, return_layer: str) -> tuple[tuple[int, ...], ...
 
 
 def _gated_map(x: Tensor, gate: Tensor | None) -> Tensor:
-    """`x`, B x C x h x w, times its gate of shape C or B x 1 x C."""
+    """Return `x`, B x C x h x w, times its gate of shape C or B x 1 x C."""
     return x if gate is None else x * gate.reshape(*gate.shape[:-2], -1, 1, 1)
 
 
 def _resized(convolution: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:
-    """A convolution like another one but for its channels, with torchvision's initial values."""
+    """Return a convolution with other channels and torchvision's initialisation."""
     resized = copy.deepcopy(convolution)
     resized.in_channels, resized.out_channels = inputs, outputs
     resized.weight = nn.Parameter(convolution.weight.new_empty(outputs, inputs, *convolution.kernel_size))

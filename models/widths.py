@@ -61,12 +61,12 @@ class Widths:
         return cls(*_stacks(given, shown))
 
     def check(self, *, nheads: int, full: Widths, blocks: tuple[tuple[int, ...], ...] = ()) -> Widths:
-        """These widths, without those of a backbone that is whole.
+        """Return these widths, without the list of the backbone if all its blocks are whole.
 
         Args:
             nheads: attention heads.
-            full: the widths of the detector that they are cut from.
-            blocks: those of its residual blocks (`models.residual.block_widths`).
+            full: widths of the unpruned detector.
+            blocks: widths of its residual blocks (`models.residual.block_widths`).
 
         Raises:
             UserError: they cannot be cut from such a detector.

@@ -84,7 +84,7 @@ class Calibration:
         names = self.model.step_names
         following = names.index(module.name) + 1
         stop = names[following] if following < len(names) else None
-        block = module.name.rsplit(".", 1)[1]
+        block = module.block
         for place, (state, _) in enumerate(self._states()):
             seen: dict[str, Any] = {}
             module.layer.observer = lambda name, shown, seen=seen: seen.update(shown) if name == block else None
