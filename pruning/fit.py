@@ -111,27 +111,37 @@ def value_directions(weight: Tensor, covariance: Tensor, rank: int, damping: flo
 class Surgeon:
     """Takes input channels of a linear layer away, the others refitted each time (optimal brain surgeon).
 
-    Hassibi and Stork (1993), for several channels at once as in ZipLM (arXiv 2302.04089). Inverse and weights are
+    Hassibi and Stork (1993), for several inputs at once as in ZipLM (arXiv 2302.04089). Inverse and weights are
     brought up to date block by block, which is far cheaper than a new inverse for each step.
 
     Attributes:
         channels: those that are left, ascending.
     """
 
-    def __init__(self, weight: Tensor, covariance: Tensor, damping: float = DAMPING) -> None:
-        """`weight` (D x C) in the metric in which errors are judged; `covariance` (C x C) of the inputs."""
-        self.channels = torch.arange(len(covariance))
+    def __init__(
+        self, weight: Tensor, covariance: Tensor, damping: float = DAMPING, inputs_per_channel: int = 1
+    ) -> None:
+        """`weight` (D x C) in the metric in which errors are judged; `covariance` (C x C) of the inputs.
+
+        A channel is `inputs_per_channel` inputs, one after the other: a convolution has kh * kw for each.
+        """
+        self._area = inputs_per_channel
+        self.channels = torch.arange(len(covariance) // inputs_per_channel)
         self._weight = weight.detach().double().cpu()
         self._inverse = torch.linalg.inv(damped(covariance, damping))
 
     def scores(self) -> Tensor:
         """For each channel that is left, the squared error (without damping) that its loss would add."""
-        return self._weight.square().sum(0) / self._inverse.diagonal()
+        blocks = self._inverse.unflatten(0, (-1, self._area)).unflatten(2, (-1, self._area))
+        own = blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)  # channels x area x area
+        weights = self._weight.T.unflatten(0, (-1, self._area))  # channels x area x D
+        return (weights * torch.linalg.solve(own, weights)).sum((1, 2))
 
     def remove(self, channels: Tensor) -> None:
         """Take these channels away and refit the others."""
-        gone = torch.isin(self.channels, channels)
+        leaving = torch.isin(self.channels, channels)
+        gone = leaving.repeat_interleave(self._area)
         across = torch.linalg.solve(self._inverse[gone][:, gone], self._inverse[gone][:, ~gone])
         self._weight = self._weight[:, ~gone] - self._weight[:, gone] @ across
         self._inverse = self._inverse[~gone][:, ~gone] - self._inverse[~gone][:, gone] @ across
-        self.channels = self.channels[~gone]
+        self.channels = self.channels[~leaving]

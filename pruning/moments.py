@@ -29,19 +29,19 @@ class Moments:
     yy: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, weights: Tensor) -> Moments:
-        """The sums of one batch.
+    def of(cls, x: Tensor, y: Tensor, weights: Tensor, dtype: torch.dtype = torch.float64) -> Moments:
+        """The sums of one batch, multiplied in `dtype`.
 
         Args:
             x: ... x C.
             y: ... x D.
             weights: the leading axes of x, not negative.
         """
-        x, y = (t.detach().flatten(0, -2).double() for t in (x, y))
+        x, y = (t.detach().flatten(0, -2).to(dtype) for t in (x, y))
         weights = weights.flatten().to(x)
         weighted_x, weighted_y = x * weights[:, None], y * weights[:, None]
         sums = weights.sum(), weighted_x.sum(0), weighted_y.sum(0), weighted_x.T @ x, weighted_y.T @ x, weighted_y.T @ y
-        return cls(*(t.cpu() for t in sums))
+        return cls(*(t.double().cpu() for t in sums))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(a + b for a, b in zip(self._sums(), other._sums(), strict=True)))

@@ -1,0 +1,118 @@
+"""What a convolution is given at a few output positions of each image: the rows of its least-squares fits.
+
+A convolution is a linear layer over patches of C * kh * kw inputs (im2col), so that `Moments` and the fits of linear
+layers serve it too. All patches of all images are too many, and neighbours say nearly the same: a few positions of each
+image are drawn, some tens for each unknown of the fit in all.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pruning.moments import Moments
+from util.errors import UserError
+
+ROWS_PER_UNKNOWN = 40  # tried on the demo, see `positions_per_image`
+ROW_BYTES_AT_ONCE = 2**27  # of patches in one product: bounds memory, and what float32 rounds away
+
+
+def unknowns_of(convolution: nn.Conv2d) -> int:
+    """Inputs of one output: channels times the kernel's area.
+
+    Raises:
+        UserError: the convolution has groups, or its padding is not zeros.
+    """
+    if convolution.groups != 1 or convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
+        raise UserError(f"{convolution}: found groups or padding by name or mode, expected one group and zeros around")
+    return convolution.in_channels * math.prod(convolution.kernel_size)
+
+
+def positions_per_image(unknowns: int, positions: int, images: int, rows_per_unknown: int = ROWS_PER_UNKNOWN) -> int:
+    """Output positions to draw from each image of `positions`, so that a fit over `images` has rows enough."""
+    return min(positions, -(-rows_per_unknown * unknowns // images))
+
+
+def draw_positions(image_ids: Sequence[int], positions: int, count: int, seed: int) -> Tensor:
+    """B x count different output positions of each image, ascending.
+
+    They depend on the seed and the image alone, so that batches and processes may share the images in any way.
+    """
+    drawn = []
+    for image_id in image_ids:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{image_id}".encode()))
+        drawn.append(torch.randperm(positions, generator=generator)[:count].sort().values)
+    return torch.stack(drawn)
+
+
+def output_size(convolution: nn.Conv2d, size_hw: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns that a convolution makes of an input of that height and width."""
+    kernel, stride, padding, dilation = _geometry(convolution)
+    rows, columns = (
+        (side + 2 * p - d * (k - 1) - 1) // s + 1
+        for side, k, s, p, d in zip(size_hw, kernel, stride, padding, dilation, strict=True)
+    )
+    return rows, columns
+
+
+def patches_at(inputs: Tensor, convolution: nn.Conv2d, positions: Tensor) -> Tensor:
+    """The patches that a convolution multiplies with its weight, ordered as its weight's flattened inputs.
+
+    Args:
+        inputs: B x C x H x W.
+        positions: B x P flat output positions.
+
+    Returns:
+        B x P x (C * kh * kw).
+    """
+    kernel, stride, padding, dilation = _geometry(convolution)
+    columns = output_size(convolution, inputs.shape[-2:])[1]
+    padded = F.pad(inputs, (padding[1], padding[1], padding[0], padding[0]))
+    top, left = positions // columns * stride[0], positions % columns * stride[1]
+    down = torch.arange(kernel[0], device=positions.device)[:, None] * dilation[0]
+    right = torch.arange(kernel[1], device=positions.device) * dilation[1]
+    offsets = (down * padded.shape[-1] + right).flatten()
+    flat = (top * padded.shape[-1] + left)[..., None] + offsets  # B x P x (kh * kw)
+    channels = inputs.shape[1]
+    found = padded.flatten(2).gather(2, flat.flatten(1)[:, None].expand(-1, channels, -1))
+    return found.unflatten(2, flat.shape[1:]).movedim(1, 2).flatten(2)
+
+
+def outputs_at(outputs: Tensor, positions: Tensor) -> Tensor:
+    """B x C x h x w at B x P flat positions, as B x P x C."""
+    flat = outputs.flatten(2)
+    return flat.gather(2, positions[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
+
+
+def moments_at(
+    inputs: Tensor, outputs: Tensor, position_weights: Tensor, convolution: nn.Conv2d, positions: Tensor
+) -> Moments:
+    """The weighted sums of one batch over drawn positions, scaled up to what all positions would give on average.
+
+    Products are taken in the inputs' dtype: with thousands of unknowns they are most of the time, and float32 rounds
+    far less away than damping adds. Their sums over portions and batches are float64.
+
+    Args:
+        inputs: B x C x H x W, what the convolution is given.
+        outputs: B x D x h x w, what it should give.
+        position_weights: B x (h * w), not negative.
+        positions: B x P, see `draw_positions`.
+    """
+    weights = position_weights.gather(1, positions) * (position_weights.shape[1] / positions.shape[1])
+    at_once = max(1, ROW_BYTES_AT_ONCE // (inputs.element_size() * unknowns_of(convolution) * len(inputs)))
+    total: Moments | None = None
+    for part, part_weights in zip(positions.split(at_once, 1), weights.split(at_once, 1), strict=True):
+        rows = Moments.of(patches_at(inputs, convolution, part), outputs_at(outputs, part), part_weights, inputs.dtype)
+        total = rows if total is None else total + rows
+    assert total is not None
+    return total
+
+
+def _geometry(convolution: nn.Conv2d) -> tuple[tuple[int, ...], ...]:
+    assert not isinstance(convolution.padding, str)
+    return convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation
