@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from main import get_args_parser
 from models import build_model
 from models.widths import Widths
-from weights.options import get_args_parser
 
 NETWORK = (
     "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 --dim_feedforward 32 --num_queries 5"
