@@ -14,13 +14,17 @@ slightly other boxes, because the convolutions see the padding.
 import argparse
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from datasets.config import LoaderConfig
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from models.config import NETWORK_TITLE, DetectorConfig
+from runs.config import FolderConfig
 from tools.export_check import BATCH_SIZES, TOLERANCE
 from tools.export_formats import (
     FORMATS,
@@ -31,38 +35,47 @@ from tools.export_formats import (
     export,
     require_packages,
 )
-from util.cli import script_parser, whole
+from util.cli import Config, add_options, group, option, parse, refuse, script_parser, whole
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
 from util.logging import bar_off, get_logger, table
-from weights.build import arguments_for, build_detector
-from weights.checkpoint_file import Checkpoint, read_checkpoint
+from weights.build import build_detector, options_for
+from weights.checkpoint_file import read_checkpoint
+from weights.formats import Checkpoint
 from weights.huggingface import INDEX_SUFFIX
-from weights.options import (
-    NETWORK_TITLE,
-    add_folder_options,
-    add_network_options,
-    add_output_options,
-    add_padding_option,
-    add_position_options,
-    parse,
-)
+
+
+@dataclass(frozen=True)
+class ExportConfig(Config):
+    """What is written, and what it is checked on."""
+
+    format: Sequence[str] = FORMATS
+    image_size_hw: Sequence[Sequence[int]] | None = None
+    opset: int = option(LEAST_OPSET, type=whole(LEAST_OPSET, at_most=GREATEST_OPSET), help="operator set of ONNX, up "
+        f"to {GREATEST_OPSET}")  # fmt: skip
+    mask: bool = option(True, "take the mask of padded images as the second input")
+    detections: bool = option(False, help="also give the best --num_select pairs of query and class of each image, "
+        "best first: scores, labels (category ids) and boxes (x0, y0, x1, y1 in [0, 1] of the image)")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportOptions(Config):
+    """All that main reads; the image size comes out of the checkpoint."""
+
+    run: FolderConfig = group(FolderConfig)
+    detector: DetectorConfig = group(DetectorConfig)
+    loader: LoaderConfig = group(LoaderConfig)
+    export: ExportConfig = group(ExportConfig)
 
 
 def get_export_parser() -> argparse.ArgumentParser:
     """The options of `main.py` that say which network a checkpoint is of, and those of an export."""
     parser = script_parser(__doc__)
-    add_folder_options(parser.add_argument_group("run"))
-    network = parser.add_argument_group(NETWORK_TITLE)
-    add_network_options(network)
-    add_position_options(network)
-    add_padding_option(network)
-    add_output_options(network)
+    add_options(parser.add_argument_group("run"), FolderConfig)
+    add_options(parser.add_argument_group(NETWORK_TITLE), DetectorConfig)
     group = parser.add_argument_group("export")
     group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="what to write")
-    group.add_argument("--opset", type=whole(LEAST_OPSET, at_most=GREATEST_OPSET), default=LEAST_OPSET,
-                       help=f"operator set of ONNX, up to {GREATEST_OPSET}")  # fmt: skip
     group.add_argument(
         "--image_size_hw",
         type=whole(1, at_most=GREATEST_SIDE),
@@ -72,18 +85,7 @@ def get_export_parser() -> argparse.ArgumentParser:
         help="pixels of the images that the files are checked on, as often as wanted; by default the checkpoint's "
         f"image size by 4/3 of it, and 3/4 of it square; sides up to {GREATEST_SIDE}",
     )
-    group.add_argument(
-        "--mask",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="take the mask of padded images as the second input",
-    )
-    group.add_argument(
-        "--detections",
-        action="store_true",
-        help="also give the best --num_select pairs of query and class of each image, best first: scores, labels "
-        "(category ids) and boxes (x0, y0, x1, y1 in [0, 1] of the image)",
-    )
+    add_options(group, ExportConfig)
     return parser
 
 
@@ -95,23 +97,25 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
         SystemExit: with code 1, if a file computes something else than the detector; it does not stay.
     """
     torch.set_flush_denormal(True)
-    if "num_select" in typed and not args.detections:
-        raise UserError("--num_select: found no --detections, which alone read it")
-    if "opset" in typed and "onnx" not in args.format:
-        raise UserError(f"--opset: found --format {' '.join(args.format)}, expected onnx, which alone reads it")
-    if not args.resume:
+    options = ExportOptions.from_values(vars(args))
+    asked, run = options.export, options.run
+    if not asked.detections:
+        refuse(["num_select"], typed, "found no --detections, which alone read it")
+    if "onnx" not in asked.format:
+        refuse(["opset"], typed, f"found --format {' '.join(asked.format)}, expected onnx, which alone reads it")
+    if not run.resume:
         raise UserError("--resume: found none, expected the checkpoint of the detector to export")
-    require_packages(args.format)
-    output_dir = check_output_dir(args.output_dir)
-    checkpoint = read_checkpoint(args.resume)
+    require_packages(asked.format)
+    output_dir = check_output_dir(run.output_dir)
+    checkpoint = read_checkpoint(run.resume)
     if checkpoint.remark:
         get_logger().info("%s", checkpoint.remark)
-    args = arguments_for(args, checkpoint, typed)
-    model, _, postprocessors = build_detector(args, checkpoint)
-    short = args.image_size
-    sizes_hw = [tuple(size) for size in args.image_size_hw or ((short, short * 4 // 3), (short * 3 // 4,) * 2)]
+    options = options_for(options, checkpoint, typed)
+    model, _, postprocessors = build_detector(options.detector, checkpoint)
+    short = options.loader.image_size
+    sizes_hw = [tuple(size) for size in asked.image_size_hw or ((short, short * 4 // 3), (short * 3 // 4,) * 2)]
     name = f"{Path(checkpoint.path.name.removesuffix(INDEX_SUFFIX)).stem}.{{}}"
-    paths = {format_: output_dir / name.format(format_) for format_ in FORMATS if format_ in args.format}
+    paths = {format_: output_dir / name.format(format_) for format_ in FORMATS if format_ in asked.format}
     steps = 1 + len(paths) * (2 + len(sizes_hw) * len(BATCH_SIZES))
     with hold_folder(output_dir), tqdm(total=steps, disable=bar_off(), leave=False) as bar:
 
@@ -124,10 +128,10 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
             postprocessors["bbox"],
             paths,
             sizes_hw,
-            opset=args.opset,
-            with_mask=args.mask,
-            with_detections=args.detections,
-            metadata=metadata_of(args, model, checkpoint),
+            opset=asked.opset,
+            with_mask=asked.mask,
+            with_detections=asked.detections,
+            metadata=metadata_of(options, model, checkpoint),
             progress=show,
         )
     get_logger().info("%s", results_table(results))
@@ -137,18 +141,18 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     return results
 
 
-def metadata_of(args: argparse.Namespace, model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """What the files tell of themselves, each a text or JSON."""
+def metadata_of(options: ExportOptions, model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Metadata of the files, each a text or JSON."""
     names = checkpoint.categories
     return {
         **({"class_names": json.dumps(names)} if names else {}),
-        "model": args.modelname,
+        "model": options.detector.modelname,
         "checkpoint": checkpoint.path.name,
-        "num_classes": str(args.num_classes),
+        "num_classes": str(options.detector.num_classes),
         "widths": json.dumps(model.widths.to_list()),
         "mean": json.dumps(IMAGENET_MEAN),
         "std": json.dumps(IMAGENET_STD),
-        "mask": "True on padding" if args.mask else "none",
+        "mask": "True on padding" if options.export.mask else "none",
     }
 
 

@@ -11,52 +11,29 @@ from collections.abc import Collection
 
 import torch
 
-from tools.prediction import Prediction
+from datasets.config import LoaderConfig
+from models.config import NETWORK_TITLE, DetectorConfig
+from runs.config import DeviceConfig
+from tools.prediction import Prediction, PredictionConfig, PredictionOptions
 from util import distributed
-from util.cli import real, script_parser, whole
+from util.cli import add_options, parse, script_parser
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
 from util.logging import log_to_file, stop_logging_to_file
-from weights.options import (
-    NETWORK_TITLE,
-    add_device_options,
-    add_folder_options,
-    add_loader_options,
-    add_network_options,
-    add_output_options,
-    add_padding_option,
-    add_position_options,
-    parse,
-)
 
 
 def get_inference_parser() -> argparse.ArgumentParser:
     """What to look at and how, and those options of `main.py` that say which network a checkpoint is of."""
     usage = "%(prog)s IMAGES [IMAGES ...] (--resume FILE | --compare DENSE SLIM) [options]"
     parser = script_parser(__doc__, usage=usage)
-    run = parser.add_argument_group("run")
-    add_folder_options(run)
-    add_device_options(run, "mixed precision; --amp alone is bf16")
-    add_loader_options(parser.add_argument_group("data"))
-    network = parser.add_argument_group(NETWORK_TITLE)
-    add_network_options(network)
-    add_position_options(network)
-    add_padding_option(network)
-    add_output_options(network)
+    add_options(parser.add_argument_group("run"), DeviceConfig)
+    add_options(parser.add_argument_group("data"), LoaderConfig)
+    add_options(parser.add_argument_group(NETWORK_TITLE), DetectorConfig)
     group = parser.add_argument_group("images and pictures")
-    add = group.add_argument
-    add("inputs", type=os.path.expanduser, nargs="+", metavar="IMAGES",
-        help="images, folders of images, or globs in quotes (** reaches deeper)")  # fmt: skip
-    add("--compare", type=os.path.expanduser, nargs=2, metavar=("DENSE", "SLIM"), default=None,
-        help="in place of --resume: checkpoints of two detectors, drawn side by side with milliseconds an image, the "
-        "median of one image alone after a warm-up, the two taking turns")  # fmt: skip
-    add("--score_threshold", type=real(0, at_most=1), default=0.3,
-        help="least score that is drawn, in [0, 1]; results.json has all detections")  # fmt: skip
-    add("--names", type=os.path.expanduser, metavar="FILE", default=None,
-        help="COCO annotations with the names of the categories, by default those that the checkpoint tells; where "
-        "they list all the images, results.json has their ids")  # fmt: skip
-    add("--max_images", type=whole(1), default=None, help="first images to look at, by default all")
+    group.add_argument("inputs", type=os.path.expanduser, nargs="+", metavar="IMAGES",
+                       help="images, folders of images, or globs in quotes (** reaches deeper)")  # fmt: skip
+    add_options(group, PredictionConfig)
     return parser
 
 
@@ -67,15 +44,17 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> None:
         UserError: a mistake in the options, before anything is written; or no image can be read.
     """
     torch.set_flush_denormal(True)
-    if (args.resume is None) == (args.compare is None):
-        found = "neither" if args.resume is None else "both"
+    run, options = DeviceConfig.from_values(vars(args)), PredictionOptions.from_values(vars(args))
+    compare = options.prediction.compare
+    if (run.resume is None) == (compare is None):
+        found = "neither" if run.resume is None else "both"
         raise UserError(f"--resume, --compare: found {found}, expected one of them")
-    if args.compare is not None and args.cfgs is not None:
-        raise UserError("--cfgs: found --compare as well, where each checkpoint tells its own widths")
+    if compare is not None and options.detector.cfgs is not None:
+        raise UserError("--cfgs: found --compare as well, where each checkpoint has its own widths")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("inference.py runs in one process, found torchrun with more; expected python inference.py")
-    device = distributed.choose_device(args.device)
-    prediction = Prediction(args, typed, device, check_output_dir(args.output_dir))
+    device = distributed.choose_device(run.device)
+    prediction = Prediction(options, typed, run.resume, device, check_output_dir(run.output_dir))
     with hold_folder(prediction.output_dir):
         handler = log_to_file(prediction.output_dir / "run.log")
         try:

@@ -14,20 +14,36 @@ from collections.abc import Collection
 import torch
 
 from datasets.coco_eval import evaluator_name, shown
+from datasets.config import DataConfig
+from models.config import NETWORK_TITLE, DenoisingConfig, LossConfig, TrainedDetectorConfig
+from runs.config import DistillationConfig, MainConfig, TrainingConfig, TrainingLogConfig, TrainingOptions
+from runs.settle import settle_training
 from runs.training_run import Run
 from runs.training_state import seed_everything
 from util import distributed
-from util.cli import script_parser
+from util.cli import add_options, parse, script_parser
 from util.errors import run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
 from util.logging import log_to_file, stop_logging_to_file
-from weights.build import build_detector, settle_arguments
-from weights.class_heads import find_new_parts
-from weights.options import get_args_parser, parse
-from weights.unread import refuse_unread_by_main
+from weights.build import build_detector
+from weights.class_heads import NewParts, find_new_parts
+from weights.formats import Checkpoint
 
-__all__ = ["build_detector", "get_args_parser", "main", "settle_arguments"]
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All options of main.py, without --help."""
+    parser = argparse.ArgumentParser("DN-DETR", add_help=False, allow_abbrev=False)
+    add_options(parser.add_argument_group("run"), MainConfig)
+    add_options(parser.add_argument_group("data"), DataConfig)
+    add_options(parser.add_argument_group("log"), TrainingLogConfig)
+    add_options(parser.add_argument_group(NETWORK_TITLE), TrainedDetectorConfig)
+    losses = parser.add_argument_group("denoising and losses")
+    add_options(losses, DenoisingConfig)
+    add_options(losses, LossConfig)
+    add_options(parser.add_argument_group("training"), TrainingConfig)
+    add_options(parser.add_argument_group("distillation"), DistillationConfig)
+    return parser
 
 
 def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, float]:
@@ -41,38 +57,55 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
         UserError: before anything is written.
     """
     torch.set_flush_denormal(True)
-    refuse_unread_by_main(args, typed)
-    device = distributed.choose_device(args.device)
-    output_dir = check_output_dir(args.output_dir)
-    checkpoint, continuing = settle_arguments(args, typed, new_classes=not args.eval)
-    new_parts = find_new_parts(args, checkpoint, continuing)
+    options = TrainingOptions.from_values(vars(args))
+    device = distributed.choose_device(options.run.device)
+    output_dir = check_output_dir(options.run.output_dir)
+    options, checkpoint, continuing = settle_training(options, typed)
+    evaluating = options.run.eval
+    new_parts = find_new_parts(
+        options.run.finetune_ignore or (), options.detector, checkpoint, evaluating=evaluating, continuing=continuing
+    )
     distributed.start(device)
-    seed_everything(args.seed)
+    seed_everything(options.run.seed)
     handler, lock = None, contextlib.ExitStack()
     try:
         lock.enter_context(hold_folder(output_dir))
-        run = Run(args, build_detector(args, checkpoint, new_parts), device, output_dir)
-        if not args.eval:
-            run.prepare_training(checkpoint, continuing)
+        detector = build_detector(
+            options.detector,
+            checkpoint,
+            options.losses,
+            options.denoising,
+            freeze_backbone=options.training.lr_backbone == 0,
+            new_parts=new_parts,
+        )
+        run = Run(options, detector, device, output_dir)
+        if not evaluating:
+            run.prepare_training(checkpoint if continuing else None)
         # From here on the inputs are known to be good, and files are written.
         handler = log_to_file(output_dir / "run.log", run.notices)
-        if checkpoint is not None and checkpoint.remark:
-            run.log.info("%s", checkpoint.remark)
-        if new_parts is not None:
-            run.log.info("%s", new_parts.told)
-        if checkpoint is not None and checkpoint.is_search:
-            run.log.info("widths found by the search: --cfgs '%s'", args.cfgs or checkpoint.widths)
-            if checkpoint.trace and checkpoint.trace[-1].get("unfinished"):
-                run.log.warning("%s: its search was cut short; the modules it had left are whole", checkpoint.path)
-            if not args.eval:
-                ap = shown(run.evaluate(run.model).stats["AP"])
-                ap = ap if isinstance(ap, str) else f"{ap:.4f}"
-                run.log.info("AP before fine-tuning: %s, by %s", ap, evaluator_name())
-        return run.evaluate_only() if args.eval else run.train()
+        _log_start(run, checkpoint, new_parts)
+        return run.evaluate_only() if evaluating else run.train()
     finally:
         stop_logging_to_file(handler)
         lock.close()
         distributed.stop()
+
+
+def _log_start(run: Run, checkpoint: Checkpoint | None, new_parts: NewParts | None) -> None:
+    """Log what the checkpoint is, and before fine-tuning the output of a search its AP."""
+    if checkpoint is not None and checkpoint.remark:
+        run.log.info("%s", checkpoint.remark)
+    if new_parts is not None:
+        run.log.info("%s", new_parts.summary)
+    if checkpoint is None or not checkpoint.is_search:
+        return
+    run.log.info("widths found by the search: --cfgs '%s'", run.options.detector.cfgs or checkpoint.widths)
+    if checkpoint.trace and checkpoint.trace[-1].get("unfinished"):
+        run.log.warning("%s: its search was cut short; the modules it had left are whole", checkpoint.path)
+    if not run.options.run.eval:
+        ap = shown(run.evaluate(run.model).stats["AP"])
+        ap = ap if isinstance(ap, str) else f"{ap:.4f}"
+        run.log.info("AP before fine-tuning: %s, by %s", ap, evaluator_name())
 
 
 if __name__ == "__main__":

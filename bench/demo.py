@@ -22,16 +22,18 @@ import torch
 from torch import nn
 
 from datasets.coco import CocoDataset, build_dataset
+from main import get_args_parser
+from runs.config import TrainingOptions
+from runs.settle import settle_training
 from tools.draw import draw_detections, write_grid
-from util.cli import script_parser, user_path, whole
+from util.cli import parse, script_parser, user_path, whole
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import copy_file, write_json
 from util.lock import hold_folder
 from util.logging import table
 from util.timing import milliseconds_per_image
-from weights.build import build_detector, settle_arguments
-from weights.options import get_args_parser, parse
+from weights.build import build_detector
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "demo.pth"
@@ -102,15 +104,15 @@ def run_stages(args: argparse.Namespace) -> None:
         print(f"({time.perf_counter() - start:.0f} s)", flush=True)
 
 
-def load_detector(checkpoint: Path, coco_path: Path) -> tuple[nn.Module, object, argparse.Namespace]:
-    """Model in eval mode, its postprocessor and its arguments, as `main.py --eval` would build them."""
+def load_detector(checkpoint: Path, coco_path: Path) -> tuple[nn.Module, object, TrainingOptions]:
+    """Model in eval mode, its postprocessor and its options, as `main.py --eval` would build them."""
     args, typed = parse(
         argparse.ArgumentParser(parents=[get_args_parser()]),
         ["--coco_path", str(coco_path), "--resume", str(checkpoint), "--eval"],
     )
-    read, _ = settle_arguments(args, typed)
-    model, _, postprocessors = build_detector(args, read)
-    return model.eval(), postprocessors["bbox"], args
+    options, read, _ = settle_training(TrainingOptions.from_values(vars(args)), typed)
+    model, _, postprocessors = build_detector(options.detector, read)
+    return model.eval(), postprocessors["bbox"], options
 
 
 def summarise(output: Path, checkpoint: Path) -> list[dict]:
@@ -122,7 +124,7 @@ def summarise(output: Path, checkpoint: Path) -> list[dict]:
     }
     detectors = {name: load_detector(path, output / "data") for name, path in paths.items()}
     models = {name: model for name, (model, _, _) in detectors.items()}
-    dataset = build_dataset("val2017", detectors["dense"][2], augment=False)
+    dataset = build_dataset("val2017", detectors["dense"][2])
     images = [dataset[index][0] for index in range(min(20, len(dataset)))]
     times = milliseconds_per_image(models, images)
     rows = []
@@ -153,12 +155,13 @@ def _write_detections(output: Path, dataset: CocoDataset, detectors: dict) -> No
     # The images with most objects show most; ties are broken by the order in the file.
     busiest = sorted(range(len(dataset)), key=lambda index: -len(dataset[index][1]["labels"]))
     columns = []
-    for name, (model, postprocess, args) in detectors.items():
+    for name, (model, postprocess, options) in detectors.items():
         pictures = []
         for index in spread(busiest, PICTURES):
             image, target = dataset[index]
             result = postprocess(model([image]), target["orig_size"][None])[0]
-            pictures.append(draw_detections(dataset.picture(index), result, args.categories, threshold=0.4, scale=2))
+            names = options.detector.categories
+            pictures.append(draw_detections(dataset.picture(index), result, names, threshold=0.4, scale=2))
         columns.append((ROWS[name], pictures))
     write_grid(output / "detections.png", fold_columns(columns))
 

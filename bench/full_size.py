@@ -10,23 +10,22 @@ layers and queries do not, because every decoder layer moves the anchors and eve
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models import build_model
+from models import build
+from models.config import DetectorConfig
 from util.checkpoint import load_weights
-from util.cli import real, user_path, whole
+from util.cli import parse, real, user_path, whole
 from util.errors import UserError, run_cli
 from util.logging import table
-from weights.build import build_detector
+from weights.build import build_detector, options_for
 from weights.checkpoint_file import read_checkpoint, save_checkpoint
-from weights.options import get_args_parser as get_detector_parser
-from weights.options import parse
 from weights.slim_down import LOCAL_ARGUMENTS
-from weights.stored_options import take_from_checkpoint
 
 SIZES = ("hidden_dim", "dim_feedforward", "enc_layers", "dec_layers", "num_queries")
 SPREAD = 0.25  # standard deviation of the shares in which copies of a channel carry its weight, about their mean
@@ -149,8 +148,8 @@ class Growth:
     def __init__(
         self,
         state: State,
-        source: argparse.Namespace,
-        target: argparse.Namespace,
+        source: DetectorConfig,
+        target: DetectorConfig,
         decoder_from: Sequence[int],
         jitter: float,
         seed: int,
@@ -306,17 +305,15 @@ def grow(checkpoint_path: str | Path, output: Path, sizes: dict[str, int], decod
         UserError: no such detector, or sizes that it cannot grow to.
     """
     checkpoint = read_checkpoint(checkpoint_path)
-    source = get_detector_parser().parse_args([])
-    take_from_checkpoint(source, (), checkpoint)
-    source.num_classes, source.pretrained_backbone = checkpoint.num_classes, False
+    source = options_for(DetectorConfig(), checkpoint)
     if checkpoint.kind != "ours" or source.cfgs is not None or source.modelname != "dn_dab_detr":
         raise UserError(f"{checkpoint_path}: found no dense dn_dab_detr written by main.py, expected one")
-    target = argparse.Namespace(**{**vars(source), **sizes, "num_select": max(source.num_select, sizes["num_queries"])})
+    target = dataclasses.replace(source, **sizes, num_select=max(source.num_select, sizes["num_queries"]))
     _check_sizes(source, sizes)
     decoder_from = decoder_from or spread_layers(source.dec_layers, target.dec_layers)
     _check_decoder_layers(decoder_from, source.dec_layers, target.dec_layers)
     small = build_detector(source, checkpoint)[0]
-    model = build_model(target)[0]
+    model = build(target)[0]
     state = {key: value.clone() for key, value in small.state_dict().items()}
     load_weights(model, Growth(state, source, target, decoder_from, jitter, seed).run(), "the grown weights")
     settings = {name: value for name, value in checkpoint.arguments.items() if name not in LOCAL_ARGUMENTS}
@@ -327,7 +324,7 @@ def grow(checkpoint_path: str | Path, output: Path, sizes: dict[str, int], decod
     return [*((name, getattr(source, name), sizes[name]) for name in SIZES), ("parameters", *counts)]
 
 
-def _check_sizes(source: argparse.Namespace, sizes: dict[str, int]) -> None:
+def _check_sizes(source: DetectorConfig, sizes: dict[str, int]) -> None:
     for name in SIZES:
         least = getattr(source, name)
         if sizes[name] < least:

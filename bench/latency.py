@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -30,19 +31,20 @@ from tqdm import tqdm
 
 from bench.published import COCO_CLASSES, GP_WIDTHS, MGP_WIDTHS
 from engine import autocast
-from models import build_model
+from models import build
+from models.config import DetectorConfig
 from models.state import Features
 from models.widths import Widths
 from pruning.cost import cost_of
+from tools.prediction import PredictionOptions
 from util.cli import user_path, whole
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import bar_off, table
 from util.timing import seconds_side_by_side
+from weights.build import options_for
 from weights.checkpoint_file import read_checkpoint
-from weights.options import get_args_parser
-from weights.stored_options import take_from_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO_IMAGE_HW = (800, 1066)  # a photograph of 480 x 640
@@ -96,30 +98,26 @@ class Group:
 
 def coco_group(widths: Mapping[str, Widths], device: torch.device) -> Group:
     """The paper's detector, whole and with the named widths."""
-    args = get_args_parser().parse_args(["--no-pretrained_backbone"])
-    args.num_classes = COCO_CLASSES
-    return _group(args, widths, COCO_IMAGE_HW, device)
+    return _group(DetectorConfig(num_classes=COCO_CLASSES), widths, COCO_IMAGE_HW, device)
 
 
 def demo_group(checkpoint: Path, summary: Path, device: torch.device) -> Group:
     """The demo's detector as its checkpoint says, and with the widths of its summary."""
     read = read_checkpoint(checkpoint)
-    args = get_args_parser().parse_args(["--no-pretrained_backbone"])
-    take_from_checkpoint(args, (), read)
-    args.num_classes = read.num_classes
+    options = options_for(PredictionOptions(), read)
     try:
         widths = json.loads(summary.read_text())["rows"][-1]["widths"]
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{summary}: found no widths ({error!r:.60}), expected what `make demo` writes") from None
-    return _group(args, {"demo": Widths.parse(widths)}, (args.image_size,) * 2, device)
+    return _group(options.detector, {"demo": Widths.parse(widths)}, (options.loader.image_size,) * 2, device)
 
 
-def _group(args: argparse.Namespace, slim: Mapping[str, Widths], image_hw: tuple[int, int], device: Any) -> Group:
-    def build(widths: Widths | None) -> nn.Module:
+def _group(config: DetectorConfig, slim: Mapping[str, Widths], image_hw: tuple[int, int], device: Any) -> Group:
+    def detector(widths: Widths | None) -> nn.Module:
         torch.manual_seed(0)
-        return build_model(argparse.Namespace(**{**vars(args), "cfgs": widths}))[0].eval().to(device)
+        return build(dataclasses.replace(config, cfgs=widths))[0].eval().to(device)
 
-    return Group(image_hw, build(args.cfgs), {name: build(widths) for name, widths in slim.items()})
+    return Group(image_hw, detector(config.cfgs), {name: detector(widths) for name, widths in slim.items()})
 
 
 def transformer_of(detector: nn.Module, mode: Mode) -> Callable[[Features], dict]:

@@ -5,18 +5,17 @@ Huang et al., J. Donghua Univ. (Eng.) 42(1), 2025: ResNet-50, 6 + 6 layers, 300 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 
-from models import build_model
+from models import build
+from models.config import DetectorConfig
 from models.widths import Widths
 from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost, cost_of, cost_table
 from util.environment import environment
 from util.errors import run_cli
 from util.files import write_json
-from weights.options import get_args_parser
 
 COCO_CLASSES = 91
 GP_WIDTHS = Widths.parse(
@@ -34,12 +33,10 @@ PUBLISHED = {"dense": None, "GP of the paper": GP_WIDTHS, "MGP of the paper": MG
 
 def published_costs() -> dict[str, Cost]:
     """Costs of the dense detector and of the published widths, for an image of 800 x 1088 pixels."""
-    args = get_args_parser().parse_args(["--no-pretrained_backbone"])
-    args.num_classes = COCO_CLASSES
     costs = {}
     for name, widths in PUBLISHED.items():
         with torch.device("meta"):
-            model, _, _ = build_model(argparse.Namespace(**{**vars(args), "cfgs": widths}))
+            model, _, _ = build(DetectorConfig(num_classes=COCO_CLASSES, cfgs=widths))
         costs[name] = cost_of(model, PAPER_IMAGE_SIZE_HW)
     return costs
 

@@ -225,8 +225,8 @@ def main() -> None:
     subject = Subject(args.coco_path, args.checkpoint, args.train_images, args.search_images)
     if not all(module.has_logits for module in subject.dense.prunable_modules().values() if module.is_attention):
         raise UserError(
-            f"--checkpoint {args.checkpoint}: found a {subject.args.modelname}, expected a dn_dab_detr, the variant "
-            "that the other ways to prune are driven on"
+            f"--checkpoint {args.checkpoint}: found a {subject.options.detector.modelname}, expected a dn_dab_detr, "
+            "the variant that the other ways to prune are driven on"
         )
     settings = {key: getattr(args, key) for key in ("name", "search_images", "train_images", "epochs")}
     settings["checkpoint"] = file_digest(args.checkpoint)

@@ -35,12 +35,11 @@ from pruning.method import METHODS
 from pruning.schedule import MGP, Schedule
 from pruning.search import Search
 from pruning.workbench import DetectorBench
-from util.cli import real, whole
+from util.cli import parse, real, whole
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table
-from weights.options import parse
 
 SUBSET_BATCHES = (40, 20)  # for an attention and for an FFN, as the paper's search looks at
 GIGA = 1e9

@@ -26,12 +26,11 @@ from pruning.kept import all_kept
 from pruning.method import FAST, Method
 from pruning.schedule import MGP
 from pruning.workbench import DetectorBench
-from util.cli import real
+from util.cli import parse, real
 from util.environment import environment
 from util.errors import run_cli
 from util.files import write_json
 from util.logging import table
-from weights.options import parse
 
 EVERY = 1_000_000  # more than there are widths, images or trials
 

@@ -17,10 +17,11 @@ from torch.utils.data import Subset
 import engine
 from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import GroundTruth
+from main import get_args_parser
 from models.widths import Widths
 from pruning.allocation import linear_costs
-from pruning.arguments import CALIBRATION_IMAGES
 from pruning.budget import BudgetSearch
+from pruning.config import CALIBRATION_IMAGES
 from pruning.cost import count_parameters, params_per_channel, step_shares
 from pruning.kept import Kept
 from pruning.method import Method
@@ -28,10 +29,11 @@ from pruning.schedule import Schedule
 from pruning.search import Search, Units
 from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
 from pruning.workbench import DetectorBench, Passes, SearchImages
+from runs.config import TrainingOptions
+from runs.settle import build_distillation, settle_training
 from runs.training_state import TrainingState, seed_everything
-from util.cli import script_parser, user_path, whole
-from weights.build import build_detector, build_distillation, settle_arguments
-from weights.options import get_args_parser, parse
+from util.cli import parse, script_parser, user_path, whole
+from weights.build import build_detector
 
 BATCH_SIZE = 16
 PAPER_BATCH_SIZE = 8  # images of the one batch that the paper's candidates are scored on
@@ -68,24 +70,27 @@ class Subject:
         self, coco_path: str, checkpoint: str, train_images: int, search_images: int, batch_size: int = BATCH_SIZE
     ) -> None:
         words = ["--coco_path", coco_path, "--resume", checkpoint, "--num_workers", "0", *TRAINING.split()]
-        self.args, typed = parse(argparse.ArgumentParser(parents=[get_args_parser()]), words)
-        self.args.start_fresh = True
-        read, _ = settle_arguments(self.args, typed)
-        self.dense, self.criterion, postprocessors = build_detector(self.args, read)
+        args, typed = parse(argparse.ArgumentParser(parents=[get_args_parser()]), [*words, "--start_fresh"])
+        self.options, read, _ = settle_training(TrainingOptions.from_values(vars(args)), typed)
+        self.dense, self.criterion, postprocessors = build_detector(
+            self.options.detector, read, self.options.losses, self.options.denoising
+        )
+        data, self.seed = self.options.data, self.options.run.seed
         self.dense.eval()
         self.postprocess = postprocessors["bbox"]
         self.training = Subset(
-            train := build_dataset("train2017", self.args, augment=True), range(min(train_images, len(train)))
+            train := build_dataset("train2017", data, augmentation=self.options.training.augmentation, seed=self.seed),
+            range(min(train_images, len(train))),
         )
         self.training.set_epoch = train.set_epoch
-        seen = build_dataset("train2017", self.args, augment=False)
+        seen = build_dataset("train2017", data)
         self.seen = build_loader(Subset(seen, range(min(search_images, len(seen)))), batch_size, shuffle=False)
         images, targets = next(iter(self.seen))
         self.paper_batches = [(images[:PAPER_BATCH_SIZE], targets[:PAPER_BATCH_SIZE])]
-        self.seen_truth = GroundTruth(split_of(self.args, "train2017").annotation_file)
+        self.seen_truth = GroundTruth(split_of(data, "train2017").annotation_file)
         self.image_size_hw = tuple(seen[0][0].shape[-2:])
-        self.val = build_loader(build_dataset("val2017", self.args, augment=False), BATCH_SIZE, shuffle=False)
-        self.val_truth = GroundTruth(split_of(self.args, "val2017").annotation_file)
+        self.val = build_loader(build_dataset("val2017", data), BATCH_SIZE, shuffle=False)
+        self.val_truth = GroundTruth(split_of(data, "val2017").annotation_file)
         with torch.no_grad():
             self.val_states = [(self.dense.prepare(images), targets) for images, targets in self.val]
         self.params = count_parameters(self.dense.transformer)
@@ -100,20 +105,20 @@ class Subject:
 
     def ap_after_tuning(self, model: nn.Module, epochs: int, distilled: bool) -> float:
         """AP on val2017 of a copy of `model` after `epochs` over the training images."""
-        args = argparse.Namespace(**{**vars(self.args), "epochs": epochs})
-        args.distill = args.resume if distilled else None
-        seed_everything(args.seed)
+        teacher_path = self.options.run.resume if distilled else None
+        options = self.options.with_values({"epochs": epochs, "distill": teacher_path})
+        seed_everything(self.seed)
         model = copy.deepcopy(model).requires_grad_(True)
         for parameter, frozen in zip(model.parameters(), self.dense.parameters(), strict=True):
             parameter.requires_grad_(frozen.requires_grad)
-        loader = build_loader(self.training, BATCH_SIZE, shuffle=True, seed=args.seed)
-        state = TrainingState(model, args, len(loader))
-        teacher = build_distillation(args, model)
+        loader = build_loader(self.training, BATCH_SIZE, shuffle=True, seed=self.seed)
+        state = TrainingState(model, options.training, len(loader), amp=options.run.amp)
+        teacher = build_distillation(options, model)
         for epoch in range(epochs):
             loader.set_epoch(epoch)
             engine.train_one_epoch(
                 model, self.criterion, loader, state.optimizer, device=CPU, epoch=epoch, scheduler=state.scheduler,
-                clip_max_norm=args.clip_max_norm, amp=args.amp, weight_average=state.weight_average,
+                clip_max_norm=options.training.clip_max_norm, amp=options.run.amp, weight_average=state.weight_average,
                 distillation=teacher, progress=False,
             )  # fmt: skip
         result = engine.evaluate(

@@ -21,12 +21,12 @@ from datasets.annotations import entries_of, find_problems, is_box, listed_size,
 from datasets.boxes import are_below_pixel
 from datasets.check_images import Facts, ImageFacts, check_images, file_name, read_images
 from datasets.coco import SPLITS, Split, split_of
+from datasets.config import DataConfig, SplitConfig
 from datasets.transforms import scaled
-from util.cli import script_parser, whole
+from util.cli import add_options, script_parser, whole
 from util.errors import UserError, one_line, run_cli, shorten
 from util.files import write_json
 from util.logging import table
-from weights.options import DATA_OPTIONS, add_split_options
 
 SHOWN_EXAMPLES = 3
 KEPT_EXAMPLES = 20  # in the JSON
@@ -215,15 +215,16 @@ def check_between(reports: Sequence[SplitReport]) -> list[Finding]:
     return collect(found)
 
 
-def splits_to_check(args: argparse.Namespace) -> list[Split]:
+def splits_to_check(coco_path: str | None, options: SplitConfig) -> list[Split]:
     """Return both splits of a COCO folder or, without one, the splits that options name.
 
     Raises:
         UserError: there is nothing to check, or an option names a missing file or folder.
     """
-    named = {name for name in DATA_OPTIONS if getattr(args, name) is not None}
-    if args.coco_path is not None:
-        return [split_of(args, name) for name in SPLITS]
+    named = {name: path for name, path in options.values().items() if path is not None}
+    if coco_path is not None:
+        data = DataConfig.from_values({**named, "coco_path": coco_path})
+        return [split_of(data, name) for name in SPLITS]
     if not named:
         raise UserError("COCODIR: found none, expected the folder of a data set in COCO layout")
     splits = [name for name in SPLITS if any(option.startswith(name.removesuffix("2017")) for option in named)]
@@ -231,7 +232,7 @@ def splits_to_check(args: argparse.Namespace) -> list[Split]:
     for option in needed:
         if option not in named:
             raise UserError(f"--{option}: found none, expected it or the folder of a data set in COCO layout")
-    return [split_of(args, name) for name in splits]
+    return [split_of(DataConfig.from_values(named), name) for name in splits]
 
 
 def show(report: SplitReport) -> str:
@@ -259,7 +260,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "coco_path", type=os.path.expanduser, metavar="COCODIR", nargs="?", help="folder of a data set in COCO layout"
     )
-    add_split_options(parser)
+    add_options(parser, SplitConfig)
     workers = min(8, os.cpu_count() or 1)
     parser.add_argument("--num_workers", type=whole(0), default=workers, help="processes that read images, 0 for none")
     parser.add_argument("--image_size", type=whole(32), default=800, help="short side in a run, in pixels")
@@ -273,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the data set named on the command line and return the exit code."""
     args = get_args_parser().parse_args(argv)
     reports = []
-    for split in splits_to_check(args):
+    for split in splits_to_check(args.coco_path, SplitConfig.from_values(vars(args))):
         reports.append(check_split(split, args.num_workers, args.image_size))
     between = check_between(reports)
     findings = [*between, *(finding for report in reports for finding in report.findings)]

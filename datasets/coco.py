@@ -20,6 +20,7 @@ from torchvision import tv_tensors
 
 from datasets.annotations import load_annotations
 from datasets.boxes import MIN_SIDE, are_below_pixel
+from datasets.config import DataConfig
 from datasets.decode import read_listed
 from datasets.transforms import TRAINING_TRANSFORMS, eval_transforms
 from util.errors import UserError, reason_of, shorten
@@ -52,11 +53,10 @@ class Split:
     image_folder: Path
 
 
-def split_of(args: Any, name: str) -> Split:
+def split_of(data: DataConfig, name: str) -> Split:
     """Return the paths of a split: in the COCO layout, unless an option names another file or folder.
 
     Args:
-        args: reads coco_path, and train_json and train_images or val_json and val_images.
         name: train2017 or val2017.
 
     Raises:
@@ -65,17 +65,17 @@ def split_of(args: Any, name: str) -> Split:
     if name not in SPLITS:
         raise ValueError(f"split {name!r}, expected one of {SPLITS}")
     prefix = name.removesuffix("2017")
-    json_file, folder = (getattr(args, f"{prefix}_{kind}") for kind in ("json", "images"))
+    json_file, folder = (getattr(data, f"{prefix}_{kind}") for kind in ("json", "images"))
     if json_file is None or folder is None:
-        _check_folder("--coco_path", args.coco_path, "annotations and images")
+        _check_folder("--coco_path", data.coco_path, "annotations and images")
     if json_file is not None and not os.path.isfile(json_file):
         raise UserError(f"--{prefix}_json {json_file}: no such file, expected COCO annotations")
     if folder is not None:
         _check_folder(f"--{prefix}_images", folder, "images")
     return Split(
         name,
-        annotation_path(args.coco_path, name) if json_file is None else Path(json_file),
-        image_folder(args.coco_path, name) if folder is None else Path(folder),
+        annotation_path(data.coco_path, name) if json_file is None else Path(json_file),
+        image_folder(data.coco_path, name) if folder is None else Path(folder),
     )
 
 
@@ -234,21 +234,22 @@ def _sample_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def build_dataset(image_set: str, args: Any, *, augment: bool) -> CocoDataset:
+def build_dataset(image_set: str, data: DataConfig, *, augmentation: str | None = None, seed: int = 0) -> CocoDataset:
     """Build the data set of one split.
 
     Args:
         image_set: "train2017" or "val2017".
-        args: reads the options of `split_of`, image_size (pixels), augmentation and seed.
-        augment: use the random transforms of args.augmentation instead of the fixed resize of evaluation.
+        augmentation: name of the random training transforms; None means the fixed resize of evaluation.
+        seed: of the random transforms.
     """
-    split = split_of(args, image_set)
+    split = split_of(data, image_set)
+    transforms = eval_transforms if augmentation is None else TRAINING_TRANSFORMS[augmentation]
     return CocoDataset(
         split.image_folder,
         split.annotation_file,
-        (TRAINING_TRANSFORMS[args.augmentation] if augment else eval_transforms)(args.image_size),
-        min_side=MIN_SIDE if augment else 0.0,
-        seed=args.seed,
+        transforms(data.image_size),
+        min_side=0.0 if augmentation is None else MIN_SIDE,
+        seed=seed,
     )
 
 

@@ -40,13 +40,17 @@ class Widths:
         )
 
     @classmethod
-    def parse(cls, given: str | Sequence) -> Widths:
+    def parse(cls, given: Widths | str | Sequence) -> Widths:
         """Read the `--cfgs` grammar from a nested list, its JSON, its words as a shell split them, or a file's path.
+
+        Widths stay as they are.
 
         Raises:
             UserError: where it is no JSON or no `[encoder, decoder]` or `[encoder, decoder, backbone]` of whole
                 numbers.
         """
+        if isinstance(given, cls):
+            return given
         shown = "--cfgs"
         if isinstance(given, list | tuple) and all(isinstance(word, str) for word in given):
             given = " ".join(given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 from datasets.coco import CocoDataset
 from datasets.coco_eval import BYTES_PER_DETECTION, default_backend
 from datasets.transforms import eval_transforms, transformed_size
-from pruning.arguments import CACHE_DTYPES, method_of
 from pruning.cache_plan import CPU, BatchShape, CacheOptions, Uses, shape_of
+from pruning.config import CACHE_DTYPES, SearchConfig
 from pruning.journal import Journal
 from util import distributed
 
@@ -39,32 +38,35 @@ def batch_shapes(
 
 
 def cache_uses(
-    args: argparse.Namespace,
+    config: SearchConfig,
     shapes: Sequence[BatchShape],
     images: int,
     kept_batches: Collection[int],
     calibrated_batches: Collection[int],
+    *,
+    num_workers: int,
+    detections: int,
 ) -> Uses:
-    """What a search with these options does with batches of these shapes; `images` are those of all processes."""
-    batches_ahead = 1 + READ_AHEAD * args.num_workers
+    """What a search does with batches of these shapes; `images` and `detections` are those of all processes."""
+    batches_ahead = 1 + READ_AHEAD * num_workers
     return Uses(
         shapes,
         kept_batches,
         calibrated_batches,
-        images_at_once=args.images_at_once if method_of(args).ranking == "exact" else 1,
+        images_at_once=config.images_at_once if config.method.ranking == "exact" else 1,
         reading=batches_ahead * BYTES_PER_PIXEL * max(shape.images * shape.pixels for shape in shapes),
-        evaluation=images * args.num_select * BYTES_PER_DETECTION[default_backend()],
+        evaluation=detections * BYTES_PER_DETECTION[default_backend()],
         images=images,
-        amp=args.amp,
-        eval_amp=args.eval_amp,
+        amp=config.amp,
+        eval_amp=config.eval_amp,
     )
 
 
-def cache_options(args: argparse.Namespace, journal: Path) -> CacheOptions:
+def cache_options(config: SearchConfig, journal: Path) -> CacheOptions:
     """The options of the cache; a search that is resumed keeps features in the precision that its journal has."""
 
     def past_dtype() -> str | None:
-        if not (args.resume_search and journal.exists()):
+        if not (config.resume_search and journal.exists()):
             return None
         lines, _ = Journal(journal).read()
         args_then = lines[0].get("args") if lines else None  # what is no dict is refused where the journal is resumed
@@ -72,8 +74,8 @@ def cache_options(args: argparse.Namespace, journal: Path) -> CacheOptions:
         return dtype if dtype in CACHE_DTYPES else None
 
     return CacheOptions(
-        args.cache_gb,
-        args.cache_dtype or distributed.on_main(past_dtype),
-        CPU if args.cache_device == "cpu" else None,
-        f"--search_images {args.search_images}",
+        config.cache_gb,
+        config.cache_dtype or distributed.on_main(past_dtype),
+        CPU if config.cache_device == "cpu" else None,
+        f"--search_images {config.search_images}",
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
-from datasets.coco import split_of
+from datasets.coco import Split, split_of
+from datasets.config import DataConfig
 from datasets.overlap import shared_images
 from pruning.schedule import Schedule
 from util.errors import UserError, shorten
@@ -18,14 +17,14 @@ def lowest_target_ap(schedule: Schedule, base_ap: float, visits: int) -> float:
     return min(schedule.target_ap(base_ap, visits - 1), schedule.full_threshold_ap(base_ap, visits - 1))
 
 
-def check_base_ap(args: argparse.Namespace, base_ap: float) -> None:
+def check_base_ap(split: Split, resume: str | None, base_ap: float) -> None:
     """Raise a `UserError` unless there is an mAP to hold a search against; 0 would let modules shrink to one unit."""
     if base_ap < 0:
-        raise UserError(f"--search_split {args.search_split}: found no boxes in its annotations, expected some")
+        raise UserError(f"--search_split {split.name}: found no boxes in its annotations, expected some")
     if base_ap == 0:
         raise UserError(
-            f"--resume {args.resume}: found mAP 0 on {args.search_split}, expected a detector that finds the "
-            f"objects of {split_of(args, args.search_split).annotation_file}"
+            f"--resume {resume}: found mAP 0 on {split.name}, expected a detector that finds the objects of "
+            f"{split.annotation_file}"
         )
 
 
@@ -48,13 +47,13 @@ def warn_of_low_target(target_ap: float, base_ap: float) -> None:
         )
 
 
-def warn_of_images(args: argparse.Namespace, is_calibrated: bool) -> None:
+def warn_of_images(data: DataConfig, split: str, is_calibrated: bool) -> None:
     """Log a warning where the AP that follows is one of images that the detector is fitted to."""
-    if args.search_split == "val2017":
+    if split == "val2017":
         if is_calibrated:
             get_logger().warning("calibrating on val2017: a fair figure searches on train2017 (--search_split)")
         return
-    shared = shared_images(split_of(args, "train2017"), split_of(args, "val2017"))
+    shared = shared_images(split_of(data, "train2017"), split_of(data, "val2017"))
     if shared:
         get_logger().warning(
             "val2017 lists %d of the image files of train2017, first %s: AP on it is no fair figure",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,8 +145,12 @@ class Journal:
         """What came out."""
         self._write("end", facts)
 
-    def resume(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+    def resume(
+        self, facts: Mapping[str, Any], ignored_args: Collection[str] = ()
+    ) -> tuple[float, list[dict[str, Any]]]:
         """Continue the file that is there, if there is one; returns its base mAP and its lines behind the first.
+
+        `ignored_args` are those that older versions wrote under `args`, and that no search reads.
 
         A last line that a crash cut short is dropped from it. The base mAP of another machine may differ by rounding;
         that of the journal holds.
@@ -164,6 +168,8 @@ class Journal:
         base_ap = start.get("base_ap")
         if isinstance(base_ap, float) and abs(base_ap - wanted["base_ap"]) <= BASE_AP_TOLERANCE:
             wanted["base_ap"] = base_ap
+        if isinstance(start.get("args"), dict):
+            start = {**start, "args": {k: v for k, v in start["args"].items() if k not in ignored_args}}
         different = _differences(start, wanted)
         if different:
             name, found, expected = different[0]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 from models.detector import Detector
 from pruning.allocation import Tables, check_affordable, linear_costs
-from pruning.arguments import units_of
+from pruning.config import SearchConfig
 from pruning.cost import cost_of, macs_per_channel, params_per_channel
+from pruning.search import Units
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class Prices:
     costs: Tables
 
 
-def prices_of(args: argparse.Namespace, model: Detector, image_size_hw: tuple[int, int]) -> Prices:
+def prices_of(config: SearchConfig, steps: Units, model: Detector, image_size_hw: tuple[int, int]) -> Prices:
     """The prices by `--cost`, for an image of that size in pixels.
 
     Raises:
         UserError: --keep asks for less than the least widths cost.
     """
     cost, modules = cost_of(model, image_size_hw), model.prunable_modules()
-    units = {name: units_of(args).channels(module) for name, module in modules.items()}
-    if args.cost == "params":
+    units = {name: steps.channels(module) for name, module in modules.items()}
+    if config.cost == "params":
         prices = Prices(cost.transformer_params, linear_costs(modules, params_per_channel(model), units))
     else:
         prices = Prices(1e9 * cost.gmacs, linear_costs(modules, macs_per_channel(model, image_size_hw), units))
-    if args.keep is not None:
-        check_affordable(args.keep, prices.costs, prices.total)
+    if config.keep is not None:
+        check_affordable(config.keep, prices.costs, prices.total)
     return prices

@@ -18,11 +18,10 @@ from pruning.journal import JOURNAL_NAME
 from reports.folder import LOG_NAME
 from reports.report import REPORT_NAME, render
 from reports.samples import Samples
-from util.cli import user_path
+from util.cli import parse, user_path
 from util.distributed import choose_device
 from util.errors import UserError, run_cli
 from util.files import write_text
-from weights.options import parse
 
 KINDS = {"search": JOURNAL_NAME, "training": LOG_NAME}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from datasets.coco import build_dataset
-from models import build_model
+from datasets.config import DataConfig
+from models import build
+from models.config import DetectorConfig
 from models.widths import Widths
-from pruning.arguments import get_pruning_parser
+from pruning.config import SearchConfig
 from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost, cost_of, cost_rows
-from pruning.schedule import MGP
 from reports import page
 from util.environment import ARGUMENTS_NAME
 from util.errors import UserError, reason_of
@@ -31,12 +32,16 @@ class RunFolder:
 
     Attributes:
         path: its folder.
-        args: its options, those of its own time completed by today's defaults.
+        options: all that is known of its options, by name.
+        detector, data, search: the same, completed by today's defaults.
         runs: how the program was started, each time; see `util.environment.record_run`. Empty for an older run.
     """
 
     path: Path
-    args: argparse.Namespace
+    options: Mapping[str, Any]
+    detector: DetectorConfig
+    data: DataConfig
+    search: SearchConfig
     runs: list[dict[str, Any]]
 
     @property
@@ -47,8 +52,8 @@ class RunFolder:
 
     @property
     def first_resume(self) -> str | None:
-        """The checkpoint that the run began with, whatever it went on from later."""
-        return self.runs[0].get("resume") if self.runs else self.args.resume
+        """The checkpoint that the run began with, whatever it continued from later."""
+        return self.runs[0].get("resume") if self.runs else self.options.get("resume")
 
 
 def read_folder(path: Path, options: Mapping[str, Any]) -> RunFolder:
@@ -59,7 +64,7 @@ def read_folder(path: Path, options: Mapping[str, Any]) -> RunFolder:
         options: what is known of the options from elsewhere; those in args.json win.
 
     Raises:
-        UserError: there is one, and it is no JSON object.
+        UserError: there is one, and it holds no options.
     """
     file, found = path / ARGUMENTS_NAME, {}
     if file.exists():
@@ -72,9 +77,9 @@ def read_folder(path: Path, options: Mapping[str, Any]) -> RunFolder:
         if not isinstance(found, dict):
             raise UserError(f"{file}: found a {type(found).__name__}, expected the options of a run as JSON")
     runs = found.pop("runs", [])
-    args = get_pruning_parser(MGP, "").parse_args([])
-    vars(args).update({**options, **found})
-    return RunFolder(path, args, runs)
+    values, source = {**options, **found}, file if file.exists() else path
+    configs = (DetectorConfig, DataConfig, SearchConfig)
+    return RunFolder(path, values, *(config.from_values(values, source) for config in configs), runs)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -97,18 +102,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return epochs
 
 
-def image_size_of(args: argparse.Namespace, split: str) -> tuple[int, int] | None:
+def image_size_of(data: DataConfig, split: str) -> tuple[int, int] | None:
     """Height and width in pixels of the split's first image as the detector gets it; None where it cannot be read."""
     try:
-        return tuple(build_dataset(split, args, augment=False)[0][0].shape[-2:])
+        return tuple(build_dataset(split, data)[0][0].shape[-2:])
     except UserError:
         return None
 
 
-def cost_at(args: argparse.Namespace, widths: Widths, image_size_hw: tuple[int, int] | None) -> Cost:
+def cost_at(config: DetectorConfig, widths: Widths, image_size_hw: tuple[int, int] | None) -> Cost:
     """What the run's detector costs with those widths; the GMACs mean nothing without an image size."""
     with torch.device("meta"):
-        model, _, _ = build_model(argparse.Namespace(**{**vars(args), "cfgs": widths, "pretrained_backbone": False}))
+        model, _, _ = build(dataclasses.replace(config, cfgs=widths, pretrained_backbone=False))
     return cost_of(model, image_size_hw or PAPER_IMAGE_SIZE_HW)
 
 
@@ -142,17 +147,19 @@ def duration(seconds: float) -> str:
 def environment_section(folder: RunFolder, seconds: float) -> str:
     """Command, versions, seed, device: what it takes to make the run again."""
     last = folder.runs[-1] if folder.runs else {}
-    told = last.get("environment", {})
+    machine = last.get("environment", {})
     commands = [run.get("command", "") for run in folder.runs]
-    device = f"{told['device']}, {told['threads']} threads" if told else folder.args.device or NOT_RECORDED
+    device = folder.options.get("device") or NOT_RECORDED
+    if machine:
+        device = f"{machine['device']}, {machine['threads']} threads"
     pairs = [
-        ("seed", str(folder.args.seed)),
+        ("seed", str(folder.options.get("seed", NOT_RECORDED))),
         ("device", device),
         ("processes", last.get("processes")),
         ("AP measured by", last.get("evaluator")),
         ("started", last.get("started", NOT_RECORDED)),
         ("duration", duration(seconds)),
-        *((name, told[name]) for name in ("python", "torch", "torchvision") if name in told),
+        *((name, machine[name]) for name in ("python", "torch", "torchvision") if name in machine),
         ("program", last.get("commit") or ("no clone of its repository" if last else NOT_RECORDED)),
     ]
     parts = [page.code(command) for command in commands] or [page.paragraph(f"Command {NOT_RECORDED}.", "faint")]

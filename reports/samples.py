@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +14,18 @@ from torchvision.transforms.v2 import functional
 
 from datasets.annotations import category_names
 from datasets.coco import CocoDataset, build_dataset, split_of
+from datasets.config import DataConfig
+from models.config import DetectorConfig
 from reports import page
 from tools.draw import draw_detections
+from util.cli import options_of
 from util.errors import UserError
 from weights.build import build_detector
 from weights.checkpoint_file import read_checkpoint
-from weights.stored_options import ARCHITECTURE, take_from_checkpoint
+from weights.stored_options import take_from_checkpoint
 
 SPLIT = "val2017"
+NETWORK_OPTIONS = [name for name, field in options_of(DetectorConfig).items() if field.metadata["stored"] == "network"]
 IMAGES = 4
 OBJECTS = range(2, 9)  # in an image that shows something and can still be read
 THRESHOLD = 0.4
@@ -38,21 +42,21 @@ class Samples:
         self.device = device
         self._found: dict[tuple[Path, int], list[Result]] = {}
 
-    def section(self, args: argparse.Namespace, detectors: Sequence[tuple[str, Path]]) -> str:
+    def section(self, config: DetectorConfig, data: DataConfig, detectors: Sequence[tuple[str, Path]]) -> str:
         """A row of pictures for each image: what is annotated, and what each detector finds.
 
         Args:
-            args: the run's options.
+            config, data: the run's options.
             detectors: caption and checkpoint of each.
 
         Where data or a checkpoint is not there any more, a sentence says so.
         """
         title = "Sample detections"
         try:
-            dataset = build_dataset(SPLIT, args, augment=False)
+            dataset = build_dataset(SPLIT, data)
             indices = _choose(dataset)
-            results = [(caption, self._detect(path, args, dataset, indices)) for caption, path in detectors]
-            names = category_names(split_of(args, SPLIT).annotation_file)
+            results = [(caption, self._detect(path, config, dataset, indices)) for caption, path in detectors]
+            names = category_names(split_of(data, SPLIT).annotation_file)
             rows = []
             for number, index in enumerate(indices):
                 columns = [("annotated", _annotated(dataset, index), None)]
@@ -64,9 +68,7 @@ class Samples:
         return page.section(title, page.paragraph(note, "faint"), *rows)
 
     @torch.no_grad()
-    def _detect(
-        self, path: Path, args: argparse.Namespace, dataset: CocoDataset, indices: Sequence[int]
-    ) -> list[Result]:
+    def _detect(self, path: Path, config: DetectorConfig, dataset: CocoDataset, indices: Sequence[int]) -> list[Result]:
         """Scores, labels and boxes (xyxy in the original image's pixels) of a checkpoint's detector, on the CPU."""
         try:
             key = (path, path.stat().st_mtime_ns)
@@ -74,10 +76,12 @@ class Samples:
             raise UserError(f"{path} is not there any more") from None
         if key not in self._found:
             checkpoint = read_checkpoint(path)
-            theirs = argparse.Namespace(**{**vars(args), "cfgs": None, "pretrained_backbone": False})
-            # A file of our own tells its network; with others the run has settled what they leave open.
-            take_from_checkpoint(theirs, () if checkpoint.kind in ("ours", "search") else ARCHITECTURE, checkpoint)
-            theirs.num_classes = checkpoint.num_classes
+            theirs = dataclasses.replace(config, cfgs=None, pretrained_backbone=False)
+            # A file of our own has its network's options; with others the run has settled what they leave open.
+            typed = () if checkpoint.kind in ("ours", "search") else NETWORK_OPTIONS
+            theirs = take_from_checkpoint(theirs, typed, checkpoint).with_values(
+                {"num_classes": checkpoint.num_classes}
+            )
             # The run's own draws must not depend on whether a report is made of it.
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 model, _, postprocessors = build_detector(theirs, checkpoint)

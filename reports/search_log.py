@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
+from datasets.config import DataConfig, SplitConfig
 from models.prunable import PrunableModule
 from models.widths import Widths
 from pruning.journal import Decision, Trial
 from pruning.method import Method
 from pruning.search import Units
+from util.cli import options_of
 from util.logging import table
-from weights.options import DATA_OPTIONS
 
 MODULE_COLUMNS = ("module", "before", "after", "mAP after", "seconds", "images", "whole passes")
 TRIAL_COLUMNS = ("taken", "cost kept", "power", "mAP", "seconds", "images", "whole passes")
@@ -151,12 +151,12 @@ def width_table(before: Widths, after: Widths) -> str:
     return table(("module", "before", "after"), [(name, width, after.of(name)) for name, width in before.items()])
 
 
-def next_command(args: Namespace, pruned: Path) -> str:
+def next_command(modelname: str, data: DataConfig, use_dn: bool, pruned: Path) -> str:
     """The command that transplants and fine-tunes what a search has found."""
-    words = ["python", "main.py", "-m", args.modelname, "--output_dir", str(pruned.parent / "finetuned")]
-    words += ["--coco_path", args.coco_path]
-    for name in DATA_OPTIONS:
-        if getattr(args, name) is not None:
-            words += [f"--{name}", getattr(args, name)]
-    words += ["--resume", str(pruned), "--batch_size", str(args.batch_size)]
-    return shlex.join([*words, "--use_dn" if args.use_dn else "--no-use_dn"])
+    words = ["python", "main.py", "-m", modelname, "--output_dir", str(pruned.parent / "finetuned")]
+    words += ["--coco_path", data.coco_path]
+    for name in options_of(SplitConfig):
+        if getattr(data, name) is not None:
+            words += [f"--{name}", getattr(data, name)]
+    words += ["--resume", str(pruned), "--batch_size", str(data.batch_size)]
+    return shlex.join([*words, "--use_dn" if use_dn else "--no-use_dn"])

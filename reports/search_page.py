@@ -9,7 +9,6 @@ from typing import Any
 
 from datasets.annotations import load_annotations
 from datasets.coco import split_of
-from models import check_widths, full_widths
 from models.widths import Widths
 from pruning.cost import Cost
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
@@ -67,7 +66,7 @@ class SearchFacts:
     @property
     def split(self) -> str:
         """The images it looked at."""
-        return self.folder.args.search_split
+        return self.folder.search.split
 
     @property
     def ap(self) -> float:
@@ -116,8 +115,7 @@ def read_search(path: Path) -> SearchFacts:
         if end is None:
             for decision in decisions:
                 after = after.replace(decision.module, decision.width) if decision.accepted else after
-        split = folder.args.search_split
-        size = (end or {}).get("image_size_hw") or image_size_of(folder.args, split)
+        size = (end or {}).get("image_size_hw") or image_size_of(folder.data, folder.search.split)
         taken = [trial for trial in trials if trial.widths == dict(after.items())] if end else []
         return SearchFacts(
             folder, start, end, decisions, trials, taken[-1] if taken else None,
@@ -132,12 +130,12 @@ def read_search(path: Path) -> SearchFacts:
 def search_page(path: Path, samples: Samples) -> str:
     """The report of the search in that folder, as HTML."""
     facts = read_search(path)
-    args = facts.folder.args
-    before, after = (cost_at(args, widths, facts.image_size_hw) for widths in (facts.before, facts.after))
-    resume, output = facts.folder.first_resume, path / OUTPUT_NAME
+    folder = facts.folder
+    before, after = (cost_at(folder.detector, widths, facts.image_size_hw) for widths in (facts.before, facts.after))
+    resume, output = folder.first_resume, path / OUTPUT_NAME
     detector = "a detector" if resume is None else Path(resume).name
     title = f"{facts.start['schedule']['name'].upper()} search of {detector} on {facts.split}"
-    is_dense = check_widths(facts.before, args) == full_widths(args)
+    is_dense = folder.detector.check_widths(facts.before) == folder.detector.full_widths
     detectors = [] if resume is None else [("dense" if is_dense else "before the search", Path(resume))]
     detectors.append(("slim, before fine-tuning", output))
     return page.page(
@@ -147,28 +145,31 @@ def search_page(path: Path, samples: Samples) -> str:
         page.section("Width of each module", page.plots(charts.widths_plots(facts.before, facts.after))),
         page.section("AP against parameters", _ap_plot(facts, before.transformer_params)),
         _steps(facts),
-        samples.section(args, detectors) if facts.end is not None and facts.passed else "",
+        samples.section(folder.detector, folder.data, detectors) if facts.end is not None and facts.passed else "",
         _next_steps(facts, output) if facts.passed else "",
-        environment_section(facts.folder, facts.effort["seconds"]),
+        environment_section(folder, facts.effort["seconds"]),
     )
 
 
 def _next_steps(facts: SearchFacts, output: Path) -> str:
+    folder = facts.folder
     return page.section(
         "Go on",
         page.paragraph("The widths that were found:"),
         page.code(f"--cfgs '{facts.after}'"),
         page.paragraph("Transplant and fine-tune:"),
-        page.code(next_command(facts.folder.args, output)),
+        page.code(next_command(folder.detector.modelname, folder.data, folder.search.use_dn, output)),
     )
 
 
 def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
     """What was searched, warnings, and the figures that matter most."""
-    args, effort = facts.folder.args, facts.effort
+    folder, config, effort = facts.folder, facts.folder.search, facts.effort
     count = "an unknown number of" if facts.images is None else f"{facts.images:,}"
-    asked = f"kept {100 * args.keep:g} % of its cost ({args.cost})" if args.keep else f"--map_tol {args.map_tol:g}"
-    text = f"{args.modelname}, {asked}, on {count} images of {facts.split} in {args.coco_path}."
+    asked = (
+        f"kept {100 * config.keep:g} % of its cost ({config.cost})" if config.keep else f"--map_tol {config.map_tol:g}"
+    )
+    text = f"{folder.detector.modelname}, {asked}, on {count} images of {facts.split} in {folder.data.coco_path}."
     base_ap = facts.start["base_ap"]
     figures = [
         (
@@ -190,7 +191,7 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
         ]
     figures += [
         ("image passes", effort["image_passes"], f"worth {effort['whole_passes']:,.0f} through the whole detector"),
-        ("duration", duration(effort["seconds"]), f"--search {args.search}"),
+        ("duration", duration(effort["seconds"]), f"--search {config.search}"),
     ]
     notices = [page.paragraph(VAL_WARNING, "notice")] if facts.split == "val2017" else []
     if not facts.passed:
@@ -233,7 +234,7 @@ def _ap_plot(facts: SearchFacts, base_params: int) -> str:
             widths = facts.before
             for name, width in trial.widths.items():
                 widths = widths.replace(name, width)
-            params = cost_at(facts.folder.args, widths, facts.image_size_hw).transformer_params
+            params = cost_at(facts.folder.detector, widths, facts.image_size_hw).transformer_params
             points.append((params, trial.full_ap, trial is facts.best))
     caption = f"On {facts.split}, before fine-tuning"
     return page.plots([(caption, charts.ap_plot(points, facts.start["base_ap"], base_params))])
@@ -241,9 +242,9 @@ def _ap_plot(facts: SearchFacts, base_params: int) -> str:
 
 def _count_images(folder: RunFolder) -> int | None:
     """How many images an older search looked at: the whole split or its first ones."""
-    args = folder.args
+    asked = folder.search.search_images
     try:
-        there = len(load_annotations(split_of(args, args.search_split).annotation_file).image_ids)
+        there = len(load_annotations(split_of(folder.data, folder.search.split).annotation_file).image_ids)
     except UserError:
-        return None if args.search_images == "all" else args.search_images
-    return there if args.search_images in (None, "all") else min(args.search_images, there)
+        return asked if isinstance(asked, int) else None
+    return min(asked, there) if isinstance(asked, int) else there

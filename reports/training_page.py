@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets.coco_eval import STAT_NAMES, shown
-from models import full_widths
 from models.widths import Widths
 from reports import charts, page
 from reports.folder import (
@@ -49,13 +48,13 @@ def training_page(path: Path, samples: Samples) -> str:
     if not epochs:
         raise UserError(f"{path / LOG_NAME}: found no epoch in it, expected that of a training run")
     folder = read_folder(path, {})
-    args = folder.args
-    widths = full_widths(args) if args.cfgs is None else Widths.parse(args.cfgs)
-    full = full_widths(args, with_backbone=widths.backbone is not None)
+    config = folder.detector
+    widths = config.cfgs or config.full_widths
+    full = config.full_widths if widths.backbone is None else config.full_widths_with_backbone
     measured = [line for line in epochs if line.get("test_AP") not in (None, -1)]
     best = max(measured, key=lambda line: line["test_AP"], default=None)  # the first of equals, as the checkpoint
     start = folder.first_resume
-    title = f"Training of {args.modelname}" if start is None else f"Fine-tuning of {Path(start).name}"
+    title = f"Training of {config.modelname}" if start is None else f"Fine-tuning of {Path(start).name}"
     return page.page(
         title,
         _lead(folder, epochs, best),
@@ -63,17 +62,18 @@ def training_page(path: Path, samples: Samples) -> str:
         page.section(f"COCO figures on {SPLIT}", _coco_table(measured, best, "test_AP" in epochs[-1])),
         page.section("Epochs", page.table(EPOCH_COLUMNS, epoch_rows(epochs))),
         _costs(folder, full, widths),
-        samples.section(args, _detectors(folder, best)),
+        samples.section(config, folder.data, _detectors(folder, best)),
         environment_section(folder, _seconds(epochs)),
     )
 
 
 def _lead(folder: RunFolder, epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None) -> str:
     """What was trained, and the figures that matter most."""
-    args, last = folder.args, epochs[-1]
+    options, last = folder.options, epochs[-1]
+    asked = options.get("epochs", last["epoch"] + 1)
     start = "from scratch" if folder.first_resume is None else f"from {folder.first_resume}"
-    teacher = f", with {args.distill} as its teacher" if args.distill else ""
-    text = f"{args.modelname}, {start}{teacher}, on train2017 of {args.coco_path}."
+    teacher = f", with {options['distill']} as its teacher" if options.get("distill") else ""
+    text = f"{folder.detector.modelname}, {start}{teacher}, on train2017 of {folder.data.coco_path}."
     figures = []
     if best is not None:
         figures.append(("best AP", best["test_AP"], f"epoch {best['epoch']}, on {SPLIT}{folder.measured_by}"))
@@ -81,11 +81,11 @@ def _lead(folder: RunFolder, epochs: Sequence[Mapping[str, Any]], best: Mapping[
         figures.append(("last AP", last["test_AP"], f"epoch {last['epoch']}{folder.measured_by}"))
     figures += [
         ("last training loss", last["train_loss"], f"epoch {last['epoch']}"),
-        ("epochs", f"{last['epoch'] + 1} of {args.epochs}", f"batch size {args.batch_size}"),
+        ("epochs", f"{last['epoch'] + 1} of {asked}", f"batch size {folder.data.batch_size}"),
         ("all parameters", last["n_parameters"], "of the detector trained"),
         ("duration", duration(_seconds(epochs)), "training and evaluation"),
     ]
-    unfinished = "" if last["epoch"] + 1 >= args.epochs else (
+    unfinished = "" if last["epoch"] + 1 >= asked else (
         "This run has not ended: the figures are those of the epochs so far. --resume checkpoint.pth goes on with it."
     )  # fmt: skip
     return "\n".join(
@@ -124,8 +124,8 @@ def _coco_table(measured: Sequence[Mapping[str, Any]], best: Mapping[str, Any] |
 
 def _costs(folder: RunFolder, full: Widths, widths: Widths) -> str:
     """What the detector costs beside a dense one of its kind, and its widths."""
-    size = image_size_of(folder.args, SPLIT)
-    before, after = (cost_at(folder.args, of, size) for of in (full, widths))
+    size = image_size_of(folder.data, SPLIT)
+    before, after = (cost_at(folder.detector, of, size) for of in (full, widths))
     if widths == full:
         return cost_section("dense", before, None, size)
     plots = page.plots(charts.widths_plots(full, widths))
@@ -138,8 +138,8 @@ def _detectors(folder: RunFolder, best: Mapping[str, Any] | None) -> list[tuple[
     """The detector at its best, and what it is to be held against: its teacher, or what a search had cut."""
     found = []
     start = folder.first_resume
-    if folder.args.distill:
-        found.append(("teacher", Path(folder.args.distill)))
+    if folder.options.get("distill"):
+        found.append(("teacher", Path(folder.options["distill"])))
     elif start is not None and Path(start).exists() and _is_search(Path(start), Path(start).stat().st_mtime_ns):
         found.append(("before fine-tuning", Path(start)))
     best_path = folder.path / "checkpoint_best.pth"

@@ -8,17 +8,44 @@ from collections.abc import Collection
 
 import torch
 
-from pruning.arguments import check_search_options, get_pruning_parser, schedule_of, settle_images
+from datasets.config import DataConfig
+from models.config import NETWORK_TITLE, DetectorConfig, LossConfig
+from pruning.config import MethodConfig, PrecisionConfig, StepConfig, TargetConfig, refuse_unread_by_search
 from pruning.schedule import Schedule
+from runs.config import LogConfig, RunConfig, SearchOptions
 from runs.search_run import Result, SearchRun
+from runs.settle import settle_search
 from runs.training_state import seed_everything
 from util import distributed
-from util.errors import UserError, run_cli
+from util.cli import add_options, parse, script_parser
+from util.errors import run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
 from util.logging import get_logger, log_to_file, stop_logging_to_file
-from weights.build import build_detector, settle_arguments
-from weights.options import parse
+from weights.build import build_detector
+
+
+def get_pruning_parser(schedule: Schedule, doc: str) -> argparse.ArgumentParser:
+    """The options of a search, with the schedule's values as defaults; `doc` is the script's docstring."""
+    parser = script_parser(doc)
+    run = parser.add_argument_group("run")
+    add_options(run, RunConfig)
+    add_options(run, PrecisionConfig)
+    add_options(parser.add_argument_group("data"), DataConfig)
+    add_options(parser.add_argument_group("log"), LogConfig)
+    add_options(parser.add_argument_group(NETWORK_TITLE), DetectorConfig)
+    add_options(parser.add_argument_group("losses that channels are ranked by"), LossConfig)
+    add_options(
+        parser.add_argument_group("targets"),
+        TargetConfig,
+        map_tol=schedule.map_tol,
+        skip_eval_converge=schedule.skip,
+        decay_points=schedule.points_per_module,
+        decay_fraction=schedule.fraction_per_module,
+    )
+    add_options(parser.add_argument_group("choice and reconstruction of channels"), MethodConfig)
+    add_options(parser.add_argument_group("search"), StepConfig)
+    return parser
 
 
 def run(schedule: Schedule, doc: str) -> None:
@@ -31,37 +58,33 @@ def run(schedule: Schedule, doc: str) -> None:
 
 
 def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] = ()) -> Result:
-    """Search by `schedule` with the options of `get_pruning_parser`; write the output to `args.output_dir`.
+    """Search by `schedule` with the options of `get_pruning_parser`; write the output to its `output_dir`.
 
     Raises:
         UserError: before anything is written.
         RunFailedError: no width passed, or something is not finite.
     """
     torch.set_flush_denormal(True)
-    check_search_options(args, typed)
-    if args.resume is None:
-        raise UserError("--resume: found none, expected the checkpoint of the detector to prune")
-    device = distributed.choose_device(args.device)
-    output_dir = check_output_dir(args.output_dir)
-    settle_images(args)
-    # Reading the checkpoint is the same as for an evaluation: no training goes on.
-    args.eval, args.start_fresh = args.search_split == "val2017", True
-    checkpoint, _ = settle_arguments(args, typed)
-    schedule = schedule_of(schedule, args)
+    options = SearchOptions.from_values(vars(args))
+    refuse_unread_by_search(options.search, typed)
+    device = distributed.choose_device(options.run.device)
+    output_dir = check_output_dir(options.run.output_dir)
+    options, checkpoint = settle_search(options, typed)
+    schedule = options.search.schedule(schedule)
     distributed.start(device)
-    seed_everything(args.seed)
+    seed_everything(options.run.seed)
     handler, lock = None, contextlib.ExitStack()
     try:
         lock.enter_context(hold_folder(output_dir))
-        model, criterion, postprocessors = build_detector(args, checkpoint)
-        run = SearchRun(schedule, args, model.to(device), output_dir, device)
+        model, criterion, postprocessors = build_detector(options.detector, checkpoint, options.losses)
+        run = SearchRun(schedule, options, model.to(device), output_dir, device)
         run.prepare(criterion.to(device), postprocessors["bbox"])
         base_ap = run.base_ap()
         # From here on the inputs are known to be good, and files are written.
         handler = log_to_file(output_dir / "run.log", run.notices)
-        if checkpoint is not None and checkpoint.remark:
+        if checkpoint.remark:
             run.log.info("%s", checkpoint.remark)
-        if args.search == "fast" and "skip_eval_converge" in typed:
+        if options.search.search == "fast" and "skip_eval_converge" in typed:
             get_logger().info("--skip_eval_converge: not used by --search fast, which has no subset of the images")
         return run.search(base_ap)
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -19,11 +18,10 @@ from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import GroundTruth, evaluator_name
 from datasets.notices import measured_notices
 from datasets.sizes import size_notices
-from models import build_model
+from models import build
 from models.criterion import Criterion
 from models.detector import Detector
 from models.widths import Widths
-from pruning.arguments import method_of, units_of
 from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
 from pruning.cache_plan import BatchShape, CachePlanner
 from pruning.cache_setup import batch_shapes, cache_options, cache_uses
@@ -40,8 +38,10 @@ from reports import plots
 from reports import search_log as report
 from reports.report import REPORT_NAME, write_report
 from reports.samples import Samples
+from runs.config import SearchOptions, TrainingOptions
 from util import distributed
 from util.board import Board
+from util.cli import options_of
 from util.environment import record_run
 from util.errors import RunFailedError
 from util.files import file_digest, move_aside
@@ -49,15 +49,15 @@ from util.interrupt import stop_after_step
 from util.logging import Notice, bar_off, get_logger, show
 from weights.checkpoint_file import plain_arguments, save_checkpoint
 from weights.huggingface import weights_digest
-from weights.options import DATA_OPTIONS
 
 SAFETENSORS_NAME = "pruned.safetensors"
 WIDTHS_PICTURE = "widths.png"
 AP_PICTURE = "ap_params.png"
+OPTIONS = options_of(SearchOptions)
 # What a search may be resumed with in another way: where things lie, and how fast they go.
-NOT_DECIDING = ("output_dir", "coco_path", "resume", "resume_search", "device", "num_workers", "images_at_once",
-                "cache_device", "cache_gb", "eval", "start_fresh", "use_dn",
-                "print_freq", "tensorboard", "save_safetensors", *DATA_OPTIONS)  # fmt: skip
+NOT_DECIDING = {name for name, field in OPTIONS.items() if field.metadata["stored"] == "run"} - {"cfgs"}
+# What older journals have beside the options of a search.
+UNREAD = {*options_of(TrainingOptions)} - {*OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -75,34 +75,35 @@ class SearchRun:
     """One search from the detector to its output files."""
 
     def __init__(
-        self, schedule: Schedule, args: argparse.Namespace, model: Detector, output_dir: Path, device: torch.device
+        self, schedule: Schedule, options: SearchOptions, model: Detector, output_dir: Path, device: torch.device
     ) -> None:
-        self.schedule, self.args, self.model, self.device = schedule, args, model, device
-        self.output_dir = output_dir
+        self.schedule, self.options, self.model, self.device = schedule, options, model, device
+        self.output_dir, self.config, self.split = output_dir, options.search, options.search.split
+        self.units = options.search.units(options.detector.nheads, options.run.seed)
         self.log = get_logger()
         self.decisions: list[Decision] = []
         self.trials: list[Trial] = []
         self.notices: list[Notice] = []  # what was logged about the data before there was a log file
-        self.board = Board(output_dir, args.tensorboard)
+        self.board = Board(output_dir, options.log.tensorboard)
 
     def prepare(self, criterion: Criterion, postprocess: Any) -> None:
         """Read the images once and keep what the backbone makes of them."""
-        args = self.args
-        dataset = build_dataset(args.search_split, args, augment=False)
-        self.notices = measured_notices(dataset, args.num_queries * max(1, args.num_patterns))
+        config, data, seed = self.config, self.options.data, self.options.run.seed
+        dataset = build_dataset(self.split, data)
+        self.notices = measured_notices(dataset, self.options.detector.matching_queries)
         show(self.notices)
-        asked = len(dataset) if args.search_images in (None, "all") else args.search_images
-        self.num_images = min(asked, len(dataset))
+        asked = config.search_images
+        self.num_images = min(asked, len(dataset)) if isinstance(asked, int) else len(dataset)
         ground_truth = GroundTruth(dataset.annotation_file, dataset.ids[: self.num_images])
         # The split's order defines the first images, the first batch and the subset, so images are not sorted by shape.
-        numbers = batch_numbers(self.num_images, args.batch_size)
-        batches = [range(n * args.batch_size, min((n + 1) * args.batch_size, self.num_images)) for n in numbers]
+        numbers = batch_numbers(self.num_images, data.batch_size)
+        batches = [range(n * data.batch_size, min((n + 1) * data.batch_size, self.num_images)) for n in numbers]
         own_images: Subset = Subset(dataset, [index for batch in batches for index in batch])
-        loader = build_loader(own_images, args.batch_size, shuffle=False, num_workers=args.num_workers, seed=args.seed)
+        loader = build_loader(own_images, data.batch_size, shuffle=False, num_workers=data.num_workers, seed=seed)
         height, width = dataset[0][0].shape[-2:]
         self.image_size_hw = (height, width)
-        shapes = batch_shapes(dataset, batches, args.image_size, self.image_size_hw)
-        self.prices = prices_of(args, self.model, self.image_size_hw)
+        shapes = batch_shapes(dataset, batches, data.image_size, self.image_size_hw)
+        self.prices = prices_of(config, self.units, self.model, self.image_size_hw)
         self.bench = DetectorBench(
             self.model,
             criterion,
@@ -111,14 +112,14 @@ class SearchRun:
                 loader,
                 numbers,
                 ground_truth,
-                args.subset_batches_attention,
-                args.subset_batches_ffn,
-                calibration_batches=-(-args.calibration_images // args.batch_size),
+                config.subset_batches_attention,
+                config.subset_batches_ffn,
+                calibration_batches=-(-config.calibration_images // data.batch_size),
             ),
             step_shares(self.model, self.image_size_hw),
-            method=method_of(args),
-            passes=Passes(self.device, args.images_at_once, args.amp, args.eval_amp),
-            seed=args.seed,
+            method=config.method,
+            passes=Passes(self.device, config.images_at_once, config.amp, config.eval_amp),
+            seed=seed,
             cache_plan=functools.partial(self._plan_cache, shapes),
             progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
         )
@@ -129,8 +130,12 @@ class SearchRun:
         self, shapes: Sequence[BatchShape], kept_batches: Collection[int], calibrated_batches: Collection[int]
     ) -> CachePlanner:
         """What decides how features and states of batches of these shapes are kept."""
-        uses = cache_uses(self.args, shapes, self.num_images, kept_batches, calibrated_batches)
-        options = cache_options(self.args, self.output_dir / JOURNAL_NAME)
+        detections = self.num_images * self.options.detector.num_select
+        uses = cache_uses(
+            self.config, shapes, self.num_images, kept_batches, calibrated_batches,
+            num_workers=self.options.data.num_workers, detections=detections,
+        )  # fmt: skip
+        options = cache_options(self.config, self.output_dir / JOURNAL_NAME)
         self.planner = CachePlanner(self.model, uses, options, self.device)
         return self.planner
 
@@ -142,8 +147,8 @@ class SearchRun:
                 to one unit.
         """
         base_ap = self.bench.full_ap()
-        check_base_ap(self.args, base_ap)
-        if self.args.keep is None:
+        check_base_ap(split_of(self.options.data, self.split), self.options.run.resume, base_ap)
+        if self.config.keep is None:
             check_targets(self.schedule, base_ap, self._visits)
         return base_ap
 
@@ -164,7 +169,7 @@ class SearchRun:
         self.journal, cache = Journal(self.output_dir / JOURNAL_NAME), self.bench.cache
         self.log.info(
             "%s on %s: %d images, mAP %.4f before, by %s; features take %.0f MB on %s%s",
-            self.schedule.name, self.args.search_split, self.num_images, base_ap, evaluator_name(),
+            self.schedule.name, self.split, self.num_images, base_ap, evaluator_name(),
             cache.nbytes / 1e6, cache.storage.device, " in bfloat16" if cache.storage.dtype else "",
         )  # fmt: skip
         if left_out := cache.images_without_features:
@@ -174,12 +179,12 @@ class SearchRun:
         base_ap, past = self._open_journal(self._facts(base_ap))
         self.board.open(len(past))
         self.board.add({"search/mAP": base_ap}, 0)
-        hint = f"stopped; go on with the same command and --resume_search, from {self.journal.path}"
+        hint = f"stopped; continue with the same command and --resume_search, from {self.journal.path}"
         with stop_after_step(hint) as self.stop_if_asked:
             kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
             self.stop_if_asked()
         result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
-        passed = self.args.keep is not None or result.widths != self.model.widths
+        passed = self.config.keep is not None or result.widths != self.model.widths
         distributed.on_main(lambda: self._write(result) if passed else self._write_failure(result))
         self.board.close()
         if not passed:
@@ -194,9 +199,9 @@ class SearchRun:
         """Log what makes the outcome doubtful before the search begins."""
         if not distributed.is_main():
             return
-        if self.args.keep is None:
+        if self.config.keep is None:
             warn_of_low_target(lowest_target_ap(self.schedule, base_ap, self._visits), base_ap)
-        warn_of_images(self.args, self.bench.method.is_calibrated)
+        warn_of_images(self.options.data, self.split, self.bench.method.is_calibrated)
 
     def _open_journal(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
         """Begin the journal, or read what it holds of this search; the same in every process.
@@ -208,31 +213,31 @@ class SearchRun:
         def begin() -> tuple[float, list[dict[str, Any]]]:
             base_ap: float = facts["base_ap"]
             past: list[dict[str, Any]] = []
-            if self.args.resume_search:
-                base_ap, past = self.journal.resume(facts)
+            if self.config.resume_search:
+                base_ap, past = self.journal.resume(facts, UNREAD)
             if not past:
                 self._move_results_aside()
                 if not self.journal.begun:
                     self.journal.start(facts)
             record_run(
                 self.output_dir,
-                plain_arguments(self.args),
+                plain_arguments(self.options.values()),
                 self.device,
                 evaluator_name(),
-                continuing=self.args.resume_search,
+                continuing=self.config.resume_search,
             )
             return base_ap, past
 
         base_ap, past = distributed.on_main(begin)
         if past:
-            self.log.info("going on behind %d journal lines of %s", len(past), self.journal.path)
-        elif self.args.resume_search:
+            self.log.info("continuing after %d journal lines of %s", len(past), self.journal.path)
+        elif self.config.resume_search:
             self.log.info("%s holds no decision yet: the search begins", self.journal.path)
         return base_ap, past
 
     def _search_modules(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
         """Visit one module after the other; returns the kept sets and mAP of the whole split."""
-        units, order = units_of(self.args), self.schedule.order(self.bench.modules)
+        units, order = self.units, self.schedule.order(self.bench.modules)
         replayed = read_events(past, "decision", Decision, self.journal.path)
         self.decisions += replayed
         with report.ProgressBar(list(self.bench.modules.values()), units, self.bench.method, bar_off()) as bar:
@@ -258,9 +263,9 @@ class SearchRun:
 
     def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
         """Price all modules at once; returns the kept sets and mAP of the whole split."""
-        args, prices = self.args, self.prices
+        config, prices = self.config, self.prices
         search = BudgetSearch(self.bench, prices.costs, prices.total, base_ap)
-        sweeps = 1 + (EVALUATIONS if args.keep is None else len(POWERS))
+        sweeps = 1 + (EVALUATIONS if config.keep is None else len(POWERS))
         threshold_ap = self.schedule.fast_threshold_ap(base_ap)
         with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
             numbers = itertools.count(len(past) + 1)
@@ -269,7 +274,7 @@ class SearchRun:
                 distributed.on_main(lambda: self.journal.trial(trial))
                 self.board.add(report.trial_scalars(trial), next(numbers))
                 self.log.info("%s", report.trial_line(trial))
-                bar.set_postfix_str(report.trial_summary(trial, None if args.keep else threshold_ap))
+                bar.set_postfix_str(report.trial_summary(trial, None if config.keep else threshold_ap))
                 self.stop_if_asked()
 
             def show(name: str, width: int | None) -> None:
@@ -278,25 +283,25 @@ class SearchRun:
 
             search.replayed = read_events(past, "trial", Trial, self.journal.path)
             search.on_trial, search.progress = record, show
-            self.log.info("mAP to keep: %s", "any" if args.keep else f"{threshold_ap:.4f}")
-            kept, best = search.run(args.keep, threshold_ap)
+            self.log.info("mAP to keep: %s", "any" if config.keep else f"{threshold_ap:.4f}")
+            kept, best = search.run(config.keep, threshold_ap)
         self.trials, self.best_trial, self.effort = search.trials, best, search.effort
         return kept, base_ap if best is None else best.full_ap
 
     def _facts(self, base_ap: float) -> dict[str, Any]:
         """What the search depends on; one with other facts is another search."""
-        args = plain_arguments(self.args)
+        args = plain_arguments(self.options.values())
         return {
             "version": VERSION,
             "args": {
-                **{name: value for name, value in args.items() if name not in NOT_DECIDING},
+                **{name: value for name, value in args.items() if name not in NOT_DECIDING | UNREAD},
                 "cache_dtype": "same" if self.bench.cache.storage.dtype is None else "bfloat16",
             },
-            "weights": weights_digest(Path(self.args.resume)),
-            "annotations": file_digest(split_of(self.args, self.args.search_split).annotation_file),
+            "weights": weights_digest(Path(self.options.run.resume or "")),
+            "annotations": file_digest(split_of(self.options.data, self.split).annotation_file),
             "schedule": dataclasses.asdict(self.schedule),
             "method": dataclasses.asdict(self.bench.method),
-            "units": dataclasses.asdict(units_of(self.args)),
+            "units": dataclasses.asdict(self.units),
             "base_ap": base_ap,
             "full_widths": self.model.widths.to_list(),
         }
@@ -326,19 +331,19 @@ class SearchRun:
             state_dict=self.model.state_dict(),
             widths=widths_after(self.model.widths, kept),
             full_widths=self.model.widths,
-            arguments=self.args,
-            num_classes=self.args.num_classes,
-            categories=self.args.categories,
+            arguments=self.options.values(),
+            num_classes=self.options.detector.num_classes,
+            categories=self.options.detector.categories,
             kept=kept,
             trace=trace,
-            safetensors=self.args.save_safetensors,
+            safetensors=self.options.run.save_safetensors,
         )
 
     def _write(self, result: Result) -> None:
         """The output file, pictures, the journal's end and the report; then tables and the command to type next."""
         self._save(result.kept)
         before, after = self._costs(result.widths)
-        caption = f"{self.schedule.name.upper()} searching on {self.args.search_split}"
+        caption = f"{self.schedule.name.upper()} searching on {self.split}"
         plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.model.widths, result.widths)
         if self.decisions:
             points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
@@ -363,11 +368,14 @@ class SearchRun:
         self.log.info(
             "mAP on %s: %.4f before, %.4f after, by %s; %d images through the backbone, %d through a part of the rest, "
             "worth %.0f whole passes; %.0f s",
-            self.args.search_split, result.base_ap, result.ap, evaluator_name(), self.bench.counter.backbone_images,
+            self.split, result.base_ap, result.ap, evaluator_name(), self.bench.counter.backbone_images,
             effort["image_passes"], effort["whole_passes"], effort["seconds"],
         )  # fmt: skip
         self.log.info("--cfgs '%s'", result.widths)
-        self.log.info("next: %s", report.next_command(self.args, result.path))
+        self.log.info("next: %s", self._next_command(result.path))
+
+    def _next_command(self, path: Path) -> str:
+        return report.next_command(self.options.detector.modelname, self.options.data, self.config.use_dn, path)
 
     def _write_failure(self, result: Result) -> None:
         """The journal's end and the report of a search in which nothing passed, and the table of what was tried."""
@@ -394,9 +402,7 @@ class SearchRun:
 
     def _costs(self, widths: Widths) -> tuple[Cost, Cost]:
         with torch.device("meta"):
-            slim, _, _ = build_model(
-                argparse.Namespace(**{**vars(self.args), "cfgs": widths, "pretrained_backbone": False})
-            )
+            slim, _, _ = build(dataclasses.replace(self.options.detector, cfgs=widths))
         return cost_of(self.model, self.image_size_hw), cost_of(slim, self.image_size_hw)
 
 

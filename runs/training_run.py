@@ -1,6 +1,5 @@
 """A training or evaluation run of `main.py`: the detector, its data, and the files that come of it."""
 
-import argparse
 import json
 import math
 import statistics
@@ -20,12 +19,13 @@ from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import STAT_NAMES, GroundTruth, ap_by_category, evaluator_name, shown
 from datasets.notices import measured_notices, training_notices
 from datasets.sizes import size_notices
-from models import full_widths
 from pruning.cost import cost_of
 from reports.report import REPORT_NAME, write_report
 from reports.samples import Samples
 from reports.training_page import EPOCH_COLUMNS, epoch_rows
 from runs.batch_log import BatchLog
+from runs.config import TrainingOptions
+from runs.settle import build_distillation
 from runs.training_state import TrainingState, resume_changes
 from util import distributed
 from util.board import Board
@@ -33,7 +33,6 @@ from util.environment import record_run
 from util.errors import NonFiniteLossError
 from util.files import append_json_line, copy_file, free_name, move_aside, write_atomic, write_json
 from util.logging import Notice, get_logger, show, table
-from weights.build import build_distillation
 from weights.checkpoint_file import Checkpoint, plain_arguments, save_checkpoint
 from weights.safetensors_file import SUFFIX
 
@@ -45,55 +44,58 @@ class Run:
         notices: what was logged about the data before there was a log file.
     """
 
-    def __init__(self, args: argparse.Namespace, detector: tuple, device: torch.device, output_dir: Path) -> None:
+    def __init__(self, options: TrainingOptions, detector: tuple, device: torch.device, output_dir: Path) -> None:
         model, self.criterion, postprocessors = detector
-        self.args, self.device, self.output_dir = args, device, output_dir
+        self.options, self.device, self.output_dir = options, device, output_dir
+        data = options.data
         self.model = model.to(device)
         self.criterion.to(device)
         self.postprocess = postprocessors["bbox"]
-        self.loader_options = {
-            "num_workers": args.num_workers,
-            "seed": args.seed,
+        self.loader_options: dict[str, Any] = {
+            "num_workers": data.num_workers,
+            "seed": options.run.seed,
             "distributed": distributed.is_distributed(),
             "pin_memory": device.type == "cuda",
         }
-        self.ground_truth = GroundTruth(split_of(args, "val2017").annotation_file)
-        self.val_dataset = build_dataset("val2017", args, augment=False)
+        self.ground_truth = GroundTruth(split_of(data, "val2017").annotation_file)
+        self.val_dataset = build_dataset("val2017", data)
         self.notices: list[Notice] = []
-        self._notice(measured_notices(self.val_dataset, args.num_queries * max(1, args.num_patterns)))
+        self._notice(measured_notices(self.val_dataset, options.detector.matching_queries))
         by_shape = Subset(self.val_dataset, self.val_dataset.order_by_shape())
-        self.val_loader = build_loader(by_shape, args.batch_size, shuffle=False, **self.loader_options)
+        self.val_loader = build_loader(by_shape, data.batch_size, shuffle=False, **self.loader_options)
         self.log = get_logger()
-        self.board = Board(output_dir, args.tensorboard and not args.eval)
+        self.board = Board(output_dir, options.log.tensorboard and not options.run.eval)
 
-    def prepare_training(self, checkpoint: Checkpoint | None, continuing: bool) -> None:
-        """Training data, optimizer, and the state of an unfinished training run if it goes on."""
-        args = self.args
-        dataset = build_dataset("train2017", args, augment=True)
+    def prepare_training(self, continued: Checkpoint | None) -> None:
+        """Training data and optimizer, and the state of the training that continues, if any."""
+        options = self.options
+        dataset = build_dataset(
+            "train2017", options.data, augmentation=options.training.augmentation, seed=options.run.seed
+        )
         require_training_boxes(dataset.annotation_file)
-        self._notice(training_notices(dataset, args.num_queries * max(1, args.num_patterns)))
-        self.train_loader = build_loader(dataset, args.batch_size, shuffle=True, **self.loader_options)
+        self._notice(training_notices(dataset, options.detector.matching_queries))
+        self.train_loader = build_loader(dataset, options.data.batch_size, shuffle=True, **self.loader_options)
         self.wrapped = self.model
         if distributed.is_distributed():
             devices = [self.device.index] if self.device.type == "cuda" else None
             # The decoder's query_scale serves from its second layer on; all else is used whatever the batch holds.
-            unused = args.dec_layers == 1
+            unused = options.detector.dec_layers == 1
             self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
-        self.distillation = build_distillation(args, self.model)
+        self.distillation = build_distillation(options, self.model)
         self.samples = Samples(self.device)
-        self.continuing, self.begun = continuing, False
-        steps = math.ceil(len(self.train_loader) / args.accumulate)
-        self.state = TrainingState(self.model, args, steps, len(dataset))
+        self.continuing, self.begun = continued is not None, False
+        steps = math.ceil(len(self.train_loader) / options.training.accumulate)
+        self.state = TrainingState(self.model, options.training, steps, len(dataset), options.run.amp)
         self.changes: list[str] = []
-        if continuing:
-            self.state.load(checkpoint.training, self.state.best_model.state_dict(), str(checkpoint.path))
-            self.changes = resume_changes(checkpoint, args, self.state)
+        if continued is not None:
+            self.state.load(continued.training or {}, self.state.best_model.state_dict(), str(continued.path))
+            self.changes = resume_changes(continued, options, self.state)
 
     def _notice(self, notices: list[Notice]) -> None:
         show(notices)
         self.notices += notices
 
-    def costs(self) -> dict[str, int | float]:
+    def costs(self) -> dict[str, Any]:
         """Parameters, and GMACs of the transformer and of the detector for an image of the first one's size."""
         height, width = self.val_dataset[0][0].shape[-2:]
         cost = cost_of(self.model, (height, width))
@@ -115,16 +117,16 @@ class Run:
             self.ground_truth,
             device=self.device,
             criterion=self.criterion if with_losses else None,
-            amp=self.args.eval_amp,
+            amp=self.options.run.eval_amp,
         )
-        if self.args.save_results and distributed.is_main():
+        if self.options.run.save_results and distributed.is_main():
             write_json(self.output_dir / "results.json", engine.to_coco_results(result.detections), indent=None)
         show(size_notices(self.val_loader))
         return result
 
     def evaluate_only(self) -> dict[str, float]:
         """Evaluate, print the figures, keep them in eval.json."""
-        if self.args.resume is None:
+        if self.options.run.resume is None:
             self.log.warning("no --resume: these are the figures of a network that has not been trained")
         result = self.evaluate(self.model)
         figures = {**result.stats, "evaluator": evaluator_name(), **self.costs()}
@@ -132,7 +134,7 @@ class Run:
         if distributed.is_main():
             content = {
                 **figures,
-                "eval_amp": self.args.eval_amp,
+                "eval_amp": self.options.run.eval_amp,
                 "widths": self.model.widths.to_list(),
                 "categories": categories,
             }
@@ -149,29 +151,28 @@ class Run:
         nothing = {"AP": -1.0, "AP50": -1.0}
         return [
             {"id": number, "name": name, "boxes": boxes[number], **found.get(number, nothing)}
-            for number, name in sorted(self.args.categories.items())
+            for number, name in sorted((self.options.detector.categories or {}).items())
         ]
 
     def train(self) -> dict[str, float]:
         """Train the epochs that are left; returns the figures of the last evaluation."""
-        args, state = self.args, self.state
+        training, state = self.options.training, self.state
         figures = self.costs()
         self.log.info("%s", table(["network", ""], figures.items()))
+        values = plain_arguments(self.options.values())
         distributed.on_main(
-            lambda: record_run(
-                self.output_dir, plain_arguments(args), self.device, evaluator_name(), continuing=self.continuing
-            )
+            lambda: record_run(self.output_dir, values, self.device, evaluator_name(), continuing=self.continuing)
         )
         self.board.open(state.batches)
         if self.changes:
             self.log.info("epoch %d continues with %s", state.epoch, ", ".join(self.changes))
         stats: dict[str, float] = {}
         lines: list[dict[str, Any]] = []
-        while state.epoch < args.epochs:
+        while state.epoch < training.epochs:
             line = {"epoch": state.epoch, **self._train_epoch()}
             state.epoch += 1
             state.batches += len(self.train_loader)
-            if state.epoch % args.eval_every == 0 or state.epoch == args.epochs:
+            if state.epoch % training.eval_every == 0 or state.epoch == training.epochs:
                 start = time.perf_counter()
                 try:
                     result = self.evaluate(state.best_model, with_losses=True)
@@ -190,11 +191,13 @@ class Run:
 
     def _train_epoch(self) -> dict[str, Any]:
         """One epoch; returns mean learning rates, mean losses and seconds."""
-        args, state = self.args, self.state
+        training, state = self.options.training, self.state
         start = time.perf_counter()
         self.train_loader.set_epoch(state.epoch)
         rates: list[Sequence[float]] = []
-        log = BatchLog(args.print_freq, state.epoch, args.epochs, len(self.train_loader), self._show_batches)
+        log = BatchLog(
+            self.options.log.print_freq, state.epoch, training.epochs, len(self.train_loader), self._show_batches
+        )
 
         def on_batch(losses: Mapping[str, Tensor], images: int, batch_rates: Sequence[float]) -> None:
             rates.append(batch_rates)
@@ -208,10 +211,10 @@ class Run:
             device=self.device,
             epoch=state.epoch,
             scheduler=state.scheduler,
-            clip_max_norm=args.clip_max_norm,
-            amp=args.amp,
+            clip_max_norm=training.clip_max_norm,
+            amp=self.options.run.amp,
             scaler=state.scaler,
-            accumulate=args.accumulate,
+            accumulate=training.accumulate,
             weight_average=state.weight_average,
             distillation=self.distillation,
             on_batch=on_batch,
@@ -227,12 +230,12 @@ class Run:
         self.board.add({f"batch/{name}": value for name, value in scalars.items()}, self.state.batches + done)
 
     def _save(self, line: dict[str, Any]) -> None:
-        """Checkpoint, best checkpoint, a line of log.txt; training can go on from here."""
+        """Checkpoint, best checkpoint, a line of log.txt; training can continue from here."""
         state = self.state
         ap = line.get("test_AP")
         # Where AP cannot be measured, the last epoch counts as the best.
         is_best = ap is not None and (ap == -1 or ap > state.best_ap)
-        if is_best and ap != -1:
+        if ap is not None and is_best and ap != -1:
             state.best_ap = ap
         training = state.state_dict()
         distributed.on_main(lambda: self._write_epoch(line, training, is_best))
@@ -242,11 +245,11 @@ class Run:
         content = {
             "state_dict": self.state.best_model.state_dict(),
             "widths": self.model.widths,
-            "full_widths": full_widths(self.args),
-            "arguments": self.args,
-            "num_classes": self.args.num_classes,
-            "categories": self.args.categories,
-            "safetensors": self.args.save_safetensors,
+            "full_widths": self.options.detector.full_widths,
+            "arguments": self.options.values(),
+            "num_classes": self.options.detector.num_classes,
+            "categories": self.options.detector.categories,
+            "safetensors": self.options.run.save_safetensors,
         }
         # An epoch counts once checkpoint.pth has it: killed before, a run does it again, and writes the rest again.
         if is_best:
@@ -259,7 +262,7 @@ class Run:
         self.log.info("epoch %d: loss %.4f, %s, %.1f s", line["epoch"], line["train_loss"], found, seconds)
 
     def _make_way(self, epoch: int) -> None:
-        """Once, before the first files of a run: those of an older one are moved aside, those it goes on with taken up.
+        """Before the first write: move an older run's files aside or, when resuming, continue them.
 
         `epoch` is the one about to be written.
         """
@@ -267,7 +270,7 @@ class Run:
             return
         self.begun = True
         if self.continuing:
-            take_up_log(self.output_dir / "log.txt", epoch)
+            continue_log(self.output_dir / "log.txt", epoch)
             return
         checkpoints = [f"{name}{suffix}" for name in ("checkpoint", "checkpoint_best") for suffix in (".pth", SUFFIX)]
         moved = [move_aside(self.output_dir / name) for name in (*checkpoints, "log.txt", REPORT_NAME)]
@@ -304,7 +307,7 @@ def _category_table(categories: list[dict[str, Any]]) -> str:
     return table(["category", "id", "boxes", "AP", "AP50"], rows) + left_out
 
 
-def take_up_log(path: Path, epoch: int) -> None:
+def continue_log(path: Path, epoch: int) -> None:
     """Drop from a log.txt what is done again: a line that a crash cut short, and those from `epoch` on.
 
     Where that is more than the line of an epoch that a crash kept from its checkpoint, the old file is kept beside it.
@@ -322,7 +325,7 @@ def take_up_log(path: Path, epoch: int) -> None:
 
 
 def _epoch_of(line: bytes) -> float:
-    """The epoch of a line of log.txt; below all others for a line that tells none."""
+    """The epoch of a line of log.txt; below all others for a line without one."""
     try:
         return float(json.loads(line)["epoch"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):

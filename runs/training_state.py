@@ -1,6 +1,5 @@
-"""All that training needs to go on exactly where it stopped: optimizer, schedule, averages, random generators."""
+"""All that training needs to continue exactly where it stopped: optimizer, schedule, averages, random generators."""
 
-import argparse
 import math
 import random
 from typing import Any
@@ -9,13 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from datasets.config import SplitConfig
+from runs.config import TrainingConfig, TrainingOptions
 from util import distributed
+from util.cli import options_of
 from util.ema import WeightAverage
 from util.errors import UserError, reason_of, shorten
 from util.learning_rate import rate
-from weights.checkpoint_file import Checkpoint
-from weights.options import DATA_OPTIONS
-from weights.stored_options import OF_THE_RUN
+from weights.formats import Checkpoint
 
 
 class TrainingState:
@@ -23,9 +23,10 @@ class TrainingState:
 
     Args:
         model: the detector, on its device, not wrapped.
-        args: reads lr, lr_backbone, weight_decay, lr_schedule, lr_drop, warmup_iters, epochs, amp, ema_decay, seed.
+        training: reads all but augmentation, clip_max_norm and eval_every.
         steps_per_epoch: optimizer steps.
         train_images: images of the training set, for `resume_changes`.
+        amp: mixed precision, a key of `engine.AMP_DTYPES`.
 
     Attributes:
         epoch: epochs done.
@@ -35,17 +36,22 @@ class TrainingState:
     """
 
     def __init__(
-        self, model: nn.Module, args: argparse.Namespace, steps_per_epoch: int, train_images: int | None = None
+        self,
+        model: nn.Module,
+        training: TrainingConfig,
+        steps_per_epoch: int,
+        train_images: int | None = None,
+        amp: str = "off",
     ) -> None:
         self.model = model
-        self.args = args
+        self.training = training
         self.steps_per_epoch, self.train_images = steps_per_epoch, train_images
-        self.warmup_epochs = args.warmup_iters / steps_per_epoch
-        groups = parameter_groups(model, args.lr, args.lr_backbone)
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        self.warmup_epochs = training.warmup_iters / steps_per_epoch
+        groups = parameter_groups(model, training.lr, training.lr_backbone)
+        self.optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate_factor)
-        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type) if args.amp == "fp16" else None
-        self.weight_average = WeightAverage(model, args.ema_decay) if args.ema_decay > 0 else None
+        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type) if amp == "fp16" else None
+        self.weight_average = WeightAverage(model, training.ema_decay) if training.ema_decay > 0 else None
         self.epoch, self.batches = 0, 0
         self.best_ap = -math.inf
 
@@ -56,14 +62,15 @@ class TrainingState:
 
     def rate_factor(self, step: int) -> float:
         """Factor of the learning rates for an optimizer step of the run, counted from 0: that of the step's middle."""
-        args = self.args
-        fraction = (step + 0.5) / (self.steps_per_epoch * args.epochs)
-        warmup, drop = self.warmup_epochs / args.epochs, args.lr_drop / args.epochs
-        return rate(fraction, args.lr_schedule, warmup=warmup, drop=drop)
+        training = self.training
+        fraction = (step + 0.5) / (self.steps_per_epoch * training.epochs)
+        warmup, drop = self.warmup_epochs / training.epochs, training.lr_drop / training.epochs
+        return rate(fraction, training.lr_schedule, warmup=warmup, drop=drop)
 
     def generators(self) -> dict[str, Any]:
         """State of every random generator of this process, of types that weights-only loading takes."""
-        name, keys, *rest = np.random.get_state()
+        state: Any = np.random.get_state()
+        name, keys, *rest = state
         return {
             "python": random.getstate(),
             "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
@@ -78,7 +85,7 @@ class TrainingState:
             "lr_scheduler": {
                 "last_epoch": self.scheduler.last_epoch,
                 "steps_per_epoch": self.steps_per_epoch,
-                "warmup_iters": self.args.warmup_iters,
+                "warmup_iters": self.training.warmup_iters,
                 "warmup_epochs": self.warmup_epochs,
             },
             "train_images": self.train_images,
@@ -95,7 +102,7 @@ class TrainingState:
         return state
 
     def load(self, state: dict[str, Any], averaged: dict[str, torch.Tensor], source: str) -> None:
-        """Go on from `state_dict()`; the model must already hold the checkpoint's weights.
+        """Continue from `state_dict()`; the model must already hold the checkpoint's weights.
 
         Options of the optimizer that differ from the checkpoint's (they were typed) win over it.
 
@@ -117,7 +124,7 @@ class TrainingState:
         self._check_moments()
         self.epoch = state["epoch"]
         # Older versions did not count batches: at least as many, so that no curve is cut.
-        self.batches = state.get("batches", self.epoch * self.steps_per_epoch * self.args.accumulate)
+        self.batches = state.get("batches", self.epoch * self.steps_per_epoch * self.training.accumulate)
         self.warmup_epochs = self._warmup_epochs_of(state["lr_scheduler"])
         self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
         factor = self.rate_factor(self.scheduler.last_epoch)
@@ -135,12 +142,14 @@ class TrainingState:
 
     def _warmup_epochs_of(self, scheduler: dict[str, Any]) -> float:
         """The length of the run's warm-up, which another --warmup_iters replaces."""
-        if scheduler.get("warmup_iters", self.args.warmup_iters) != self.args.warmup_iters:
+        if scheduler.get("warmup_iters", self.training.warmup_iters) != self.training.warmup_iters:
             return self.warmup_epochs
         if "warmup_epochs" in scheduler:
             epochs = float(scheduler["warmup_epochs"])
         elif scheduler["last_epoch"]:
-            epochs = self.args.warmup_iters * self.epoch / scheduler["last_epoch"]  # older versions: the steps so far
+            epochs = (
+                self.training.warmup_iters * self.epoch / scheduler["last_epoch"]
+            )  # older versions: the steps so far
         else:
             epochs = self.warmup_epochs
         if not 0 <= epochs < math.inf:
@@ -165,7 +174,7 @@ class TrainingState:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
     """Parameters in two groups: transformer and heads, and those of the backbone with its own learning rate."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
@@ -174,18 +183,22 @@ def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[di
     ]
 
 
-def resume_changes(checkpoint: Checkpoint, args: argparse.Namespace, state: TrainingState) -> list[str]:
+def resume_changes(checkpoint: Checkpoint, options: TrainingOptions, state: TrainingState) -> list[str]:
     """What differs between a training run and the one that it continues, each as `name old -> new`.
 
     Args:
         checkpoint: of the run to continue.
-        args: of the run that continues it.
+        options: of the run that continues it.
         state: of the same, before or after it has loaded the checkpoint's.
     """
     stored, training = checkpoint.arguments, checkpoint.training or {}
-    left_out = {*OF_THE_RUN, "pretrained_backbone"} - {"coco_path", *DATA_OPTIONS}
-    names = [name for name in vars(args) if name in stored and name not in left_out]
-    pairs = {f"--{name}": (stored[name], getattr(args, name)) for name in names}
+    values, of_data = options.values(), options_of(SplitConfig) | {"coco_path": None}
+    names = [
+        name
+        for name, field in options_of(TrainingOptions).items()
+        if name in stored and name != "pretrained_backbone" and (field.metadata["stored"] != "run" or name in of_data)
+    ]
+    pairs = {f"--{name}": (stored[name], values[name]) for name in names}
     pairs["processes"] = (len(training["generators"]), distributed.world_size())
     if "train_images" in training:
         steps = training["lr_scheduler"]["steps_per_epoch"]

@@ -15,13 +15,12 @@ from datasets import check
 from datasets.annotations import category_names
 from datasets.coco import annotation_path
 from datasets.coco_eval import evaluator_name
-from pruning.arguments import get_pruning_parser
 from pruning.schedule import MGP
-from runs.search_command import search
+from runs.search_command import get_pruning_parser, search
 from tests.tiny_run import options, write_self_annotated
+from util.cli import parse
 from util.errors import run_cli
 from util.logging import get_logger
-from weights.options import parse
 
 NAMES = {1: "Łódź", 2: "\r\nring\x85two ", 3: "\x1b[31mred\0", 4: "圆\n", 5: "\u2029", 6: "a\tb"}
 PLAIN = {1: "Łódź", 2: "ring two", 3: r"\x1b[31mred\x00", 4: "圆", 5: "5", 6: "a b"}

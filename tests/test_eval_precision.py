@@ -7,13 +7,12 @@ import pytest
 import torch
 
 import main
-from pruning.arguments import get_pruning_parser
 from pruning.schedule import MGP
 from reports.samples import Samples
 from reports.training_page import training_page
-from runs.search_command import search
+from runs.search_command import get_pruning_parser, search
 from tests.tiny_run import options, write_self_annotated
-from weights.options import parse
+from util.cli import parse
 
 SLOW = "--lr 1e-6 --lr_backbone 1e-6 --weight_decay 0 --augmentation flip --num_workers 0 --device cpu"
 

@@ -13,9 +13,9 @@ from models.widths import Widths
 from tests.pruning.tiny import VARIANTS, pictures, tiny_args, tiny_detector
 from tools import export_formats as exporting
 from tools.export_check import Case, check_export, greatest_difference
+from util.cli import parse
 from util.errors import UserError
 from weights.checkpoint_file import save_checkpoint
-from weights.options import parse
 
 FULL = Widths.dense(1, 2, 32, 32)
 SLIM = Widths.parse([[[16, 20]], [[8, 32, 16], [32, 4, 32]]])
@@ -29,7 +29,8 @@ def run_script(*words):
 def save(path, network="", cfgs=None, **more):
     """A tiny detector's checkpoint."""
     model, _, postprocessors = tiny_detector(network, cfgs, seed=1)
-    content = {"widths": model.widths, "full_widths": FULL, "arguments": tiny_args(network, cfgs), "num_classes": 7}
+    arguments = vars(tiny_args(network, cfgs))
+    content = {"widths": model.widths, "full_widths": FULL, "arguments": arguments, "num_classes": 7}
     save_checkpoint(path, **{**content, **more}, state_dict=model.state_dict())
     return model.eval(), postprocessors["bbox"]
 

@@ -13,10 +13,10 @@ import inference
 import main
 import prune_greedy
 import prune_greedy_ad
-from pruning.arguments import get_pruning_parser
+from main import get_args_parser
 from pruning.schedule import GP, MGP
+from runs.search_command import get_pruning_parser
 from util.cli import script_parser
-from weights.options import get_args_parser
 
 ROOT = Path(main.__file__).parent
 PARSERS = {

@@ -16,9 +16,9 @@ from pruning.transplant import widths_after
 from tests.pruning.tiny import tiny_detector
 from tests.tiny_run import TINY, options, write_self_annotated
 from tools import prediction as predict
+from util.cli import parse
 from util.errors import UserError, run_cli
 from weights.checkpoint_file import Checkpoint, read_checkpoint, save_checkpoint
-from weights.options import parse
 
 
 @pytest.fixture(scope="module")

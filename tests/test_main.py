@@ -1,6 +1,5 @@
 """Runs of main.py on a tiny data set: what it writes, how it goes on, and what it says to a mistake."""
 
-import argparse
 import json
 import os
 import shutil
@@ -14,9 +13,12 @@ from torch import Tensor
 
 import engine
 import main
+from models import build_model
+from models.config import DetectorConfig
 from pruning.kept import all_kept
-from tests.tiny_run import TINY, options, tiny_options, write_coco, write_self_annotated
+from tests.tiny_run import TINY, options, settled, tiny_options, write_coco, write_self_annotated
 from util.errors import UserError
+from weights.build import build_detector
 from weights.checkpoint_file import read_checkpoint, save_checkpoint
 from weights.slim_down import slim_down
 
@@ -127,8 +129,7 @@ def test_a_detector_of_more_classes_than_val_names_is_evaluated_but_its_training
     root = broken(coco, tmp_path / "coco", fewer)
     words = ("--coco_path", root, "--device cpu --output_dir", tmp_path, "--resume", trained / "checkpoint.pth")
     args, typed = options(*words, "--eval")
-    main.settle_arguments(args, typed)
-    assert args.num_classes == 4
+    assert settled(args, typed)[0].detector.num_classes == 4
     path = root / "annotations" / "instances_train2017.json"
     path.write_text((root / "annotations" / "instances_val2017.json").read_text())
     with pytest.raises(UserError, match=r"a checkpoint for 4 classes, expected 2.*; --start_fresh trains its weights"):
@@ -153,8 +154,8 @@ def test_start_fresh_takes_the_weights_of_an_unfinished_run_alone(coco, trained,
 def search_output(trained: Path, path: Path) -> None:
     """A search's output that keeps half of one attention and of one FFN of the trained detector."""
     checkpoint = read_checkpoint(trained / "checkpoint.pth")
-    args = argparse.Namespace(**{**checkpoint.arguments, "cfgs": None})
-    modules = main.build_detector(args, checkpoint)[0].prunable_modules()
+    config = DetectorConfig.from_values({**checkpoint.arguments, "cfgs": None})
+    modules = build_detector(config, checkpoint)[0].prunable_modules()
     kept = {name: all_kept(module) for name, module in modules.items()}
     kept["decoder.1.cross_attention"] = {part: torch.arange(1, 32, 2) for part in ("query", "value")}
     kept["encoder.0.ffn"] = {"hidden": torch.arange(5, 21)}
@@ -282,9 +283,9 @@ def teachers_folder(trained, annotated, tmp_path_factory) -> Path:
         args, _ = tiny_options(more)
         args.num_classes = 4
         torch.manual_seed(args.seed)
-        model = main.build_detector(args, None)[0]
+        model = build_model(args)[0]
         save_checkpoint(tmp / f"{name}.pth", state_dict=model.state_dict(), widths=model.widths,
-                        full_widths=model.widths, arguments=args, num_classes=4)  # fmt: skip
+                        full_widths=model.widths, arguments=vars(args), num_classes=4)  # fmt: skip
     torch.save({"model": read_checkpoint(tmp / "query.pth").state_dict}, tmp / "foreign.pth")
     return tmp
 

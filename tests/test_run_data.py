@@ -11,14 +11,13 @@ from PIL import Image
 
 import main
 from datasets.coco import annotation_path
-from pruning.arguments import get_pruning_parser
 from pruning.schedule import MGP
 from reports.training_page import training_page
-from runs.search_command import search
+from runs.search_command import get_pruning_parser, search
 from tests.tiny_run import options, tiny_options, write_self_annotated
+from util.cli import parse
 from util.errors import UserError
 from weights.checkpoint_file import read_checkpoint
-from weights.options import parse
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_without_boxes_to_measure_ap_on_the_last_epoch_is_the_best(coco, tmp_pat
     log = (tmp_path / "out" / "run.log").read_text()
     assert log.count("found no boxes, so AP cannot be measured") == 1 and "-1.0000" not in log
     assert log.count("AP not measurable") == 2 and "(best)" not in log
-    page = training_page(tmp_path / "out", mock.Mock(section=lambda args, detectors: repr(detectors)))
+    page = training_page(tmp_path / "out", mock.Mock(section=lambda config, data, detectors: repr(detectors)))
     assert "Not measurable: val2017 has no boxes" in page and "best" not in page.split("</style>")[1]
     assert "-1.0000" not in page and "checkpoint.pth" in page
     main.main(*tiny_options("--coco_path", root, "--output_dir", tmp_path / "eval", "--eval --resume",

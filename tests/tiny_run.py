@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,15 @@ from torch import Tensor
 
 import main
 from datasets.coco import annotation_path, build_dataset
+from runs.config import TrainingOptions
+from runs.settle import settle_training
 from tests.pruning.tiny import tiny_args, tiny_detector
 from util.checkpoint import load_weights
+from util.cli import parse
+from weights.build import build_detector
 from weights.checkpoint_file import save_checkpoint
-from weights.options import parse
+from weights.class_heads import NewParts
+from weights.formats import Checkpoint
 
 CATEGORIES = (1, 3)  # a gap in the ids, as COCO has
 TINY = """
@@ -71,7 +76,7 @@ def write_self_annotated(root: Path, network: str = "", weights: Mapping[str, Te
     args = tiny_args(f"{network} --image_size 64 --augmentation flip --num_workers 0 --device cpu --coco_path {root}")
     root.mkdir(exist_ok=True)
     save_checkpoint(root / "dense.pth", state_dict=model.state_dict(), widths=model.widths, full_widths=model.widths,
-                    arguments=args, num_classes=7)  # fmt: skip
+                    arguments=vars(args), num_classes=7)  # fmt: skip
     # Training images of one size need no padding, so that batches of one and of two agree.
     for split, images, seed, widths in (("train2017", 2, 3, (64, 64)), ("val2017", 7, 4, (64, 80))):
         write_split(root, split, images, seed, widths)
@@ -79,7 +84,7 @@ def write_self_annotated(root: Path, network: str = "", weights: Mapping[str, Te
         tables = json.loads(path.read_text())
         tables["categories"] = [{"id": i, "name": f"kind {i}"} for i in range(1, 7)]
         tables["annotations"] = []
-        for image, target in build_dataset(split, args, augment=False):
+        for image, target in build_dataset(split, args):
             with torch.no_grad():
                 found = postprocessors["bbox"](model.eval()([image]), target["orig_size"][None])[0]
             labels, boxes = found["labels"].tolist(), found["boxes"].tolist()
@@ -90,6 +95,16 @@ def write_self_annotated(root: Path, network: str = "", weights: Mapping[str, Te
             ]
         path.write_text(json.dumps(tables))
     return root
+
+
+def settled(args: argparse.Namespace, typed: Collection[str] = ()) -> tuple[TrainingOptions, Checkpoint | None, bool]:
+    """Options as main.py completes them, the checkpoint, and whether its training continues."""
+    return settle_training(TrainingOptions.from_values(vars(args)), typed)
+
+
+def built(options: TrainingOptions, checkpoint: Checkpoint | None, new_parts: NewParts | None = None) -> tuple:
+    """Model, criterion and postprocessors as main.py builds them."""
+    return build_detector(options.detector, checkpoint, options.losses, options.denoising, new_parts=new_parts)
 
 
 def options(*more: str | Path) -> tuple:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +20,12 @@ from tqdm import tqdm
 import engine
 from datasets.annotations import category_names
 from datasets.coco_eval import to_detections
+from datasets.config import LoaderConfig
 from datasets.sizes import size_warning
 from datasets.transforms import eval_transforms
+from models.config import DetectorConfig
 from models.post_process import PostProcess
+from pruning.config import PRECISIONS
 from pruning.cost import count_parameters
 from tools.draw import draw_detections, scale_to_read, write_grid, write_picture
 from tools.image_files import (
@@ -35,11 +38,12 @@ from tools.image_files import (
     listed_images,
     picture_names,
 )
+from util.cli import Config, group, option, real, whole
 from util.errors import UserError, one_line
 from util.files import write_json
 from util.logging import bar_off, get_logger, table
 from util.timing import milliseconds_per_image
-from weights.build import arguments_for, build_detector
+from weights.build import build_detector, options_for
 from weights.checkpoint_file import read_checkpoint
 
 PICTURES = "pictures"
@@ -47,6 +51,32 @@ COMPARED = ("dense", "slim")
 TIMED_IMAGES = 5
 TIMED_ROUNDS = 3
 WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class PredictionConfig(Config):
+    """What is detected and drawn; `inputs` are images, folders of images, or globs."""
+
+    inputs: Sequence[str] = ()
+    amp: str = option("off", "mixed precision; --amp alone is bf16", **PRECISIONS)
+    compare: Sequence[str] | None = option(None, type=os.path.expanduser, nargs=2, metavar=("DENSE", "SLIM"), help="in "
+        "place of --resume: checkpoints of two detectors, drawn side by side with milliseconds an image, the median of "
+        "one image alone after a warm-up, the two taking turns")  # fmt: skip
+    score_threshold: float = option(0.3, type=real(0, at_most=1), help="least score that is drawn, in [0, 1]; "
+        "results.json has all detections")  # fmt: skip
+    names: str | None = option(None, type=os.path.expanduser, metavar="FILE", help="COCO annotations with the names of "
+        "the categories, by default those of the checkpoint; where they list all the images, results.json has their "
+        "ids")  # fmt: skip
+    max_images: int | None = option(None, "first images to look at, by default all", type=whole(1))
+
+
+@dataclass(frozen=True)
+class PredictionOptions(Config):
+    """All that decides what is found and drawn."""
+
+    loader: LoaderConfig = group(LoaderConfig)
+    detector: DetectorConfig = group(DetectorConfig)
+    prediction: PredictionConfig = group(PredictionConfig)
 
 
 @dataclass
@@ -57,7 +87,7 @@ class Detector:
         title: how tables call it.
         path: its checkpoint.
         image_size: short side of its inputs in pixels.
-        names: category name by id, empty if the checkpoint tells none.
+        names: category name by id, empty if the checkpoint has none.
         remark: see `Checkpoint.remark`.
         rows: detections of each image, see `to_detections`.
         drawn: by category id, how many detections reached the score that is drawn.
@@ -80,7 +110,7 @@ class Detector:
 
 
 def load_detector(
-    title: str, path: str, args: argparse.Namespace, typed: Collection[str], device: torch.device
+    title: str, path: str, options: PredictionOptions, typed: Collection[str], device: torch.device
 ) -> Detector:
     """The detector of a checkpoint of any format, in eval mode, with the options that it was made with.
 
@@ -88,12 +118,12 @@ def load_detector(
         UserError: the file, or a typed option, does not fit.
     """
     checkpoint = read_checkpoint(path)
-    theirs = arguments_for(args, checkpoint, typed)
-    model, _, postprocessors = build_detector(theirs, checkpoint)
+    theirs = options_for(options, checkpoint, typed)
+    model, _, postprocessors = build_detector(theirs.detector, checkpoint)
     names = checkpoint.categories or {}
     model = model.to(device).eval()
     return Detector(
-        title, checkpoint.path, model, postprocessors["bbox"], theirs.image_size, checkpoint.num_classes, names,
+        title, checkpoint.path, model, postprocessors["bbox"], theirs.loader.image_size, checkpoint.num_classes, names,
         checkpoint.remark,
     )  # fmt: skip
 
@@ -102,8 +132,8 @@ class Prediction:
     """Images run through one detector, or through two that are drawn side by side.
 
     Args:
-        args: options of `inference.get_inference_parser`.
-        typed: names of those that were typed.
+        typed: names of the options that were typed.
+        resume: the checkpoint; None where two are compared.
         device: where the detectors run.
         output_dir: folder for what comes of it; nothing is written before `run`.
 
@@ -112,27 +142,35 @@ class Prediction:
     """
 
     def __init__(
-        self, args: argparse.Namespace, typed: Collection[str], device: torch.device, output_dir: Path
+        self,
+        options: PredictionOptions,
+        typed: Collection[str],
+        resume: str | None,
+        device: torch.device,
+        output_dir: Path,
     ) -> None:
-        self.args, self.device, self.output_dir = args, device, output_dir
+        self.loader, self.config, self.device, self.output_dir = options.loader, options.prediction, device, output_dir
+        config = self.config
         self.log = get_logger()
-        paths, self.left_out = find_images(args.inputs)
-        self.paths = paths[: args.max_images]
+        paths, self.left_out = find_images(config.inputs)
+        self.paths = paths[: config.max_images]
         self.pictures = picture_names(self.paths, ".jpg")
         folder = (output_dir / PICTURES).resolve()
         for path in self.paths:
             if path.resolve().parent == folder:
                 raise UserError(f"{path}: found an input where pictures go, expected another --output_dir")
-        names = {} if args.names is None else category_names(args.names, needs_boxes=False)
+        names = {} if config.names is None else category_names(config.names, needs_boxes=False)
         self.listed: list[ListedImage | None] = [None] * len(self.paths)
-        if args.names is not None:
-            self.listed = listed_images(self.paths, args.names)
+        if config.names is not None:
+            self.listed = listed_images(self.paths, config.names)
         self.are_places = None in self.listed
         self.image_ids: Sequence[int] = range(1, len(self.paths) + 1)
         if not self.are_places:
             self.image_ids = [image.id for image in self.listed]
-        sources = {"detector": args.resume} if args.compare is None else dict(zip(COMPARED, args.compare, strict=True))
-        self.detectors = [load_detector(title, path, args, typed, device) for title, path in sources.items()]
+        sources = {"detector": resume or ""}
+        if config.compare is not None:
+            sources = dict(zip(COMPARED, config.compare, strict=True))
+        self.detectors = [load_detector(title, path, options, typed, device) for title, path in sources.items()]
         sizes = sorted({detector.image_size for detector in self.detectors})
         if len(sizes) > 1:
             raise UserError(
@@ -151,15 +189,15 @@ class Prediction:
         for detector in self.detectors:
             if detector.remark:
                 self.log.info("%s", detector.remark)
-        if self.args.names is not None and self.are_places:
+        if self.config.names is not None and self.are_places:
             self.log.info(
-                "--names %s does not tell an id for each of these images: their ids are their places, from 1",
-                self.args.names,
+                "--names %s has no id for some of these images: their ids are their places, from 1",
+                self.config.names,
             )
         if self.left_out:
             self.log.info("left out %s, whose names are not those of images", count_suffixes(self.left_out))
         captions = [""]
-        if self.args.compare is not None:
+        if self.config.compare is not None:
             captions = self._compare_costs()
         shown: list[dict[str, Any]] = []
         with tqdm(total=len(self.paths), unit="image", desc="detect", disable=bar_off(), leave=False) as bar:
@@ -176,11 +214,11 @@ class Prediction:
         if turns := self.notes.turns():
             self.log.info("%s", turns)
         if self.notes.other_sizes:
-            self.log.warning("%s", size_warning(self.args.names, self.notes.other_sizes, self.notes.listed))
+            self.log.warning("%s", size_warning(self.config.names, self.notes.other_sizes, self.notes.listed))
 
     def _batches(self) -> Iterator[list[Sample]]:
         """Batches of images that can be used; the others are named."""
-        loader = DataLoader(self.dataset, self.args.batch_size, num_workers=self.args.num_workers, collate_fn=list)
+        loader = DataLoader(self.dataset, self.loader.batch_size, num_workers=self.loader.num_workers, collate_fn=list)
         for batch in loader:
             for sample in batch:
                 if sample.problem:
@@ -194,11 +232,11 @@ class Prediction:
         sizes = torch.tensor([sample.picture.shape[1:] for sample in batch])
         inputs = [sample.inputs for sample in batch]
         _, results = engine.detect(
-            detector.model, detector.postprocess, inputs, sizes, device=self.device, amp=self.args.amp
+            detector.model, detector.postprocess, inputs, sizes, device=self.device, amp=self.config.amp
         )
         for sample, result in zip(batch, results, strict=True):
             detector.rows.append(to_detections(self.image_ids[sample.place], result))
-            detector.drawn.update(result["labels"][result["scores"] >= self.args.score_threshold].tolist())
+            detector.drawn.update(result["labels"][result["scores"] >= self.config.score_threshold].tolist())
         return results
 
     def _draw(self, sample: Sample, found: Sequence[dict[str, Tensor]], captions: Sequence[str]) -> None:
@@ -206,11 +244,11 @@ class Prediction:
         height, width = sample.picture.shape[1:]
         scale = scale_to_read(width, height)
         pictures: list[Image] = [
-            draw_detections(sample.picture, result, self.names, threshold=self.args.score_threshold, scale=scale)
+            draw_detections(sample.picture, result, self.names, threshold=self.config.score_threshold, scale=scale)
             for result in found
         ]
         path = self.output_dir / PICTURES / self.pictures[sample.place]
-        if self.args.compare is None:
+        if self.config.compare is None:
             write_picture(path, pictures[0])
         else:
             write_grid(path, [(caption, [picture]) for caption, picture in zip(captions, pictures, strict=True)])
@@ -230,7 +268,7 @@ class Prediction:
         samples = (self.dataset[place] for place in range(len(self.paths)))
         images = list(itertools.islice((sample.inputs for sample in samples if not sample.problem), TIMED_IMAGES))
         if not images:
-            return []  # what is wrong with them is told when it is their turn
+            return []  # each is reported when it is its turn
         times = self._milliseconds(images)
         entries = [
             {
@@ -260,7 +298,7 @@ class Prediction:
         with tqdm(total=calls, unit="image", desc="time", disable=bar_off(), leave=False) as bar:
 
             def timed(model: nn.Module, inputs: Sequence[Tensor]) -> None:
-                with engine.autocast(self.device, self.args.amp):
+                with engine.autocast(self.device, self.config.amp):
                     model(inputs)
                 bar.update()
 
@@ -278,7 +316,7 @@ class Prediction:
         write_json(
             self.output_dir / "images.json", {"images": list(shown), "annotations": [], "categories": categories}
         )
-        single = self.args.compare is None
+        single = self.config.compare is None
         for detector in self.detectors:
             name = "results.json" if single else f"results_{detector.title}.json"
             write_json(self.output_dir / name, detector.results(), indent=None)
@@ -292,6 +330,6 @@ class Prediction:
         self.log.info("%s", table(header, rows))
         self.log.info(
             "%d images, %d skipped; detections with a score of %g or more are drawn in %s, all are in %s",
-            len(shown), len(self.paths) - len(shown), self.args.score_threshold, self.output_dir / PICTURES,
+            len(shown), len(self.paths) - len(shown), self.config.score_threshold, self.output_dir / PICTURES,
             self.output_dir / ("results.json" if single else "results_{dense,slim}.json"),
         )  # fmt: skip

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from util.errors import UserError, one_line
+
+T = TypeVar("T")
 
 ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:in_proj_|out_proj\.)(?:weight|bias))$")
 LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d{1,4})\.")  # few digits: callers loop over layers
@@ -43,7 +45,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
         model.load_state_dict(found)
 
 
-def rename_encoder_attention(state_dict: Mapping[str, Tensor], slim: bool) -> dict[str, Tensor]:
+def rename_encoder_attention(state_dict: Mapping[str, T], slim: bool) -> dict[str, T]:
     """Rename the encoder's attention to slim names (`N.in_proj_weight`) or dense names (`N.self_attn...`)."""
     middle = r"\1\2" if slim else r"\1self_attn.\2"
     return {ENCODER_ATTENTION.sub(middle, key): value for key, value in state_dict.items()}

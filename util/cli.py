@@ -1,10 +1,153 @@
-"""Parsers of command lines: how --help looks, and types of options with their limits."""
+"""Options: their definitions as fields of frozen dataclasses, parsers made from these, and types with limits."""
+
+from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+
+from util.errors import UserError, shorten
+
+C = TypeVar("C", bound="Config")
+
+
+def option(default: Any, help: str, *, stored: str = "training", **keywords: Any) -> Any:
+    """A field of a `Config` that is an option; a default of True or False makes it a flag.
+
+    Args:
+        stored: when a checkpoint's value replaces the default. `network`: always, and a typed value must agree with it;
+            `preferred`: always; `training`: where its training continues; `run`: never.
+        keywords: `short`, a second name such as `-m`; `read`, a function that makes the field's value of what is given;
+            and those of `add_argument`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "stored": stored, **keywords})
+
+
+def group(config_class: type[C]) -> Any:
+    """A field of a `Config` that is another config."""
+    return dataclasses.field(default_factory=config_class, metadata={"config": config_class})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A group of options, or several groups; all values are checked, from a command line or from a file."""
+
+    def __post_init__(self) -> None:
+        """Raise a `UserError` for the first value that its option does not take."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if "read" in field.metadata:
+                object.__setattr__(self, field.name, None if value is None else field.metadata["read"](value))
+            elif "help" in field.metadata and (expected := _expected(field, value)):
+                raise UserError(f"found {shorten(value)} under `args.{field.name}`, expected {expected}")
+
+    @classmethod
+    def from_values(cls: type[C], values: Mapping[str, Any], source: object = None) -> C:
+        """The config with the values that it has fields for; `source` is the file that they come from.
+
+        Raises:
+            UserError: naming `source` and the field whose value is wrong.
+        """
+        found = {}
+        for field in dataclasses.fields(cls):
+            if "config" in field.metadata:
+                found[field.name] = field.metadata["config"].from_values(values, source)
+            elif field.name in values:
+                found[field.name] = values[field.name]
+        try:
+            return cls(**found)
+        except UserError as error:
+            raise error if source is None else UserError(f"{source}: {error}") from None
+
+    def values(self) -> dict[str, Any]:
+        """All values by name, those of groups too."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            found |= value.values() if "config" in field.metadata else {field.name: value}
+        return found
+
+    def with_values(self: C, values: Mapping[str, Any], source: object = None) -> C:
+        """A copy with other values, see `from_values`."""
+        return self.from_values({**self.values(), **values}, source)
+
+
+def options_of(*config_classes: type[Config]) -> dict[str, dataclasses.Field]:
+    """The options of configs and of their groups, by name."""
+    found: dict[str, dataclasses.Field] = {}
+    for field in (field for config_class in config_classes for field in dataclasses.fields(config_class)):
+        if "config" in field.metadata:
+            found |= options_of(field.metadata["config"])
+        elif "help" in field.metadata:
+            found[field.name] = field
+    return found
+
+
+def add_options(parser: argparse._ActionsContainer, config_class: type[Config], **changed_defaults: Any) -> None:
+    """Add a config's options to a parser or to one of its groups."""
+    for name, field in options_of(config_class).items():
+        keywords = {key: value for key, value in field.metadata.items() if key not in ("stored", "short", "read")}
+        if isinstance(field.default, bool):
+            keywords["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        names = [field.metadata["short"]] if "short" in field.metadata else []
+        default = changed_defaults.get(name, field.default)
+        parser.add_argument(*names, f"--{name}", default=default, **keywords)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+    """Parse `argv`; returns the options and the names of those that were typed, whatever their value.
+
+    Raises:
+        UserError: what argparse would print below its whole usage.
+    """
+    names = set()
+
+    class Typed(argparse.Namespace):
+        """Has every option, as None, so that argparse sets those alone that were typed."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            names.add(name)
+
+    def refuse_line(message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    parser.error = refuse_line  # type: ignore[method-assign]
+    typed = vars(parser.parse_args(argv, Typed()))
+    defaults = {name: parser.get_default(name) for name in names}
+    return argparse.Namespace(**{**defaults, **typed}), set(typed)
+
+
+def refuse(names: Iterable[str], typed: Collection[str], reason: str) -> None:
+    """Raise a `UserError` for those of the options that were typed: a run would not read them."""
+    found = [f"--{name}" for name in names if name in typed]
+    if found:
+        raise UserError(f"{', '.join(found)}: {reason}")
+
+
+def _expected(field: dataclasses.Field, value: Any) -> str | None:
+    """What an option takes, in words; None where `value` is such a value."""
+    about, default = field.metadata, field.default
+    if value is None and default is None:
+        return None
+    if "choices" in about:
+        return None if value in about["choices"] else f"one of {', '.join(map(str, about['choices']))}"
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "True or False"
+    kind = about.get("type", str)
+    if kind in (str, os.path.expanduser):
+        texts = value if "nargs" in about and isinstance(value, list | tuple) else [value]
+        return None if all(isinstance(text, str) for text in texts) else "text"
+    try:
+        return None if kind(str(value)) == value else f"a {kind.__name__}"
+    except argparse.ArgumentTypeError as error:
+        return str(error).partition("expected ")[2]
+    except ValueError:
+        return f"a {kind.__name__}"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.detector import Detector
 from models.widths import Widths
 from pruning.transplant import check_kept_sets, cut_state_dict, slices_of
 from util.checkpoint import load_weights, strip_module
@@ -67,7 +68,7 @@ def save_checkpoint(
     state_dict: Mapping[str, Tensor],
     widths: Widths,
     full_widths: Widths,
-    arguments: argparse.Namespace | Mapping[str, Any],
+    arguments: Mapping[str, Any],
     num_classes: int,
     kept: Mapping[str, Mapping[str, Tensor]] | None = None,
     training: Mapping[str, Any] | None = None,
@@ -97,15 +98,14 @@ def save_checkpoint(
         save_safetensors(Path(path).with_suffix(SUFFIX), content)
 
 
-def plain_arguments(arguments: argparse.Namespace | Mapping[str, Any]) -> dict[str, Any]:
+def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Options as values that JSON and weights-only loading take; others are left out."""
-    values = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    plain = {name: value.to_list() if isinstance(value, Widths) else value for name, value in values.items()}
+    plain = {name: value.to_list() if isinstance(value, Widths) else value for name, value in arguments.items()}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
     return {name: value for name, value in plain.items() if isinstance(value, str | int | float | bool | list | None)}
 
 
-def slim_state_dict(checkpoint: Checkpoint, whole: nn.Module) -> dict[str, Tensor]:
+def slim_state_dict(checkpoint: Checkpoint, whole: Detector) -> dict[str, Tensor]:
     """The weights of a search's output, ours or the paper's, cut to the channels it kept.
 
     Args:
@@ -115,11 +115,11 @@ def slim_state_dict(checkpoint: Checkpoint, whole: nn.Module) -> dict[str, Tenso
         UserError: weights or channels that do not fit `whole`.
     """
     load_weights(whole, checkpoint.state_dict, checkpoint.path)
-    modules = whole.prunable_modules("detector")
+    modules, kept = whole.prunable_modules("detector"), checkpoint.kept or {}
     if checkpoint.kind == "search":  # the paper's sets need no equal counts in the heads
-        check_kept_sets(modules, checkpoint.kept, str(checkpoint.path))
+        check_kept_sets(modules, kept, str(checkpoint.path))
     try:
-        return cut_state_dict(whole.state_dict(), checkpoint.kept, slices_of(modules))
+        return cut_state_dict(whole.state_dict(), kept, slices_of(modules))
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from None
 

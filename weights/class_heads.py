@@ -1,11 +1,11 @@
 """Fine-tuning a detector on other classes: what of a checkpoint's weights is left out, and what takes its place."""
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from models.config import DetectorConfig
 from util.checkpoint import rename_encoder_attention
 from util.errors import UserError, shorten
 from weights.checkpoint_file import Checkpoint
@@ -25,8 +25,9 @@ def class_difference(checkpoint: Checkpoint, num_classes: int, categories: Mappi
             f"found a checkpoint for {checkpoint.num_classes} classes, expected {num_classes}, the largest category "
             "id + 1 in the annotations"
         )
-    for number, name in categories.items() if checkpoint.categories is not None else ():
-        known = checkpoint.categories.get(number)
+    theirs = checkpoint.categories or {}
+    for number, name in categories.items() if theirs else ():
+        known = theirs.get(number)
         if known != name:
             known = "no such category" if known is None else shorten(known, 80)
             return (
@@ -49,21 +50,20 @@ def _ids_by_name(categories: Mapping[int, str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class NewParts:
-    """What of a checkpoint begins anew, with the initial values of the model that is trained.
+    """The weights of a checkpoint that are not loaded: the model keeps its initial values for them.
 
     Attributes:
-        matches: where the class heads begin anew, new class -> the checkpoint's class whose rows it takes over; else
-            None.
+        matches: for new class heads, class -> the checkpoint's class whose rows are copied; else None.
         ignored: weights of the checkpoint that are left out, by its names for them.
-        told: one line on it.
+        summary: one line for the log.
     """
 
     matches: dict[int, int] | None
     ignored: frozenset[str]
-    told: str
+    summary: str
 
     def fill(self, state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """The checkpoint's weights with `model`'s own where they begin anew; to be loaded by `load_weights`."""
+        """The checkpoint's weights with `model`'s own in place of those left out; to be loaded by `load_weights`."""
         initial = rename_encoder_attention(model.state_dict(), slim=False)
         found = rename_encoder_attention(state_dict, slim=False)
         ignored = rename_encoder_attention(dict.fromkeys(self.ignored), slim=False).keys()
@@ -71,15 +71,15 @@ class NewParts:
             found |= {key: self._head(found[key], value, key) for key, value in initial.items() if _is_head(key, found)}
         # The box head has two names in the state dict, and is one.
         places = {initial[key].data_ptr() for key in ignored if key in initial}
-        anew = {key: value for key, value in initial.items() if value.data_ptr() in places}
-        return {key: value for key, value in found.items() if key not in ignored} | anew
+        initial_ones = {key: value for key, value in initial.items() if value.data_ptr() in places}
+        return {key: value for key, value in found.items() if key not in ignored} | initial_ones
 
     def _head(self, found: Tensor, initial: Tensor, key: str) -> Tensor:
         """Rows of the classes that both know, and initial ones for the others."""
         if found.shape[1:] != initial.shape[1:]:
-            return found  # of another detector, which `load_weights` tells
+            return found  # of another detector: `load_weights` raises
         head = initial.clone()
-        for new, old in self.matches.items():
+        for new, old in (self.matches or {}).items():
             head[new] = found[old]
         if key == LABEL_ENCODING:
             head[-1] = found[-1]
@@ -90,44 +90,47 @@ def _is_head(key: str, found: Mapping[str, Tensor]) -> bool:
     return (key == LABEL_ENCODING or key.startswith(CLASS_HEADS)) and key in found
 
 
-def find_new_parts(args: argparse.Namespace, checkpoint: Checkpoint | None, continuing: bool) -> NewParts | None:
+def find_new_parts(
+    ignore: Sequence[str], config: DetectorConfig, checkpoint: Checkpoint | None, *, evaluating: bool, continuing: bool
+) -> NewParts | None:
     """What `--finetune_ignore` and other classes leave out of the checkpoint; None where all of it is taken.
 
     Args:
-        args: as `settle_arguments` left them.
+        ignore: parts of the names of weights to leave out.
+        config: the detector to train, with its classes.
 
     Raises:
         UserError: --finetune_ignore where nothing is fine-tuned, or with a name that no weight has.
     """
-    keys = args.finetune_ignore or ()
-    if keys and (checkpoint is None or args.eval or continuing):
-        found = "no --resume" if checkpoint is None else "--eval" if args.eval else "a training run to go on with"
+    if ignore and (checkpoint is None or evaluating or continuing):
+        found = "no --resume" if checkpoint is None else "--eval" if evaluating else "a training run to continue"
         raise UserError(f"--finetune_ignore: found {found}, expected a checkpoint to fine-tune (--start_fresh)")
-    if checkpoint is None or args.eval or continuing:
+    if checkpoint is None or evaluating or continuing:
         return None
     names = {old: (old, new) for old in checkpoint.state_dict for new in rename_encoder_attention({old: None}, False)}
-    for key in keys:
+    for key in ignore:
         if not key or not any(key in name for both in names.values() for name in both):
             raise UserError(
                 f"--finetune_ignore {key}: found no weight of that name in {checkpoint.path}, expected a part of one, "
                 "such as class_embed"
             )
-    ignored = frozenset(old for old, both in names.items() if any(key in name for key in keys for name in both))
+    ignored = frozenset(old for old, both in names.items() if any(key in name for key in ignore for name in both))
     matches = None
-    if class_difference(checkpoint, args.num_classes, args.categories) is not None:
-        matches = matching_categories(checkpoint, args.categories)
+    if class_difference(checkpoint, config.num_classes, config.categories or {}) is not None:
+        matches = matching_categories(checkpoint, config.categories or {})
     if matches is None and not ignored:
         return None
-    told = [] if matches is None else [_tell_heads(checkpoint, args, matches)]
-    told += [f"{len(ignored)} weights left out by --finetune_ignore {' '.join(keys)}"] if ignored else []
-    return NewParts(matches, ignored, f"{checkpoint.path}: {'; '.join(told)}")
+    parts = [] if matches is None else [_new_heads(checkpoint, config, matches)]
+    parts += [f"{len(ignored)} weights left out by --finetune_ignore {' '.join(ignore)}"] if ignored else []
+    return NewParts(matches, ignored, f"{checkpoint.path}: {'; '.join(parts)}")
 
 
-def _tell_heads(checkpoint: Checkpoint, args: argparse.Namespace, matches: Mapping[int, int]) -> str:
-    heads = f"new class heads for {args.num_classes} classes in place of those for {checkpoint.num_classes}"
+def _new_heads(checkpoint: Checkpoint, config: DetectorConfig, matches: Mapping[int, int]) -> str:
+    categories = config.categories or {}
+    heads = f"new class heads for {config.num_classes} classes in place of those for {checkpoint.num_classes}"
     if checkpoint.categories is None:
-        return f"{heads}, none carried over, as it does not tell its categories' names"
-    names = [args.categories[number] for number in matches]
+        return f"{heads}, none carried over, as it has no names of its categories"
+    names = [categories[number] for number in matches]
     shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
-    carried = f"{len(names)} of {len(args.categories)} categories carried over by name"
+    carried = f"{len(names)} of {len(categories)} categories carried over by name"
     return f"{heads}, {carried}{f' ({shown})' if shown else ''}"

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how the kind of a file is told from its keys.
+"""What a checkpoint holds, and how the kind of a file is recognised by its keys.
 
 | kind | how it shows |
 |---|---|
@@ -52,11 +52,11 @@ class Checkpoint:
         widths: channels of each module.
         kept: for a search, module name -> part (query, value, hidden) -> sorted channel indices; else None.
         num_classes: classes of the detection head.
-        arguments: options it was made with; of foreign files those of `FOREIGN_ARGUMENTS` that it tells.
+        arguments: options it was made with; of foreign files those of `FOREIGN_ARGUMENTS` that it has.
         training: optimizer and so on of an unfinished run, or None.
         trace: decisions of a search.
         full_widths: of a search, channels of each module before the cut, those of the weights.
-        categories: id -> name of what it was trained to find; None where the file does not tell.
+        categories: id -> name of what it was trained to find; None where the file has no names.
         averaged: entries of a foreign file that hold averaged weights beside those under `model`, which are taken.
     """
 
@@ -185,15 +185,15 @@ def _parse_widths(path: Path, nested: list) -> Widths:
 
 
 def foreign_arguments(content: dict[str, Any]) -> dict[str, Any]:
-    """Options that fix the network, where a foreign file tells them under `args` by the names they have here."""
+    """Options that fix the network, where a foreign file has them under `args` by the names used here."""
     stored = content.get("args") if "model" in content else None
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
-    told = stored if isinstance(stored, dict) else {}
-    return {name: told[name] for name in FOREIGN_ARGUMENTS if isinstance(told.get(name), str | int | float)}
+    found = stored if isinstance(stored, dict) else {}
+    return {name: found[name] for name in FOREIGN_ARGUMENTS if isinstance(found.get(name), str | int | float)}
 
 
 def recognise_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict[str, Any]) -> Checkpoint:
-    """The checkpoint that the names and shapes of others' weights tell; `arguments` are those the file told.
+    """The checkpoint behind the names and shapes of others' weights; `arguments` are those in the file.
 
     Raises:
         UserError: they are no DN-DETR detector's.
@@ -234,7 +234,7 @@ def recognise_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict
 
 def _masks_to_kept(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     try:
-        return paper_masks_to_kept(state_dict)
+        return {name: dict(parts) for name, parts in paper_masks_to_kept(state_dict).items()}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -245,7 +245,7 @@ def _class_bias(state_dict: Mapping[str, Any]) -> Any:
 
 
 def _widths_of(path: Path, state_dict: Mapping[str, Tensor]) -> Widths:
-    """Widths as the shapes of the output projections tell them."""
+    """Widths read off the shapes of the output projections."""
     state_dict = rename_encoder_attention(state_dict, slim=False)
     of_image = "output_proj" if DEFORMABLE_KEY in state_dict else "out_proj"  # behind an attention to the image
     projections = {

@@ -1,7 +1,7 @@
 """DAB-DETR weights under the names of `transformers` (`DabDetrForObjectDetection`), as weights of `dn_dab_detr`.
 
 Such a detector is one of ours without denoising: its queries' content begins at zero, which is a zero last row of
-`label_enc` (arXiv 2201.12329). What the shapes do not tell (heads, temperatures, dilation, names of classes) comes from
+`label_enc` (arXiv 2201.12329). What the shapes do not show (heads, temperatures, dilation, names of classes) comes from
 the config.json beside the file; without one they are transformers' defaults.
 """
 
@@ -192,8 +192,8 @@ def _categories(path: Path, config: Mapping[str, Any], num_classes: int) -> dict
             )
     names = {int(key): plain_name(name) for key, name in labels.items()}
     placeholders = ("", UNUSED_LABEL)
-    told = {i: name for i, name in names.items() if name not in placeholders and name != f"LABEL_{i}"}
-    return told or None
+    named = {i: name for i, name in names.items() if name not in placeholders and name != f"LABEL_{i}"}
+    return named or None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def _our_name(path: Path, key: str) -> str:
 def _arguments(
     path: Path, weights: Mapping[str, Tensor], layers: Mapping[str, int], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Options as shapes and config.json tell them."""
+    """Options from shapes and config.json."""
     ranks = {
         "input_projection.weight": 4,
         "query_refpoint_embeddings.weight": 2,
@@ -321,7 +321,7 @@ def _backbone_name(path: Path, weights: Mapping[str, Any]) -> str:
     """The ResNet of torchvision that has as many blocks."""
     prefix = next(iter(PREFIXES))
     blocks = re.compile(re.escape(prefix) + r"layer([1-4])\.(\d+)\.conv1\.weight$")
-    numbers = [set() for _ in range(4)]
+    numbers: list[set[int]] = [set() for _ in range(4)]
     for match in filter(None, map(blocks.match, weights)):
         numbers[int(match[1]) - 1].add(int(match[2]))
     shape = (f"{prefix}layer1.0.conv3.weight" in weights, tuple(map(len, numbers)))

@@ -20,7 +20,7 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             claimed = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # of an older format, or damaged: torch.load tells
+        return  # of an older format, or damaged: torch.load raises
     if claimed > path.stat().st_size:
         raise UserError(
             f"{path}: found an archive of {path.stat().st_size} bytes that unpacks to {claimed}, expected a file of "
@@ -68,9 +68,9 @@ def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_training(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise `UserError` unless what tells how far a training run has come is a number, and its weights are finite.
+    """Raise `UserError` unless the progress of a training run is a number, and its weights are finite.
 
-    What is missing is told where a run goes on with it.
+    A run that continues reports what is missing.
     """
     scheduler = content.get("lr_scheduler")
     entries = {**content, **(scheduler if isinstance(scheduler, dict) else {})}

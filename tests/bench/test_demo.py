@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from bench.demo import PICTURES, fold_columns, get_parser, spread, stages
+from main import get_args_parser
 from pruning.schedule import MGP
 from runs.search_command import get_pruning_parser
 from tools.draw import draw_detections, write_grid
 from util.timing import milliseconds_per_image
-from weights.options import get_args_parser
 
 RED = (255, 0, 0)
 

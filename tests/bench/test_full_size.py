@@ -1,13 +1,13 @@
 """Growing a detector: the same outputs where nothing but widths and encoder layers grow, and refusals."""
 
-import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.full_size import grow, spread_layers
-from models import build_model
+from models import build
+from models.config import DetectorConfig
 from models.widths import Widths
 from tests.pruning.tiny import pictures, tiny_args, tiny_detector
 from util.checkpoint import load_weights
@@ -30,15 +30,14 @@ def small_detector(more: str = "") -> torch.nn.Module:
 def write(path: Path, model: torch.nn.Module, more: str = "") -> Path:
     args = tiny_args(more)
     full = Widths.dense(args.enc_layers, args.dec_layers, args.hidden_dim, args.dim_feedforward)
-    save_checkpoint(path, state_dict=model.state_dict(), widths=model.widths, full_widths=full, arguments=args,
+    save_checkpoint(path, state_dict=model.state_dict(), widths=model.widths, full_widths=full, arguments=vars(args),
                     num_classes=7)  # fmt: skip
     return path
 
 
 def read(path: Path) -> torch.nn.Module:
     checkpoint = read_checkpoint(path)
-    args = argparse.Namespace(**{**vars(tiny_args()), **checkpoint.arguments, "num_classes": 7, "cfgs": None})
-    model = build_model(args)[0]
+    model = build(DetectorConfig.from_values({**checkpoint.arguments, "num_classes": 7, "cfgs": None}))[0]
     load_weights(model, checkpoint.state_dict, path)
     return model.eval()
 

@@ -4,7 +4,6 @@ import json
 import os
 import tempfile
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,10 +21,10 @@ from datasets.coco import (
     collate,
     image_folder,
 )
+from datasets.config import DataConfig
 from datasets.decode import read_upright
 from datasets.transforms import eval_transforms
 from util.errors import UserError
-from weights.options import DATA_OPTIONS
 
 SPLIT = "train2017"
 
@@ -70,14 +69,13 @@ def edited(root, **changes):
     return json.loads(annotation_path(root, SPLIT).read_text()) | changes
 
 
-def options(root, image_size=20, seed=0):
-    """What the factories read of the command line."""
-    data = dict.fromkeys(DATA_OPTIONS) | {"coco_path": str(root)}
-    return SimpleNamespace(**data, image_size=image_size, augmentation="detr", seed=seed)
+def options(root, image_size=20):
+    """Where the data set is, and the size of its images."""
+    return DataConfig(coco_path=str(root), image_size=image_size)
 
 
 def test_targets_are_relative_and_leave_out_crowds_and_empty_boxes(folder):
-    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    dataset = build_dataset(SPLIT, options(folder))
     assert dataset.ids == [2, 5, 9]
     image, target = dataset[0]
     assert image.shape == (3, 20, 30) and image.dtype == torch.float32 and type(image) is torch.Tensor
@@ -105,7 +103,7 @@ def test_collate_keeps_sizes():
 def batches(root, epoch, *, seed=0, num_workers=0, batch_size=2):
     """All images and targets of one training epoch."""
     loader = build_loader(
-        build_dataset(SPLIT, options(root, seed=seed), augment=True),
+        build_dataset(SPLIT, options(root), augmentation="detr", seed=seed),
         batch_size,
         shuffle=True,
         num_workers=num_workers,
@@ -136,7 +134,7 @@ def test_an_epoch_depends_on_seed_and_number_alone(folder):
 
 
 def test_batches_are_the_collated_samples(folder):
-    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    dataset = build_dataset(SPLIT, options(folder))
     images, targets = next(iter(build_loader(dataset, 3, shuffle=False)))
     for index, (image, target) in enumerate(zip(images, targets, strict=True)):
         wanted_image, wanted_target = dataset[index]
@@ -166,7 +164,7 @@ def test_boxes_follow_the_picture_through_augmentation(tmp_path):
     Image.fromarray(pixels).save(image_folder(root, SPLIT) / "a.png")
     content = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "x"}]}
     rewrite(root, content | {"annotations": [box(1, 1, 1, [20, 30, 30, 30])]})
-    dataset = build_dataset(SPLIT, options(root, image_size=100), augment=True)
+    dataset = build_dataset(SPLIT, options(root, image_size=100), augmentation="detr")
     sizes = set()
     for epoch in range(40):
         dataset.set_epoch(epoch)
@@ -190,12 +188,12 @@ def test_images_of_like_shape_are_neighbours_and_odd_sides_come_first(folder):
     sizes = {1: (60, 40), 2: (40, 60), 3: (200, 100), 4: ("x", 3), 5: (0, 0), 6: (10**400, 1), 7: (80, 120), 8: (1, 1)}
     images = [{"id": n, "file_name": "a.jpg", "height": h, "width": w} for n, (h, w) in sizes.items()]
     rewrite(folder, edited(folder, images=[*images, {"id": 9, "file_name": "a.jpg"}], annotations=[]))
-    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    dataset = build_dataset(SPLIT, options(folder))
     assert [dataset.ids[index] for index in dataset.order_by_shape()] == [4, 5, 6, 9, 2, 7, 8, 1, 3]
 
 
 def test_share_of_each_process(folder, monkeypatch):
-    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    dataset = build_dataset(SPLIT, options(folder))
     seen = []
     for rank in range(2):
         monkeypatch.setattr("torch.utils.data.distributed.dist.is_available", lambda: True)
@@ -210,7 +208,7 @@ def test_share_of_each_process(folder, monkeypatch):
 @pytest.mark.parametrize("numbers", [[], [1], [1, 0], [0, 1, 0]])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_any_batches_of_a_pass_are_read_again_in_the_order_asked_for(folder, batch_size, numbers, num_workers):
-    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    dataset = build_dataset(SPLIT, options(folder))
     loader = build_loader(dataset, batch_size, shuffle=False, num_workers=num_workers)
     reference = list(loader)
     for _ in range(2):
@@ -234,7 +232,7 @@ class StampProcess:
 
 def test_batches_that_are_read_again_are_read_by_the_workers_before_they_are_asked_for(folder, tmp_path):
     (tmp_path / "read").mkdir()
-    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    dataset = build_dataset(SPLIT, options(folder))
     dataset.sample_transforms = StampProcess(tmp_path / "read")
     read = build_loader(dataset, 1, shuffle=False, num_workers=2).read([2, 1, 0])
     images = [next(read)[0][0]]
@@ -253,9 +251,7 @@ def test_batches_that_are_read_again_are_read_by_the_workers_before_they_are_ask
 def test_corrupt_image_is_named(folder, num_workers):
     path = image_folder(folder, SPLIT) / "b.jpg"
     path.write_bytes(path.read_bytes()[:300])
-    loader = build_loader(
-        build_dataset(SPLIT, options(folder), augment=False), 1, shuffle=False, num_workers=num_workers
-    )
+    loader = build_loader(build_dataset(SPLIT, options(folder)), 1, shuffle=False, num_workers=num_workers)
     for read in (lambda: list(loader), lambda: list(loader.read([0, 1, 2]))):
         with pytest.raises(UserError, match=r"b\.jpg cannot be read as an image") as caught:
             read()
@@ -269,7 +265,7 @@ def test_a_workers_error_is_told_whole_even_if_a_file_name_has_a_line_end(folder
     content = json.loads(annotation_path(folder, SPLIT).read_text())
     content["images"][2]["file_name"] = "b\nc.jpg"
     rewrite(folder, content)
-    dataset = build_dataset(SPLIT, options(folder), augment=False)
+    dataset = build_dataset(SPLIT, options(folder))
     told = []
     for num_workers in (0, 1):
         with pytest.raises(UserError) as caught:
@@ -280,19 +276,19 @@ def test_a_workers_error_is_told_whole_even_if_a_file_name_has_a_line_end(folder
 
 def test_missing_files_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"--coco_path .*nowhere is not a readable folder"):
-        build_dataset(SPLIT, options(tmp_path / "nowhere"), augment=False)
+        build_dataset(SPLIT, options(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"instances_val2017\.json does not exist"):
-        build_dataset("val2017", options(folder), augment=False)
+        build_dataset("val2017", options(folder))
     (image_folder(folder, SPLIT) / "c.jpg").unlink()
     with pytest.raises(UserError, match=r"lacks 1 of the 3 images .* first 'c\.jpg'"):
-        build_dataset(SPLIT, options(folder), augment=False)
+        build_dataset(SPLIT, options(folder))
     with pytest.raises(UserError, match=r"a\.jpg is not a readable folder \(Not a directory\)"):
-        build_dataset(SPLIT, options(image_folder(folder, SPLIT) / "a.jpg"), augment=False)
+        build_dataset(SPLIT, options(image_folder(folder, SPLIT) / "a.jpg"))
     with pytest.raises(UserError, match=r"cannot be read \(Not a directory\)"):
         category_names(annotation_path(folder, SPLIT) / "deeper.json")
     image_folder(folder, SPLIT).rename(folder / "elsewhere")
     with pytest.raises(UserError, match="train2017 is not a readable folder"):
-        build_dataset(SPLIT, options(folder), augment=False)
+        build_dataset(SPLIT, options(folder))
 
 
 NO_BOX = {"image_id": 2, "category_id": 3, "bbox": 5}
@@ -334,7 +330,7 @@ def test_broken_annotations_are_told_in_a_sentence(folder, message):
     content = BROKEN[message]
     rewrite(folder, content if isinstance(content, str) else edited(folder, **content))
     with pytest.raises(UserError, match=message) as caught:
-        build_dataset(SPLIT, options(folder), augment=False)
+        build_dataset(SPLIT, options(folder))
     assert str(annotation_path(folder, SPLIT)) in str(caught.value)
 
 
@@ -349,7 +345,7 @@ def test_annotations_without_ids_of_their_own_are_numbered(folder):
     for ids in ({}, {"id": 5}):
         items = [{**ids, "image_id": 2, "category_id": 3, "bbox": [1, 2, side, side]} for side in (3, 4)]
         rewrite(folder, edited(folder, annotations=items))
-        dataset = build_dataset(SPLIT, options(folder), augment=False)
+        dataset = build_dataset(SPLIT, options(folder))
         assert dataset[0][1]["area"].tolist() == [9.0, 16.0]
 
 
@@ -361,6 +357,6 @@ def test_damaged_and_thin_images_are_named(folder, tmp_path):
         with pytest.raises(UserError, match=r"cut\.png cannot be read as an image: \w"):
             read_upright(tmp_path / "cut.png")
     Image.new("RGB", (4000, 1)).save(image_folder(folder, SPLIT) / "a.jpg")
-    for augment in (False, True):
+    for augmentation in (None, "detr"):
         with pytest.raises(UserError, match=r"a\.jpg of 4000 x 1 pixels cannot be scaled"):
-            build_dataset(SPLIT, options(folder), augment=augment)[0]
+            build_dataset(SPLIT, options(folder), augmentation=augmentation)[0]

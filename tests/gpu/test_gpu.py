@@ -17,8 +17,8 @@ from pruning.schedule import MGP
 from runs.search_command import get_pruning_parser, search
 from tests.golden import recipe
 from tests.pruning.tiny import pictures, tiny_detector
-from tests.tiny_run import options, tiny_options, write_self_annotated
-from weights.options import parse
+from tests.tiny_run import built, options, settled, tiny_options, write_self_annotated
+from util.cli import parse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -98,7 +98,7 @@ def test_evaluation_gives_the_figures_of_the_cpu(annotated, tmp_path):
 
 def test_pinned_batches_are_those_of_the_data_set(coco):
     args, _ = tiny_options("--coco_path", coco)
-    dataset = build_dataset("val2017", args, augment=False)
+    dataset = build_dataset("val2017", args)
     plain, pinned = (build_loader(dataset, 2, shuffle=False, num_workers=1, pin_memory=pin) for pin in (False, True))
     for (images, targets), (expected_images, expected_targets) in zip(pinned, plain, strict=True):
         assert all(image.is_pinned() for image in images)
@@ -118,11 +118,11 @@ def test_a_search_completes_and_its_output_evaluates(annotated, tmp_path, cache_
     args, typed = parse(get_pruning_parser(MGP, "a test"), words.split())
     result = search(MGP, args, typed)
     args, typed = options("--coco_path", annotated, "--resume", result.path, "--eval")
-    checkpoint, _ = main.settle_arguments(args)
-    model, _, postprocessors = main.build_detector(args, checkpoint)
+    settings, checkpoint, _ = settled(args)
+    model, _, postprocessors = built(settings, checkpoint)
     assert model.widths == result.widths
     truth = GroundTruth(annotation_path(annotated, "val2017"))
-    loader = build_loader(build_dataset("val2017", args, augment=False), 2, shuffle=False)
+    loader = build_loader(build_dataset("val2017", settings.data), 2, shuffle=False)
     found = engine.evaluate(
         model.to(CUDA), postprocessors["bbox"], loader, truth, device=CUDA, progress=False
     )  # fmt: skip

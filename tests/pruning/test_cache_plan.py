@@ -10,18 +10,18 @@ import torch
 from datasets.coco import build_dataset
 from models.state import Features
 from pruning import cache_plan
-from pruning.arguments import get_pruning_parser
 from pruning.cache_plan import CacheOptions, CachePlanner, Uses, shape_of
 from pruning.cache_setup import batch_shapes, cache_options
+from pruning.config import SearchConfig
 from pruning.schedule import GP, MGP
 from pruning.state_cache import PassCounter, StateCache
-from runs.search_command import search
+from runs.search_command import get_pruning_parser, search
 from tests.pruning.test_end_to_end import SMALL, write_folder
 from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_args, tiny_detector
 from util import distributed
+from util.cli import parse
 from util.errors import UserError
 from util.memory import USABLE_SHARE
-from weights.options import parse
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SIZES = [((64, 64), (64, 128)), ((128, 128), (128, 128), (128, 128)), ((64, 192),), ((192, 128), (64, 64))]
@@ -303,7 +303,7 @@ def test_shapes_are_those_of_the_batches_without_reading_images(variant):
     folder, network = variant
     args = tiny_args(f"{SMALL} {network} --coco_path {folder}")
     batches = [range(2), range(2, 4), range(4, 7)]
-    dataset = build_dataset("val2017", args, augment=False)
+    dataset = build_dataset("val2017", args)
     read = [shape_of([tuple(dataset[index][0].shape[-2:]) for index in batch]) for batch in batches]
     dataset.folder = None
     assert batch_shapes(dataset, batches, args.image_size, (1, 1)) == read
@@ -354,15 +354,13 @@ def test_a_search_is_resumed_in_the_precision_that_it_began_with(variant, tmp_pa
 
 
 def test_the_cache_follows_the_options(tmp_path):
-    args = argparse.Namespace(
-        cache_gb=2.5, cache_dtype=None, cache_device="same", search_images=7, resume_search=True
-    )  # fmt: skip
+    config = SearchConfig(cache_gb=2.5, search_images=7, resume_search=True)
     journal = tmp_path / "search.jsonl"
-    assert cache_options(args, journal) == CacheOptions(2.5, None, None, "--search_images 7")
+    assert cache_options(config, journal) == CacheOptions(2.5, None, None, "--search_images 7")
     journal.write_text(json.dumps({"event": "start", "args": {"cache_dtype": "same"}}) + "\n")
-    assert cache_options(args, journal).dtype == "same"
+    assert cache_options(config, journal).dtype == "same"
     for damaged in ({}, {"args": None}, {"args": [1]}):
         journal.write_text(json.dumps({"event": "start", **damaged}) + "\n")
-        assert cache_options(args, journal).dtype is None
-    args.cache_dtype, args.cache_device = "bfloat16", "cpu"
-    assert cache_options(args, journal) == CacheOptions(2.5, "bfloat16", CPU, "--search_images 7")
+        assert cache_options(config, journal).dtype is None
+    config = dataclasses.replace(config, cache_dtype="bfloat16", cache_device="cpu")
+    assert cache_options(config, journal) == CacheOptions(2.5, "bfloat16", CPU, "--search_images 7")

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from pruning.arguments import get_pruning_parser, settle_images
+from datasets.config import DataConfig
 from pruning.checks import check_targets, lowest_target_ap, warn_of_images, warn_of_low_target
+from pruning.config import SearchConfig
 from pruning.schedule import GP, MGP
+from runs.search_command import get_pruning_parser
+from util.cli import parse
 from util.errors import UserError
-from weights.options import parse
 
 
 @pytest.mark.parametrize(
@@ -61,8 +63,8 @@ def write(root, split, images):
 
 def warnings(root, capsys, words="", is_calibrated=True):
     args, _ = parse(get_pruning_parser(MGP, "a test"), f"--coco_path {root} {words}".split())
-    settle_images(args)
-    warn_of_images(args, is_calibrated)
+    config = SearchConfig.from_values(vars(args))
+    warn_of_images(DataConfig.from_values(vars(args)), config.split, is_calibrated)
     return capsys.readouterr().out
 
 

@@ -5,7 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model
+from models import build
+from models.config import DetectorConfig
 from models.widths import Widths
 from pruning.cost import (
     GIGA,
@@ -20,9 +21,8 @@ from pruning.cost import (
     step_shares,
 )
 from tests.pruning.tiny import VARIANTS, tiny_detector
-from tools.cost import get_parser, main
+from tools.cost import main
 from util.errors import UserError
-from weights.options import parse
 
 GP = "[[[152,416],[232,1408],[216,1504],[232,1248],[224,1472],[248,1344]],"
 GP += "[[8,136,544],[184,192,1216],[240,168,1920],[232,256,800],[256,192,960],[256,216,1216]]]"
@@ -40,10 +40,8 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_published_figures(name):
     given, transformer_params, params, *gmacs = FIGURES[name]
-    args, _ = parse(get_parser(), [])
-    args.pretrained_backbone, args.cfgs = False, given and Widths.parse(given)
     with torch.device("meta"):
-        model, _, _ = build_model(args)
+        model, _, _ = build(DetectorConfig(num_classes=91, cfgs=given))
     cost = cost_of(model)
     assert (cost.transformer_params, cost.params) == (transformer_params, params)
     found = (cost.gmacs, cost.gmacs_without_attention_products, cost.gmacs_linear_modules)

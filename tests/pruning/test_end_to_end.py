@@ -15,7 +15,6 @@ from torch.utils.data import Subset
 from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
 from engine import evaluate
-from main import build_detector, settle_arguments
 from pruning.gates import gated
 from pruning.kept import from_lists
 from pruning.schedule import GP, MGP, Schedule
@@ -24,9 +23,11 @@ from pruning.workbench import DetectorBench
 from runs import search_command
 from runs.search_command import get_pruning_parser, search
 from tests.pruning.tiny import NETWORK, VARIANTS, tiny_args, tiny_detector
+from tests.tiny_run import built, settled
+from util.cli import parse
 from util.errors import UserError, run_cli
+from weights.build import build_detector
 from weights.checkpoint_file import read_checkpoint, save_checkpoint
-from weights.options import parse
 
 IMAGES = 7
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def write_folder(root, network):
         state_dict=model.state_dict(),
         widths=model.widths,
         full_widths=model.widths,
-        arguments=args,
+        arguments=vars(args),
         num_classes=7,
     )
     (root / "annotations").mkdir()
@@ -82,7 +83,7 @@ def _write_split(root, split, seed, args, model, postprocess):
     content = {"images": images, "annotations": [], "categories": categories}
     path = annotation_path(root, split)
     path.write_text(json.dumps(content))
-    for image, target in build_dataset(split, args, augment=False):
+    for image, target in build_dataset(split, args):
         with torch.no_grad():
             found = postprocess(model([image]), target["orig_size"][None])[0]
         seen = set()
@@ -111,7 +112,7 @@ def run(schedule, folder, out, more=""):
 
 
 def ap_of(model, postprocess, args, split="val2017"):
-    loader = build_loader(build_dataset(split, args, augment=False), 2, shuffle=False)
+    loader = build_loader(build_dataset(split, args), 2, shuffle=False)
     truth = GroundTruth(annotation_path(args.coco_path, split))
     result = evaluate(model, postprocess, loader, truth, device=torch.device("cpu"), progress=False)
     return result.stats["AP"]
@@ -132,10 +133,10 @@ def test_a_search_writes_what_it_has_measured(variant, tmp_path, schedule, more)
     assert checkpoint.kind == "search"
     assert checkpoint.widths == result.widths != tiny_detector()[0].widths
     args = tiny_args(f"{SMALL} {network} --coco_path {folder} --resume {result.path} --eval")
-    checkpoint, _ = settle_arguments(args)
-    slim, _, postprocessors = build_detector(args, checkpoint)
+    options, checkpoint, _ = settled(args)
+    slim, _, postprocessors = built(options, checkpoint)
     assert slim.widths == result.widths
-    assert ap_of(slim, postprocessors["bbox"], args, split) == pytest.approx(result.ap, abs=1e-3)
+    assert ap_of(slim, postprocessors["bbox"], options.data, split) == pytest.approx(result.ap, abs=1e-3)
 
     whole = tiny_detector(network)[0]
     with gated(whole, result.kept):
@@ -167,8 +168,8 @@ def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
         if not isinstance(output[0], FakeTensor):  # shapes alone are asked for too
             seen["backbone"] += len(inputs[0])
 
-    def watched(args, checkpoint):
-        model, criterion, postprocessors = build_detector(args, checkpoint)
+    def watched(*given):
+        model, criterion, postprocessors = build_detector(*given)
         model.backbone[0].register_forward_hook(count)
         built.append(model)
         return model, criterion, postprocessors
@@ -206,10 +207,10 @@ def test_a_search_goes_on_from_its_own_output(folder, tmp_path):
     assert second.base_ap == pytest.approx(first.ap, abs=1e-3)
     assert all(second.widths.of(name) <= first.widths.of(name) for name in first.widths.names())
     args = tiny_args(f"{SMALL} --coco_path {folder} --resume {second.path} --eval")
-    checkpoint, _ = settle_arguments(args)
-    slim, _, postprocessors = build_detector(args, checkpoint)
+    options, checkpoint, _ = settled(args)
+    slim, _, postprocessors = built(options, checkpoint)
     assert slim.widths == second.widths
-    assert ap_of(slim, postprocessors["bbox"], args) == pytest.approx(second.ap, abs=1e-3)
+    assert ap_of(slim, postprocessors["bbox"], options.data) == pytest.approx(second.ap, abs=1e-3)
 
 
 def test_the_same_seed_finds_the_same_channels_however_many_share_a_forward(folder, tmp_path):
@@ -224,7 +225,7 @@ def test_a_search_may_look_at_the_first_images_alone(folder, tmp_path):
     result = run(MGP, folder, tmp_path, "--search_images 3 --attention_unit 4 --ffn_unit 16 --map_tol 0.5")
     args = tiny_args(f"{SMALL} --coco_path {folder}")
     model, _, postprocessors = tiny_detector()
-    loader = build_loader(Subset(build_dataset("val2017", args, augment=False), range(3)), 2, shuffle=False)
+    loader = build_loader(Subset(build_dataset("val2017", args), range(3)), 2, shuffle=False)
     truth = GroundTruth(annotation_path(folder, "val2017"))
     found = evaluate(model, postprocessors["bbox"], loader, truth, device=torch.device("cpu"), progress=False)
     assert len(found.image_ids) == 3
@@ -274,8 +275,9 @@ def test_a_killed_search_leaves_what_it_had_found(folder, tmp_path, monkeypatch)
     for name in order:
         assert checkpoint.widths.of(name) == (accepted[name]["width"] if name in accepted else 32)
     args = tiny_args(f"{SMALL} --coco_path {folder} --resume {checkpoint.path} --eval")
-    slim, _, postprocessors = build_detector(args, settle_arguments(args)[0])
-    assert ap_of(slim, postprocessors["bbox"], args) == pytest.approx(accepted[order[1]]["full_ap"], abs=1e-3)
+    options, checkpoint, _ = settled(args)
+    slim, _, postprocessors = built(options, checkpoint)
+    assert ap_of(slim, postprocessors["bbox"], options.data) == pytest.approx(accepted[order[1]]["full_ap"], abs=1e-3)
 
 
 @pytest.mark.parametrize("word", ["--map_tol 1", "--map_tol -0.1", "--skip_eval_converge 1.5", "--ffn_unit 0"])

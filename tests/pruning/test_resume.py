@@ -19,18 +19,18 @@ import torch
 from PIL import Image
 
 from datasets.coco import build_dataset
-from main import build_detector, get_args_parser, main, settle_arguments
-from pruning.arguments import get_pruning_parser
+from main import get_args_parser, main
 from pruning.cost import cost_of
 from pruning.schedule import GP, MGP, Schedule
 from reports import plots
-from runs.search_command import search
-from runs.search_run import SearchRun
+from runs.search_command import get_pruning_parser, search
+from runs.search_run import NOT_DECIDING, SearchRun
 from tests.pruning.test_end_to_end import ROOT, SMALL, ap_of, command, folder, write_folder  # noqa: F401
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
+from tests.tiny_run import built, settled
+from util.cli import parse
 from util.errors import UserError, run_cli
-from weights.checkpoint_file import read_checkpoint
-from weights.options import parse
+from weights.checkpoint_file import plain_arguments, read_checkpoint
 
 UNITS = "--attention_unit 2 --ffn_unit 8"
 KINDS = {
@@ -94,7 +94,7 @@ def assert_same_file(one, other):
 def test_the_map_that_a_search_tells_is_that_of_the_cut_detector(folders, searched, variant, kind):
     result = searched(kind, variant)
     args = tiny_args(f"{SMALL} --coco_path {folders[variant]} --resume {result.path} --eval")
-    slim, _, postprocessors = build_detector(args, settle_arguments(args)[0])
+    slim, _, postprocessors = built(*settled(args)[:2])
     assert slim.widths == result.widths
     split = read_checkpoint(result.path).arguments["search_split"]
     assert split == ("train2017" if kind in GLOBAL and kind != "fast" else "val2017")  # the default, but where typed
@@ -109,8 +109,8 @@ def test_the_map_that_a_search_tells_is_that_of_the_cut_detector(folders, search
 def test_a_fraction_of_the_cost_is_kept_but_no_more(folders, searched, variant, kind):
     result = searched(kind, variant)
     args = tiny_args(f"{SMALL} --coco_path {folders[variant]} --resume {result.path} --eval")
-    slim = build_detector(args, settle_arguments(args)[0])[0]
-    height, width = build_dataset("val2017", args, augment=False)[0][0].shape[-2:]
+    slim = built(*settled(args)[:2])[0]
+    height, width = build_dataset("val2017", args)[0][0].shape[-2:]
     before, after = (cost_of(model, (height, width)) for model in (tiny_detector(VARIANTS[variant])[0], slim))
     name = "gmacs" if kind == "keep macs" else "transformer_params"
     trials = [json.loads(line) for line in lines_of(result)[1:-1]]
@@ -192,7 +192,7 @@ def test_ctrl_c_stops_behind_the_step_in_flight_and_says_how_to_go_on(folder, se
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 130
-    assert f"stopped; go on with the same command and --resume_search, from {journal}" in said
+    assert f"stopped; continue with the same command and --resume_search, from {journal}" in said
     assert "Traceback" not in said
     assert journal.read_bytes().endswith(b"\n") and b'"end"' not in journal.read_bytes()
     run(folder, tmp_path, "visit", "--resume_search")
@@ -269,6 +269,17 @@ def test_where_things_lie_and_how_fast_they_go_may_change(folder, searched, tmp_
     shutil.copytree(folder, tmp_path / "data")
     run(tmp_path / "data", out, "exact", "--images_at_once 2 --cache_device cpu --no-use_dn --resume_search")
     assert_same_file(searched("exact").path.parent, out)
+
+
+def test_a_journal_of_an_older_version_is_continued(folder, searched, tmp_path):  # noqa: F811
+    """Older versions wrote the options of main.py, too, with their defaults."""
+    start, *others = lines_of(searched("exact"))[:3]
+    start = json.loads(start)
+    older = plain_arguments(vars(get_args_parser().parse_args(["--no-pretrained_backbone"])))
+    start["args"] = {name: value for name, value in older.items() if name not in NOT_DECIDING} | start["args"]
+    (tmp_path / "search.jsonl").write_bytes(json.dumps(start).encode() + b"\n" + b"".join(others))
+    run(folder, tmp_path, "exact", "--resume_search")
+    assert_same_file(searched("exact").path.parent, tmp_path)
 
 
 @pytest.mark.parametrize("images", [512, 2], ids=["a share each", "one has none"])

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from main import get_args_parser
 from models import build_model
 from models.widths import Widths
-from weights.options import get_args_parser
 
 NETWORK = (
     "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 --dim_feedforward 32 --num_queries 5"

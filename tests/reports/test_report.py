@@ -16,18 +16,19 @@ import torch
 import main
 from datasets.coco import annotation_path
 from datasets.coco_eval import evaluator_name
-from pruning.arguments import get_pruning_parser
+from datasets.config import DataConfig
+from models.config import DetectorConfig
 from pruning.cost import cost_of
 from pruning.schedule import MGP, Schedule
 from reports import report
 from reports.__main__ import main as report_main
 from reports.samples import Samples
-from runs.search_command import search
-from tests.tiny_run import options, write_self_annotated
+from runs.search_command import get_pruning_parser, search
+from tests.tiny_run import built, options, settled, write_self_annotated
+from util.cli import parse
 from util.errors import RunFailedError, UserError
 from util.logging import get_logger
-from weights.build import build_detector, settle_arguments
-from weights.options import parse
+from weights.build import build_detector
 
 HOSTILE = "<script>alert('kind')</script>"
 COMMAND = ["prune_greedy_ad.py", "--output_dir", "out <script>alert(1)</script>"]
@@ -107,7 +108,7 @@ def test_a_searchs_report_tells_what_it_found(root, searched):
                              "Sample detections", "Go on", "Made with"]  # fmt: skip
     assert f"{result.base_ap:.4f}" in page.text and f"{result.ap:.4f}" in page.text and "on 7 images" in page.text
     args, _ = options("--coco_path", root, "--resume", result.path, "--eval --device cpu")
-    slim, _, _ = build_detector(args, settle_arguments(args)[0])
+    slim, _, _ = built(*settled(args)[:2])
     cost = cost_of(slim, (64, 64))
     assert f"{cost.transformer_params:,}" in page.text and f"{cost.params:,}" in page.text
     assert f"{cost.gmacs:.3g}" in page.text and "64 x 64" in page.text
@@ -282,12 +283,13 @@ def test_drawing_draws_nothing_at_random(trained):
 def test_detections_are_kept_until_the_checkpoint_changes(trained, root, tmp_path):
     shutil.copy(trained / "checkpoint_best.pth", tmp_path / "a.pth")
     args, _ = parse(get_pruning_parser(MGP, "a test"), ["--coco_path", str(root), "--image_size", "64"])
+    configs = DetectorConfig.from_values(vars(args)), DataConfig.from_values(vars(args))
     samples = Samples(torch.device("cpu"))
     with mock.patch("reports.samples.build_detector", wraps=build_detector) as built:
-        one = samples.section(args, [("one", tmp_path / "a.pth")])
-        assert samples.section(args, [("one", tmp_path / "a.pth")]) == one and built.call_count == 1
+        one = samples.section(*configs, [("one", tmp_path / "a.pth")])
+        assert samples.section(*configs, [("one", tmp_path / "a.pth")]) == one and built.call_count == 1
         shutil.copy(root / "dense.pth", tmp_path / "a.pth")
-        assert samples.section(args, [("one", tmp_path / "a.pth")]) != one and built.call_count == 2
+        assert samples.section(*configs, [("one", tmp_path / "a.pth")]) != one and built.call_count == 2
 
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path):

@@ -23,15 +23,14 @@ import torch
 import main
 from models.layers import GatedLayer
 from pruning import workbench
-from pruning.arguments import get_pruning_parser
 from pruning.budget import BudgetSearch
 from pruning.schedule import GP, MGP, Schedule
 from pruning.scores import Magnitude
 from reports import plots
-from runs.search_command import search
+from runs.search_command import get_pruning_parser, search
 from runs.search_run import SearchRun
+from util.cli import parse
 from util.errors import run_cli
-from weights.options import parse
 
 
 def train(words: Sequence[str]) -> None:

@@ -22,12 +22,11 @@ from PIL import Image
 
 import main
 from datasets import demo
-from pruning.arguments import get_pruning_parser
 from pruning.schedule import MGP
-from runs.search_command import search
+from runs.search_command import get_pruning_parser, search
 from tests.tiny_run import options, tiny_options
+from util.cli import parse
 from util.errors import run_cli
-from weights.options import parse
 
 ROOT = Path(main.__file__).parent
 SERVER = multiprocessing.get_context("forkserver")

@@ -12,7 +12,7 @@ from datasets.coco import annotation_path
 from tests.pruning.tiny import VARIANTS
 from tests.tiny_run import write_self_annotated
 from tests.trust.test_processes import job, run_jobs
-from weights.options import parse
+from util.cli import parse
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 

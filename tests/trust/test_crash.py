@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runs.training_run import take_up_log
+from runs.training_run import continue_log
 from tests.pruning.test_end_to_end import write_folder
 from tests.test_main import differing
 from tests.trust.jobs import Job, Kill, assert_whole, draw, prune, train
@@ -143,17 +143,17 @@ def test_a_log_is_taken_up_where_its_checkpoint_stands(lines, epoch, left, is_ke
     path, rows = tmp_path / "log.txt", [json.dumps({"epoch": number}).encode() + b"\n" for number in lines]
     for half in (b"", b'{"epoch": 9, "tra'):
         path.write_bytes(b"".join(rows) + half)
-        take_up_log(path, epoch)
+        continue_log(path, epoch)
         assert [json.loads(line)["epoch"] for line in path.read_bytes().splitlines()] == left
         assert [other.name for other in tmp_path.glob("log.1.txt")] == ["log.1.txt"] * is_kept_aside
         (tmp_path / "log.1.txt").unlink(missing_ok=True)
     path.unlink()
-    take_up_log(path, epoch)
+    continue_log(path, epoch)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("line", [b"no JSON", b"[]", b"{}", b'{"epoch": null}', b"[" * 100_000, b"\xff", b"1e999"])
 def test_a_line_of_a_log_that_tells_no_epoch_stays(line, tmp_path):
     (tmp_path / "log.txt").write_bytes(line + b"\n")
-    take_up_log(tmp_path / "log.txt", 0)
+    continue_log(tmp_path / "log.txt", 0)
     assert (tmp_path / "log.txt").read_bytes() == line + b"\n"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import main
 from runs.training_state import TrainingState
 from tests.test_main import ROOT
-from tests.tiny_run import options, tiny_options
+from tests.tiny_run import built, options, settled, tiny_options
 from tests.trust.mutations import FUZZ, VALUES, damaged_bytes, damaged_value
 from tests.trust.test_fuzz_text import value_or_sentence
 from util.checkpoint import load_weights
@@ -67,11 +67,11 @@ def little_memory():
 def use(path, coco, *words):
     """What main.py makes of a checkpoint before it trains or evaluates."""
     args, typed = options("--coco_path", coco, "--device cpu --num_workers 0 --epochs 2 --resume", path, *words)
-    checkpoint, continuing = main.settle_arguments(args, typed)
-    model = main.build_detector(args, checkpoint)[0]
+    settings, checkpoint, continuing = settled(args, typed)
+    model = built(settings, checkpoint)[0]
     assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point())
     if continuing:
-        state = TrainingState(model, args, 2)
+        state = TrainingState(model, settings.training, 2)
         state.load(checkpoint.training, state.best_model.state_dict(), str(checkpoint.path))
         assert type(state.epoch) is int and state.best_ap == state.best_ap
         for parameter in model.parameters():
@@ -330,9 +330,9 @@ def test_the_optimizers_own_options_are_not_taken_from_a_file(coco, content, tmp
               for group in content["optimizer"]["param_groups"]]  # fmt: skip
     torch.save({**content, "optimizer": {**content["optimizer"], "param_groups": groups}}, tmp_path / "a.pth")
     args, typed = options("--coco_path", coco, "--device cpu --epochs 2 --resume", tmp_path / "a.pth")
-    checkpoint, _ = main.settle_arguments(args, typed)
-    model = main.build_detector(args, checkpoint)[0]
-    state = TrainingState(model, args, 2)
+    settings, checkpoint, _ = settled(args, typed)
+    model = built(settings, checkpoint)[0]
+    state = TrainingState(model, settings.training, 2)
     state.load(checkpoint.training, state.best_model.state_dict(), "a.pth")
     for group in state.optimizer.param_groups:
         assert (group["maximize"], group["betas"], group["amsgrad"], group["eps"]) == (False, (0.9, 0.999), False, 1e-8)

@@ -94,7 +94,7 @@ def test_boxes_that_augmentation_puts_outside_leave_images_without_targets_that_
     monkeypatch.setattr(RandomSizeCrop, "make_params", corner)
     monkeypatch.setattr("torchvision.transforms.v2.RandomHorizontalFlip.transform", lambda self, inpt, params: inpt)
     args, typed = tiny_options("--coco_path", root, "--output_dir", tmp_path / "out", "--epochs 4")
-    dataset = build_dataset("train2017", args, augment=True)
+    dataset = build_dataset("train2017", args, augmentation=args.augmentation)
     counts = []
     for epoch in range(4):
         dataset.set_epoch(epoch)

@@ -17,9 +17,9 @@ import pytest
 import main
 from bench import demo as bench_demo
 from datasets import demo
-from pruning.arguments import get_pruning_parser
 from pruning.schedule import GP, MGP
 from runs import search_command as cli
+from runs.search_command import get_pruning_parser
 from tests.tiny_run import tiny_options
 from util import distributed, lock
 from util.errors import UserError
@@ -118,7 +118,7 @@ def test_both_searches_hold_their_folder(tmp_path, holder):
             ["--output_dir", str(tmp_path / "out"), "--resume", "x", "--device", "cpu"]
         )
         with (
-            mock.patch.object(cli, "settle_arguments", return_value=(None, False)),
+            mock.patch.object(cli, "settle_search", side_effect=lambda options, typed: (options, None)),
             pytest.raises(UserError, match=f"found process {holder.pid} on"),
         ):
             cli.search(schedule, args)

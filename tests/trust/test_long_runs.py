@@ -13,16 +13,15 @@ import pytest
 import torch
 
 import engine
-from pruning.arguments import get_pruning_parser
 from pruning.journal import Journal
 from pruning.schedule import GP, Schedule
 from reports import plots
-from runs.search_command import search
+from runs.search_command import get_pruning_parser, search
 from tests.pruning.test_end_to_end import SMALL, write_folder
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
+from util.cli import parse
 from util.ema import WeightAverage
 from util.errors import RunFailedError
-from weights.options import parse
 
 STATM = Path("/proc/self/statm")
 pytestmark = pytest.mark.skipif(not STATM.exists(), reason="/proc tells how much memory a process has")

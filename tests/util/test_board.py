@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 import main
-from pruning.arguments import get_pruning_parser
 from pruning.schedule import MGP
-from runs.search_command import search
+from runs.search_command import get_pruning_parser, search
 from tests.tiny_run import options, tiny_options, write_self_annotated
 from util.board import Board
+from util.cli import parse
 from util.errors import UserError
-from weights.options import parse
 
 Curves = dict[str, list[tuple[int, float]]]
 

@@ -16,7 +16,7 @@ NAMES = {1: "cat", 6: "dog"}
 def saved(path, **more) -> None:
     """A tiny detector's checkpoint."""
     save_checkpoint(path, state_dict=tiny_detector()[0].state_dict(), widths=FULL, full_widths=FULL,
-                    arguments=tiny_args(), num_classes=7, **more)  # fmt: skip
+                    arguments=vars(tiny_args()), num_classes=7, **more)  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [None, {"optimizer": {}, "epoch": 1}])

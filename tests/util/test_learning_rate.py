@@ -10,22 +10,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from main import get_args_parser
+from runs.config import TrainingConfig
 from runs.training_state import TrainingState
 from util.learning_rate import SCHEDULES, rate
-from weights.options import get_args_parser
 
 
 def state_of(words: str, steps_per_epoch: int) -> TrainingState:
     """The training state of a model of one layer."""
     model = torch.nn.Linear(1, 1)
     model.backbone = [SimpleNamespace(trained_parameters=list)]
-    return TrainingState(model, get_args_parser().parse_args(words.split()), steps_per_epoch)
+    return TrainingState(
+        model, TrainingConfig.from_values(vars(get_args_parser().parse_args(words.split()))), steps_per_epoch
+    )
 
 
 def means_by_epoch(state: TrainingState) -> list[float]:
     """Mean factor of the rates in each epoch."""
     steps = state.steps_per_epoch
-    factors = [state.rate_factor(step) for step in range(state.args.epochs * steps)]
+    factors = [state.rate_factor(step) for step in range(state.training.epochs * steps)]
     return [mean(factors[first : first + steps]) for first in range(0, len(factors), steps)]
 
 

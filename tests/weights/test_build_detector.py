@@ -1,6 +1,7 @@
 """From options and files to a detector: data sets of one's own, other classes, and weights that begin anew."""
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -9,21 +10,22 @@ import pytest
 import torch
 
 import main
-from models import build_model
-from pruning.arguments import get_pruning_parser
+from datasets.config import DataConfig
+from models import build, build_model
 from pruning.kept import all_kept
 from pruning.schedule import MGP
 from reports.search_log import next_command
-from runs.search_command import search
+from runs.search_command import get_pruning_parser, search
+from runs.settle import build_distillation
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
-from tests.tiny_run import options, tiny_options, write_self_annotated
+from tests.tiny_run import built, options, settled, tiny_options, write_self_annotated
 from util.checkpoint import rename_encoder_attention
+from util.cli import parse
 from util.errors import UserError
 from util.files import file_digest
-from weights.build import build_detector, build_distillation, settle_arguments
+from weights.build import build_detector
 from weights.checkpoint_file import read_checkpoint, save_checkpoint
 from weights.class_heads import find_new_parts
-from weights.options import parse
 from weights.slim_down import slim_down
 
 NAMES = {1: "kind 3", 2: "other", 6: "kind 1"}  # the data set's are 1: "kind 1" and 3: "kind 3"
@@ -34,7 +36,8 @@ def save(path, variant="dense", categories=NAMES, widths=None, **more):
     """A checkpoint of ours of a tiny detector for 7 classes."""
     model = tiny_detector(VARIANTS[variant], seed=1)[0]
     save_checkpoint(path, state_dict=model.state_dict(), widths=widths or model.widths, full_widths=model.widths,
-                    arguments=tiny_args(VARIANTS[variant]), num_classes=7, categories=categories, **more)  # fmt: skip
+                    arguments=vars(tiny_args(VARIANTS[variant])), num_classes=7, categories=categories,
+                    **more)  # fmt: skip
     return model
 
 
@@ -66,10 +69,11 @@ def save_of_kind(path, kind):
 def finetune(*words, seed=3):
     """Detector, options and new parts, as main.py's training has them."""
     args, typed = options("--device cpu --num_workers 0 --no-pretrained_backbone", *words)
-    checkpoint, continuing = settle_arguments(args, typed, new_classes=not args.eval)
-    parts = find_new_parts(args, checkpoint, continuing)
+    settings, checkpoint, continuing = settled(args, typed)
+    ignore, evaluating = settings.run.finetune_ignore or (), settings.run.eval
+    parts = find_new_parts(ignore, settings.detector, checkpoint, evaluating=evaluating, continuing=continuing)
     torch.manual_seed(seed)
-    return build_detector(args, checkpoint, parts)[0], args, parts
+    return built(settings, checkpoint, parts)[0], settings.detector, parts
 
 
 def heads_of(state_dict) -> dict[str, torch.Tensor]:
@@ -80,11 +84,11 @@ def heads_of(state_dict) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_classes_get_new_heads_that_take_over_rows_by_name(variant, coco, tmp_path):
     before = save(tmp_path / "a.pth", variant).state_dict()
-    model, args, parts = finetune("--coco_path", coco, "--resume", tmp_path / "a.pth")
+    model, config, parts = finetune("--coco_path", coco, "--resume", tmp_path / "a.pth")
     torch.manual_seed(3)
-    initial = build_model(args)[0].state_dict()
+    initial = build(config)[0].state_dict()
     found = model.state_dict()
-    assert args.num_classes == 4 and heads_of(found).keys() == heads_of(before).keys()
+    assert config.num_classes == 4 and heads_of(found).keys() == heads_of(before).keys()
     assert len(heads_of(found)) == (3 if variant == "dense" else 5)
     for key, value in heads_of(found).items():
         assert torch.equal(value[[1, 3]], before[key][[6, 1]])
@@ -95,7 +99,7 @@ def test_other_classes_get_new_heads_that_take_over_rows_by_name(variant, coco, 
     assert torch.equal(found["label_enc.weight"][4], before["label_enc.weight"][7])
     rest = found.keys() - heads_of(found).keys()
     assert rest and all(torch.equal(found[key], before[key]) for key in rest)
-    assert parts.told == (
+    assert parts.summary == (
         f"{tmp_path}/a.pth: new class heads for 4 classes in place of those for 7, "
         "2 of 2 categories carried over by name (kind 1, kind 3)"
     )
@@ -106,9 +110,8 @@ def test_other_classes_get_new_heads_that_take_over_rows_by_name(variant, coco, 
 def test_a_checkpoint_of_every_format_is_trained_on_other_classes(kind, coco, tmp_path):
     path = tmp_path / "a.pth"
     save_of_kind(path, kind)
-    model, args, parts = finetune("--coco_path", coco, "--resume", path)
-    strict = argparse.Namespace(**{**vars(args), "num_classes": 7})
-    expected = build_detector(strict, read_checkpoint(path))[0].state_dict()
+    model, config, parts = finetune("--coco_path", coco, "--resume", path)
+    expected = build_detector(dataclasses.replace(config, num_classes=7), read_checkpoint(path))[0].state_dict()
     found = model.state_dict()
     assert model.widths.of("encoder.0.ffn") == {"search": 20, "paper_search": 12}.get(kind.split()[0], 32)
     assert found.keys() == expected.keys()
@@ -118,7 +121,7 @@ def test_a_checkpoint_of_every_format_is_trained_on_other_classes(kind, coco, tm
     assert parts.matches == ({1: 6, 3: 1} if named else {})
     assert torch.equal(found["label_enc.weight"][4], expected["label_enc.weight"][7])
     assert torch.equal(found["class_embed.weight"][1], expected["class_embed.weight"][6]) == named
-    assert ("does not tell its categories' names" in parts.told) != named
+    assert ("has no names of its categories" in parts.summary) != named
     with torch.no_grad():
         assert model.eval()(torch.zeros(1, 3, 64, 64))["pred_logits"].shape == (1, 5, 4)
 
@@ -139,7 +142,7 @@ def test_a_checkpoint_of_every_format_is_trained_on_other_classes(kind, coco, tm
 def test_names_tell_other_classes_where_their_number_is_the_same(categories, said, matches, coco, tmp_path):
     model = build_model(argparse.Namespace(**{**vars(tiny_args()), "num_classes": 4}))[0]
     save_checkpoint(tmp_path / "a.pth", state_dict=model.state_dict(), widths=model.widths, full_widths=model.widths,
-                    arguments=tiny_args(), num_classes=4, categories=categories)  # fmt: skip
+                    arguments=vars(tiny_args()), num_classes=4, categories=categories)  # fmt: skip
     words = ("--coco_path", coco, "--resume", tmp_path / "a.pth")
     _, _, parts = finetune(*words)
     assert (None if parts is None else parts.matches) == matches
@@ -149,26 +152,25 @@ def test_names_tell_other_classes_where_their_number_is_the_same(categories, sai
         with pytest.raises(UserError, match=said):
             finetune(*words, "--eval")
     teaching, typed = options(*words, "--no-pretrained_backbone")
-    settle_arguments(teaching, typed, new_classes=True)
-    teaching.distill = str(tmp_path / "a.pth")
+    teaching = settled(teaching, typed)[0].with_values({"distill": str(tmp_path / "a.pth")})
     if said is None:
         assert build_distillation(teaching, model) is not None
     else:
         with pytest.raises(UserError, match=rf"^--distill .*{said}"):
-            build_distillation(teaching, build_model(teaching)[0])
+            build_distillation(teaching, build(teaching.detector)[0])
 
 
 def test_a_teacher_pads_as_its_student_does(coco, tmp_path):
     model = build_model(argparse.Namespace(**{**vars(tiny_args()), "num_classes": 4}))[0]
     save_checkpoint(tmp_path / "a.pth", state_dict=model.state_dict(), widths=model.widths, full_widths=model.widths,
-                    arguments=tiny_args("--padding_rule reference"), num_classes=4)  # fmt: skip
+                    arguments=vars(tiny_args("--padding_rule reference")), num_classes=4)  # fmt: skip
     words = ("--coco_path", coco, "--resume", tmp_path / "a.pth", "--distill", tmp_path / "a.pth")
     for typed_words, expected in (("", "reference"), ("--padding_rule exact", "exact")):
         args, typed = options(*words, "--no-pretrained_backbone", typed_words)
-        settle_arguments(args, typed)
-        student, _, _ = build_model(args)
+        settings, _, _ = settled(args, typed)
+        student, _, _ = build(settings.detector)
         student.load_state_dict(model.state_dict())
-        assert student.padding_rule == build_distillation(args, student).teacher.padding_rule == expected
+        assert student.padding_rule == build_distillation(settings, student).teacher.padding_rule == expected
 
 
 def test_where_a_detector_must_know_its_classes_others_are_an_error(coco, tmp_path):
@@ -196,7 +198,7 @@ def test_where_a_detector_must_know_its_classes_others_are_an_error(coco, tmp_pa
 def test_ignored_weights_begin_anew_and_win_over_names(kind, coco, tmp_path):
     save_of_kind(tmp_path / "a.pth", kind)
     words = ("--coco_path", coco, "--resume", tmp_path / "a.pth")
-    usual, args, _ = finetune(*words)
+    usual, config, _ = finetune(*words)
     keys = (
         "class_embed.weight",
         "transformer.decoder.bbox_embed",
@@ -207,13 +209,13 @@ def test_ignored_weights_begin_anew_and_win_over_names(kind, coco, tmp_path):
     torch.manual_seed(3)
     if kind == "search":  # the whole detector that is cut draws its initial values first
         build_model(tiny_args())
-    initial = build_model(args)[0].state_dict()
+    initial = build(config)[0].state_dict()
     anew = {key for key in initial if "bbox_embed" in key or key.endswith(("class_embed.weight", "linear1.bias"))}
     anew |= {key for key in initial if "encoder.layers.0" in key and "in_proj" in key}
     assert len(anew) == 18 and anew <= initial.keys()
     for key, value in model.state_dict().items():
         assert torch.equal(value, (initial if key in anew else usual.state_dict())[key]), key
-    assert parts.told.endswith(f"; 12 weights left out by --finetune_ignore {' '.join(keys)}")
+    assert parts.summary.endswith(f"; 12 weights left out by --finetune_ignore {' '.join(keys)}")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,7 @@ def test_ignored_weights_begin_anew_and_win_over_names(kind, coco, tmp_path):
     [
         ("--finetune_ignore class_embed", "found no --resume"),
         ("--resume {tmp}/a.pth --eval --finetune_ignore class_embed", "found --eval"),
-        ("--resume {tmp}/unfinished.pth --finetune_ignore class_embed", "found a training run to go on with"),
+        ("--resume {tmp}/unfinished.pth --finetune_ignore class_embed", "found a training run to continue"),
         (
             "--resume {tmp}/a.pth --finetune_ignore class_embed neck",
             "neck: found no weight of that name in .*a.pth",
@@ -262,8 +264,8 @@ def test_a_run_on_files_named_one_by_one_is_that_on_the_layout(scattered, tmp_pa
     assert written.categories == {number: f"kind {number}" for number in range(1, 7)}
     # The paths belong to the run that they were typed for.
     args, typed = options("--epochs 2 --coco_path", root / "coco", "--resume", written.path)
-    settle_arguments(args, typed)
-    assert (args.train_json, args.val_images, args.image_size) == (None, None, 64)
+    data = settled(args, typed)[0].data
+    assert (data.train_json, data.val_images, data.image_size) == (None, None, 64)
 
     # Each option alone takes the place of one thing of the layout; an evaluation needs no training files.
     main.main(*options("--eval --num_workers 0 --device cpu --coco_path none", *named[4:], "--resume", written.path,
@@ -302,7 +304,7 @@ def test_files_that_are_not_there_are_told_with_their_option(words, said, scatte
     (root / "val2017" / "a.txt").touch()
     args, typed = tiny_options("--eval", words.format(**places))
     with pytest.raises(UserError, match=said):
-        settle_arguments(args, typed)
+        settled(args, typed)
 
 
 def test_splits_that_name_a_category_differently_are_told(scattered):
@@ -312,7 +314,7 @@ def test_splits_that_name_a_category_differently_are_told(scattered):
     with pytest.raises(
         UserError, match=r"renamed\.json: found the name 'kind two' for category 2, expected 'kind 2' as in"
     ):
-        settle_arguments(args, typed)
+        settled(args, typed)
 
 
 def test_a_search_on_named_files_and_its_output_on_other_classes(scattered, coco, tmp_path):
@@ -324,7 +326,7 @@ def test_a_search_on_named_files_and_its_output_on_other_classes(scattered, coco
     start = json.loads((tmp_path / "search.jsonl").read_text().splitlines()[0])
     assert start["annotations"] == file_digest(root / "train.json")
     assert not {"train_json", "val_images"} & start["args"].keys()
-    typed_next = next_command(args, result.path)
+    typed_next = next_command(args.modelname, DataConfig.from_values(vars(args)), args.use_dn, result.path)
     assert all(
         f"--{name} {root}/" in typed_next.replace("'", "") for name in ("train_json", "val_json", "train_images")
     )

@@ -6,15 +6,18 @@ import pytest
 import torch
 
 import main
+from main import get_args_parser
+from models.config import NetworkConfig
 from models.widths import Widths
 from pruning.transplant import cut_state_dict, slices_of, widths_after
+from runs.config import TrainingOptions
 from tests.pruning.tiny import NETWORK, VARIANTS, pictures, randomise_norms, tiny_args, tiny_detector
 from tests.tiny_run import options
 from util.checkpoint import load_weights, rename_encoder_attention
+from util.cli import parse
 from util.errors import UserError
 from weights.build import arguments_for, build_detector
 from weights.checkpoint_file import plain_arguments, read_checkpoint, save_checkpoint, slim_state_dict
-from weights.options import get_args_parser, parse
 from weights.slim_down import slim_down
 from weights.stored_options import take_from_checkpoint
 
@@ -84,14 +87,14 @@ def test_the_deformable_release_tells_its_variant_and_widths(tmp_path):
     torch.save({"model": model.state_dict(), "args": told}, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     assert (checkpoint.kind, checkpoint.widths, checkpoint.num_classes) == ("release", SLIM, 7)
-    args = tiny_args("--return_layer layer3")
-    take_from_checkpoint(args, {"return_layer"}, checkpoint)
-    assert (args.modelname, args.num_feature_levels, args.enc_n_points) == ("dn_dab_deformable_detr", 3, 2)
-    target = tiny_detector(VARIANTS["deformable"], cfgs=args.cfgs, seed=2)[0]
+    config = NetworkConfig.from_values(vars(tiny_args("--return_layer layer3")))
+    config = take_from_checkpoint(config, {"return_layer"}, checkpoint)
+    assert (config.modelname, config.num_feature_levels, config.enc_n_points) == ("dn_dab_deformable_detr", 3, 2)
+    target = tiny_detector(VARIANTS["deformable"], cfgs=config.cfgs, seed=2)[0]
     load_weights(target, checkpoint.state_dict, checkpoint.path)
     assert torch.equal(outputs_of(model), outputs_of(target))
     with pytest.raises(UserError, match=r"--modelname dn_dab_detr: .* was made with dn_dab_deformable_detr"):
-        take_from_checkpoint(tiny_args(), {"modelname"}, checkpoint)
+        take_from_checkpoint(NetworkConfig(), {"modelname"}, checkpoint)
 
 
 def test_the_papers_slim_model_tells_its_widths(tmp_path):
@@ -196,9 +199,10 @@ def test_a_foreign_file_tells_its_architecture_unless_it_is_typed(tmp_path):
     torch.save({"model": model.state_dict(), "args": told}, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     args, typed = parse(get_args_parser(), ["--num_select", "9"])
-    take_from_checkpoint(args, typed, checkpoint)
-    assert (args.dilation, args.pe_temperatureH, args.hidden_dim, args.backbone) == (True, 7, 32, "resnet18")
-    assert (args.num_select, args.lr, args.modelname, args.cfgs) == (9, 1e-4, "dn_dab_detr", None)
+    options = take_from_checkpoint(TrainingOptions.from_values(vars(args)), typed, checkpoint)
+    found = options.detector
+    assert (found.dilation, found.pe_temperatureH, found.hidden_dim, found.backbone) == (True, 7, 32, "resnet18")
+    assert (found.num_select, options.training.lr, found.modelname, found.cfgs) == (9, 1e-4, "dn_dab_detr", None)
 
 
 def saved(path, **more) -> None:
@@ -206,7 +210,7 @@ def saved(path, **more) -> None:
     args = tiny_args()
     kept = {"encoder.0.ffn": {"hidden": torch.arange(20)}, **more.pop("kept", {})}
     save_checkpoint(path, state_dict=tiny_detector(seed=1)[0].state_dict(), widths=FULL.replace("encoder.0.ffn", 20),
-                    full_widths=FULL, arguments=args, num_classes=7, kept=kept, **more)  # fmt: skip
+                    full_widths=FULL, arguments=vars(args), num_classes=7, kept=kept, **more)  # fmt: skip
 
 
 def test_our_search_output_comes_back_as_written(tmp_path):
@@ -275,9 +279,8 @@ def test_stored_options_that_no_command_line_could_give_are_told(tmp_path, store
     saved(tmp_path / "a.pth")
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     torch.save({**content, "args": {**content["args"], **stored}}, tmp_path / "a.pth")
-    args, typed = parse(get_args_parser(), [])
     with pytest.raises(UserError, match=told) as error:
-        take_from_checkpoint(args, typed, read_checkpoint(tmp_path / "a.pth"), continuing=True)
+        take_from_checkpoint(TrainingOptions(), (), read_checkpoint(tmp_path / "a.pth"), continuing=True)
     assert "a.pth" in str(error.value)
 
 
@@ -305,5 +308,5 @@ def test_slim_down_drops_training_state_and_keeps_what_half_precision_cannot_hol
 
 
 def test_arguments_are_stored_as_plain_values(tmp_path):
-    args = argparse.Namespace(cfgs=SLIM, output_dir=tmp_path, lr=0.1, resume=None, strange={1})
+    args = {"cfgs": SLIM, "output_dir": tmp_path, "lr": 0.1, "resume": None, "strange": {1}}
     assert plain_arguments(args) == {"cfgs": SLIM.to_list(), "output_dir": str(tmp_path), "lr": 0.1, "resume": None}

@@ -1,6 +1,5 @@
 """DAB-DETR of transformers: the same weights compute the same here, and what does not fit is told by name."""
 
-import argparse
 import json
 import os
 import re
@@ -10,23 +9,22 @@ import torch
 
 import inference
 from datasets.coco import annotation_path
-from models import build_model
+from models import build
+from models.config import DetectorConfig
 from models.padding import PaddedImages
-from pruning.arguments import get_pruning_parser
 from pruning.schedule import MGP
-from runs.search_command import search
+from runs.search_command import get_pruning_parser, search
 from tests.pruning.tiny import pictures
-from tests.tiny_run import options, write_self_annotated, write_split
-from tools.prediction import load_detector
+from tests.tiny_run import built, options, settled, write_self_annotated, write_split
+from tools.prediction import PredictionOptions, load_detector
 from util.checkpoint import load_weights
+from util.cli import parse
 from util.errors import UserError
 from util.files import file_digest
-from weights.build import build_detector, settle_arguments
+from weights.build import options_for
 from weights.checkpoint_file import read_checkpoint, save_checkpoint
 from weights.class_heads import find_new_parts
 from weights.huggingface import weights_digest
-from weights.options import get_args_parser, parse
-from weights.stored_options import take_from_checkpoint
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
@@ -54,15 +52,13 @@ def tiny(**changes) -> torch.nn.Module:
     return model
 
 
-def detector_of(path) -> tuple[torch.nn.Module, argparse.Namespace]:
+def detector_of(path) -> tuple[torch.nn.Module, DetectorConfig]:
     """The detector of a checkpoint with its weights, and its options."""
     checkpoint = read_checkpoint(path)
-    args = get_args_parser().parse_args(["--no-pretrained_backbone"])
-    take_from_checkpoint(args, (), checkpoint)
-    args.num_classes = checkpoint.num_classes
-    model, _, _ = build_model(args)
+    config = options_for(DetectorConfig(), checkpoint)
+    model, _, _ = build(config)
     load_weights(model, checkpoint.state_dict, path)
-    return model.eval(), args
+    return model.eval(), config
 
 
 @pytest.mark.parametrize(
@@ -77,8 +73,8 @@ def detector_of(path) -> tuple[torch.nn.Module, argparse.Namespace]:
 def test_outputs_agree_with_transformers_on_a_padded_batch(tmp_path, changes):
     theirs = tiny(**changes)
     theirs.save_pretrained(tmp_path)
-    ours, args = detector_of(tmp_path)
-    assert args.anchor_eps == 1e-5 and args.num_patterns == changes.get("num_patterns", 0)
+    ours, config = detector_of(tmp_path)
+    assert config.anchor_eps == 1e-5 and config.num_patterns == changes.get("num_patterns", 0)
     batch = torch.stack([torch.nn.functional.pad(image, (0, 96 - image.shape[2])) for image in pictures()[0]])
     padding = torch.zeros(2, 64, 96, dtype=torch.bool)
     padding[0, :, 64:] = True
@@ -164,26 +160,26 @@ def test_annotations_that_number_its_names_otherwise_are_refused_and_their_heads
     permuted = write_named(tmp_path / "permuted", {0: "ring", 1: "cross", 2: "crescent"})
     words = ("--resume", theirs, "--device cpu --num_workers 0 --coco_path")
     with pytest.raises(UserError, match="found 'crescent' as category 0 of the checkpoint, expected 'ring'"):
-        settle_arguments(*options(*words, permuted, "--eval"))
+        settled(*options(*words, permuted, "--eval"))
     searching = f"--resume {theirs} --coco_path {permuted} --output_dir {tmp_path / 'out'} --device cpu"
     with pytest.raises(UserError, match="found 'crescent' as category 0 of the checkpoint, expected 'ring'"):
         search(MGP, *parse(get_pruning_parser(MGP, ""), searching.split()))
     args, typed = options(*words, permuted)
-    checkpoint, continuing = settle_arguments(args, typed, new_classes=True)
-    new_parts = find_new_parts(args, checkpoint, continuing)
-    assert "3 of 3 categories carried over by name (ring, cross, crescent)" in new_parts.told
-    model = build_detector(args, checkpoint, new_parts)[0]
+    settings, checkpoint, continuing = settled(args, typed)
+    new_parts = find_new_parts((), settings.detector, checkpoint, evaluating=False, continuing=continuing)
+    assert "3 of 3 categories carried over by name (ring, cross, crescent)" in new_parts.summary
+    model = built(settings, checkpoint, new_parts)[0]
     before = checkpoint.state_dict["class_embed.bias"]
     assert torch.equal(model.class_embed.bias, before[[1, 2, 0]]) and len(set(before.tolist())) == 3
     args, typed = options(*words, write_named(tmp_path / "same", NAMES), "--eval")
-    settle_arguments(args, typed)
-    assert args.categories == NAMES
+    assert settled(args, typed)[0].detector.categories == NAMES
 
 
 def test_its_names_are_drawn(tmp_path):
     path = str(saved_with(tmp_path, id2label=NAMES))
     args, typed = parse(inference.get_inference_parser(), ["x.jpg", "--resume", path, "--device", "cpu"])
-    assert load_detector("detector", path, args, typed, torch.device("cpu")).names == NAMES
+    settings = PredictionOptions.from_values(vars(args))
+    assert load_detector("detector", path, settings, typed, torch.device("cpu")).names == NAMES
 
 
 def sharded(folder, suffix):
@@ -262,10 +258,10 @@ def test_a_search_prunes_it_and_its_output_keeps_the_bound(tmp_path):
     pruned = read_checkpoint(result.path)
     assert pruned.is_search and pruned.arguments["anchor_eps"] == 1e-5
     args, typed = options(f"--resume {result.path} --coco_path {data} --eval --device cpu")
-    checkpoint, _ = settle_arguments(args, typed)
+    settings, checkpoint, _ = settled(args, typed)
     found = []
     for again in (checkpoint, read_checkpoint(tmp_path / "out" / "pruned.safetensors")):
-        slim = build_detector(args, again)[0].eval()
+        slim = built(settings, again)[0].eval()
         assert slim.widths == result.widths
         with torch.no_grad():
             found.append(slim(pictures()[0])["pred_boxes"])
@@ -325,11 +321,11 @@ def test_another_key_and_a_folder_without_weights_are_told(tmp_path):
 
 def test_what_was_loaded_is_saved_as_a_checkpoint_of_ours_with_its_bound(tmp_path):
     tiny().save_pretrained(tmp_path)
-    model, args = detector_of(tmp_path)
+    model, config = detector_of(tmp_path)
     save_checkpoint(tmp_path / "ours.pth", state_dict=model.state_dict(), widths=model.widths,
-                    full_widths=model.widths, arguments=args, num_classes=7)  # fmt: skip
-    again, args = detector_of(tmp_path / "ours.pth")
-    assert args.anchor_eps == 1e-5
+                    full_widths=model.widths, arguments=config.values(), num_classes=7)  # fmt: skip
+    again, config = detector_of(tmp_path / "ours.pth")
+    assert config.anchor_eps == 1e-5
     with torch.no_grad():
         for key in ("pred_logits", "pred_boxes"):
             assert torch.equal(again(pictures()[0])[key], model(pictures()[0])[key])

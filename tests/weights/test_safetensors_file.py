@@ -24,7 +24,7 @@ def save(path, network="", **more):
     """A tiny detector's checkpoint with its safetensors; returns the detector."""
     model = tiny_detector(network, seed=1)[0].eval()
     content = {"state_dict": model.state_dict(), "widths": model.widths, "full_widths": model.widths,
-               "arguments": tiny_args(network), "num_classes": 7}  # fmt: skip
+               "arguments": vars(tiny_args(network)), "num_classes": 7}  # fmt: skip
     save_checkpoint(path, **{**content, **more}, safetensors=True)
     return model
 

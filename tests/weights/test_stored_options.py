@@ -1,14 +1,14 @@
 """Options: names and defaults that people rely on, and which of them come out of a checkpoint."""
 
-import argparse
-
 import pytest
 
 from main import get_args_parser
 from models.widths import Widths
+from runs.config import TrainingOptions
+from util.cli import options_of, parse
 from util.errors import UserError, run_cli
-from weights.checkpoint_file import Checkpoint
-from weights.options import parse
+from weights.checkpoint_file import read_checkpoint
+from weights.formats import Checkpoint
 from weights.stored_options import take_from_checkpoint
 
 DEFAULTS = {
@@ -21,14 +21,21 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def read(text: str) -> tuple[argparse.Namespace, set[str]]:
+def read(text: str) -> tuple[TrainingOptions, set[str]]:
     """Options and typed names of a command line."""
-    return parse(argparse.ArgumentParser(parents=[get_args_parser()]), text.split())
+    args, typed = parse(get_args_parser(), text.split())
+    return TrainingOptions.from_values(vars(args)), typed
+
+
+def taken(text: str, checkpoint: Checkpoint, **more: bool) -> dict:
+    """All options by name after those of the checkpoint were taken."""
+    return take_from_checkpoint(*read(text), checkpoint, **more).values()
 
 
 def test_defaults_are_those_of_detr():
-    args, typed = read("")
+    args, typed = parse(get_args_parser(), [])
     assert {name: getattr(args, name) for name in DEFAULTS} == DEFAULTS and typed == set()
+    assert TrainingOptions().values() == TrainingOptions.from_values(vars(args)).values()
 
 
 def test_every_option_has_a_help_text():
@@ -36,10 +43,10 @@ def test_every_option_has_a_help_text():
 
 
 def test_options_typed_at_their_defaults_count_as_typed():
-    args, typed = read("-m dn_dab_detr --use_dn --enc_layers 6 --cfgs [[[152, 416]], [[8, 8, 8]]] --eval --amp")
-    assert typed == {"modelname", "use_dn", "enc_layers", "cfgs", "eval", "amp"} and args.amp == "bf16"
-    assert Widths.parse(args.cfgs).encoder == ((152, 416),)
-    assert not read("--no-use_dn")[0].use_dn
+    options, typed = read("-m dn_dab_detr --use_dn --enc_layers 6 --cfgs [[[152, 416]], [[8, 8, 8]]] --eval --amp")
+    assert typed == {"modelname", "use_dn", "enc_layers", "cfgs", "eval", "amp"} and options.run.amp == "bf16"
+    assert options.detector.cfgs.encoder == ((152, 416),)
+    assert not read("--no-use_dn")[0].denoising.use_dn
 
 
 @pytest.mark.parametrize(
@@ -70,19 +77,18 @@ def test_architecture_comes_from_the_checkpoint_and_the_rest_only_on_going_on():
         "output_dir": "x",
     }
     for continuing, lr, epochs in ((False, 1e-4, 50), (True, 1.0, 7)):
-        args, typed = read("--batch_size 3")
-        take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 1, 256, 2048), **stored), continuing=continuing)
-        assert (args.enc_layers, args.image_size, args.lr, args.epochs, args.batch_size) == (1, 96, lr, epochs, 3)
-        assert args.cfgs is None and args.output_dir != "x"
+        source = checkpoint(Widths.dense(1, 1, 256, 2048), **stored)
+        found = taken("--batch_size 3", source, continuing=continuing)
+        expected = {"enc_layers": 1, "image_size": 96, "lr": lr, "epochs": epochs, "batch_size": 3, "cfgs": None}
+        assert found == {**found, **expected} and found["output_dir"] != "x"
 
 
 def test_typed_preferences_win_and_a_typed_architecture_must_agree():
-    args, typed = read("--image_size 640 --enc_layers 1")
-    take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 6, 256, 2048), enc_layers=1, image_size=96))
-    assert args.image_size == 640
-    args, typed = read("--enc_layers 6")
+    widths = Widths.dense(1, 6, 256, 2048)
+    found = taken("--image_size 640 --enc_layers 1", checkpoint(widths, enc_layers=1, image_size=96))
+    assert found["image_size"] == 640
     with pytest.raises(UserError, match=r"--enc_layers 6: a\.pth was made with 1"):
-        take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 6, 256, 2048), enc_layers=1))
+        taken("--enc_layers 6", checkpoint(widths, enc_layers=1))
 
 
 def test_the_padding_rule_comes_with_the_checkpoint_unless_it_is_typed():
@@ -93,35 +99,39 @@ def test_the_padding_rule_comes_with_the_checkpoint_unless_it_is_typed():
         ("--padding_rule exact", {"padding_rule": "reference"}, "exact"),
         ("--padding_rule reference", {}, "reference"),
     ):
-        args, typed = read(typed_words)
-        take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 1, 256, 2048), **one_layer, **stored))
-        assert args.padding_rule == expected
+        found = taken(typed_words, checkpoint(Widths.dense(1, 1, 256, 2048), **one_layer, **stored))
+        assert found["padding_rule"] == expected
 
 
 def test_the_bound_of_anchors_comes_with_the_checkpoint_and_is_dn_detrs_where_it_tells_none():
     one_layer = {"enc_layers": 1, "dec_layers": 1}
     for stored, expected in ({}, 1e-3), ({"anchor_eps": 1e-5}, 1e-5):
-        args, typed = read("")
-        take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 1, 256, 2048), **one_layer, **stored))
-        assert args.anchor_eps == expected
-        args, typed = read("--anchor_eps 1e-4")
+        source = checkpoint(Widths.dense(1, 1, 256, 2048), **one_layer, **stored)
+        assert taken("", source)["anchor_eps"] == expected
         with pytest.raises(UserError, match=f"anchor_eps 0.0001: a.pth was made with {expected}"):
-            take_from_checkpoint(args, typed, checkpoint(Widths.dense(1, 1, 256, 2048), **one_layer, **stored))
+            taken("--anchor_eps 1e-4", source)
 
 
 def test_a_build_with_slim_names_is_built_so_again():
     full = Widths.dense(6, 6, 256, 2048)
     for stored, cfgs in ((full.to_list(), full), (None, None)):
-        args, typed = read("")
-        take_from_checkpoint(args, typed, checkpoint(full, cfgs=stored))
-        assert args.cfgs == cfgs
+        assert taken("", checkpoint(full, cfgs=stored))["cfgs"] == cfgs
 
 
 def test_widths_of_a_slim_checkpoint_are_taken_and_checked():
     slim = Widths.parse([[[16, 64]], [[8, 8, 8]]])
-    args, typed = read("--enc_layers 1 --dec_layers 1")
-    take_from_checkpoint(args, typed, checkpoint(slim))
-    assert args.cfgs == slim
+    assert taken("--enc_layers 1 --dec_layers 1", checkpoint(slim))["cfgs"] == slim
     for text in ("--enc_layers 1 --dec_layers 2", "--enc_layers 1 --dec_layers 1 --nheads 32"):
         with pytest.raises(UserError, match=r"^a\.pth: found"):
-            take_from_checkpoint(*read(text), checkpoint(slim))
+            taken(text, checkpoint(slim))
+
+
+def test_a_checkpoint_of_an_older_version_passes_the_checks():
+    source = read_checkpoint("checkpoints/demo.pth")
+    found = taken("", source, continuing=True)
+    known = options_of(TrainingOptions)
+    expected = {name: value for name, value in source.arguments.items() if name in known}
+    assert len(expected) > 40 and found == {**found, **{
+        name: value for name, value in expected.items() if known[name].metadata["stored"] != "run"
+    }}  # fmt: skip
+    assert found["hidden_dim"] == source.arguments["hidden_dim"] and found["cfgs"] is None

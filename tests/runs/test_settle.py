@@ -1,20 +1,20 @@
 """Options that a run would not read are refused, and those that people type are taken."""
 
-import argparse
-
 import pytest
 
 import export
 import inference
 import main
-from pruning.arguments import get_pruning_parser
+from main import get_args_parser
+from models.config import refuse_unread_by_network
 from pruning.schedule import GP, MGP
+from runs.config import TrainingOptions
+from runs.search_command import get_pruning_parser
+from runs.settle import OF_TRAINING, refuse_unread_by_start, refuse_unread_by_training
 from tests.tiny_run import options, tiny_options, write_self_annotated
 from tools.cost import get_parser as get_cost_parser
-from util.cli import script_parser
+from util.cli import parse, script_parser
 from util.errors import UserError
-from weights.options import get_args_parser, parse
-from weights.unread import names_of_training, refuse_unread, refuse_unread_by_main
 
 DEFORMABLE = "-m dn_dab_deformable_detr"
 FLAGS = ("save_safetensors", "tensorboard", "start_fresh")
@@ -24,11 +24,13 @@ WORDS = {"augmentation": "flip", "lr_schedule": "cosine", "distill": "/nonexiste
 def check(words: str) -> None:
     """Parse as main.py does, and check as it does without a checkpoint."""
     args, typed = parse(script_parser("a test", parents=[get_args_parser()]), words.split())
-    refuse_unread_by_main(args, typed)
-    refuse_unread(args, typed)
+    options = TrainingOptions.from_values(vars(args))
+    refuse_unread_by_start(options, typed)
+    refuse_unread_by_network(options.detector, typed)
+    refuse_unread_by_training(options, typed)
 
 
-@pytest.mark.parametrize("name", names_of_training())
+@pytest.mark.parametrize("name", OF_TRAINING)
 def test_an_evaluation_takes_no_option_of_training(name):
     value = "" if name in FLAGS else WORDS.get(name, "0" if name in ("dropout", "ema_decay") else "1")
     with pytest.raises(UserError, match=f"^--{name}: found with --eval, which does not train$"):
@@ -39,6 +41,7 @@ def test_an_evaluation_takes_no_option_of_training(name):
     ("words", "said"),
     [
         ("--eval --lr 5 --distill /nonexistent", "--lr, --distill: found with --eval, which does not train"),
+        ("--eval --resume a.pth --seed 3", "--seed: found with --eval and --resume, where nothing is random"),
         ("--eval --amp", "--amp: --eval does not train, expected --eval_amp"),
         ("--start_fresh", "--start_fresh: found no --resume"),
         ("--pretrained_backbone --resume a.pth", "--pretrained_backbone: found with --resume"),
@@ -65,7 +68,8 @@ def test_options_that_would_do_nothing_are_refused(words, said):
         "-m dn_dab_detr --output_dir out --batch_size 4 --coco_path COCODIR --resume CKPT --use_dn --eval "
         "--cfgs [[[152, 416], [232, 1408]]]",
         "-m dn_dab_detr --output_dir out --coco_path COCODIR --resume PRUNED --batch_size 8 --use_dn",
-        "--eval --resume a.pth --eval_amp fp16 --save_results --num_select 9 --seed 3 --no-pretrained_backbone",
+        "--eval --resume a.pth --eval_amp fp16 --save_results --num_select 9 --no-pretrained_backbone",
+        "--eval --seed 3",
         "--eval --val_json a.json --val_images photos --resume a.pth --image_size 640",
         "--resume a.pth --distill b.pth --distill_logits_coef 0 --amp --eval_amp bf16 --save_results",
         "--lr_drop 4 --warmup_iters 9 --no-use_dn --pretrained_backbone --dilation",
@@ -97,20 +101,6 @@ def test_options_that_are_read_are_taken(words):
 def test_a_script_has_the_options_that_it_reads(parser, words):
     with pytest.raises(UserError, match=f"unrecognized arguments: {words}; see --help"):
         parse(parser(), ["photos", *words.split()] if parser().usage else words.split())
-
-
-def test_what_a_script_does_not_read_has_its_default_below():
-    defaults = vars(get_args_parser().parse_args([]))
-    for parser in (get_pruning_parser(GP, ""), export.get_export_parser(), get_cost_parser()):
-        args, typed = parse(parser, ["--enc_layers", "2"])
-        assert typed == {"enc_layers"} and args.enc_layers == 2
-        assert {name: vars(args)[name] for name in defaults} == {**defaults, "enc_layers": 2}
-
-
-def test_a_parsers_own_default_stays():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seed", type=int, default=7)
-    assert parse(parser, [])[0].seed == 7
 
 
 def test_what_the_checkpoint_says_decides(coco, tmp_path):

@@ -2,22 +2,17 @@
 
 import pytest
 
-from pruning.arguments import (
-    check_search_options,
-    get_pruning_parser,
-    method_of,
-    schedule_of,
-    settle_images,
-    units_of,
-)
+from pruning.config import SearchConfig, refuse_unread_by_search
 from pruning.method import FAST, PAPER, VISIT
 from pruning.schedule import GP, MGP
+from runs.search_command import get_pruning_parser
+from util.cli import parse
 from util.errors import UserError
-from weights.options import parse
 
 
 def read(words, schedule=MGP):
-    return parse(get_pruning_parser(schedule, "a test"), words.split())
+    args, typed = parse(get_pruning_parser(schedule, "a test"), words.split())
+    return SearchConfig.from_values(vars(args)), typed
 
 
 @pytest.mark.parametrize(
@@ -46,7 +41,7 @@ def read(words, schedule=MGP):
 )
 def test_options_that_would_do_nothing_are_refused(words, said):
     with pytest.raises(UserError, match=said):
-        check_search_options(*read(words))
+        refuse_unread_by_search(*read(words))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +63,7 @@ def test_options_that_would_do_nothing_are_refused(words, said):
     ],
 )
 def test_options_that_are_read_are_taken(words):
-    check_search_options(*read(words))
+    refuse_unread_by_search(*read(words))
 
 
 @pytest.mark.parametrize("value", ["0", "1.01", "-0.5", "nan", "half", ""])
@@ -89,28 +84,26 @@ def test_unheard_of_values_are_refused(option, capsys):
 
 
 def test_the_method_is_that_of_the_search_with_what_the_options_change():
-    assert method_of(read("")[0]) == FAST
-    assert method_of(read("--search visit")[0]) == VISIT
-    assert method_of(read("--search paper")[0]) == PAPER
-    changed = method_of(
-        read("--ranking fisher --selection once --reconstruct output --index_sets shared")[0],
-    )
+    assert read("")[0].method == FAST
+    assert read("--search visit")[0].method == VISIT
+    assert read("--search paper")[0].method == PAPER
+    changed = read("--ranking fisher --selection once --reconstruct output --index_sets shared")[0].method
     assert (changed.search, changed.ranking, changed.direction) == ("global", "fisher", "once")
     assert (changed.reconstruction, changed.share_sets) == ("output", True)
-    assert method_of(read("--search paper --reconstruct output")[0]).reconstruction == "output"
+    assert read("--search paper --reconstruct output")[0].method.reconstruction == "output"
 
 
 @pytest.mark.parametrize("schedule", [GP, MGP], ids=["gp", "mgp"])
 def test_a_schedules_values_are_the_defaults_of_its_options(schedule):
-    assert schedule_of(schedule, read("", schedule)[0]) == schedule
-    changed = schedule_of(schedule, read("--map_tol 0.5 --skip_eval_converge 0.25 --decay_points 2", schedule)[0])
+    assert read("", schedule)[0].schedule(schedule) == schedule
+    changed = read("--map_tol 0.5 --skip_eval_converge 0.25 --decay_points 2", schedule)[0].schedule(schedule)
     assert (changed.map_tol, changed.skip, changed.points_per_module) == (0.5, 0.25, 2)
     assert changed.groups == schedule.groups
 
 
 def test_units_follow_the_number_of_heads():
-    assert units_of(read("--nheads 4 --hidden_dim 32")[0]).ffn_unit == 16
-    assert units_of(read("--ffn_unit 3 --attention_unit 2")[0]).ffn_unit == 3
+    assert read("")[0].units(nheads=4, seed=0).ffn_unit == 16
+    assert read("--ffn_unit 3 --attention_unit 2")[0].units(nheads=4, seed=0).ffn_unit == 3
 
 
 def test_a_search_looks_at_a_number_of_images_or_at_all():
@@ -138,6 +131,5 @@ def test_a_search_looks_at_a_number_of_images_or_at_all():
     ],
 )
 def test_a_fast_search_looks_at_the_first_2000_training_images_and_visits_at_val2017(words, split, images):
-    args = read(words)[0]
-    settle_images(args)
-    assert (args.search_split, args.search_images) == (split, images)
+    config = read(words)[0].with_images()
+    assert (config.split, config.search_split, config.search_images) == (split, split, images)

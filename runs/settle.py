@@ -1,0 +1,124 @@
+"""From typed options to those of a run: completed from the checkpoint and the annotations, and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+from models.config import LossConfig, NoiseConfig, refuse_unread_by_network
+from models.detector import Detector
+from models.distillation import Distillation
+from runs.config import (
+    DistillationConfig,
+    SearchOptions,
+    TrainingConfig,
+    TrainingLogConfig,
+    TrainingOptions,
+)
+from util.cli import options_of, refuse
+from util.errors import UserError
+from weights.build import build_teacher, read_start, with_classes, with_relu
+from weights.formats import Checkpoint
+from weights.stored_options import take_from_checkpoint
+
+# Options of main.py that only training reads.
+OF_TRAINING = (
+    *options_of(TrainingConfig, DistillationConfig, NoiseConfig, LossConfig, TrainingLogConfig),
+    "save_safetensors", "dropout", "start_fresh", "train_json", "train_images",
+)  # fmt: skip
+OF_DISTILLATION = ("distill_logits_coef", "distill_boxes_coef", "distill_memory_coef")
+
+
+def settle_training(
+    options: TrainingOptions, typed: Collection[str] = ()
+) -> tuple[TrainingOptions, Checkpoint | None, bool]:
+    """Read `--resume`; returns the completed options, the checkpoint, and whether its training continues.
+
+    Raises:
+        UserError: options, checkpoint and annotations do not agree, or a typed option would not be read.
+    """
+    run = options.run
+    refuse_unread_by_start(options, typed)
+    checkpoint = read_start(run.resume, run.save_safetensors)
+    continuing = checkpoint is not None and checkpoint.training is not None and not run.eval and not run.start_fresh
+    if checkpoint is not None:
+        options = take_from_checkpoint(options, typed, checkpoint, continuing=continuing)
+        options = options.with_values({"resume": str(checkpoint.path), "pretrained_backbone": False})
+    refuse_unread_by_network(options.detector, typed)
+    refuse_unread_by_training(options, typed)
+    splits = ["val2017"] if run.eval else ["val2017", "train2017"]
+    detector = with_classes(
+        with_relu(options.detector), options.data, splits, checkpoint, training=not run.eval, continuing=continuing
+    )
+    options = dataclasses.replace(options, detector=detector)
+    done = checkpoint.training.get("epoch", 0) if continuing and checkpoint and checkpoint.training else 0
+    if checkpoint is not None and done >= options.training.epochs:
+        raise UserError(
+            f"{checkpoint.path}: its training of {options.training.epochs} epochs is complete; expected more --epochs "
+            "to continue, or --start_fresh to train its weights again"
+        )
+    return options, checkpoint, continuing
+
+
+def settle_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple[SearchOptions, Checkpoint]:
+    """The same for a search, which reads the checkpoint as an evaluation does.
+
+    Raises:
+        UserError: options, checkpoint and annotations do not agree, or the network does not read a typed option.
+    """
+    checkpoint = read_start(options.run.resume, options.run.save_safetensors)
+    if checkpoint is None:
+        raise UserError("--resume: found none, expected the checkpoint of the detector to prune")
+    options = take_from_checkpoint(options, typed, checkpoint)
+    refuse_unread_by_network(options.detector, typed)
+    search = options.search.with_images()
+    splits = ["val2017"] if search.split == "val2017" else ["val2017", "train2017"]
+    return dataclasses.replace(
+        options,
+        run=dataclasses.replace(options.run, resume=str(checkpoint.path)),  # of a folder the file in it
+        search=search,
+        detector=with_classes(with_relu(options.detector), options.data, splits, checkpoint),
+    ), checkpoint  # fmt: skip
+
+
+def refuse_unread_by_start(options: TrainingOptions, typed: Collection[str]) -> None:
+    """Raise a `UserError` for typed options that --eval, or a run without --resume, does not read."""
+    run = options.run
+    if run.eval:
+        refuse(["amp"], typed, "--eval does not train, expected --eval_amp")
+        refuse(OF_TRAINING, typed, "found with --eval, which does not train")
+        if run.resume is not None:
+            refuse(["seed"], typed, "found with --eval and --resume, where nothing is random")
+    if run.resume is None:
+        refuse(["start_fresh"], typed, "found no --resume")
+    elif options.detector.pretrained_backbone:
+        refuse(["pretrained_backbone"], typed, "found with --resume, which has the backbone's weights")
+
+
+def refuse_unread_by_training(options: TrainingOptions, typed: Collection[str]) -> None:
+    """Raise a `UserError` for typed options that the training, completed from the checkpoint, does not read."""
+    if options.training.lr_schedule != "step":
+        refuse(["lr_drop"], typed, f"found --lr_schedule {options.training.lr_schedule}, expected step")
+    if not options.denoising.use_dn:
+        refuse(options_of(NoiseConfig), typed, "found --no-use_dn")
+    if options.distillation.distill is None:
+        refuse(OF_DISTILLATION, typed, "found no --distill")
+
+
+def build_distillation(options: TrainingOptions, student: Detector) -> Distillation | None:
+    """What `--distill` asks for; None without it.
+
+    Raises:
+        UserError: the teacher's file cannot be read, or it is not the detector that the student was cut from.
+    """
+    asked, losses = options.distillation, options.losses
+    if asked.distill is None:
+        return None
+    teacher = build_teacher(asked.distill, options.detector, student)
+    weights = {
+        "loss_distill_logits": asked.distill_logits_coef,
+        "loss_distill_bbox": asked.distill_boxes_coef * losses.bbox_loss_coef,
+        "loss_distill_giou": asked.distill_boxes_coef * losses.giou_loss_coef,
+        "loss_distill_memory": asked.distill_memory_coef,
+    }
+    return Distillation(teacher, weights)

@@ -1,0 +1,89 @@
+"""Options as fields of dataclasses: parsers, what was typed, and values that an option does not take."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from datasets.config import DataConfig
+from main import get_args_parser
+from models.config import LossConfig, NetworkConfig, TrainedDetectorConfig
+from models.widths import Widths
+from runs.config import MainConfig, SearchOptions, TrainingOptions
+from util.cli import add_options, options_of, parse, script_parser
+from util.errors import UserError
+
+
+def test_what_was_typed_and_the_defaults_of_the_rest():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--size", type=int, action="append", nargs=2)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--fast", action="store_true")
+    args, typed = parse(parser, ["a", "b", "--size", "1", "2", "--size", "3", "4"])
+    assert vars(args) == {"images": ["a", "b"], "size": [[1, 2], [3, 4]], "seed": 7, "fast": False}
+    assert typed == {"images", "size"}
+    assert parse(parser, ["a", "--seed", "7", "--fast"])[1] == {"images", "seed", "fast"}
+
+
+def test_defaults_of_a_script_stand_in_its_help_and_its_values():
+    parser = script_parser("a test")
+    add_options(parser, LossConfig, focal_alpha=0.5)
+    assert parse(parser, [])[0].focal_alpha == 0.5 and "(default: 0.5)" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "expected"),
+    [
+        (NetworkConfig, "enc_layers", 0, "a whole number from 1 up"),
+        (NetworkConfig, "enc_layers", 2.0, "a whole number"),
+        (NetworkConfig, "enc_layers", True, "a whole number"),
+        (NetworkConfig, "enc_layers", None, "a whole number"),
+        pytest.param(NetworkConfig, "enc_layers", 10**5000, "a whole number", id="a long number"),
+        (NetworkConfig, "backbone", "vgg", "one of resnet18, "),
+        (NetworkConfig, "backbone", ["resnet18"], "one of resnet18, "),
+        (NetworkConfig, "dilation", 1, "True or False"),
+        (LossConfig, "focal_alpha", float("nan"), r"a number in \[0, 1\]"),
+        (LossConfig, "focal_alpha", "0.5", "a number"),
+        (DataConfig, "coco_path", None, "text"),
+        (DataConfig, "val_json", 5, "text"),
+        (MainConfig, "finetune_ignore", ["a", 5], "text"),
+        (MainConfig, "amp", "fp8", "one of off, "),
+    ],
+)
+def test_a_value_that_no_command_line_could_give_is_one_sentence_with_file_and_key(config, name, value, expected):
+    for make in (lambda: config(**{name: value}), lambda: dataclasses.replace(config(), **{name: value})):
+        with pytest.raises(UserError, match=rf"^found .* under `args\.{name}`, expected {expected}"):
+            make()
+    for options in (config, TrainingOptions):
+        with pytest.raises(UserError, match=rf"^a\.pth: found .* under `args\.{name}`, expected {expected}"):
+            options.from_values({name: value}, "a.pth")
+
+
+def test_every_default_is_a_value_that_its_option_takes():
+    assert TrainingOptions.from_values(TrainingOptions().values()) == TrainingOptions()
+    assert SearchOptions.from_values(SearchOptions().values()) == SearchOptions()
+
+
+def test_values_go_to_the_group_that_has_them():
+    options = TrainingOptions().with_values({"lr": 2, "enc_layers": 1, "num_classes": 4, "unknown": 5})
+    assert (options.training.lr, options.detector.enc_layers, options.detector.num_classes) == (2, 1, 4)
+    assert "unknown" not in options.values() and options.values()["lr"] == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.training.lr = 3
+
+
+def test_widths_are_read_from_all_that_the_option_takes():
+    nested = [[[152, 416]], [[8, 8, 8]]]
+    for given in (nested, str(nested), str(nested).split(), Widths.parse(nested)):
+        assert TrainedDetectorConfig(cfgs=given).cfgs == Widths.parse(nested)
+    with pytest.raises(UserError, match="--cfgs: found no JSON"):
+        TrainedDetectorConfig(cfgs="[[")
+
+
+def test_one_option_has_one_definition():
+    parser_names = set(vars(get_args_parser().parse_args([])))
+    assert parser_names == set(options_of(TrainingOptions))
+    assert {field.metadata["stored"] for field in options_of(TrainingOptions).values()} == {
+        "network", "preferred", "training", "run"
+    }  # fmt: skip
