@@ -7,7 +7,7 @@ import torch
 
 import main
 from main import get_args_parser
-from models.config import NetworkConfig
+from models.config import DetectorConfig, NetworkConfig
 from models.widths import Widths
 from pruning.transplant import cut_state_dict, slices_of, widths_after
 from runs.config import TrainingOptions
@@ -16,7 +16,7 @@ from tests.tiny_run import options
 from util.checkpoint import load_weights, rename_encoder_attention
 from util.cli import parse
 from util.errors import UserError
-from weights.build import arguments_for, build_detector
+from weights.build import build_detector, options_for
 from weights.checkpoint_file import plain_arguments, read_checkpoint, save_checkpoint, slim_state_dict
 from weights.slim_down import slim_down
 from weights.stored_options import take_from_checkpoint
@@ -121,14 +121,14 @@ def test_a_cut_backbone_is_in_every_file_of_ours(tmp_path, variant, suffix, is_s
     load_weights(slim, cut_state_dict(whole.state_dict(), kept, slices_of(whole.prunable_modules("detector"))))
     source = whole if is_search else slim
     save_checkpoint(tmp_path / "a.pth", state_dict=source.state_dict(), widths=widths, full_widths=whole.widths,
-                    kept=kept if is_search else None, arguments=tiny_args(words, None if is_search else widths),
+                    kept=kept if is_search else None, arguments=vars(tiny_args(words, None if is_search else widths)),
                     num_classes=7, safetensors=True)  # fmt: skip
     if suffix == ".half":
         slim_down(tmp_path / "a.pth", tmp_path / "a.half", half=True)
     checkpoint = read_checkpoint(tmp_path / f"a{suffix}")
-    args = arguments_for(tiny_args(words), checkpoint)
-    assert args.cfgs == widths and args.cfgs.of("backbone.layer1.1") == 2
-    found = build_detector(args, checkpoint)[0]
+    config = options_for(DetectorConfig.from_values(vars(tiny_args(words))), checkpoint)
+    assert config.cfgs == widths and config.cfgs.of("backbone.layer1.1") == 2
+    found = build_detector(config, checkpoint)[0]
     assert found.widths == widths
     torch.testing.assert_close(outputs_of(found), outputs_of(slim), rtol=0, atol=0.1 if suffix == ".half" else 0)
 
@@ -138,7 +138,7 @@ def test_channels_that_a_block_has_not_are_told_with_the_file(tmp_path):
     kept = {"backbone.layer1.1": {"inner": torch.tensor([3, 64])}}
     widths = widths_after(model.widths_in("detector"), kept)
     save_checkpoint(tmp_path / "a.pth", state_dict=model.state_dict(), widths=widths, full_widths=model.widths,
-                    kept=kept, arguments=tiny_args(), num_classes=7)  # fmt: skip
+                    kept=kept, arguments=vars(tiny_args()), num_classes=7)  # fmt: skip
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"a\.pth: backbone\.layer1\.1: expected ascending inner channels from 0 to 63"):
         slim_state_dict(checkpoint, model)
