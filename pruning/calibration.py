@@ -121,7 +121,7 @@ class Calibration:
                 if not are_finite([loss]):
                     bad.update(image_ids(targets))
                 yield place, state, loss, found
-        check_everywhere({f"the loss behind {start} is": bad})
+        check_everywhere({f"the loss after {start} is": bad})
 
     def image_ids(self, place: int) -> list[int]:
         """Return the image ids of a calibration batch."""
