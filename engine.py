@@ -1,4 +1,4 @@
-"""The one training loop and the one evaluation loop, for detectors of any width and for the searches."""
+"""Training and evaluation loops for detectors of any width and for the searches."""
 
 import contextlib
 import math
@@ -22,19 +22,19 @@ from util.ema import WeightAverage
 from util.errors import NonFiniteLossError
 from util.logging import bar_off, get_logger, table
 
-LEAST_SCALE = 2.0**-30  # of fp16's loss; one that has fallen below it was never too large: the gradient is NaN
+LEAST_SCALE = 2.0**-30  # of the fp16 loss; if the scale falls below it, the gradient is NaN and not an overflow
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class EvalResult:
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Attributes:
-        stats: the twelve COCO figures, each in [0, 1] (-1 where nothing is there to measure).
-        losses: mean of each loss, batches counting by their images, and of `loss`, the weighted sum; else empty.
+        stats: the twelve COCO metrics, each in [0, 1], or -1 if undefined.
+        losses: mean over images of each loss and of `loss`, the weighted sum; empty without a criterion.
         detections: N x 7 array of (image_id, x, y, w, h, score, category_id), boxes in pixels of the original image.
-        image_ids: the images that were seen, sorted.
+        image_ids: the evaluated images, sorted.
     """
 
     stats: dict[str, float]
@@ -44,7 +44,7 @@ class EvalResult:
 
 
 class Means:
-    """Running weighted means of named scalars, the same names each time, kept on the device until they are read."""
+    """Running weighted means of a fixed set of named scalars, kept on the device until they are read."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -52,14 +52,14 @@ class Means:
         self._weight = 0
 
     def add(self, values: Mapping[str, Tensor], weight: int = 1) -> None:
-        """Count in one batch of scalar tensors, `weight` times."""
+        """Add the scalar tensors of one batch, with this weight."""
         self._names = self._names or sorted(values)
         stacked = weight * torch.stack([values[name].detach().double() for name in self._names])
         self._sums = stacked if self._sums is None else self._sums + stacked
         self._weight += weight
 
     def read(self) -> dict[str, float]:
-        """Mean of each name over the batches of all processes."""
+        """Return the mean of each name over the batches of all processes."""
         if self._sums is None:
             return {}
         sums = distributed.average(dict(zip(self._names, self._sums, strict=True)))
@@ -68,7 +68,7 @@ class Means:
 
 
 def move_to(value: Any, device: torch.device) -> Any:
-    """Tensors inside lists, tuples and dicts, moved to `device`; all else stays as it is."""
+    """Move the tensors inside lists, tuples and dicts to `device`; other values are unchanged."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
@@ -79,7 +79,7 @@ def move_to(value: Any, device: torch.device) -> Any:
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
-    """Mixed precision for the forward pass: `amp` is off, bf16 or fp16."""
+    """Return the autocast context of a forward pass; `amp` is off, bf16 or fp16."""
     dtype = AMP_DTYPES[amp]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
@@ -102,24 +102,25 @@ def train_one_epoch(
     progress: bool = True,
     on_batch: Callable[[Mapping[str, Tensor], int, Sequence[float]], None] = lambda losses, images, rates: None,
 ) -> dict[str, float]:
-    """Train `model`, or a DistributedDataParallel of it, on every batch of `loader` once.
+    """Train `model`, which may be wrapped in DistributedDataParallel, for one epoch.
 
-    The gradient of an optimizer step is the mean of the gradients of its `accumulate` batches (of those left, in the
-    last step of the epoch). Each batch normalises its losses by its own number of boxes, so this equals one batch
-    `accumulate` times as large where the batches hold equally many boxes.
+    The gradient of an optimizer step is the mean over its `accumulate` batches (fewer in the last step of an epoch).
+    Each batch normalises its losses by its own number of boxes, so this equals one batch `accumulate` times as large
+    only if the batches have equally many boxes.
 
     Args:
-        scheduler: stepped once an optimizer step, also where fp16 skips one: it counts how far the run is.
+        scheduler: stepped after each optimizer step, even if fp16 skips that step.
         clip_max_norm: largest norm of the gradient, 0 for no clipping.
         amp: off, bf16 or fp16; fp16 needs `scaler`.
-        distillation: adds its losses towards a teacher's outputs on the same images.
-        on_batch: called after each batch with the processes' mean losses, its images here, and the learning rates.
+        distillation: adds losses towards a teacher's outputs on the same images.
+        on_batch: called after each batch with the mean losses of all processes, this process's number of images, and
+            the learning rates.
 
     Returns:
-        Mean of each loss over the epoch and all processes, and `loss`, the weighted sum.
+        Mean over the epoch and all processes of each loss and of `loss`, the weighted sum.
 
     Raises:
-        NonFiniteLossError: a loss or the gradient is not finite, before the optimizer sees it, in all processes.
+        NonFiniteLossError: a loss or the gradient is not finite; raised in all processes before the weights change.
     """
     model.train()
     criterion.train()
@@ -159,21 +160,21 @@ def evaluate(
     backend: str | None = None,
     progress: bool = True,
 ) -> EvalResult:
-    """The twelve COCO figures of `predict` over the images that `loader` gives.
+    """Compute the twelve COCO metrics of `predict` over the images of `loader`.
 
-    Args:
-        predict: gives the detector's outputs for one batch of inputs; a module is put in eval mode for the while.
-        postprocess: takes (outputs, sizes B x 2 as (h, w) of the original images), gives scores, labels, boxes xyxy.
-        loader: gives (inputs, targets); inputs are images, or whatever else `predict` takes, on `device`.
-        ground_truth: annotations prepared once; those of the images seen are counted.
-        criterion: if given, its losses are averaged too.
-        backend: evaluator of `coco_stats`, its own default if None.
-
-    With several processes each gives its own part; the parts are gathered, an image seen twice counts once, and every
+    With several processes each evaluates its own part. The parts are gathered, duplicate images count once, and every
     process gets the same result.
 
+    Args:
+        predict: maps one batch of inputs to the detector's outputs; a module is in eval mode meanwhile.
+        postprocess: maps (outputs, B x 2 original image sizes (h, w)) to scores, labels and boxes xyxy.
+        loader: yields (inputs, targets); inputs are images or what else `predict` takes, on any device.
+        ground_truth: annotations; only those of the evaluated images count.
+        criterion: if given, its losses are averaged too.
+        backend: evaluator of `coco_stats`; None for its default.
+
     Raises:
-        NonFiniteLossError: a score or a box is not finite; in all processes.
+        NonFiniteLossError: a score or a box is not finite; raised in all processes.
     """
     rows: dict[int, np.ndarray] = {}
     means = Means()
@@ -211,7 +212,7 @@ def detect(
     device: torch.device,
     amp: str = "off",
 ) -> tuple[dict[str, Any], Sequence[dict[str, Tensor]]]:
-    """Outputs of one batch in float32, and the detections of each image; see `evaluate` for the arguments."""
+    """Return the outputs of one batch in float32 and the detections of each image; arguments as for `evaluate`."""
     with autocast(device, amp):
         outputs = predict(move_to(inputs, device))
     outputs = _to_float32(outputs)
@@ -219,7 +220,7 @@ def detect(
 
 
 def to_coco_results(detections: np.ndarray) -> list[dict[str, Any]]:
-    """Detections (N x 7, see `EvalResult`) as the entries of a COCO results file."""
+    """Convert detections (N x 7, see `EvalResult`) to the entries of a COCO results file."""
     return [
         {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5].tolist(), "score": float(row[5])}
         for row in detections
@@ -235,10 +236,10 @@ def _losses(
     distillation: Distillation | None,
     place: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch to go backward from, and every loss averaged over the processes.
+    """Return the loss of a batch for the backward pass, and each loss averaged over the processes.
 
     Raises:
-        NonFiniteLossError: the average is not finite; `place` is where in the training.
+        NonFiniteLossError: the average is not finite; `place` (epoch and step) begins the message.
     """
     with precision:
         outputs = model(images, targets)
@@ -266,12 +267,12 @@ def _optimizer_step(
     targets: Sequence[Mapping[str, Tensor]],
     place: str,
 ) -> None:
-    """Clip the gradients, step, and clear them; update the average of the weights and the learning rates.
+    """Clip the gradients, step the optimizer and clear them; update the weight average and the learning rates.
 
-    With a scaler an overflow skips the step, and with it the average, and lowers the scale.
+    With a scaler, an overflow lowers the scale and skips the step and the weight average.
 
     Raises:
-        NonFiniteLossError: the gradient is not finite, with a scaler at any scale; the weights are as they were.
+        NonFiniteLossError: the gradient is not finite (with a scaler: at any scale); the weights are unchanged.
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
@@ -298,7 +299,7 @@ def _optimizer_step(
 
 
 def _bad_gradient(place: str, targets: Sequence[Mapping[str, Tensor]]) -> NonFiniteLossError:
-    """The error of a gradient, which is that of all processes together, with the images of all of them."""
+    """Return the error for a bad gradient with the images of all processes, which share the gradient."""
     images = sorted(image for part in distributed.gather_objects(_image_ids(targets)) for image in part)
     return NonFiniteLossError(f"{place}: the gradient is not finite, on the images {images}")
 
@@ -306,11 +307,11 @@ def _bad_gradient(place: str, targets: Sequence[Mapping[str, Tensor]]) -> NonFin
 def _check_finite(
     losses: Mapping[str, Tensor], own: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]], place: str
 ) -> None:
-    """Raise in every process at once, each naming the images of all whose `own` losses are not finite.
+    """Raise in every process if the loss is not finite, with the images of the processes whose `own` losses are not.
 
     Args:
         losses: averaged over the processes.
-        own: those of this process, in the order in which they are computed.
+        own: losses of this process, in the order of computation.
     """
     if math.isfinite(float(losses["loss"])):
         return
@@ -329,7 +330,7 @@ def _image_ids(targets: Sequence[Mapping[str, Tensor]]) -> list[int]:
 
 
 def _to_float32(value: Any) -> Any:
-    """Floating tensors inside dicts and lists as float32: losses and boxes are not computed in half precision."""
+    """Convert floating tensors inside dicts and lists to float32, in which losses and boxes are computed."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, Mapping):
@@ -341,7 +342,7 @@ def _to_float32(value: Any) -> Any:
 
 @contextlib.contextmanager
 def eval_mode(module: Any) -> Iterator[None]:
-    """Eval mode for a module, and back to what it was; other callables are left alone."""
+    """Put a module in eval mode inside the context, then restore its mode; other callables are unchanged."""
     if not isinstance(module, nn.Module):
         yield
         return

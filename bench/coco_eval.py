@@ -1,9 +1,9 @@
-"""Time the evaluators side by side, and hold their figures against pycocotools'.
+"""Time the evaluators side by side and compare their metrics with those of pycocotools.
 
     python -m bench.coco_eval --images 5000 --detections 300 --output FILE.json
 
-Every evaluator gets the same array of detections and gives the twelve figures; what is timed is that whole call, the
-second one of a run, as a search makes it (the ground truth prepared). An evaluator that is not installed is left out.
+Every evaluator computes the twelve metrics from the same array of detections. The time is that of the second call,
+with prepared ground truth, as in a search. Evaluators that are not installed are skipped.
 """
 
 import importlib.util
@@ -22,20 +22,20 @@ from util.errors import UserError, run_cli
 PACKAGES = {"hotcoco": "hotcoco", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}
 CATEGORY_IDS = np.array([number for number in range(1, 91) if number % 9 != 3])  # 80 ids with gaps, as in COCO
 OBJECTS_PER_IMAGE = 7.3  # COCO val2017
-FOUND = 0.75  # share of the boxes that a detection is drawn for
+FOUND = 0.75  # share of the boxes that get a detection
 OFF = 0.06  # standard deviation of its corner and size, in widths and heights of the box
 
 
 def synthetic_set(images: int, detections: int, seed: int = 0) -> tuple[dict[str, Any], np.ndarray]:
-    """A ground truth in COCO's tables and detections for it: an AP of about 0.4, as a good detector has.
+    """Generate ground truth and detections with an AP of about 0.4, as of a good detector.
 
     Args:
         images: number of images; a few have no objects.
-        detections: detections of each image.
-        seed: seed of all of it.
+        detections: number of detections in each image.
+        seed: random seed.
 
     Returns:
-        The tables, and detections as N x 7 rows of image id, x, y, w, h, score, category id.
+        The tables of a COCO file, and detections as N x 7 rows of image id, x, y, w, h, score, category id.
     """
     generator = np.random.default_rng(seed)
     tables: dict[str, Any] = {
@@ -55,7 +55,7 @@ def synthetic_set(images: int, detections: int, seed: int = 0) -> tuple[dict[str
         found, labels = _random_boxes(generator, detections)
         scores = 0.5 * generator.random(detections) ** 3
         hits = min(round(FOUND * count), detections)
-        # Off by a share of the box's own size: neither far boxes nor large ones are off by more than that.
+        # The error is proportional to the size of the box.
         off = generator.normal(0, OFF, (hits, 4)) * np.tile(boxes[:hits, 2:], 2)
         found[:hits] = boxes[:hits] + off
         found[:hits, 2:] = np.maximum(found[:hits, 2:], 1)
@@ -66,14 +66,14 @@ def synthetic_set(images: int, detections: int, seed: int = 0) -> tuple[dict[str
 
 
 def _random_boxes(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes x, y, w, h (count x 4) with sizes spread evenly over their logarithm, and category ids."""
+    """Draw boxes x, y, w, h (count x 4) with log-uniform sizes, and category ids."""
     sizes = np.exp(generator.uniform(np.log(8), np.log(300), (count, 2)))
     corners = generator.random((count, 2)) * np.maximum(np.array([640, 480]) - sizes, 1)
     return np.concatenate((corners, sizes), axis=1), generator.choice(CATEGORY_IDS, count)
 
 
 def measure(images: int, detections: int, backends: list[str], seed: int = 0) -> dict[str, Any]:
-    """Seconds and figures of each evaluator on one synthetic set."""
+    """Return the seconds and metrics of each evaluator on a synthetic data set."""
     tables, rows = synthetic_set(images, detections, seed)
     ground_truth = GroundTruth(tables)
     some = ground_truth.image_ids[: max(1, images // 100)]
@@ -89,7 +89,7 @@ def measure(images: int, detections: int, backends: list[str], seed: int = 0) ->
 
 
 def print_table(measured: dict[str, Any]) -> None:
-    """Seconds, the ratio to pycocotools, and the greatest difference of a figure from pycocotools'."""
+    """Print the seconds, the ratio to pycocotools, and the greatest difference of a metric from pycocotools."""
     results = measured["backends"]
     judge = results.get("pycocotools")
     print(f"\n{measured['images']} images x {measured['detections']} detections")
@@ -103,11 +103,11 @@ def print_table(measured: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure what the command line asks for."""
+    """Run the benchmark."""
     parser = script_parser(__doc__, prog="python -m bench.coco_eval")
-    parser.add_argument("--images", type=int, default=5000, help="images")
-    parser.add_argument("--detections", type=int, default=300, help="detections an image")
-    parser.add_argument("--backends", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), help="which to time")
+    parser.add_argument("--images", type=int, default=5000, help="number of images")
+    parser.add_argument("--detections", type=int, default=300, help="detections per image")
+    parser.add_argument("--backends", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), help="what to time")
     parser.add_argument("--output", type=user_path, help="JSON file for the figures")
     args = parser.parse_args()
     if args.images < 1 or args.detections < 0:

@@ -1,8 +1,8 @@
-"""The whole path on the built-in demo set, by the real scripts: evaluate, prune, transplant, fine-tune, evaluate.
+"""Run all scripts on the built-in demo set: evaluate, prune, transplant, fine-tune, evaluate.
 
     python -m bench.demo --output output/demo
 
-Writes to --output: the data set, a folder for each script's run, summary.json, widths.png, ap_params.png and
+The folder --output gets the data set, a folder for each script, summary.json, widths.png, ap_params.png and
 detections.png.
 """
 
@@ -44,20 +44,20 @@ T = TypeVar("T")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The options of the demo: sizes that keep it within minutes."""
+    """Return the parser of the demo's options, whose defaults keep it within minutes."""
     parser = script_parser(__doc__, prog="python -m bench.demo")
     add = parser.add_argument
     add("--output", type=user_path, default=Path("output/demo"), help="folder for all results")
     add("--checkpoint", type=user_path, default=CHECKPOINT, help="detector to prune")
     add("--images", type=whole(1), default=1000, help="training images to draw")
     add("--val_images", type=whole(1), default=400, help="validation images to draw")
-    add("--seed", type=whole(0), default=42, help="seed of the drawing")
+    add("--seed", type=whole(0), default=42, help="seed of the drawn images")
     add("--epochs", type=whole(1), default=4, help="epochs of fine-tuning")
     return parser
 
 
 def stages(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
-    """Title and command of each stage, as a user would type them."""
+    """Return the title and command of each stage."""
     data, output = str(args.output / "data"), args.output
     drawn = ["--images", str(args.images), "--val-images", str(args.val_images), "--seed", str(args.seed)]
     search = ["--search_split", "train2017", "--search_images", "400", "--batch_size", "16", "--map_tol", "0.02"]
@@ -93,7 +93,7 @@ def _main(output: Path, data: str, checkpoint: Path, *options: str) -> list[str]
 
 
 def run_stages(args: argparse.Namespace) -> None:
-    """Run each stage in a process of its own; the first that fails ends the demo with its exit code."""
+    """Run each stage in a process; the first failure ends the demo with the exit code of that stage."""
     todo = stages(args)
     for number, (title, command) in enumerate(todo, start=1):
         print(f"\n[{number}/{len(todo)}] {title}\n$ python {shlex.join(command)}", flush=True)
@@ -105,7 +105,7 @@ def run_stages(args: argparse.Namespace) -> None:
 
 
 def load_detector(checkpoint: Path, coco_path: Path) -> tuple[nn.Module, object, TrainingOptions]:
-    """Model in eval mode, its postprocessor and its options, as `main.py --eval` would build them."""
+    """Build the model in eval mode, its postprocessor and its options, as `main.py --eval` does."""
     args, typed = parse(
         argparse.ArgumentParser(parents=[get_args_parser()]),
         ["--coco_path", str(coco_path), "--resume", str(checkpoint), "--eval"],
@@ -116,7 +116,7 @@ def load_detector(checkpoint: Path, coco_path: Path) -> tuple[nn.Module, object,
 
 
 def summarise(output: Path, checkpoint: Path) -> list[dict]:
-    """Rows of the table from the evaluations' files, timed side by side; writes the pictures."""
+    """Return the rows of the table from the evaluations' files, with timings; write the pictures."""
     paths = {
         "dense": checkpoint,
         "pruned": output / "search" / "pruned.pth",
@@ -151,8 +151,8 @@ def summarise(output: Path, checkpoint: Path) -> list[dict]:
 
 @torch.no_grad()
 def _write_detections(output: Path, dataset: CocoDataset, detectors: dict) -> None:
-    """detections.png: validation images with the boxes of each detector, side by side."""
-    # The images with most objects show most; ties are broken by the order in the file.
+    """Write detections.png: validation images with the boxes of each detector, side by side."""
+    # Prefer the images with most objects; ties keep file order.
     busiest = sorted(range(len(dataset)), key=lambda index: -len(dataset[index][1]["labels"]))
     columns = []
     for name, (model, postprocess, options) in detectors.items():
@@ -167,13 +167,13 @@ def _write_detections(output: Path, dataset: CocoDataset, detectors: dict) -> No
 
 
 def spread(indices: Sequence[int], count: int) -> Sequence[int]:
-    """`count` of the indices (all if there are fewer), up to 8 places apart, so that pictures differ in their load."""
+    """Pick up to `count` of the indices, at most 8 apart, so that the number of objects varies."""
     step = max(1, min(8, len(indices) // count))
     return indices[::step][:count]
 
 
 def fold_columns(columns: Sequence[tuple[str, Sequence[T]]]) -> list[tuple[str, Sequence[T]]]:
-    """The upper halves of all columns and then the lower halves, so that a sheet is wider than high."""
+    """Put the lower halves of all columns beside the upper halves, so that the sheet is wider than high."""
     half = -(-max(len(pictures) for _, pictures in columns) // 2)
     halves = [(title, pictures[start : start + half]) for start in (0, half) for title, pictures in columns]
     return [(title, pictures) for title, pictures in halves if pictures]
@@ -197,7 +197,7 @@ def main() -> None:
     print(f"\n{table(titles, cells)}\n\nwidths: --cfgs '{json.dumps(rows[-1]['widths'])}'")
     for name in ("summary.json", "widths.png", "ap_params.png", "detections.png"):
         print(args.output / name)
-    print(f"{seconds} s in all")
+    print(f"{seconds} s in total")
 
 
 if __name__ == "__main__":

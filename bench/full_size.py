@@ -1,10 +1,10 @@
-"""Grow a small dense detector to full size and keep what it computes (Net2Net, arXiv 1511.05641).
+"""Grow a small dense detector to full size while preserving its function (Net2Net, arXiv 1511.05641).
 
     python -m bench.full_size --checkpoint checkpoints/demo.pth --output grown.pth
 
-Two CPU cores train no transformer of 6 + 6 layers and 256 / 2048 channels from scratch, but they fine-tune one that can
-detect already. Wider channels, wider FFNs and further encoder layers leave the outputs as they were; further decoder
-layers and queries do not, because every decoder layer moves the anchors and every query may detect.
+Training a transformer of 6 + 6 layers and 256 / 2048 channels from scratch takes too long on two CPU cores; fine-tuning
+a grown one does not. Wider channels, wider FFNs and more encoder layers preserve the outputs. More decoder layers and
+queries do not, because every decoder layer moves the anchors and every query may detect.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from weights.checkpoint_file import read_checkpoint, save_checkpoint
 from weights.slim_down import LOCAL_ARGUMENTS
 
 SIZES = ("hidden_dim", "dim_feedforward", "enc_layers", "dec_layers", "num_queries")
-SPREAD = 0.25  # standard deviation of the shares in which copies of a channel carry its weight, about their mean
-# The projections into the heads of a decoder layer's attentions, and what each of them makes.
+SPREAD = 0.25  # standard deviation of the random shares by which the copies of a channel split its weight
+# The input projections of a decoder layer's attentions, and their roles.
 DECODER_PROJECTIONS = {
     "self_attn": {
         "sa_qcontent_proj": "query", "sa_qpos_proj": "query", "sa_kcontent_proj": "key", "sa_kpos_proj": "key",
@@ -47,11 +47,11 @@ Columns = Callable[[Tensor], Tensor]
 
 
 class Widening:
-    """Where `old` channels go among `new` ones, a multiple, and how weights follow them.
+    """Maps `old` channels to `new` ones, a multiple, and widens weights accordingly.
 
-    Channels are laid out in pairs, sine and cosine of one frequency. A pair at 2k moves to 2 * factor * k, where the
-    wider encoding has the same frequency, and its copies come behind it. So content and position still meet where they
-    are added, and a LayerNorm sees every channel equally often.
+    Channels are pairs, sine and cosine of one frequency. A pair at 2k moves to 2 * factor * k, where the wider encoding
+    has the same frequency, followed by its copies. So content and position still match where they are added, and a
+    LayerNorm sees every channel equally often.
     """
 
     def __init__(self, old: int, new: int, generator: torch.Generator) -> None:
@@ -60,22 +60,19 @@ class Widening:
         self.generator = generator
 
     def _places(self, channels: int) -> Tensor:
-        """Channels x factor: a channel's own new place, then those of its copies."""
+        """Return for each channel its new index and those of its copies (channels x factor)."""
         channel, copy = torch.arange(channels)[:, None], torch.arange(self.factor)
         return 2 * self.factor * (channel // 2) + channel % 2 + 2 * copy
 
     def repeat(self, weight: Tensor) -> Tensor:
-        """Copies along the first axis, for what is added to the residual stream or scales it."""
+        """Copy along the first axis, for weights that add to or scale the residual stream."""
         wide = weight.new_empty(self.factor * len(weight), *weight.shape[1:])
         for place in self._places(len(weight)).unbind(1):
             wide[place] = weight
         return wide
 
     def split(self, weight: Tensor) -> Tensor:
-        """Columns for an input whose copies are equal: they share the weight unequally, which parts them in training.
-
-        `weight` is rows x channels.
-        """
+        """Split columns (rows x channels) over equal copies of an input, unequally so that training separates them."""
         shares = self._normal(self.factor, *weight.shape) * SPREAD
         shares += 1 / self.factor - shares.mean(0)
         wide = weight.new_empty(len(weight), self.factor * weight.shape[1])
@@ -84,28 +81,28 @@ class Widening:
         return wide
 
     def place(self, weight: Tensor) -> Tensor:
-        """Columns for an input with a position in it, whose other frequencies are left unread at first."""
+        """Widen the columns for an input that contains a position; its new frequencies get zero weights."""
         wide = weight.new_zeros(len(weight), self.factor * weight.shape[1])
         wide[:, self._places(weight.shape[1])[:, 0]] = weight
         return wide
 
     def more_rows(self, weight: Tensor, rows: int) -> Tensor:
-        """Further rows, drawn as large as those there are."""
+        """Append random rows of the same standard deviation."""
         return torch.cat((weight, self._normal(rows - len(weight), weight.shape[1]) * weight.std()))
 
     def rotations(self, nheads: int) -> Tensor:
-        """A random orthogonal matrix for each head, nheads x head width x head width."""
+        """Draw a random orthogonal matrix for each head (nheads x head width x head width)."""
         width = self.hidden // nheads
         return torch.linalg.qr(self._normal(nheads, width, width))[0]
 
     def rows_of_heads(self, weight: Tensor, bias: Tensor, rotations: Tensor, role: str) -> tuple[Tensor, Tensor]:
-        """Rows of a projection to wider heads: further rows, then a rotation that leaves no head a trivial channel.
+        """Widen a projection to wider heads: append rows, then rotate each head so that no channel is trivial.
 
         Args:
             weight: (nheads * old head width) x inputs.
             bias: nheads * old head width.
-            rotations: of `rotations`, the same for whatever is multiplied with each other.
-            role: `query`, whose further rows are zero, so that those of a `key` or `value`, drawn, count for nothing.
+            rotations: from `rotations`, the same for projections that are multiplied with each other.
+            role: `query` gets zero rows, so that the random rows of a `key` or `value` have no effect.
         """
         nheads, width = rotations.shape[:2]
         heads, biases = weight.unflatten(0, (nheads, -1)), bias.unflatten(0, (nheads, -1))
@@ -121,7 +118,7 @@ class Widening:
         return (rotations @ heads).flatten(0, 1), (rotations @ biases[..., None]).flatten()
 
     def columns_of_heads(self, weight: Tensor, rotations: Tensor) -> Tensor:
-        """Columns of the projection behind the heads, which ignore the further channels of the values."""
+        """Widen the columns of the projection after the heads; they ignore the new channels of the values."""
         heads = weight.unflatten(1, (len(rotations), -1))
         heads = pad_columns(heads, rotations.shape[1])
         return torch.einsum("onj,nij->oni", heads, rotations).flatten(1)
@@ -131,7 +128,7 @@ class Widening:
 
 
 def pad_columns(weight: Tensor, columns: int) -> Tensor:
-    """Zeros behind the last axis, up to `columns`."""
+    """Pad the last axis with zeros to `columns`."""
     return torch.nn.functional.pad(weight, (0, columns - weight.shape[-1]))
 
 
@@ -141,8 +138,8 @@ class Growth:
     Args:
         state: weights of the small detector.
         source, target: options of the small detector and of the one to grow.
-        decoder_from: for each decoder layer of the target, the layer of the small detector that it copies.
-        jitter: how far anchors of further queries lie from those they are drawn around, in logits.
+        decoder_from: for each decoder layer of the target, the layer of the small detector to copy.
+        jitter: standard deviation of the anchors of new queries around existing ones, in logits.
     """
 
     def __init__(
@@ -161,7 +158,7 @@ class Growth:
         self.grown: State = {}
 
     def run(self) -> State:
-        """The state dict of the target, without the second name of the box head."""
+        """Return the state dict of the target, without the second name of the box head."""
         wide = self.wide
         self.grown = {key: value for key, value in self.state.items() if key.startswith("backbone.")}
         for index in range(self.target.enc_layers):
@@ -183,7 +180,7 @@ class Growth:
         return self.grown
 
     def _queries(self) -> None:
-        """Contents, whose last channel is the indicator, and anchors."""
+        """Widen the contents of the queries, whose last channel is the indicator, and their anchors."""
         labels = self.state["label_enc.weight"]
         indicator = labels.new_ones(len(labels), 1)
         indicator[-1] = 0  # the content of the matching queries
@@ -198,10 +195,10 @@ class Growth:
         self.grown["refpoint_embed.weight"] = torch.cat((anchors, anchors[further] + noise))
 
     def _encoder_layer(self, index: int) -> None:
-        """A wider layer, or behind it one that hands on what it gets.
+        """Widen a layer, or add an identity layer after the last one.
 
-        Such a layer adds zeros to an input of mean 0 and variance 1, which its norms let pass: the norm in front of it
-        leaves its scale and shift to the last norm of the layer that hands on.
+        An identity layer adds zeros to an input of mean 0 and variance 1, which its norms preserve. The norm before it
+        moves its scale and shift to the identity layer's last norm.
         """
         wide, stack = self.wide, "transformer.encoder.layers"
         sources = [i * self.source.enc_layers // self.target.enc_layers for i in range(self.target.enc_layers)]
@@ -231,7 +228,7 @@ class Growth:
                 self.grown[f"{norm}.bias"].zero_()
 
     def _decoder_layer(self, index: int) -> None:
-        """A wider copy of a layer; what only a first layer has is left out of the others."""
+        """Widen a copy of a layer; only the first layer keeps `ca_qpos_proj`."""
         stack, nheads, wide = "transformer.decoder.layers", self.source.nheads, self.wide
         old, new = f"{stack}.{self.decoder_from[index]}", f"{stack}.{index}"
         for attention, projections in DECODER_PROJECTIONS.items():
@@ -255,7 +252,7 @@ class Growth:
         self.grown[f"{new}.bias"] = self.wide.repeat(self.state[f"{old}.bias"])
 
     def _ffn(self, old: str, new: str) -> None:
-        """Further hidden channels read at random and write zeros."""
+        """Widen an FFN; new hidden channels have random input weights and zero output weights."""
         hidden = self.target.dim_feedforward
         self.grown[f"{new}.linear1.weight"] = self.wide.more_rows(
             self.wide.split(self.state[f"{old}.linear1.weight"]), hidden
@@ -271,7 +268,7 @@ class Growth:
             self.grown[f"{new}.{name}"] = self.wide.repeat(self.state[f"{old}.{name}"])
 
     def _mlp(self, prefix: str, inputs: Columns, outputs: Columns = torch.clone) -> None:
-        """An MLP with further hidden channels that read at random and write zeros."""
+        """Widen an MLP; new hidden channels have random input weights and zero output weights."""
         count = sum(key.startswith(f"{prefix}.layers.") and key.endswith(".weight") for key in self.state)
         for index in range(count):
             name = f"{prefix}.layers.{index}"
@@ -285,7 +282,7 @@ class Growth:
 
 
 def spread_layers(old: int, new: int) -> list[int]:
-    """For each of `new` decoder layers the one of `old` that it copies, in order: any but the first as often."""
+    """Return for each of `new` decoder layers the one of `old` to copy, in order; all but the first equally often."""
     return [0, *(1 + (index * (old - 1) - 1) // (new - 1) for index in range(1, new))]
 
 
@@ -296,13 +293,13 @@ def grow(checkpoint_path: str | Path, output: Path, sizes: dict[str, int], decod
     Args:
         checkpoint_path: a dense `dn_dab_detr` of ours.
         sizes: a value for each of `SIZES`.
-        decoder_from, jitter: as `Growth` has them; None lets further decoder layers copy the last.
+        decoder_from, jitter: see `Growth`; None chooses the layers by `spread_layers`.
 
     Returns:
-        What has grown: name, before, after.
+        Rows of name, size before, size after.
 
     Raises:
-        UserError: no such detector, or sizes that it cannot grow to.
+        UserError: not a dense `dn_dab_detr`, or sizes that it cannot grow to.
     """
     checkpoint = read_checkpoint(checkpoint_path)
     source = options_for(DetectorConfig(), checkpoint)
@@ -336,7 +333,7 @@ def _check_sizes(source: DetectorConfig, sizes: dict[str, int]) -> None:
 
 
 def _check_decoder_layers(decoder_from: Sequence[int], old: int, new: int) -> None:
-    """The first layer alone adds positions to contents in its cross-attention, so none but the first can become it."""
+    """Check `decoder_from`; its first entry is 0 because only the first layer's cross-attention adds positions."""
     if len(decoder_from) != new or decoder_from[0] != 0 or max(decoder_from) >= old:
         raise UserError(
             f"--decoder_from: found {' '.join(map(str, decoder_from))}, expected {new} numbers from 0 to {old - 1}, "
@@ -345,7 +342,7 @@ def _check_decoder_layers(decoder_from: Sequence[int], old: int, new: int) -> No
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The options of this script."""
+    """Return the parser of this script."""
     parser = argparse.ArgumentParser(
         "python -m bench.full_size",
         description=__doc__.split("\n", 1)[0],
@@ -354,7 +351,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", type=user_path, required=True, help="dense dn_dab_detr to grow")
     add("--output", type=user_path, required=True, help="file to write the grown detector to")
-    add("--hidden_dim", type=whole(8), default=256, help="channels of the transformer, a multiple of what there are")
+    add("--hidden_dim", type=whole(8), default=256, help="channels of the transformer, a multiple of the checkpoint's")
     add("--dim_feedforward", type=whole(1), default=2048, help="hidden channels of an FFN")
     add("--enc_layers", type=whole(1), default=6, help="encoder layers")
     add("--dec_layers", type=whole(1), default=6, help="decoder layers")
@@ -363,15 +360,15 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--decoder_from",
         type=whole(0),
         nargs="+",
-        help="for each decoder layer the one that it copies, counted from 0; None spreads them",
+        help="for each decoder layer the index of the one to copy; None distributes them evenly",
     )
-    add("--jitter", type=real(0), default=3, help="of the anchors of further queries, in logits")
-    add("--seed", type=whole(0), default=0, help="of whatever is drawn")
+    add("--jitter", type=real(0), default=3, help="standard deviation of new anchors, in logits")
+    add("--seed", type=whole(0), default=0, help="random seed")
     return parser
 
 
 def main() -> None:
-    """Grow the detector that the command line names."""
+    """Run the script."""
     args, _ = parse(get_args_parser())
     sizes = {name: getattr(args, name) for name in SIZES}
     rows = grow(args.checkpoint, args.output, sizes, args.decoder_from, args.jitter, args.seed)

@@ -1,12 +1,12 @@
-"""How much of the multiply-accumulates saved turns into time: dense and slim detectors side by side.
+"""Measure how much time the saved multiply-accumulates save: dense and slim detectors side by side.
 
     python -m bench.latency [--device cuda] [--subjects gp mgp demo] [--modes eager bf16] [--batches 1 8]
 
 The subjects are the paper's GP and MGP widths (ResNet-50, 300 queries, 91 classes, 800 x 1066 pixels) and the demo's,
-each beside its dense detector; weights are random, time does not depend on them. What stands in front of the
-transformer is the same in all and is timed apart: a detector's time is the sum. The forms take turns, so that a busy
-moment of the machine hits all alike, and ratios are medians over the turns. Writes latency_cpu.json or
-latency_cuda.json to --output; cases that it holds from the same machine stay unless they are measured again.
+each compared with its dense detector; weights are random. The part before the transformer is the same for all and timed
+separately; a detector's time is the sum. The detectors take turns so that machine load affects all alike, and ratios
+are medians over the turns. Writes latency_cpu.json or latency_cuda.json to --output; earlier cases of the same machine
+and versions stay unless measured again.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ from weights.build import options_for
 from weights.checkpoint_file import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-COCO_IMAGE_HW = (800, 1066)  # a photograph of 480 x 640
+COCO_IMAGE_HW = (800, 1066)  # a 480 x 640 image resized
 SUBJECTS = ("gp", "mgp", "demo")
 FRONT = "front"
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How a detector is run.
+    """How to run a detector.
 
     Attributes:
         amp: key of `engine.AMP_DTYPES`.
-        compiled: by `torch.compile`, on CUDA with its graphs (`reduce-overhead`).
-        padded: head widths padded to those of the kernels, see `models.attention.fused_widths`.
+        compiled: use `torch.compile`, on CUDA with CUDA graphs (`reduce-overhead`).
+        padded: pad head widths to those of fused kernels, see `models.attention.fused_widths`.
     """
 
     amp: str = "off"
@@ -79,12 +79,12 @@ MODES = {
 
 @dataclass(frozen=True)
 class Group:
-    """Detectors that differ in the widths of their transformers alone.
+    """Detectors that differ only in the widths of their transformers.
 
     Attributes:
-        image_size_hw: pixels of the images.
-        dense: the whole detector, whose front all share.
-        slim: the others by the name that the table shows.
+        image_size_hw: height and width of the images in pixels.
+        dense: the dense detector; all share its layers before the transformer.
+        slim: the other detectors by name in the table.
     """
 
     image_size_hw: tuple[int, int]
@@ -92,17 +92,17 @@ class Group:
     slim: Mapping[str, nn.Module]
 
     def detectors(self) -> dict[str, nn.Module]:
-        """All by name, the dense one first."""
+        """All detectors by name, the dense one first."""
         return {"dense": self.dense, **self.slim}
 
 
 def coco_group(widths: Mapping[str, Widths], device: torch.device) -> Group:
-    """The paper's detector, whole and with the named widths."""
+    """Build the paper's detector, dense and with the named widths."""
     return _group(DetectorConfig(num_classes=COCO_CLASSES), widths, COCO_IMAGE_HW, device)
 
 
 def demo_group(checkpoint: Path, summary: Path, device: torch.device) -> Group:
-    """The demo's detector as its checkpoint says, and with the widths of its summary."""
+    """Build the demo's detector, dense from its checkpoint and with the widths of its summary."""
     read = read_checkpoint(checkpoint)
     options = options_for(PredictionOptions(), read)
     try:
@@ -121,7 +121,7 @@ def _group(config: DetectorConfig, slim: Mapping[str, Widths], image_hw: tuple[i
 
 
 def transformer_of(detector: nn.Module, mode: Mode) -> Callable[[Features], dict]:
-    """From features to outputs, as a function that is run in that mode."""
+    """Return a function that maps features to outputs in this mode."""
 
     def run(features: Features) -> dict:
         return detector.outputs(detector.run_steps(detector.first_state(features)))
@@ -131,7 +131,7 @@ def transformer_of(detector: nn.Module, mode: Mode) -> Callable[[Features], dict
 
 def _in_mode(function: Callable[[Any], Any], mode: Mode, device: torch.device) -> Callable[[Any], Any]:
     if mode.compiled:
-        # Graphs take away the starting of each kernel, which is most of the time of small ones.
+        # CUDA graphs avoid the launch of each kernel, which dominates the time of small ones.
         options = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
         function = torch.compile(function, dynamic=False, **options)
 
@@ -154,7 +154,7 @@ def _padding(mode: Mode) -> contextlib.AbstractContextManager:
 def measure(
     group: Group, mode: Mode, batch: int, repeats: int, on_turn: Callable[[], Any] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of the front and of each transformer for a batch of images, turn by turn."""
+    """Time the part before the transformer and each transformer on a batch of images; seconds of each turn."""
     device = next(group.dense.parameters()).device
     images = torch.randn(batch, 3, *group.image_size_hw, generator=torch.Generator().manual_seed(0)).to(device)
     torch.compiler.reset()
@@ -169,9 +169,9 @@ def measure(
 
 
 def cases_of(group: Group, mode_name: str, batch: int, seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """The figures of each detector of a group, from what `measure` gives.
+    """Return the figures of each detector of a group from the result of `measure`.
 
-    `speed_up` is the transformer's; `share` is that of the saving in multiply-accumulates which it amounts to.
+    `speed_up` is that of the transformer, `share` the part of the saving in multiply-accumulates that it achieves.
     """
     front, dense = seconds[FRONT], seconds["dense"]
     gmacs = {name: cost_of(detector, group.image_size_hw).gmacs for name, detector in group.detectors().items()}
@@ -200,7 +200,7 @@ def run(
     repeats: int,
     on_cases: Callable[[list[dict[str, Any]]], Any],
 ) -> list[dict[str, Any]]:
-    """All cases, mode by mode; `on_cases` is called with those so far behind each group."""
+    """Measure all cases, mode by mode; `on_cases` is called with the cases so far after each group."""
     todo = [(group, mode, batch) for mode in modes for batch in batches for group in groups]
     cases = []
     with tqdm(total=len(todo) * (1 + repeats), unit="turn", disable=bar_off(), leave=False) as bar:
@@ -212,7 +212,7 @@ def run(
 
 
 def result_table(cases: Sequence[Mapping[str, Any]]) -> str:
-    """The figures as text; one line for each detector."""
+    """Format the figures as a table with one line for each detector."""
     titles = ("mode", "batch", "detector", "ms, detector", "ms, transformer", "GMACs", "fewer", "faster", "share")
     return table(titles, [
         (
@@ -225,7 +225,7 @@ def result_table(cases: Sequence[Mapping[str, Any]]) -> str:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The options of the benchmark."""
+    """Return the parser of the benchmark."""
     parser = argparse.ArgumentParser(
         "python -m bench.latency",
         description=__doc__.splitlines()[0],
@@ -235,18 +235,18 @@ def get_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="slim detectors to measure")
     add("--modes", nargs="+", choices=tuple(MODES), default=["eager", "bf16"],
-        help="float32 as it is, bfloat16 by autocast, compiled by torch.compile (on a CPU minutes for each detector "
-        "and batch), or without padded head widths")  # fmt: skip
-    add("--batches", nargs="+", type=whole(1), default=[1, 8], help="images at once")
-    add("--repeats", type=whole(1), default=5, help="turns of each form, behind one to warm up")
-    add("--threads", type=whole(1), default=1, help="of the CPU; time of one alone leaves out waiting for other work")
+        help="float32, bfloat16 by autocast, torch.compile (on a CPU minutes for each detector and batch), or without "
+        "padded head widths")  # fmt: skip
+    add("--batches", nargs="+", type=whole(1), default=[1, 8], help="batch sizes")
+    add("--repeats", type=whole(1), default=5, help="turns of each detector, after a warm-up turn")
+    add("--threads", type=whole(1), default=1, help="CPU threads; with one, only CPU time is counted")
     add("--checkpoint", type=user_path, default=ROOT / "checkpoints" / "demo.pth", help="the demo's detector")
     add("--output", type=user_path, default=Path("bench/results"), help="folder for the figures")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for."""
+    """Run the benchmark."""
     torch.set_flush_denormal(True)
     args = get_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _cases_before(path: Path, told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Cases that an earlier run with the same versions and machine left."""
+    """Return the cases of an earlier run with the same versions on the same machine."""
     try:
         before = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,10 +1,10 @@
-"""Time the sampling operator side by side with PyTorch's own operations and, on a GPU, with the original's algorithm.
+"""Time the sampling operator, the same in PyTorch operations and, on a GPU, the original's algorithm.
 
     python -m bench.ops --device cpu --rounds 5 --output FILE.json
 
 Shapes are those of DN-Deformable-DETR at 800 x 1333 pixels in batches of 2: the encoder, whose queries are the pixels
-of all levels, and the decoder with its 300 queries alone and with 5 denoising groups of 20 targets. The forms take
-turns, so that a busy moment of the machine hits all of them alike; figures are medians.
+of all levels, and the decoder with 300 queries, without and with 5 denoising groups of 20 targets. The implementations
+take turns so that machine load affects all alike; figures are medians.
 """
 
 import statistics
@@ -36,7 +36,7 @@ Form = tuple[Callable[[Arguments], Tensor], Callable[[Tensor, Arguments, Tensor]
 
 
 def reference_points() -> Tensor:
-    """The pixels' centres of all levels, S x 2 (x, y) in [0, 1]."""
+    """Return the pixel centres of all levels, S x 2 (x, y) in [0, 1]."""
     points = []
     for height, width in zip(SIZES[::2], SIZES[1::2], strict=True):
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
@@ -45,7 +45,7 @@ def reference_points() -> Tensor:
 
 
 def arguments(queries: int | None, dtype: torch.dtype, device: torch.device) -> Arguments:
-    """Arguments of the operator; None queries means one for each pixel, where it is, else they are anywhere."""
+    """Return arguments of the operator; queries are at random points, or (None) one at each pixel."""
     generator = torch.Generator().manual_seed(0)
     reference = reference_points()
     pixels, levels = len(reference), len(SIZES) // 2
@@ -66,7 +66,7 @@ def _differentiate(out: Tensor, given: Arguments, gradient: Tensor) -> Any:
 
 
 def forms(device: torch.device, dtype: torch.dtype) -> dict[str, Form]:
-    """The forms to time, each as forward and backward."""
+    """Return the forward and backward of each implementation to time."""
     found: dict[str, Form] = {
         "operator": (lambda given: torch.ops.dn_detr.sample(*given), _differentiate),
         "PyTorch": (lambda given: sample_in_pytorch(*given), _differentiate),
@@ -87,7 +87,7 @@ def forms(device: torch.device, dtype: torch.dtype) -> dict[str, Form]:
 
 
 def measure(given: Arguments, named: dict[str, Form], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each form, forward and backward, and its greatest difference from the PyTorch form."""
+    """Return the median seconds of each form, forward and backward, and its greatest difference from PyTorch."""
     device = given[0].device
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in named}
     results: dict[str, list[Tensor]] = {}
@@ -98,7 +98,7 @@ def measure(given: Arguments, named: dict[str, Form], rounds: int) -> dict[str, 
             middle = _now(device)
             gradients = backward(out, given, torch.ones_like(out))
             end = _now(device)
-            if turn == 0:  # the first turn warms up, and shows that all compute the same
+            if turn == 0:  # the first turn is for warm-up and comparison of the results
                 results[name] = [t.detach().double() for t in (out, *gradients)]
             else:
                 seconds[name]["forward"].append(middle - start)
@@ -116,7 +116,7 @@ def measure(given: Arguments, named: dict[str, Form], rounds: int) -> dict[str, 
 
 
 def bytes_moved(given: Arguments) -> dict[str, int]:
-    """Bytes that forward and backward must move if every number is moved once."""
+    """Return the bytes that forward and backward move if every number is moved once."""
     value, _, locations, weights = given
     out = locations.shape[0] * locations.shape[1] * HEADS * CHANNELS * value.element_size()
     inputs = value.nbytes + locations.nbytes + weights.nbytes
@@ -124,7 +124,7 @@ def bytes_moved(given: Arguments) -> dict[str, int]:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes."""
+    """Return the bytes per second that a large copy reads and writes."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
@@ -142,7 +142,7 @@ def _now(device: torch.device) -> float:
 
 
 def run(device: torch.device, rounds: int) -> dict[str, Any]:
-    """All shapes in all types: seconds, how many times as quick as the other forms, share of a copy's bandwidth."""
+    """Measure all shapes and types: time, speed-up over the other forms, share of the bandwidth of a copy."""
     bandwidth = copy_bandwidth(device)
     found = {"environment": environment(device), "rounds": rounds, "copy_GB_per_s": bandwidth / 1e9, "cases": []}
     dtypes = [torch.float32, torch.bfloat16] if device.type == "cuda" else [torch.float32]
@@ -162,7 +162,7 @@ def run(device: torch.device, rounds: int) -> dict[str, Any]:
 
 
 def result_table(found: dict[str, Any]) -> str:
-    """The figures as text."""
+    """Format the figures as a table."""
     rows = []
     for case in found["cases"]:
         milliseconds, ratios = case["milliseconds"], case["times_as_quick_as"]
@@ -175,19 +175,19 @@ def result_table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure what the command line asks for."""
+    """Run the benchmark."""
     parser = script_parser(__doc__, prog="python -m bench.ops")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each form")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to time, after a warm-up round")
     parser.add_argument("--output", type=user_path, help="JSON file for the figures")
     args = parser.parse_args()
     if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}, expected at least 1")
+        raise UserError(f"--rounds: found {args.rounds}, expected at least 1")
     device = torch.device(args.device)
     if device.type not in load_operator():
         raise UserError(
-            f"--device {args.device}: found no compiled operator for it, expected one that "
-            "models/dn_dab_deformable_detr/ops/setup.py has built and installed"
+            f"--device {args.device}: found no compiled operator, expected one installed by "
+            "models/dn_dab_deformable_detr/ops/setup.py"
         )
     found = run(device, args.rounds)
     print("{device}, torch {torch}, {threads} threads".format(**found["environment"]))

@@ -1,5 +1,5 @@
-// A baseline for bench/ops.py alone: the algorithm of Deformable DETR's own kernel. One thread computes one output
-// channel and loads four neighbours for each point; backward, every thread adds its share of every gradient atomically.
+// Baseline of bench/ops.py: the algorithm of Deformable DETR's kernel. One thread computes one output channel and loads
+// four neighbours for each point; in the backward pass each thread adds its share of every gradient atomically.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -17,7 +17,7 @@ struct Shape {
   int64_t outputs;
 };
 
-// The bilinear neighbours of one point; `inside[i]` tells whether neighbour i is on the map.
+// The bilinear neighbours of one point; `inside[i]` is true if neighbour i is on the map.
 struct Neighbours {
   bool inside[4];
   int64_t index[4];

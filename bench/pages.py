@@ -2,8 +2,8 @@
 
     python -m bench.pages
 
-A page marks the place of each by `<!-- table NAME -->` or `<!-- text NAME -->` before and `<!-- end -->` behind it. The
-tables are functions of `bench.tables`, the sentences functions of `bench.sentences`.
+Pages mark each place with `<!-- table NAME -->` or `<!-- text NAME -->` before it and `<!-- end -->` after it. NAME is
+a function of `bench.tables` or `bench.sentences`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ FRAGMENTS: Mapping[str, Mapping[str, Callable[[Path], str]]] = {"table": TABLES,
 
 
 def pages() -> list[Path]:
-    """README.md and the pages of docs/."""
+    """Return README.md and the pages of docs/."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
-    """`text` with the figures of `results` between all its markers.
+    """Fill the markers of `text` with the figures of `results`.
 
     Raises:
-        UserError: a marker names nothing, or the figures are not there.
+        UserError: unknown marker, or missing figures.
     """
 
     def fragment(match: re.Match[str]) -> str:

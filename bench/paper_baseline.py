@@ -1,10 +1,10 @@
-"""The pruning paper's own search, held to given widths, so that it can be compared at equal parameters.
+"""The pruning paper's search with given widths, to compare it at equal parameters.
 
-Huang et al., J. Donghua Univ. (Eng.) 42(1), 2025 (MGP). It differs from the search of this package in two ways: the
-gate of an attention multiplies the layer's input, residual included, and the cut then takes other channels than those
-that were searched, the rows of q, k and v (and columns of the output projection) with the same numbers; and channels
-are picked without regard to heads, which are regrouped in order. The FFN's gate stands on its hidden channels. Here a
-module ends at a given width in place of at an mAP.
+Huang et al., J. Donghua Univ. (Eng.) 42(1), 2025 (MGP). It differs from this package's search in two ways. The gate of
+an attention multiplies the layer's input, including the residual, but the cut removes other channels than those
+searched: the rows of q, k and v (and columns of the output projection) with the same indices. And channels are chosen
+regardless of heads, which are regrouped in order. The FFN's gate multiplies its hidden channels. Here a module stops at
+a given width instead of an mAP.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ def prune_as_paper(
     images_at_once: int = 64,
     seed: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A detector cut to `widths` by the channels that the paper's forward selection picks.
+    """Cut a detector to `widths` by the paper's forward selection.
 
     Args:
-        model: whole detector in eval mode; it is left as it is.
-        batches: (images, targets); only the first is looked at, as the paper does.
+        model: whole detector in eval mode; it is not changed.
+        batches: (images, targets); only the first is used, as in the paper.
         criterion: its eval-mode weighted sum is the score.
-        widths: where each module stops.
+        widths: final width of each module.
         candidates_attention, candidates_ffn: most random channels scored in a step.
         images_at_once: most images in one forward that scores several candidates.
         seed: of the candidates.
 
     Returns:
-        The cut detector, and `masks` (kept channels by module), `forwards` (candidates scored), `images` (of the
-        batch), `transformer_params`.
+        The cut detector, and `masks` (kept channels by module), `forwards` (number of scored candidates), `images` (of
+        the batch), `transformer_params`.
 
     Raises:
-        UserError: for widths that cannot be cut, or no more candidates than a step adds.
+        UserError: invalid widths, or no more candidates than a step adds.
     """
     widths.check(nheads=model.nheads, full=model.widths)
     units = {True: model.nheads, False: FFN_UNIT_OF_HEADS * model.nheads}
@@ -91,8 +91,8 @@ class _Search:
     """Forward selection of input channels (attention) or hidden channels (FFN), one module after the other.
 
     Attributes:
-        gates: for each module visited, its gate: 1 for a kept channel and 0 for the others.
-        forwards: candidates scored.
+        gates: gate of each visited module, 1 for kept channels and 0 for the others.
+        forwards: number of scored candidates.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class _Search:
 
     @torch.no_grad()
     def select(self, name: str, width: int, unit: int, count: int, generator: torch.Generator) -> None:
-        """Add the best of at most `count` random channels to an empty module, `unit` a step, until it has `width`."""
+        """Add the best `unit` of at most `count` random channels per step to an empty module until it has `width`."""
         state = self._run(self._front, None, name)
         gate = torch.zeros(self._model.widths.of(name), device=self._device)
         while (kept := int(gate.sum())) < width:
@@ -126,7 +126,7 @@ class _Search:
         self.gates[name] = gate
 
     def _losses(self, name: str, state: DetectorState, gate: Tensor, candidates: Tensor) -> Tensor:
-        """The loss with each of the candidates added, from the state in front of the module."""
+        """Return the loss with each candidate added, from the state at the module's input."""
         losses = []
         for group in candidates.split(self._at_once):
             gates = gate.repeat(len(group), 1)
@@ -141,7 +141,7 @@ class _Search:
     def _run(
         self, state: DetectorState, start: str | None, stop: str | None, tried: Mapping[str, Tensor] | None = None
     ) -> DetectorState:
-        """The steps from `start` to `stop` under the gates found so far and those `tried`."""
+        """Run the steps from `start` to `stop` with the gates found so far and those `tried`."""
         names = self._model.step_names
         first = 0 if start is None else names.index(start)
         last = len(names) if stop is None else names.index(stop)
@@ -152,10 +152,10 @@ class _Search:
 
 
 def gated_step(model: nn.Module, name: str, state: DetectorState, gate: Tensor | None) -> DetectorState:
-    """One step of a detector under the paper's gate, of the shape `width` or B x 1 x width; None runs it as it is.
+    """Run one step of a detector with the paper's gate, of shape `width` or B x 1 x width, or without one (None).
 
-    An attention's gate multiplies the content that enters the layer (B x L x hidden_dim): what its projections see and
-    what is added behind them. Positions are computed outside the paper's layers, from the content as it was.
+    An attention's gate multiplies the layer's input content (B x L x hidden_dim), for the projections and the residual.
+    Positions are computed outside the paper's layers, from the ungated content.
     """
     names = model.step_names
     following = dict(zip(names, [*names[1:], None], strict=True))[name]
@@ -169,14 +169,14 @@ def gated_step(model: nn.Module, name: str, state: DetectorState, gate: Tensor |
         pos = state.memory_pos * model.transformer.encoder.query_scale(state.memory)
         return state.replace(memory=layer.attention(state.memory * gate, pos, state.memory_mask))
     if block == "self_attention":
-        # An ungated step leaves the positional queries in its state.
+        # An ungated step computes the positional queries.
         placed = model.run_steps(state, name, following)
         return placed.replace(queries=layer.self_attention(state.queries * gate, placed.query_pos, state.query_mask))
     return state.replace(queries=layer.cross_attention(state.queries * gate, state))
 
 
 def _as_masks(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gates under the names and in the shape (1 x 1 x width) that the paper's search output has them."""
+    """Convert gates to the names and shape (1 x 1 x width) of the paper's search output."""
     places = {(stack, block): place for (stack, place), block in MASKED_BLOCK.items()}
     masks = {}
     for name, gate in gates.items():

@@ -1,4 +1,4 @@
-"""The widths that the paper published, and what they cost: `python -m bench.published`.
+"""Costs of the widths that the paper published: `python -m bench.published`.
 
 Huang et al., J. Donghua Univ. (Eng.) 42(1), 2025: ResNet-50, 6 + 6 layers, 300 queries, 91 classes.
 """
@@ -26,13 +26,13 @@ MGP_WIDTHS = Widths.parse(
     "[[[160,32],[176,672],[216,608],[224,1344],[248,1248],[248,1152]],"
     "[[8,96,640],[120,120,1248],[224,160,1120],[176,144,576],[224,256,672],[216,152,1472]]]"
 )
-# COCO AP on val2017, the slim detectors fine-tuned, as the paper prints it; not measured here.
+# COCO AP on val2017 as the paper reports it, slim detectors fine-tuned; not measured here.
 PAPER_AP_POINTS = {"dense": 44.6, "GP of the paper": 45.4, "MGP of the paper": 45.3}
 PUBLISHED = {"dense": None, "GP of the paper": GP_WIDTHS, "MGP of the paper": MGP_WIDTHS}
 
 
 def published_costs() -> dict[str, Cost]:
-    """Costs of the dense detector and of the published widths, for an image of 800 x 1088 pixels."""
+    """Return the costs of the dense detector and of the published widths for an image of 800 x 1088 pixels."""
     costs = {}
     for name, widths in PUBLISHED.items():
         with torch.device("meta"):
@@ -42,7 +42,7 @@ def published_costs() -> dict[str, Cost]:
 
 
 def main() -> None:
-    """Print the table, write the JSON."""
+    """Print the table and write the JSON."""
     costs = published_costs()
     print(cost_table(list(costs.items())))
     path = Path(__file__).resolve().parent / "results" / "published_costs.json"

@@ -1,9 +1,9 @@
-"""AP before and after fine-tuning of a detector pruned in many ways to the same number of parameters.
+"""Compare ways of pruning at equal parameters by AP before and after fine-tuning.
 
     python -m bench.quality demo --coco_path COCODIR --checkpoint checkpoints/demo.pth
 
-Searches, calibration and fine-tuning look at train2017 alone; AP is that of val2017. Writes quality_NAME.json after
-every row (a second call goes on behind the rows that are there), the table and quality_NAME.png to --output.
+Searches, calibration and fine-tuning use only train2017; AP is that of val2017. Writes quality_NAME.json after every
+row (a second call continues after the existing rows), the table and quality_NAME.png to --output.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Row:
     """One way to prune.
 
     Attributes:
-        name: as the table shows it.
-        build: takes a fraction of the transformer's parameters to remove and a seed, gives the smaller detector.
-        seeds: how often it is built at the middle fraction; 1 where no chance is involved.
-        tuned: whether it is fine-tuned too.
-        distilled: whether it is fine-tuned once more with the dense detector as its teacher.
+        name: in the table.
+        build: maps a fraction of the transformer's parameters to remove and a seed to the smaller detector.
+        seeds: number of seeds at the middle fraction; 1 if deterministic.
+        tuned: whether it is also fine-tuned.
+        distilled: whether it is also fine-tuned with the dense detector as teacher.
         fractions: of the transformer's parameters to remove.
     """
 
@@ -59,7 +59,7 @@ class Row:
 
 
 def rows_of(subject: Subject) -> list[Row]:
-    """Every way of the table."""
+    """Return the rows of the table."""
     pruner = functools.lru_cache(maxsize=1)(lambda method, seed=0: Pruner(subject, method, seed))
 
     def uniform(method: Method) -> Callable[[float, int], Built]:
@@ -90,7 +90,7 @@ def rows_of(subject: Subject) -> list[Row]:
             rows.append(Row(name, torch_pruning(importance, ranking), tuned=tuned))
     for ranking in ("random", "magnitude", "elimination"):
         rows += ranked(ranking, FRACTIONS, seeds=3 if ranking == "random" else 1)
-    # One pass for each channel or each image and module takes minutes: one fraction shows it.
+    # One pass for each channel, or for each image and module, takes minutes, so we measure one fraction.
     for ranking in ("first_order", "fisher", "exact"):
         rows += ranked(ranking, FRACTIONS[1:2])
     shared = Method("bisect", "magnitude", "once", "output", share_sets=True)
@@ -102,14 +102,14 @@ def rows_of(subject: Subject) -> list[Row]:
                 subject.dense, subject.paper_batches, subject.criterion, uniform_widths(subject.dense, f), seed=seed
             ),
             tuned=True,
-            fractions=FRACTIONS[1:2],  # a quarter of an hour each, and nothing is left at this one
+            fractions=FRACTIONS[1:2],  # each takes 15 minutes, and this one already removes all AP
         )
     )
     return rows
 
 
 def measure(subject: Subject, row: Row, fraction: float, epochs: int) -> dict[str, Any]:
-    """One row at one fraction: mean over its seeds before fine-tuning, the first seed after."""
+    """Measure one row at one fraction: mean over its seeds before fine-tuning, the first seed after."""
     start = time.perf_counter()
     seeds = row.seeds if fraction == FRACTIONS[1] else 1
     built = [row.build(fraction, seed) for seed in range(seeds)]
@@ -134,7 +134,7 @@ def measure(subject: Subject, row: Row, fraction: float, epochs: int) -> dict[st
 
 
 def schedules(subject: Subject) -> list[dict[str, Any]]:
-    """GP and MGP, and the budget at the parameters that each of them leaves."""
+    """Measure GP and MGP, and the search by budget at the same parameters."""
     found = []
     for schedule in (GP, MGP):
         eased = dataclasses.replace(schedule, map_tol=0.1, skip=0.01)
@@ -161,7 +161,7 @@ def schedules(subject: Subject) -> list[dict[str, Any]]:
 
 
 def print_table(result: Mapping[str, Any]) -> None:
-    """AP in points, before and after fine-tuning, for every row and fraction."""
+    """Print AP in points, before and after fine-tuning, for every row and fraction."""
     names = list(dict.fromkeys(row["name"] for row in result["rows"]))
     cells = []
     for name in names:
@@ -190,7 +190,7 @@ def _before(row: Mapping[str, Any]) -> str:
 
 
 def plot(path: Path, result: Mapping[str, Any]) -> None:
-    """AP against the parameters that are left, before and after fine-tuning."""
+    """Plot AP against the remaining parameters, before and after fine-tuning."""
     figure = new_figure(11, 5)
     panels = figure.subplots(1, 2, sharey=True)
     names = list(dict.fromkeys(row["name"] for row in result["rows"]))
@@ -209,16 +209,16 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The options of the benchmark."""
+    """Return the parser of the benchmark."""
     parser = get_subject_parser("bench.quality", __doc__, search_images=400)
     add = parser.add_argument
     add("--train_images", type=whole(1), default=1000, help="first training images to fine-tune on")
-    add("--epochs", type=whole(0), default=1, help="epochs of fine-tuning over them, 0 for none")
+    add("--epochs", type=whole(0), default=1, help="epochs of fine-tuning, 0 for none")
     return parser
 
 
 def main() -> None:
-    """Measure what is not there yet; print and plot everything."""
+    """Measure missing rows; print and plot all of them."""
     torch.set_flush_denormal(True)
     args = get_parser().parse_args()
     path = args.output / f"quality_{args.name}.json"
@@ -226,7 +226,7 @@ def main() -> None:
     if not all(module.has_logits for module in subject.dense.prunable_modules().values() if module.is_attention):
         raise UserError(
             f"--checkpoint {args.checkpoint}: found a {subject.options.detector.modelname}, expected a dn_dab_detr, "
-            "the variant that the other ways to prune are driven on"
+            "the only variant that all ways of pruning support"
         )
     settings = {key: getattr(args, key) for key in ("name", "search_images", "train_images", "epochs")}
     settings["checkpoint"] = file_digest(args.checkpoint)

@@ -1,15 +1,14 @@
-"""What a search costs: this package's own against the paper's, side by side in one process.
+"""Compare the cost of this package's searches with that of the paper's, side by side in one process.
 
     python -m bench.search_cost demo --coco_path COCODIR --checkpoint checkpoints/demo.pth
 
-All searches look at the same training images and are held to the same schedule (MGP). The paper's scores up to 100
-(attention) or 200 (FFN) random channels a step by a full forward of one batch each, with nothing cached but the
-backbone's features. CPU seconds are those of this process, which other work on the machine hardly moves.
+All searches use the same training images and the same schedule (MGP). The paper's scores up to 100 (attention) or 200
+(FFN) random channels per step by a full forward of one batch each; only the backbone's features are cached. CPU seconds
+are those of this process, which other work on the machine hardly changes.
 
-Where the paper's search would take days, `--sample` names modules of which it takes only the first `--sample_steps`
-steps. Each of its passes goes through the whole network, so that a step costs the same for every attention and for
-every FFN: the whole search is then the steps to the widths that the paper published, and for each module one mAP of all
-images.
+If the paper's search would take days, `--sample` names modules of which only the first `--sample_steps` steps are run.
+Each pass goes through the whole network, so a step costs the same for every attention and for every FFN. The whole
+search is estimated as the steps to the published widths, plus mAP of all images once for each module.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ from util.errors import UserError, run_cli
 from util.files import write_json
 from util.logging import table
 
-SUBSET_BATCHES = (40, 20)  # for an attention and for an FFN, as the paper's search looks at
+SUBSET_BATCHES = (40, 20)  # for an attention and for an FFN, as in the paper's search
 GIGA = 1e9
 
 
 class WholePasses(DetectorBench):
-    """Every pass goes through the whole network behind the backbone, as in the original's search."""
+    """Runs every pass through the whole network after the backbone, as the original search does."""
 
     def begin(self, name: str) -> None:
-        """Stay in front of the first module."""
+        """Stay at the first module."""
 
 
 def run_search(
@@ -60,10 +59,10 @@ def run_search(
     sample: tuple[Sequence[str], int],
     macs: tuple[float, float],
 ) -> dict[str, Any]:
-    """One search from the images to the cut detector: seconds, passes, what is left and its AP on val2017.
+    """Run one search from the images to the cut detector; return seconds, passes, removed share and AP on val2017.
 
     Args:
-        sample: modules of which the paper's search takes so many steps; none means that it runs to its end.
+        sample: modules of the paper's search to sample and number of steps; without modules it runs to its end.
         macs: see `macs_of`.
     """
     is_paper = search == "paper"
@@ -100,7 +99,7 @@ def run_search(
 
 
 def _extrapolated(pruner: Pruner, schedule: Schedule, sample: Sequence[str], steps: int) -> tuple[float, float]:
-    """CPU seconds and image passes of a search to the published widths, from the first steps of a few modules."""
+    """Estimate CPU seconds and image passes of a search to the published widths from a few modules' first steps."""
     bench, counter, modules = pruner.bench, pruner.bench.counter, pruner.bench.modules
     kinds = {modules[name].is_attention for name in sample if name in modules}
     if kinds != {True, False} or set(sample) - set(modules) or modules.keys() != dict(MGP_WIDTHS.items()).keys():
@@ -127,7 +126,7 @@ def _extrapolated(pruner: Pruner, schedule: Schedule, sample: Sequence[str], ste
 
 
 class _Enough(Exception):
-    """As many steps were taken as were asked for."""
+    """Raised after the requested number of steps."""
 
 
 def _note(marks: list[np.ndarray], mark: np.ndarray, steps: int) -> None:
@@ -137,7 +136,7 @@ def _note(marks: list[np.ndarray], mark: np.ndarray, steps: int) -> None:
 
 
 def macs_of(model: nn.Module, image_size_hw: tuple[int, int]) -> tuple[float, float]:
-    """GMACs of one image through the backbone, and through all that is behind it."""
+    """Return the GMACs of one image through the backbone, and through the rest of the network."""
     behind = sum(product.macs for product in products_of(model, image_size_hw)) / GIGA
     backbone = model.backbone[0]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -146,7 +145,7 @@ def macs_of(model: nn.Module, image_size_hw: tuple[int, int]) -> tuple[float, fl
 
 
 def rows(results: Sequence[Mapping[str, Any]]) -> list[tuple]:
-    """Cells of the table for the searches of one seed."""
+    """Return the rows of the table for the searches of one seed."""
     reference = next(result for result in results if result["search"] == "paper")
 
     def percent(share: float | None) -> str:
@@ -168,25 +167,25 @@ TITLES = ("search", "seed", "CPU seconds", "times as fast", "whole passes", "GMA
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The options of the benchmark."""
+    """Return the parser of the benchmark."""
     parser = get_subject_parser("bench.search_cost", __doc__, search_images=320)
     add = parser.add_argument
-    add("--map_tol", type=real(0, 1), default=MGP.map_tol, help="of the schedule")
-    add("--skip", type=real(0, 1), default=MGP.skip, help="of the schedule")
+    add("--map_tol", type=real(0, 1), default=MGP.map_tol, help="allowed fall of mAP, as a fraction")
+    add("--skip", type=real(0, 1), default=MGP.skip, help="allowed fall of the subset's mAP, as a fraction")
     add("--searches", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="searches to run")
-    add("--seeds", type=whole(0), nargs="+", default=[0], help="each search runs once with each")
-    add("--sample", nargs="+", default=[], metavar="MODULE", help="modules that the paper's search only begins with, "
-        "to tell what all of it costs; none lets it run to its end")  # fmt: skip
-    add("--sample_steps", type=whole(1), default=1, help="steps that it takes of each of them")
+    add("--seeds", type=whole(0), nargs="+", default=[0], help="seeds to run each search with")
+    add("--sample", nargs="+", default=[], metavar="MODULE", help="modules from whose first steps the cost of "
+        "the paper's search is estimated; none runs all of it")  # fmt: skip
+    add("--sample_steps", type=whole(1), default=1, help="steps of each of these modules")
     return parser
 
 
 def main() -> None:
-    """Run the searches, print the table, write the JSON."""
+    """Run the searches, print the table and write the JSON."""
     torch.set_flush_denormal(True)
     args, _ = parse(get_parser())
     if "paper" not in args.searches:
-        raise UserError(f"--searches: found {' '.join(args.searches)}, expected paper among them, the reference")
+        raise UserError(f"--searches: found {' '.join(args.searches)}, expected paper, the reference, among them")
     subject = Subject(args.coco_path, args.checkpoint, 1, args.search_images, batch_size=PAPER_BATCH_SIZE)
     schedule = dataclasses.replace(MGP, map_tol=args.map_tol, skip=args.skip)
     macs = macs_of(subject.dense, subject.image_size_hw)
@@ -195,7 +194,7 @@ def main() -> None:
         for search in args.searches:
             results.append(run_search(subject, search, schedule, seed, (args.sample, args.sample_steps), macs))
             print({key: value for key, value in results[-1].items() if key != "widths"}, flush=True)
-            # After each, for the paper's takes its time.
+            # Write after each search, since the paper's takes long.
             write_json(args.output / f"search_cost_{args.name}.json", {
                 "name": args.name, "search_images": args.search_images, "map_tol": args.map_tol, "skip": args.skip,
                 "image_size_hw": list(subject.image_size_hw), "gmacs_backbone": macs[0], "gmacs_behind": macs[1],

@@ -1,8 +1,8 @@
-"""What each part of the fast search saves: the search as it is, and with one part after another the plain way.
+"""Measure what each part of the fast search saves by replacing one part at a time with a plain form.
 
     python -m bench.search_parts demo --coco_path COCODIR --checkpoint checkpoints/demo.pth
 
-The rank correlation of first-order scores and the exact loss that they stand for is printed as well.
+Also prints the rank correlation of first-order scores with the exact losses that they approximate.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from util.logging import table
 EVERY = 1_000_000  # more than there are widths, images or trials
 
 
-class RankingAnew(BudgetSearch):
-    """Ranks the channels of every module again for each cut, on what the cut modules before it give."""
+class RankingAgain(BudgetSearch):
+    """Ranks the channels of every module again for each cut, with the modules before it already cut."""
 
     def _cut(self, widths: Mapping[str, int]) -> dict[str, Any]:
         self.bench.reset()
@@ -49,26 +49,26 @@ class RankingAnew(BudgetSearch):
 
 
 class Bisection(BudgetSearch):
-    """Halves the range of budgets seven times, whatever the trials tell."""
+    """Halves the range of budgets seven times, regardless of the trials."""
 
     def _guess(self, losses: Mapping[float, float], allowed: float, fails: float, passes: float) -> float:
         return (fails + passes) / 2
 
 
 class MiddleFirst(BudgetSearch):
-    """Begins in the middle, whatever the loss tells."""
+    """Starts in the middle, regardless of the loss."""
 
     def _guess(self, losses: Mapping[float, float], allowed: float, fails: float, passes: float) -> float:
         return super()._guess(losses, allowed, fails, passes) if losses else (fails + passes) / 2
 
 
 def variants(search_images: int) -> dict[str, dict[str, Any]]:
-    """For each row, what is other than in the search as it is."""
+    """Return for each row what differs from the fast search."""
     return {
         "as it is": {},
         "calibrated on all images": {"calibration_images": search_images},
         "every width of an attention measured": {"constants": {"ATTENTION_WIDTHS_MEASURED": EVERY}},
-        "channels ranked again for each cut": {"search": RankingAnew},
+        "channels ranked again for each cut": {"search": RankingAgain},
         "first trial in the middle": {"search": MiddleFirst},
         "budgets halved, seven mAP": {"search": Bisection, "constants": {"EVALUATIONS": 7, "NEAR": 0, "PRECISION": 0}},
         "first-order ranking": {"ranking": "first_order"},
@@ -77,7 +77,7 @@ def variants(search_images: int) -> dict[str, dict[str, Any]]:
 
 
 def run_variant(subject: Subject, variant: Mapping[str, Any], map_tol: float) -> dict[str, Any]:
-    """One search from the images to the cut detector."""
+    """Run one search from the images to the cut detector."""
     method = dataclasses.replace(FAST, ranking=variant.get("ranking", FAST.ranking))
     start = time.perf_counter()
     with ExitStack() as constants:
@@ -95,8 +95,8 @@ def run_variant(subject: Subject, variant: Mapping[str, Any], map_tol: float) ->
 
 
 def rank_correlations(subject: Subject) -> dict[str, float]:
-    """For each FFN, Spearman's correlation of how much the loss of one batch changes without a channel, and of the
-    first-order estimate of that, both without their sign.
+    """Return for each FFN Spearman's correlation of the loss changes of one batch without each channel and of their
+    first-order estimates, both as absolute values.
     """
     changes, loss = {}, 0.0
     for ranking in ("first_order", "exact"):
@@ -109,21 +109,21 @@ def rank_correlations(subject: Subject) -> dict[str, float]:
                 bench.begin(name)
                 kept = all_kept(module)
                 score = bench.ranking(module, ("hidden",), kept, kept["hidden"])
-                # An exact score of a kept channel is minus the loss without it.
+                # The exact score of a kept channel is minus the loss without it.
                 changes[ranking, name] = score.abs() if ranking == "first_order" else (-score - loss).abs()
     names = [name for ranking, name in changes if ranking == "exact"]
     return {name: float(spearmanr(changes["first_order", name], changes["exact", name])[0]) for name in names}
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The options of the benchmark."""
+    """Return the parser of the benchmark."""
     parser = get_subject_parser("bench.search_parts", __doc__, search_images=320)
-    parser.add_argument("--map_tol", type=real(0, 1), default=MGP.map_tol, help="of the schedule (MGP)")
+    parser.add_argument("--map_tol", type=real(0, 1), default=MGP.map_tol, help="allowed fall of mAP, as a fraction")
     return parser
 
 
 def main() -> None:
-    """Run the searches, print the table, write the JSON."""
+    """Run the searches, print the table and write the JSON."""
     torch.set_flush_denormal(True)
     args, _ = parse(get_parser())
     subject = Subject(args.coco_path, args.checkpoint, 1, args.search_images, batch_size=PAPER_BATCH_SIZE)

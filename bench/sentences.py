@@ -1,6 +1,6 @@
-"""The sentences with figures of README.md and docs/, from the figures that benchmarks left in bench/results.
+"""Write the sentences with figures of README.md and docs/ from the JSON files in bench/results.
 
-Each function gives one paragraph. `bench.pages` writes it between its markers.
+Each function returns one paragraph. `bench.pages` writes it between its markers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ TITLES = {"demo": "the demo set", "bccd": "BCCD"}
 
 
 def measured_with(found: Mapping[str, Any]) -> str:
-    """Date, machine and versions of a benchmark's file."""
+    """Return date, machine and versions of a benchmark's file as a sentence."""
     made = found["environment"]
     threads = f"{made['threads']} thread{'s' if made['threads'] > 1 else ''}"
     return f"Measured on {made['date']}: {made['device']}, {threads}, PyTorch {made['torch']}."
 
 
 def summary(results: Path) -> str:
-    """What the README's table holds."""
+    """Explain the README's table."""
     demo, bccd = (read_figures(results, f"quality_{name}.json") for name in QUALITY_SETS)
     return paragraph(
         "Each cell is AP in points as cut / after a short fine-tuning / after the same fine-tuning with `--distill`. "
@@ -38,7 +38,7 @@ def summary(results: Path) -> str:
 
 
 def speed(results: Path) -> str:
-    """How long a search takes and how much faster the result runs, in the README."""
+    """Report the time of a search and the speed-up of the result, for the README."""
     fast, paper = _searches(read_figures(results, "search_cost_demo.json"))
     full_fast, full_paper = _searches(read_figures(results, "search_cost_full_size.json"))
     mgp = _latency_case(read_figures(results, "latency_cpu.json"), "MGP")
@@ -53,13 +53,13 @@ def speed(results: Path) -> str:
 
 
 def demo(results: Path) -> str:
-    """How long `make demo` took."""
+    """Report the time of `make demo`."""
     found = read_figures(results, "demo_summary.json")
     return paragraph(f"`make demo` took {found['seconds'] / 60:.0f} minutes. {measured_with(found)}")
 
 
 def quality(results: Path) -> str:
-    """Settings of the comparison of pruning methods."""
+    """Describe the comparison of pruning methods."""
     sets = {name: read_figures(results, f"quality_{name}.json") for name in QUALITY_SETS}
     dense = "; ".join(
         f"{TITLES[name]}: {points(found['dense_ap'])}, fine-tuned {points(found['dense_ap_after'])}"
@@ -79,7 +79,7 @@ def quality(results: Path) -> str:
 
 
 def defaults(results: Path) -> str:
-    """Why the defaults of the search are what they are."""
+    """Give the reasons for the search's defaults."""
     rows = read_figures(results, "quality_demo.json")["rows"]
     middle, most = FRACTIONS[1:]
     cut = _range(rows, middle, lambda name: name.startswith("uniform, ") and name.endswith(", as cut"))
@@ -102,7 +102,7 @@ def defaults(results: Path) -> str:
 
 
 def search_cost(results: Path) -> str:
-    """Settings of the comparison of searches."""
+    """Describe the comparison of searches on the demo."""
     found = read_figures(results, "search_cost_demo.json")
     backbone = found["gmacs_backbone"] * found["search_images"]
     return paragraph(
@@ -113,7 +113,7 @@ def search_cost(results: Path) -> str:
 
 
 def search_cost_full_size(results: Path) -> str:
-    """The same on the transformer of full size."""
+    """Describe the comparison of searches on a transformer of full size."""
     found = read_figures(results, "search_cost_full_size.json")
     return paragraph(
         f"The dense detector has {points(found['dense_ap'])} AP. The search saw {found['search_images']} images of "
@@ -122,7 +122,7 @@ def search_cost_full_size(results: Path) -> str:
 
 
 def search_parts(results: Path) -> str:
-    """What the parts of the fast search rest on."""
+    """Report the assumptions of the fast search."""
     found = read_figures(results, "search_parts_demo.json")
     correlations = found["rank_correlations"].values()
     return paragraph(
@@ -133,7 +133,7 @@ def search_parts(results: Path) -> str:
 
 
 def latency(results: Path) -> str:
-    """What the latency table shows."""
+    """Explain the latency table."""
     found = read_figures(results, "latency_cpu.json")
     dense, gp, mgp = (_latency_case(found, name) for name in ("dense", "GP", "MGP"))
     unpadded = _latency_case(found, "dense", "eager-unpadded")
@@ -148,7 +148,7 @@ def latency(results: Path) -> str:
 
 
 def coco_eval(results: Path) -> str:
-    """Settings of the comparison of evaluators."""
+    """Describe the comparison of evaluators."""
     found = read_figures(results, "coco_eval.json")
     return paragraph(
         f"{found['images']:,} synthetic images with {found['detections']} detections each, all twelve COCO figures. "
@@ -157,18 +157,18 @@ def coco_eval(results: Path) -> str:
 
 
 def demo_deformable(results: Path) -> str:
-    """What the deformable demo was measured with."""
+    """Describe the measurement of the deformable demo."""
     return paragraph(measured_with(read_figures(results, "demo_deformable_summary.json")))
 
 
 def ops(results: Path) -> str:
-    """What the operator was measured with."""
+    """Describe the measurement of the operator."""
     found = read_figures(results, "ops_cpu.json")
     return paragraph(f"Milliseconds, medians of {found['rounds']} rounds. {measured_with(found)}")
 
 
 def demo_checkpoint(results: Path) -> str:
-    """AP and training time of checkpoints/demo.pth, from its log."""
+    """Report AP and training time of checkpoints/demo.pth from its log."""
     log = [json.loads(line) for line in DEMO_LOG.read_text(encoding="utf-8").splitlines()]
     minutes = sum(line["train_seconds"] + line.get("test_seconds", 0) for line in log) / 60
     return paragraph(
@@ -178,18 +178,18 @@ def demo_checkpoint(results: Path) -> str:
 
 
 def paragraph(text: str) -> str:
-    """`text` in lines of the width that the pages have."""
+    """Wrap `text` at the line width of the pages."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def _searches(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first fast search and the paper's of the same seed."""
+    """Return the first fast search and the paper's search with the same seed."""
     fast = next(row for row in found["results"] if row["search"] == "fast")
     return fast, next(row for row in found["results"] if row["search"] == "paper" and row["seed"] == fast["seed"])
 
 
 def _latency_case(found: Mapping[str, Any], subject: str, mode: str = "eager") -> dict[str, Any]:
-    """One image of COCO's size, on its own."""
+    """Return the case of one image of COCO's size."""
     wanted = {"subject": subject, "mode": mode, "batch": 1, "image_size_hw": list(COCO_IMAGE_HW)}
     return next(case for case in found["cases"] if wanted.items() <= case.items())
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of pruning share: a dense detector with its images, and this package's ways to prune it."""
+"""Shared by the pruning benchmarks: a dense detector with its images, and this package's methods to prune it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from util.cli import parse, script_parser, user_path, whole
 from weights.build import build_detector
 
 BATCH_SIZE = 16
-PAPER_BATCH_SIZE = 8  # images of the one batch that the paper's candidates are scored on
+PAPER_BATCH_SIZE = 8  # size of the one batch on which the paper's candidates are scored
 CPU = torch.device("cpu")
 TRAINING = (
     "--batch_size 16 --amp --lr 1e-4 --lr_backbone 1e-5 --lr_schedule cosine --ema_decay 0.99 --augmentation flip "
@@ -47,12 +47,12 @@ Built = tuple[nn.Module, dict[str, Any]]
 
 
 def get_subject_parser(name: str, doc: str, search_images: int) -> argparse.ArgumentParser:
-    """The options that say what to prune and where the figures go; `doc` is the script's docstring."""
+    """Return a parser with the options for data, detector and output; `doc` is the script's docstring."""
     parser = script_parser(doc, prog=f"python -m {name}")
     add = parser.add_argument
-    add("name", help="of the data set, as files and table show it")
+    add("name", help="name of the data set in files and table")
     add("--coco_path", type=os.path.expanduser, required=True, help="data set in COCO's layout")
-    add("--checkpoint", type=os.path.expanduser, required=True, help="dense detector")
+    add("--checkpoint", type=os.path.expanduser, required=True, help="dense detector to prune")
     add("--output", type=user_path, default=Path("bench/results"), help="folder for the results")
     add(
         "--search_images",
@@ -64,7 +64,7 @@ def get_subject_parser(name: str, doc: str, search_images: int) -> argparse.Argu
 
 
 class Subject:
-    """The dense detector, the images that it is pruned on and those that it is judged on."""
+    """The dense detector, and the images to prune and to evaluate it on."""
 
     def __init__(
         self, coco_path: str, checkpoint: str, train_images: int, search_images: int, batch_size: int = BATCH_SIZE
@@ -96,7 +96,7 @@ class Subject:
         self.params = count_parameters(self.dense.transformer)
 
     def ap_before_tuning(self, model: nn.Module) -> float:
-        """AP on val2017 of a detector whose backbone and queries are the dense one's: their features are shared."""
+        """Return AP on val2017 of a detector with the backbone and queries, and so the features, of the dense one."""
         result = engine.evaluate(
             lambda state: model.outputs(model.run_steps(state)),
             self.postprocess, self.val_states, self.val_truth, device=CPU, progress=False,
@@ -104,7 +104,7 @@ class Subject:
         return float(result.stats["AP"])
 
     def ap_after_tuning(self, model: nn.Module, epochs: int, distilled: bool) -> float:
-        """AP on val2017 of a copy of `model` after `epochs` over the training images."""
+        """Return AP on val2017 of a copy of `model` after `epochs` over the training images."""
         teacher_path = self.options.run.resume if distilled else None
         options = self.options.with_values({"epochs": epochs, "distill": teacher_path})
         seed_everything(self.seed)
@@ -141,7 +141,7 @@ class Pruner:
         calibration_images: int = CALIBRATION_IMAGES,
         search: type[BudgetSearch] = BudgetSearch,
     ) -> None:
-        """`subset_batches` judge an attention and an FFN while they are searched; None takes all."""
+        """`subset_batches`: subset sizes for an attention and an FFN, in batches; None for all."""
         self._search = search
         self.model = copy.deepcopy(subject.dense)
         count, size = len(subject.seen), subject.seen.batch_size
@@ -157,7 +157,7 @@ class Pruner:
         self.whole = copy.deepcopy(self.model)
 
     def at_widths(self, widths: Widths) -> Built:
-        """The detector cut to given widths, module by module in network order."""
+        """Cut the detector to given widths, module by module in network order."""
         self.bench.reset()
         kept = {}
         for name in self.bench.modules:
@@ -167,7 +167,7 @@ class Pruner:
         return self.cut(kept)
 
     def cut(self, kept: Mapping[str, Kept]) -> Built:
-        """The detector as it stands, cut to `kept`."""
+        """Cut the detector with its current weights to `kept`."""
         widths = widths_after(self.model.widths, kept)
         slim = cut_state_dict(self.model.state_dict(), kept, slices_of(self.bench.modules))
         return slim_copy(self.whole, slim, widths), {"widths": widths.to_list()}
@@ -181,13 +181,13 @@ class Pruner:
         return self._search(self.bench, costs, params, self.bench.full_ap())
 
     def searched(self, fraction: float) -> Built:
-        """The detector cut to widths that a search by budget finds."""
+        """Cut the detector to widths from a search by budget that removes `fraction` of the parameters."""
         kept, trial = self.budget.run(1 - fraction)
         model, info = self.cut(kept)
         return model, {**info, "power": trial.power, "search_ap": trial.full_ap}
 
     def scheduled(self, schedule: Schedule) -> Built:
-        """The detector cut to widths that this method's search finds for a schedule."""
+        """Cut the detector to widths from this method's search with a schedule."""
         self.bench.reset()
         base_ap = self.bench.full_ap()
         if self.bench.method.search == "global":
@@ -196,7 +196,7 @@ class Pruner:
 
 
 def uniform_widths(model: nn.Module, fraction: float) -> Widths:
-    """Widths that are the same share of every module and leave out `fraction` of the transformer's parameters."""
+    """Return widths with the same share of every module that remove `fraction` of the transformer's parameters."""
     per_channel, total = params_per_channel(model), count_parameters(model.transformer)
 
     def at(share: float) -> tuple[float, Widths]:

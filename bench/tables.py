@@ -1,6 +1,6 @@
-"""The tables of README.md and docs/, from the figures that benchmarks left in bench/results.
+"""Make the tables of README.md and docs/ from the JSON files in bench/results.
 
-`bench.pages` writes each between its markers. What is not in the JSON files is not in a table.
+`bench.pages` writes each between its markers. All figures come from the JSON files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Cells = Sequence[Sequence[Any]]
 
 
 def markdown(titles: Sequence[str], rows: Cells) -> str:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "".join(
         f"| {' | '.join(map(str, line))} |\n" if line is not lines[1] else f"|{'|'.join(line)}|\n" for line in lines
@@ -31,15 +31,15 @@ def markdown(titles: Sequence[str], rows: Cells) -> str:
 
 
 def points(ap: float) -> str:
-    """AP in [0, 1] as points."""
+    """Format AP in [0, 1] as points."""
     return f"{100 * ap:.1f}"
 
 
 def read_figures(results: Path, name: str) -> dict[str, Any]:
-    """The figures in a file of bench/results.
+    """Read the figures of a file of bench/results.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file is missing.
     """
     try:
         return json.loads((results / name).read_text(encoding="utf-8"))
@@ -48,10 +48,10 @@ def read_figures(results: Path, name: str) -> dict[str, Any]:
 
 
 def summary(results: Path) -> str:
-    """The README's table: AP on both data sets, of this project at every fraction and of others at the middle one.
+    """Compare AP on both data sets, of this project at every fraction and of others at the middle one, for the README.
 
-    Each cell is AP before fine-tuning / after it / after it with the dense detector as teacher. Of Torch-Pruning it
-    holds the best figure of all its rows.
+    Cells are AP before fine-tuning / after it / after it with the dense detector as teacher. For Torch-Pruning they
+    show the best of all its rows.
     """
     sets = [read_figures(results, f"quality_{name}.json") for name in QUALITY_SETS]
     middle = FRACTIONS[1]
@@ -72,12 +72,12 @@ def _best_of_torch_pruning(rows: Sequence[dict[str, Any]], fraction: float) -> s
 
 
 def demo(results: Path) -> str:
-    """The three rows of `make demo`."""
+    """Show the three detectors of `make demo`."""
     return _detectors(read_figures(results, "demo_summary.json")["rows"])
 
 
 def demo_deformable(results: Path) -> str:
-    """The same with a detector of the deformable variant."""
+    """Show the three detectors of the demo of the deformable variant."""
     return _detectors(read_figures(results, "demo_deformable_summary.json")["rows"])
 
 
@@ -99,7 +99,7 @@ def _detectors(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def quality(results: Path) -> str:
-    """AP by way of pruning, data set and fraction: before fine-tuning, after it, after it with the dense teacher."""
+    """Compare AP of all pruning methods: before fine-tuning, after it, after it with the dense teacher."""
     sets = {name: read_figures(results, f"quality_{name}.json")["rows"] for name in QUALITY_SETS}
     names = list(dict.fromkeys(row["name"] for rows in sets.values() for row in rows))
     names.sort(key=lambda name: (not name.startswith("ours"), "Torch" in name or "paper" in name))
@@ -121,17 +121,17 @@ def _quality_cell(rows: Sequence[dict[str, Any]], name: str, fraction: float) ->
 
 
 def search_cost(results: Path) -> str:
-    """The searches of this package beside the paper's, on the demo's detector."""
+    """Compare the searches of this package with the paper's on the demo's detector."""
     return _search_cost(read_figures(results, "search_cost_demo.json")["results"])
 
 
 def search_cost_full_size(results: Path) -> str:
-    """The same on a transformer of full size, the paper's search estimated from its first steps."""
+    """Compare the searches on a transformer of full size; the paper's is estimated from its first steps."""
     return _search_cost(read_figures(results, "search_cost_full_size.json")["results"])
 
 
 def published(results: Path) -> str:
-    """Costs of the published widths."""
+    """List the costs of the published widths."""
     costs = [Cost(**values) for values in read_figures(results, "published_costs.json")["costs"].values()]
     rows = []
     for title, first, *others in cost_rows(costs):
@@ -164,7 +164,7 @@ def _search_cost(found: list[dict[str, Any]]) -> str:
 
 
 def search_parts(results: Path) -> str:
-    """The fast search as it is, and with one part at a time replaced by a plain form."""
+    """Compare the fast search with itself with one part at a time replaced by a plain form."""
     found = read_figures(results, "search_parts_demo.json")["results"]
     return markdown(("", "whole passes", "removed", "AP"), [
         (row["name"], f"{row['whole_passes']:,.0f}", f"{100 * row['removed']:.1f} %", points(row["ap"]))
@@ -173,7 +173,7 @@ def search_parts(results: Path) -> str:
 
 
 def coco_eval(results: Path) -> str:
-    """mAP by evaluator."""
+    """Compare the mAP evaluators."""
     backends = read_figures(results, "coco_eval.json")["backends"]
     judge = backends["pycocotools"]
     names = {"hotcoco": "hotcoco", "faster": "faster-coco-eval", "pycocotools": "pycocotools"}
@@ -186,7 +186,7 @@ def coco_eval(results: Path) -> str:
 
 
 def ops(results: Path) -> str:
-    """The sampling operator beside PyTorch's own operations, in milliseconds."""
+    """Compare the sampling operator with PyTorch operations, in milliseconds."""
     rows: dict[str, list[str]] = {}
     for case in read_figures(results, "ops_cpu.json")["cases"]:
         milliseconds, ratio = case["milliseconds"], case["times_as_quick_as"]["PyTorch"]
@@ -197,9 +197,9 @@ def ops(results: Path) -> str:
 
 
 def latency(results: Path) -> str:
-    """How much faster the transformers of slim detectors are than the dense one's, and of how many times fewer GMACs.
+    """Show how much faster slim transformers are than dense ones, and how many times fewer GMACs they have.
 
-    On CUDA too, where its figures are there.
+    Includes CUDA if its figures exist.
     """
     subjects = ("GP", "MGP", "demo")
     rows: dict[tuple[str, int], dict[str, str]] = {}
@@ -208,7 +208,7 @@ def latency(results: Path) -> str:
             cells = rows.setdefault((f"{device.upper()}, {case['mode']}", case["batch"]), {})
             if case["subject"] in subjects:
                 cells[case["subject"]] = f"{case['speed_up']:.2f} of {case['gmacs_ratio']:.2f} ({case['share']:.2f})"
-            elif case["image_size_hw"] == list(COCO_IMAGE_HW):  # the demo has a dense detector of its own
+            elif case["image_size_hw"] == list(COCO_IMAGE_HW):  # the demo has a different dense detector
                 cells["ms"] = f"{case['ms_transformer']:.0f} / {case['ms_detector']:.0f}"
     titles = ("", "images at once", "dense: ms of transformer / detector", *subjects)
     return markdown(titles, [

@@ -1,10 +1,10 @@
-"""Torch-Pruning (Fang et al., arXiv 2301.12900) on the same detector: what it does alone, and what it can be helped to.
+"""Prune the same detector with Torch-Pruning (Fang et al., arXiv 2301.12900), with and without help.
 
-Alone it is given the whole detector and told, as its documentation asks, which layers not to touch and how many heads
-the projections have; `try_alone` reports what comes of that. `prune_with_torch_pruning` helps it: each attention and
-FFN is traced apart from the rest, and an encoder's packed projection is taken apart into three layers. What is removed
-is decided by Torch-Pruning's own dependency graph, importance and ranking, and removed by it; weights stay as it leaves
-them. It is no requirement of this package: `pip install torch-pruning`.
+Without help (`try_alone`) it gets the whole detector, the layers to ignore and the number of heads of each projection,
+as its documentation asks. With help (`prune_with_torch_pruning`) each attention and FFN is traced separately, and an
+encoder's packed projection is split into three layers. Torch-Pruning's dependency graph, importance and ranking decide
+what to remove, and it removes it; weights are not changed afterwards. It is not a requirement of this package:
+`pip install torch-pruning`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 ATTENTION_PROJECTIONS = ("sa_", "ca_")
 PACKED = ("query", "key", "value")
 BISECTIONS = 12
-TOKENS = 6  # of the input that a block is traced with; any number shows the same graph
+TOKENS = 6  # of the input for tracing; the graph does not depend on it
 HELP = (
     "each attention and FFN traced apart from the rest of the network",
     "packed projections of the encoder taken apart into three layers and put together again",
@@ -45,7 +45,7 @@ HELP = (
 
 
 class _EncoderAttention(nn.Module):
-    """An encoder layer's attention with its packed projection as three layers, which share nothing with it."""
+    """An encoder layer's attention with its packed projection copied into three layers."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -62,19 +62,19 @@ class _EncoderAttention(nn.Module):
         self.out_proj = holder.out_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        """B x L x hidden_dim."""
+        """Return the output for x (B x L x hidden_dim)."""
         heads = (split_heads(self.get_submodule(name)(x), self.nheads) for name in PACKED)
         return self.out_proj(attend(*heads, None, 0.0))
 
     def pack_into(self, layer: nn.Module) -> None:
-        """Give a layer the three projections as they are now."""
+        """Pack the three projections into a layer."""
         linears = [self.get_submodule(name) for name in PACKED]
         layer.projections.in_proj_weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]))
         layer.projections.in_proj_bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]))
 
 
 class _Blocks(nn.Module):
-    """The attentions and FFNs of a detector side by side, each on an input of its own, so that none touches another."""
+    """The attentions and FFNs of a detector in parallel, so that they do not depend on each other."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _Blocks(nn.Module):
         self.encoder_attentions = nn.ModuleList(_EncoderAttention(layer) for layer in self.encoder_layers)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """1 x L x hidden_dim -> the output of every block, of the same shape."""
+        """Return the output of every block, of the shape of x (1 x L x hidden_dim)."""
         anchors = x[..., :4]
         state = DetectorState(x, x, None, x, None, anchors, anchors, query_pos=x, query_sine=x)
         outputs = [attention(x) for attention in self.encoder_attentions]
@@ -92,12 +92,12 @@ class _Blocks(nn.Module):
         return outputs + [layer.ffn(x) for layer in (*self.encoder_layers, *self.decoder_layers)]
 
     def projections(self) -> list[list[nn.Linear]]:
-        """Every projection to queries, keys and values: those of the encoder, of self- and of cross-attention."""
+        """Return the query, key and value projections of the encoder, of self- and of cross-attention."""
         encoder = [attention.get_submodule(name) for attention in self.encoder_attentions for name in PACKED]
         return [encoder, *(_decoder_projections(self.decoder_layers, prefix) for prefix in ATTENTION_PROJECTIONS)]
 
     def hidden_layers(self) -> list[nn.Linear]:
-        """The first layer of every FFN."""
+        """Return the first layer of every FFN."""
         return [layer.linear1 for layer in (*self.encoder_layers, *self.decoder_layers)]
 
 
@@ -112,23 +112,22 @@ def prune_with_torch_pruning(
     attention_power: float | None = 4.0,
     tolerance: float = 0.005,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A detector from which Torch-Pruning, helped, removed `fraction` of the transformer's parameters.
+    """Remove `fraction` of the transformer's parameters by Torch-Pruning with help.
 
     Args:
-        model: whole detector in eval mode; it is left as it is.
-        batches: (images, targets), whose gradients `taylor` uses; `magnitude` looks at none.
-        criterion: its eval-mode weighted sum is what the gradients are of.
+        model: whole detector in eval mode; it is not changed.
+        batches: (images, targets) for the gradients of `taylor`; `magnitude` uses none.
+        criterion: the gradients are those of its eval-mode weighted sum.
         fraction: in (0, 1).
         importance: `magnitude` (GroupMagnitudeImportance) or `taylor` (GroupTaylorImportance).
         ranking: how its pruner ranks: `uniform` (within each layer) or `global` (all FFNs together, and so on by kind).
-        attention_power: attentions lose the share r ** attention_power of their channels where FFNs lose the share r,
-            as they can spare less; None prunes the FFNs alone.
-        tolerance: how far from `fraction` the result may be to count as having reached it.
+        attention_power: attentions lose the share r ** attention_power of their channels if FFNs lose the share r,
+            since they tolerate less; None prunes only the FFNs.
+        tolerance: greatest difference from `fraction` that counts as reached.
 
     Returns:
-        The smaller detector, and `fraction` (removed), `reached` (whether that is within the tolerance; if not, it is
-        the nearest that was found), `ffn_ratio` (as given to the pruner), `widths`, `transformer_params`, `version` and
-        `help`.
+        The smaller detector, nearest to `fraction`, and `fraction` (removed), `reached` (whether that is within the
+        tolerance), `ffn_ratio` (as passed to the pruner), `widths`, `transformer_params`, `version` and `help`.
 
     Raises:
         UserError: torch-pruning is not installed, or an unknown importance or ranking.
@@ -148,7 +147,7 @@ def prune_with_torch_pruning(
 
     best, low = _bisect(lambda ratio: prune(ratio, attention_ratio(ratio)), model, fraction, 0.0)
     if best.error > tolerance and attention_power is not None:
-        # One channel of every head may be too large a step; FFNs make up for it.
+        # One channel of every head may be too large a step, so only the FFN ratio is refined.
         finer, _ = _bisect(lambda ratio: prune(ratio, attention_ratio(low)), model, fraction, low)
         best = min(best, finer, key=lambda found: found.error)
     params = count_parameters(best.model.transformer)
@@ -165,7 +164,7 @@ def prune_with_torch_pruning(
 
 @dataclass(frozen=True)
 class _Found:
-    """A pruned detector, how far from the fraction asked for it is, and the FFNs' ratio it was pruned by."""
+    """A pruned detector, the distance from the requested fraction, and the FFN ratio."""
 
     model: nn.Module
     error: float
@@ -173,7 +172,7 @@ class _Found:
 
 
 def _bisect(prune: Callable[[float], nn.Module], whole: nn.Module, fraction: float, low: float) -> tuple[_Found, float]:
-    """The pruned detector nearest to `fraction`, and the largest ratio found, at least `low`, that removes less."""
+    """Return the pruned detector nearest to `fraction`, and the largest ratio (at least `low`) that removes less."""
     params = count_parameters(whole.transformer)
     best, high = _Found(whole, math.inf, 0.0), 1.0
     for _ in range(BISECTIONS):
@@ -195,7 +194,7 @@ def _prune(
     ffn_ratio: float,
     attention_ratio: float,
 ) -> nn.Module:
-    """A copy of a detector after one run of Torch-Pruning's pruner over its blocks."""
+    """Return a copy of a detector after one run of Torch-Pruning's pruner over its blocks."""
     slim = copy.deepcopy(model).eval()
     for name, parameter in slim.named_parameters():
         parameter.grad = gradients.get(name)
@@ -226,26 +225,26 @@ def _prune(
 def try_alone(
     model: nn.Module, image: Tensor, *, limit_s: float = 120.0, cases: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """What Torch-Pruning does with the whole detector as it stands, asked to remove half of the channels.
+    """Try Torch-Pruning without help on the whole detector, removing half of the channels.
 
-    Each case runs in a process of its own, so that none can hang the caller or change the model.
+    Each case runs in its own process, so that it can neither hang the caller nor change the model.
 
     Args:
         model: whole detector.
-        image: 3 x H x W, to trace it with.
-        limit_s: seconds each case may take.
-        cases: names of the cases to try, all of them if empty.
+        image: 3 x H x W, for tracing.
+        limit_s: time limit of each case, in seconds.
+        cases: names of the cases to try; all if empty.
 
     Returns:
         For each case `outcome` (`works`, `prunes nothing`, `forward fails`, `fails`, `not finished`), `removed`
-        (fraction of the transformer's parameters, where something was pruned) and `error` (its first line).
+        (fraction of the transformer's parameters, if anything was pruned) and `error` (its first line).
 
     Raises:
         UserError: torch-pruning is not installed.
     """
     _import_torch_pruning()
     found = {}
-    # A forked process has the model and the imports at hand; torch must then not have threads of its own.
+    # A forked process inherits model and imports; torch must not start threads in it.
     context = multiprocessing.get_context("fork")
     for case in cases or CASES:
         receiver, sender = context.Pipe(duplex=False)
@@ -265,12 +264,12 @@ def _try_case(case: str, model: nn.Module, image: Tensor, sender: Any) -> None:
     torch.set_num_threads(1)
     try:
         sender.send(_alone(CASES[case], model, image))
-    except Exception as error:  # whatever the package stumbles over is the finding
+    except Exception as error:  # any failure of the package is a result
         sender.send({"outcome": "fails", "error": _first_line(error)})
 
 
 def _alone(choose: Callable[[nn.Module], tuple], model: nn.Module, image: Tensor) -> dict[str, Any]:
-    """Run the pruner on a copy of the whole detector, then the detector."""
+    """Run the pruner on a copy of the whole detector, then run the pruned copy."""
     tp = _import_torch_pruning()
     slim = copy.deepcopy(model).cpu().eval().requires_grad_(True)
     roots, heads, unwrapped = choose(slim)
@@ -294,20 +293,20 @@ def _alone(choose: Callable[[nn.Module], tuple], model: nn.Module, image: Tensor
     try:
         with torch.no_grad():
             slim([image.cpu()])
-    except Exception as error:  # whatever the pruned network stumbles over is the finding
+    except Exception as error:  # any failure of the pruned network is a result
         return {"outcome": "forward fails", "removed": removed, "error": _first_line(error)}
     return {"outcome": "works", "removed": removed}
 
 
 def _all_layers(model: nn.Module) -> tuple:
-    """Roots, layers with heads and unwrapped parameters: everything but the heads of the detector may shrink."""
+    """Return roots, layers with heads and unwrapped parameters for pruning all but the detector's heads."""
     heads = {*model.class_embed.modules(), *model.bbox_embed.modules()}
     roots = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d) and layer not in heads]
     return roots, _decoder_projections(model.transformer.decoder.layers), []
 
 
 def _transformer_widths(model: nn.Module) -> tuple:
-    """The FFNs, the decoder's projections, and the encoder's packed ones as parameters of no layer."""
+    """Return the FFNs, the decoder's projections, and the encoder's packed ones as unwrapped parameters."""
     heads = _decoder_projections(model.transformer.decoder.layers)
     return [*_ffn_widths(model)[0], *heads], heads, _encoder_attention(model)[2]
 
@@ -328,8 +327,8 @@ def _encoder_attention(model: nn.Module) -> tuple:
     return [], [], unwrapped
 
 
-# Custom pruners are no way to the encoder's packed projections: they are found by the calls of a module, and the module
-# that holds these parameters is never called.
+# Custom pruners cannot prune the encoder's packed projections: Torch-Pruning finds a module by its calls, and the
+# module with these parameters is never called.
 CASES = {
     "all layers": _all_layers,
     "FFN and attention widths": _transformer_widths,
@@ -346,12 +345,12 @@ def _decoder_projections(
 
 
 def _tensors(outputs: Mapping[str, Any]) -> list[Tensor]:
-    """Every prediction of a detector, of all layers."""
+    """Return the predictions of all layers of a detector."""
     return [layer[key] for layer in (outputs, *outputs["aux_outputs"]) for key in ("pred_logits", "pred_boxes")]
 
 
 def _gradients(model: nn.Module, batches: Iterable[Batch], criterion: nn.Module) -> dict[str, Tensor]:
-    """Gradient of the eval-mode weighted loss with respect to the transformer's parameters, summed over the batches."""
+    """Return the gradient of the eval-mode weighted loss by the transformer's parameters, summed over the batches."""
     device = next(model.parameters()).device
     model, criterion = copy.deepcopy(model).eval(), criterion.eval()
     for images, targets in batches:
@@ -363,7 +362,7 @@ def _gradients(model: nn.Module, batches: Iterable[Batch], criterion: nn.Module)
 
 
 def _widths_of(model: nn.Module) -> Widths:
-    """Widths read off the weights."""
+    """Read the widths from the weights."""
     widths = model.widths
     parameters = dict(model.named_parameters())
     for name, module in model.prunable_modules().items():
@@ -376,13 +375,13 @@ def _import_torch_pruning() -> ModuleType:
     try:
         import torch_pruning
     except ImportError:
-        raise UserError("torch-pruning: found no such package, expected it for this comparison (pip install)") from None
+        raise UserError("torch-pruning: found no package, expected it installed (pip install torch-pruning)") from None
     return torch_pruning
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the package's warnings of parameters that it decides about by itself."""
+    """Suppress the package's warnings about parameters that it handles automatically."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,7 +1,7 @@
-"""Allocation of a budget: the widths of all modules with the least predicted damage that the budget pays for.
+"""Allocate a budget: choose the widths of all modules with little predicted damage within the budget.
 
-Damages and costs are tables: `table[module][width]` for each width that a module may have, in ascending order; the last
-one is the whole module, which does no damage. Costs need not be proportional to the width.
+Damages and costs are tables: `table[module][width]` for each allowed width, in ascending order. The last width is the
+whole module, with damage 0. Costs need not be proportional to the width.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from models.prunable import PrunableModule
 from pruning.moments import TINY
 from util.errors import UserError
 
-WIDTHS_TRIED = 16  # of each module, at least, unless it has fewer: more where they do not divide evenly
+WIDTHS_TRIED = 16  # at least, of each module, if it has as many
 
 Tables = Mapping[str, Mapping[int, float]]
 
 
 def allocate(damages: Tables, costs: Tables, budget: float, power: float = 1.0) -> dict[str, int]:
-    """Widths with a small sum of damage ** power that together cost at most `budget`.
+    """Return widths with a small sum of damage ** power and a total cost of at most `budget`.
 
     Raises:
-        ValueError: the cheapest widths cost more than that.
+        ValueError: the cheapest widths cost more.
     """
     widths = at_lowest_price(damages, costs, budget, power)
     return spend_rest(widths, damages, costs, budget, power)
 
 
 def at_lowest_price(damages: Tables, costs: Tables, budget: float, power: float) -> dict[str, int]:
-    """Widths that the lowest price of a unit of cost gives which keeps them within `budget`.
+    """Return the widths for the lowest price per unit of cost at which they fit `budget`.
 
-    At a price each module takes the width with the least damage ** power + price * cost. Nothing that costs as little
-    does less damage than the modules then do together (Everett 1963).
+    Each module gets the width with the least damage ** power + price * cost. No widths of the same or a lower total
+    cost have a smaller sum (Everett 1963).
 
     Raises:
-        ValueError: at no price are they that cheap.
+        ValueError: the widths do not fit at any price.
     """
     arrays = {
         name: (np.array([*damages[name].values()]) ** power, np.array([*costs[name].values()])) for name in damages
@@ -63,7 +63,7 @@ def at_lowest_price(damages: Tables, costs: Tables, budget: float, power: float)
 def spend_rest(
     widths: Mapping[str, int], damages: Tables, costs: Tables, budget: float, power: float
 ) -> dict[str, int]:
-    """Widen module after module by one width, the one that gains most for its cost first, as far as `budget` lasts."""
+    """Widen one module by one step at a time, the one with the largest gain per cost, while it fits `budget`."""
     widths = dict(widths)
     while True:
         rest, best = budget - sum_of(costs, widths), None
@@ -80,14 +80,14 @@ def spend_rest(
 
 
 def sum_of(tables: Tables, widths: Mapping[str, int]) -> float:
-    """Sum over the modules of what a table holds for their widths."""
+    """Return the sum over all modules of the table entries for their widths."""
     return sum(tables[name][width] for name, width in widths.items())
 
 
 def linear_costs(
     modules: Mapping[str, PrunableModule], per_channel: Mapping[str, float], units: Mapping[str, int]
 ) -> dict[str, dict[int, float]]:
-    """Cost tables of modules whose channels all cost the same; the widths are multiples of `units`, or whole."""
+    """Return cost tables for modules with a constant cost per channel; widths are multiples of `units`, or whole."""
     return {
         name: {width: per_channel[name] * width for width in widths_tried(module.width, units[name])}
         for name, module in modules.items()
@@ -95,25 +95,24 @@ def linear_costs(
 
 
 def widths_tried(width: int, unit: int) -> list[int]:
-    """One unit, multiples of it about evenly spread, and the module's own width; ascending."""
+    """Return one unit, evenly spaced multiples of it, and the whole width, ascending."""
     step = unit * max(1, width // unit // WIDTHS_TRIED)
     return sorted({min(unit, width), *range(step, width, step), width})
 
 
 def check_affordable(keep: float, costs: Tables, total_cost: float) -> None:
-    """Raise a `UserError` if the least widths cost more than the fraction `keep` of the whole, `total_cost`."""
+    """Raise a `UserError` if the smallest widths cost more than the fraction `keep` of `total_cost`."""
     least = total_cost - sum(max(table.values()) - min(table.values()) for table in costs.values())
     if least > keep * total_cost:
         raise UserError(
-            f"--keep {keep:g}: found that one unit of every module keeps {least / total_cost:.3f} of the transformer's "
-            "cost, expected at least that"
+            f"--keep {keep:g}: found less than the smallest widths cost, expected at least {least / total_cost:.3f}"
         )
 
 
 def between(measured: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:
-    """Damage at `widths`, the last of which is whole and does none, from the damage at some of them.
+    """Interpolate the damage at all `widths` from the measured ones; the last width is whole, with damage 0.
 
-    Its logarithm is taken to be linear in between, and behind the last measured width the damage itself.
+    Interpolation is linear in the logarithm of the damage, and in the damage itself beyond the last measured width.
     """
     known = sorted(measured)
     damages = {widths[-1]: 0.0, **measured}

@@ -1,4 +1,4 @@
-"""The loss of a batch and its gradients, in pieces that fit the memory."""
+"""Compute the loss of a batch and its gradients, in pieces that fit into memory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from pruning.state_cache import Targets
 from util.errors import UserError
 from util.memory import USABLE_SHARE, PeakMemory, free_bytes
 
-FIRST_SCALE = 2.0**16  # of a loss in fp16, so that small gradients do not become 0
+FIRST_SCALE = 2.0**16  # initial loss scale in fp16, which keeps small gradients from becoming 0
 
 
 class LossGradients:
-    """Goes backward from the loss of a batch; a batch that does not fit the memory is cut into pieces by its images.
+    """Backward passes from the loss of a batch, which is split by images into pieces that fit into memory.
 
     Each piece is normalised by the boxes of the whole batch, so that losses and gradients of the pieces add up to those
-    of the batch. The first image of a larger size than all before is a piece of its own, of which the memory that an
-    image takes is measured.
+    of the batch. An image larger than all before is a piece by itself, to measure the memory that it takes.
     """
 
     def __init__(self, model: Detector, criterion: Criterion, device: torch.device, amp: str = "off") -> None:
-        """`amp` is off, bf16 or fp16, for the forward pass; gradients come as float32."""
+        """`amp` is off, bf16 or fp16, for the forward pass; gradients are float32."""
         self._model = model
         self._criterion = criterion
         self._device = device
@@ -46,13 +45,15 @@ class LossGradients:
         wanted: Callable[[], Sequence[Tensor]],
         before: Callable[[int], None] = lambda images: None,
     ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-        """Number of images, loss and gradients of each piece; the losses add up to the batch's, times its images.
+        """Yield the number of images, loss and gradients of each piece.
+
+        The losses add up to the loss of the batch times its number of images.
 
         Args:
-            state: in front of step `start`.
+            state: at the input of step `start`.
             targets: on any device.
-            wanted: gives, after the forward pass of a piece, what its gradients are taken of.
-            before: called with the number of images of each piece before it is run.
+            wanted: returns, after the forward pass of a piece, the tensors to differentiate by.
+            before: called with the number of images before each piece.
 
         Raises:
             UserError: a GPU has too little memory for one image.
@@ -76,14 +77,14 @@ class LossGradients:
             yield images, *found
 
     def _images_at_once(self, images: int) -> int:
-        """`images`, halved until they fit what is free."""
+        """Halve `images` until they fit into free memory."""
         free = USABLE_SHARE * free_bytes(self._device)
         while images > 1 and (images * self._image_bytes > free or images > self._most_images):
             images = -(-images // 2)
         return images
 
     def _halve(self, images: int) -> None:
-        """A GPU had too little memory for so many images: take half of them."""
+        """Halve the most images of a piece after a GPU ran out of memory."""
         if images == 1:
             raise UserError(
                 f"{self._device}: found too little memory for the gradients of one image of the search, expected "
@@ -100,7 +101,7 @@ class LossGradients:
         wanted: Callable[[], Sequence[Tensor]],
         images_of_batch: int,
     ) -> tuple[Tensor, list[Tensor]] | None:
-        """Loss of the images and its gradients; None where a GPU has too little memory."""
+        """Return the loss of the images and its gradients, or None if a GPU has too little memory."""
         try:
             with torch.enable_grad():
                 with autocast(self._device, self._amp):
@@ -111,7 +112,7 @@ class LossGradients:
             return None
 
     def _gradients(self, loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        """Gradients in float32; in fp16 of the loss times a scale that is lowered until none overflows."""
+        """Return the gradients in float32; in fp16 the loss is scaled, and the scale lowered until none overflows."""
         while self._scale > 1:
             scaled = torch.autograd.grad(loss * self._scale, wanted, retain_graph=True)
             if all(gradient.isfinite().all() for gradient in scaled):
@@ -121,13 +122,13 @@ class LossGradients:
 
 
 def take_images(state: DetectorState, part: slice) -> DetectorState:
-    """Some images of a batch; tensors that serve all images stay as they are."""
+    """Take the images `part` of a batch; tensors that all images share are unchanged."""
     images = len(state.queries)
     return state.map(lambda tensor: tensor[part] if len(tensor) == images else tensor)
 
 
 def _with_graph(state: DetectorState) -> DetectorState:
-    """A state from which gradients flow, whatever parameters are frozen."""
+    """Make gradients flow from a state even if all parameters are frozen."""
     return state.replace(
         memory=state.memory.detach().clone().requires_grad_(), queries=state.queries.detach().clone().requires_grad_()
     )

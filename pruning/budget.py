@@ -1,8 +1,8 @@
-"""A search by budget: so much of the transformer may stay; mAP is only measured to check.
+"""Search by budget: choose the widths of all modules at once for a fraction of the transformer's cost.
 
-Every module's damage at every width is predicted from calibration moments and gradients with all others whole. Widths
-then minimise the sum of damages for the cost, and the detector is cut and reconstructed module by module in network
-order, each on what the cut modules before it give. mAP says by how much the next budget has to differ.
+Calibration moments and gradients predict each module's damage at each width while all others are whole. The widths
+minimise the sum of damages within the budget. The detector is then cut and reconstructed module by module in network
+order, each on the activations of the cut modules before it. The measured mAP determines the next budget.
 """
 
 from __future__ import annotations
@@ -23,26 +23,25 @@ from pruning.selection import Order
 from util import distributed
 from util.errors import UserError
 
-# Damages add up where they are small. Where much is cut they compound, and their roots predict better; which power
-# is best is found by measuring mAP.
+# Small damages add up. When much is cut they compound, and their roots predict better. mAP decides between the powers.
 POWERS = (0.5, 1.0, 0.25)
-EVALUATIONS = 4  # of mAP at most when the least budget is looked for; widths measured before are none
-PRECISION = 0.01  # of the whole cost, to which that budget is then known
-# The damage of queries takes a forward for each width, so that few are measured and those between follow.
+EVALUATIONS = 4  # most mAP evaluations when searching for the least budget; known widths need none
+PRECISION = 0.01  # of that budget, as a fraction of the whole cost
+# Measuring the damage of queries takes a forward for each width, so few are measured and the rest interpolated.
 ATTENTION_WIDTHS_MEASURED = 4
-STEEPEST = 4.0  # power of the damage that mAP may be taken to fall by
-MIN_LOSS = 1e-4  # of mAP: less is taken for this much, since it gives no slope
-AIM = 0.97  # of the mAP that may be lost, so that a prediction a little off still passes
+STEEPEST = 4.0  # largest exponent of mAP loss as a power of damage
+MIN_LOSS = 1e-4  # of mAP; smaller losses are raised to it, since they give no slope
+AIM = 0.97  # of the allowed mAP loss, so that a slightly wrong prediction still passes
 ROUNDING = 1e-9  # of the whole cost
-NEAR = 0.1  # of the same: who comes as near to losing it all has found the budget
-# mAP falls by this many times the fraction that the loss is predicted to rise by: 4.2 to 5.0 times on the demo where 3
-# to 30 % of its mAP are lost. Only the first trial hangs on it.
+NEAR = 0.1  # of the allowed mAP loss; a trial this close to it ends the search
+# Relative fall of mAP per predicted relative rise of the loss: 4.2 to 5.0 on the demo for mAP losses of 3 to 30 %. Only
+# the first trial uses it.
 AP_FALL_FOR_LOSS = 4.7
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A network that was cut: the kept sets, and what brings it back (`Workbench.load`)."""
+    """A cut network: its kept sets and its saved state for `Workbench.load`."""
 
     kept: dict[str, Kept]
     saved: Any
@@ -50,19 +49,18 @@ class Cut:
 
 @dataclass
 class BudgetSearch:
-    """One search by budget; `run` gives the kept set of every module.
+    """Search by budget; `run` returns the kept set of every module.
 
     Attributes:
-        bench: the network, whole, with no gates.
+        bench: the whole network, without gates.
         costs: of each module at each of its widths, in parameters or multiply-accumulates; see `pruning.allocation`.
         total_cost: of the whole transformer.
         base_ap: mAP in [0, 1] of the whole split before the search.
         on_trial: called with each new trial.
-        replayed: trials of the same search that were made before, in order; they are not measured again.
-        progress: called with the name of each module that is done with, and the width it was cut to; None where its
-            damage was predicted.
-        trials: those measured, replayed ones among them.
-        damages: of each module at each of its widths, as the last `run` predicted them.
+        replayed: earlier trials of a resumed search, in order; they are not measured again.
+        progress: called after each module with its name and cut width (None after predicting its damage).
+        trials: all trials, including replayed ones.
+        damages: predictions of the last `run` for each module at each of its widths.
     """
 
     bench: Workbench
@@ -76,18 +74,18 @@ class BudgetSearch:
     damages: Tables = field(default_factory=dict)
 
     def run(self, keep: float | None, threshold_ap: float = 0.0) -> tuple[dict[str, Kept], Trial | None]:
-        """Cut to the fraction `keep` of the cost, or (None) as far as mAP is not below `threshold_ap`.
+        """Cut to the fraction `keep` of the cost, or (None) as far as mAP stays at or above `threshold_ap`.
 
         Returns:
-            The kept sets and the trial that was taken; everything and None if no trial was good enough.
+            The kept sets and the chosen trial; all channels and None if no trial passed.
 
         Raises:
-            UserError: one unit of every module costs more than that, or `replayed` are trials of another search.
+            UserError: one unit of every module costs more than `keep`, or `replayed` belongs to another search.
         """
         if keep is not None:
             check_affordable(keep, self.costs, self.total_cost)
         self._past, self.effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
-        # A fraction that is asked for is met in few trials: more hangs on the prediction, so nothing is guessed.
+        # With a given fraction there are few trials and the prediction matters more, so every width is measured.
         self._orders, self.damages = self._predict(ATTENTION_WIDTHS_MEASURED if keep is None else None)
         best, cut = self._least_that_passes(threshold_ap) if keep is None else self._best_power(keep)
         if best is None or cut is None:  # a replayed trial has no cut
@@ -100,7 +98,7 @@ class BudgetSearch:
         return {name: module.width for name, module in self.bench.modules.items()}
 
     def _best_power(self, keep: float) -> tuple[Trial | None, Cut | None]:
-        """The trial of the greatest mAP among `POWERS`, and its cut."""
+        """Return the trial with the greatest mAP among `POWERS`, and its cut."""
         best: Trial | None = None
         best_cut: Cut | None = None
         for power in POWERS:
@@ -111,10 +109,10 @@ class BudgetSearch:
         return best, best_cut
 
     def _least_that_passes(self, threshold_ap: float) -> tuple[Trial | None, Cut | None]:
-        """Narrow the range of kept fractions; whatever passes with less is the better one. None if nothing passes.
+        """Return the trial with the least kept fraction that passes, and its cut; None if none passes.
 
-        What mAP a fraction will give is predicted from the trials before it, see `_guess`. A fraction whose widths are
-        known narrows the range without an evaluation.
+        Each trial narrows the range of fractions; `_guess` chooses the next one. Widths that were measured before need
+        no evaluation.
         """
         fails, passes = self._kept_fraction({name: min(table) for name, table in self.costs.items()}), 1.0
         best: Trial | None = None
@@ -125,9 +123,9 @@ class BudgetSearch:
         while evaluations < EVALUATIONS and passes - fails > PRECISION:
             keep, widths = distributed.on_main(functools.partial(self._next, losses, allowed, fails, passes))
             if not fails < keep < passes:
-                break  # no number lies between the two
+                break  # the bounds are adjacent floats
             if widths == self._whole:
-                passes = keep  # nothing is removed, which is no trial
+                passes = keep  # nothing is removed, so no trial is needed
                 continue
             trial, cut = self._trial_of(widths), None
             if trial is None:
@@ -151,13 +149,14 @@ class BudgetSearch:
         return keep, self._allocate(keep, POWERS[0])
 
     def _guess(self, losses: Mapping[float, float], allowed: float, fails: float, passes: float) -> float:
-        """The kept fraction between two others with which mAP should fall by what it may.
+        """Return the kept fraction between `fails` and `passes` that should lose just under the allowed mAP.
 
-        Damage is an estimate of what the loss rises by, so that mAP is taken to fall in proportion to it, as it does in
-        other networks before any trial, or by the power of it that the two trials nearest to what is allowed show.
+        Damage estimates the rise of the loss, so the mAP loss is taken to be proportional to it: with a typical factor
+        before the first trial, then with that of the trial nearest to the allowed loss. With two or more trials it is a
+        power of the damage, fitted to the two nearest.
 
         Args:
-            losses: mAP that trials lost, by their damages.
+            losses: lost mAP of each trial, by its damage.
             allowed: mAP that may be lost.
         """
         known = sorted(
@@ -172,7 +171,7 @@ class BudgetSearch:
         (_, damage, loss), exponent = known[0], 1.0
         if len(known) > 1 and (known[1][2] - loss) * (known[1][1] - damage) > 0:
             exponent = math.log(known[1][2] / loss) / math.log(known[1][1] / damage)
-            exponent = min(max(exponent, 1 / STEEPEST), STEEPEST)  # trials that lose alike give no slope
+            exponent = min(max(exponent, 1 / STEEPEST), STEEPEST)  # trials with similar losses give no slope
         target = damage * (AIM * allowed / loss) ** (1 / exponent)
         margin = (passes - fails) / 8
         low, high = fails + margin, passes - margin
@@ -185,7 +184,7 @@ class BudgetSearch:
         return high
 
     def _allocate(self, keep: float, power: float) -> dict[str, int]:
-        """Widths that cost at most the fraction `keep` of the whole."""
+        """Return widths that cost at most the fraction `keep` of the whole."""
         fixed_cost = self.total_cost - sum_of(self.costs, self._whole)
         return allocate(self.damages, self.costs, keep * self.total_cost - fixed_cost, power)
 
@@ -194,14 +193,13 @@ class BudgetSearch:
         return (self.total_cost - sum(gone)) / self.total_cost
 
     def _trial_of(self, widths: Mapping[str, int]) -> Trial | None:
-        """The trial that was made with these widths."""
+        """Return the trial with these widths, or None."""
         return next((trial for trial in self.trials if trial.widths == widths), None)
 
     def _trial(self, keep: float, power: float, widths: dict[str, int]) -> tuple[Trial, Cut | None]:
-        """The next trial of the search before, or a new one with these widths, which are measured once.
+        """Return the next replayed trial, or a new one with these widths, and its cut if one was made.
 
-        Returns:
-            The trial, and the cut where it was made for it.
+        The same widths are measured only once.
         """
         cut = None
         if self._past:
@@ -220,9 +218,9 @@ class BudgetSearch:
         return trial, cut
 
     def _check_replayed(self, trial: Trial, power: float) -> None:
-        """Raise a `UserError` for a trial that this search cannot have made.
+        """Raise a `UserError` for a trial that cannot come from this search.
 
-        Its widths need not be those that would be predicted now: damages differ by rounding from device to device.
+        Its widths may differ from those predicted now, because damages are rounded differently on other devices.
         """
         known = list(trial.widths) == list(self.costs) and all(
             width in self.costs[name] for name, width in trial.widths.items()
@@ -232,15 +230,15 @@ class BudgetSearch:
         cost = self._kept_fraction(trial.widths)
         if abs(cost - trial.kept_fraction) > ROUNDING or cost > trial.keep + ROUNDING:
             raise UserError(
-                f"journal: found a trial that keeps {trial.kept_fraction:g} of the cost, expected {cost:g}, which its "
-                f"widths cost, and at most {trial.keep:g}"
+                f"journal: found a trial that keeps {trial.kept_fraction:g} of the cost, expected {cost:g}, the cost "
+                f"of its widths, and at most {trial.keep:g}"
             )
 
     def _predict(self, attention_widths: int | None) -> tuple[dict[str, Order], Tables]:
-        """Order of each module's channels, and its damage at each of its widths, all others whole.
+        """Return the channel order of each module, and its damage at each width while all others are whole.
 
         Args:
-            attention_widths: how many widths of an attention are measured; None for all.
+            attention_widths: number of widths of an attention to measure; None for all.
         """
         orders, damages = {}, {}
         self.bench.reset()
@@ -250,7 +248,7 @@ class BudgetSearch:
             widths = list(self.costs[name])
             to_measure = widths_to_measure(module, widths, attention_widths)
             damages[name] = between({w: self.bench.set_kept(name, order.kept(w)) for w in to_measure}, widths)
-            # The next module follows this one whole.
+            # The next module is measured with this one whole.
             self.bench.set_kept(name, order.kept(module.width))
             self.progress(name, None)
         return orders, damages
@@ -268,7 +266,7 @@ class BudgetSearch:
 
 
 def widths_to_measure(module: PrunableModule, widths: Sequence[int], attention_widths: int | None) -> list[int]:
-    """The widths whose damage is measured: so many of an attention with queries, else all; the whole one does none."""
+    """Return the widths to measure: `attention_widths` of an attention with queries, else all but the whole width."""
     *below, _ = widths
     count = len(below) if attention_widths is None else attention_widths
     if "query" not in module.parts or len(below) <= count:

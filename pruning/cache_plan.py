@@ -1,4 +1,4 @@
-"""Where a search keeps features and states, and in which precision: what they take against what is there."""
+"""Choose the device and precision of a search's cached features and states by the memory they need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from util.memory import USABLE_SHARE, PeakMemory, free_bytes, storage_bytes
 
 CPU = torch.device("cpu")
 GB = 1e9
-# Of the calibration images' features in float32: what calibration keeps, outputs of a module and weights of all tokens.
+# Memory that calibration keeps (outputs of a module, weights of all tokens) per byte of its features in float32.
 CALIBRATION_SHARE = 1.5
 
 
@@ -28,9 +28,9 @@ class BatchShape:
     """The images of one batch.
 
     Attributes:
-        images: their number.
-        pixels: height times width of one, padded as in the batch.
-        is_padded: whether they differ in size.
+        images: number of images.
+        pixels: height times width of one image, padded as in the batch.
+        is_padded: whether the images differ in size.
     """
 
     images: int
@@ -39,20 +39,20 @@ class BatchShape:
 
 
 def shape_of(sizes_hw: Sequence[tuple[int, int]]) -> BatchShape:
-    """The batch that images of these heights and widths make."""
+    """Return the shape of a batch of images with these heights and widths."""
     pixels = max(height for height, _ in sizes_hw) * max(width for _, width in sizes_hw)
     return BatchShape(len(sizes_hw), pixels, is_padded=len(set(sizes_hw)) > 1)
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """The options of the cache.
+    """Options of the cache.
 
     Attributes:
-        gigabytes: --cache_gb, None for what is free.
-        dtype: --cache_dtype, None for bfloat16 only where more does not fit.
-        device: --cache_device, None for --device, or RAM where that is a GPU whose memory does not suffice.
-        searched: the option for the images that are searched on, for messages.
+        gigabytes: --cache_gb, None for the free memory.
+        dtype: --cache_dtype, None for bfloat16 only if full precision does not fit.
+        device: --cache_device, None for --device, or RAM if that is a GPU with too little memory.
+        searched: the option that selects the search images, for messages.
     """
 
     gigabytes: float | None = None
@@ -63,13 +63,13 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class Storage:
-    """How a cache keeps things.
+    """Device, precision and size of a cache.
 
     Attributes:
-        device: where.
-        dtype: of features; None keeps them as they are made.
-        max_bytes: most that features and states may take.
-        state_bytes: room within that for states, which no features take (half of it at most).
+        device: of features and states.
+        dtype: of features; None keeps the dtype in which they are computed.
+        max_bytes: upper bound for features and states.
+        state_bytes: part of `max_bytes` reserved for states (half of it at most).
     """
 
     device: torch.device = CPU
@@ -78,18 +78,18 @@ class Storage:
     state_bytes: float = 0.0
 
 
-# Given the features of the first batch, and the bytes that making them took at the peak.
+# Called with the features of the first batch and the peak bytes of computing them.
 Plan = Callable[[Features, int], Storage]
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a cache takes in all, in one process.
+    """Bytes that a complete cache takes in one process.
 
     Attributes:
-        features: of all batches, as they are made.
-        halved: of the same in bfloat16.
-        states: at most, of the batches whose states are kept.
+        features: of all batches, in the dtype in which they are computed.
+        halved: of all batches in bfloat16.
+        states: most bytes of the batches whose states are kept.
     """
 
     features: float
@@ -97,18 +97,18 @@ class Need:
     states: float
 
     def total(self, dtype: torch.dtype | None) -> float:
-        """Features of this precision, and states."""
+        """Return the bytes of features in this precision, and of states."""
         return self.states + (self.features if dtype is None else self.halved)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes that a search takes beside its cache, at their peak.
+    """Peak bytes that a search takes besides its cache.
 
     Attributes:
-        passes: on the device, for passes through the network and what calibration keeps.
-        reading: of RAM, for images that are read ahead.
-        evaluation: of RAM, for the boxes of all images that mAP is measured on.
+        passes: on the device, for passes through the network and the calibration.
+        reading: in RAM, for prefetched images.
+        evaluation: in RAM, for the boxes of all images on which mAP is measured.
     """
 
     passes: float
@@ -118,15 +118,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Uses:
-    """What a search does with the batches of this process.
+    """How a search uses the batches of this process.
 
     Attributes:
         shapes: of all batches, in order.
-        kept_batches: those whose states are kept.
-        calibrated_batches: those that gradients are taken of; none without calibration.
-        images_at_once: most images that are scored in one pass.
+        kept_batches: batches whose states are kept.
+        calibrated_batches: batches for gradients; none without calibration.
+        images_at_once: most images scored in one pass.
         reading, evaluation: see `Work`.
-        images: of all processes.
+        images: number of images of all processes.
         amp, eval_amp: precision of passes with gradients, and of those without.
     """
 
@@ -142,26 +142,26 @@ class Uses:
 
 
 class CachePlanner:
-    """Decides on a `Storage` when the features of the first batch are there.
+    """Chooses a `Storage` from the features of the first batch.
 
     Attributes:
-        notices: what was logged about it.
+        notices: the logged messages about the choice.
     """
 
     def __init__(self, model: Detector, uses: Uses, options: CacheOptions, device: torch.device) -> None:
-        """Nothing is measured yet."""
+        """Measure nothing yet."""
         self._model, self._uses, self._options, self._device = model, uses, options, device
         self.notices: list[Notice] = []
 
     def __call__(self, features: Features, front_bytes: int) -> Storage:
-        """How to keep everything; in one precision in all processes.
+        """Choose the storage; all processes use the same precision.
 
         Args:
             features: of the first batch.
-            front_bytes: what it took to make them.
+            front_bytes: peak bytes of computing them.
 
         Raises:
-            UserError: the search takes more memory than there is, whatever is kept; in all processes.
+            UserError: the search needs too much memory even without a cache; raised in all processes.
         """
         try:
             need, work = self.measure(features, front_bytes)
@@ -170,7 +170,7 @@ class CachePlanner:
                 f"{self._device}: found too little memory for one image of the search, expected a smaller "
                 "--image_size, --amp or --cache_device cpu"
             )
-            distributed.gather_objects((0, problem))  # the other processes end with it below
+            distributed.gather_objects((0, problem))  # the other processes raise it below
             raise UserError(problem) from None
         free = {device: free_bytes(device) for device in self._devices()}
         limits = {device: self._limit(device, free[device], work) for device in free}
@@ -182,7 +182,7 @@ class CachePlanner:
         choice = max(number for number, _ in found)
         fits = choice < len(choices)
         device = choices[choice][0] if fits else max(limits, key=limits.__getitem__)
-        # Half of nothing is no gain.
+        # Without memory for a cache, bfloat16 gains nothing.
         dtype = choices[choice][1] if fits else choices[-1 if limits[device] > 0 else 0][1]
         storage = Storage(device, dtype, limits[device], need.states)
         if distributed.is_main():
@@ -192,7 +192,7 @@ class CachePlanner:
 
     @torch.no_grad()
     def measure(self, features: Features, front_bytes: int) -> tuple[Need, Work]:
-        """What the cache and the passes take, from one image of the first batch."""
+        """Measure the memory of cache and passes with one image of the first batch."""
         uses, model = self._uses, self._model
         one = Features(features.memory[:1].clone(), tuple(p[:1] for p in features.paddings), features.is_padded)
         last = model.step_names[-1]
@@ -217,7 +217,7 @@ class CachePlanner:
         return need, Work(passes, uses.reading, uses.evaluation)
 
     def _state_bytes(self, state: DetectorState, scales: Sequence[float]) -> float:
-        """Of all states that are kept, in front of the last step, from that of one image of the first batch."""
+        """Return the bytes of all kept states at the last step's input, from the state of one image (`state`)."""
         on_pixels = storage_bytes(t for t in (state.memory, state.memory_mask) if t is not None)
         positions = storage_bytes([state.memory_pos])
         on_queries = storage_bytes(state.tensors()) - on_pixels - positions
@@ -225,11 +225,11 @@ class CachePlanner:
         for batch in self._uses.kept_batches:
             shape, scale = self._uses.shapes[batch], scales[batch]
             total += shape.images * (on_queries + scale * on_pixels)
-            total += positions * scale * (shape.images if shape.is_padded else 1)  # images that are alike share them
+            total += positions * scale * (shape.images if shape.is_padded else 1)  # images of equal size share them
         return total
 
     def _backward_bytes(self, one: Features) -> int:
-        """The peak of a pass forward and backward of one image."""
+        """Return the peak bytes of a forward and backward pass of one image."""
         with torch.enable_grad(), PeakMemory() as memory:
             with autocast(self._device, self._uses.amp):
                 leaf = one.memory.float().requires_grad_()
@@ -242,31 +242,31 @@ class CachePlanner:
         return memory.peak_bytes
 
     def _devices(self) -> list[torch.device]:
-        """Where a cache may be, the better place first."""
+        """Return the allowed devices of the cache, the preferred one first."""
         if self._device.type == "cpu" or self._options.device == CPU:
             return [CPU]
         return [self._device, CPU]
 
     def _dtypes(self, features: Features) -> list[torch.dtype | None]:
-        """Precisions that may be chosen, the better one first."""
+        """Return the allowed precisions, the preferred one first."""
         if self._options.dtype is not None:
             return [torch.bfloat16 if self._options.dtype == "bfloat16" else None]
         return [None] if features.memory.itemsize <= torch.bfloat16.itemsize else [None, torch.bfloat16]
 
     def _limit(self, device: torch.device, free: float, work: Work) -> float:
-        """Most bytes that the cache may take on a device."""
+        """Return the most bytes that the cache may take on a device."""
         asked = math.inf if self._options.gigabytes is None else GB * self._options.gigabytes
         if device.type == "cpu" and asked < math.inf:
             return asked
         return min(asked, max(0.0, USABLE_SHARE * free - self._beside(device, work)))
 
     def _beside(self, device: torch.device, work: Work) -> float:
-        """Bytes that the search takes on a device beside its cache."""
+        """Return the bytes that the search takes on a device besides its cache."""
         passes = work.passes if device.type == self._device.type else 0.0
         return passes + (work.reading + work.evaluation if device.type == "cpu" else 0.0)
 
     def _problem(self, work: Work, free: Mapping[torch.device, float]) -> str | None:
-        """Why the search cannot run, whatever is kept; --cache_gb goes without this check."""
+        """Return why the search cannot run even without a cache, or None; --cache_gb skips this check."""
         beside = self._beside(CPU, work)
         if self._options.gigabytes is not None or beside <= USABLE_SHARE * free[CPU]:
             return None
@@ -274,12 +274,12 @@ class CachePlanner:
         return (
             f"{self._options.searched}: found {free[CPU] / GB:.1f} GB of free RAM{_each()}, expected at least "
             f"{beside / USABLE_SHARE / GB:.1f} GB: {work.evaluation / GB:.1f} GB for mAP of {self._uses.images:,} "
-            f"images, {passes}{work.reading / GB:.1f} GB for images read ahead, and a margin; fewer --search_images, a "
-            "smaller --batch_size or --images_at_once take less, and with --cache_gb this is not checked"
+            f"images, {passes}{work.reading / GB:.1f} GB for images read ahead, and a margin; use fewer "
+            "--search_images, a smaller --batch_size or --images_at_once, or skip this check with --cache_gb"
         )
 
     def _notices(self, need: Need, storage: Storage, free: float, fits: bool) -> list[Notice]:
-        """Where things are kept, if that is not the best place in full precision."""
+        """Return messages if the cache is not on the preferred device in full precision."""
         place = "RAM" if storage.device.type == "cpu" else str(storage.device)
         whole = (
             f"{self._options.searched}: features and states need {need.total(None) / GB:.1f} GB{_each()}, and "
@@ -296,18 +296,18 @@ class CachePlanner:
             return [
                 (
                     logging.WARNING,
-                    f"{whole}: {kept} are kept{halved}, the rest is computed again each time, which takes long; fewer "
+                    f"{whole}: {kept} are kept{halved}, the rest is recomputed each time, which is slow; fewer "
                     "--search_images or a larger --cache_gb avoid it",
                 )
             ]
         if is_halved and self._options.dtype is None:
-            return [(logging.WARNING, f"{whole}: features are kept{halved}; fewer --search_images keep them whole")]
+            return [(logging.WARNING, f"{whole}: features are kept{halved}; fewer --search_images avoid it")]
         if storage.device.type != self._device.type and self._options.device is None:
-            return [(logging.INFO, f"{whole}: they are kept there, as {self._device} has no room for them")]
+            return [(logging.INFO, f"{whole}: they are kept there because they do not fit on {self._device}")]
         return []
 
 
 def _each() -> str:
-    """What to add to a figure of one process."""
+    """Return the suffix for a figure of one process."""
     processes = distributed.world_size()
     return f" for each of {processes} processes" if processes > 1 else ""

@@ -1,4 +1,4 @@
-"""What is not finite in a calibration ends a search in every process, by one sentence that names module and images."""
+"""End a search in every process if a calibration value is not finite, with an error that names module and images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def are_finite(tensors: Iterable[Any]) -> bool:
-    """Whether no value of the floating-point tensors among these is infinite or NaN."""
+    """Return whether all floating-point tensors among `tensors` are finite."""
     return all(
         bool(torch.isfinite(tensor).all())
         for tensor in tensors
@@ -24,19 +24,19 @@ def are_finite(tensors: Iterable[Any]) -> bool:
 
 
 def image_ids(targets: Sequence[Any]) -> list[int]:
-    """Ids of the images of a batch."""
+    """Return the image ids of a batch."""
     return [int(target["image_id"]) for target in targets]
 
 
 def check_everywhere(bad_images: Mapping[str, Collection[int]]) -> None:
-    """End every process if one has met something that is not finite; all processes must call it.
+    """Raise in every process if one has found a value that is not finite; all processes must call this.
 
     Args:
-        bad_images: what may be infinite or NaN, such as "the loss is", to ids of the images of which it was; the first
-            with any is named.
+        bad_images: for each checked value, such as "the loss is", ids of the images where it is not finite; the error
+            names the first value with any.
 
     Raises:
-        NonFiniteLossError: in every process, naming the images of all.
+        NonFiniteLossError: in every process, with the images of all.
     """
     parts = distributed.gather_objects({what: list(images) for what, images in bad_images.items() if images})
     for what in bad_images:
@@ -45,14 +45,14 @@ def check_everywhere(bad_images: Mapping[str, Collection[int]]) -> None:
 
 
 def decided_on_main(what: str, fit: Callable[[], T], numbers_of: Callable[[T], Iterable[Tensor]]) -> T:
-    """What `fit` gives in the main process, in every process, so that all have the same bits.
+    """Run `fit` in the main process and return its result in every process, bitwise equal.
 
     Args:
-        what: is fitted, for the error.
-        numbers_of: the tensors of the outcome, which have to be finite.
+        what: name of the fit in errors.
+        numbers_of: returns the tensors of the result that must be finite.
 
     Raises:
-        NonFiniteLossError: in every process, where the fit fails or gives what is not finite.
+        NonFiniteLossError: in every process, if the fit fails or its result is not finite.
     """
 
     def checked() -> T:

@@ -1,10 +1,10 @@
-"""Closed-form fits: what is left of a layer is made to give what the whole layer gave, as far as it can.
+"""Closed-form fits that make a pruned layer approximate the output of the whole layer.
 
-The least-squares refit of the layer behind pruned channels is that of CORP (arXiv 2602.05243) and of optimal brain
-surgery (OBC, arXiv 2208.11580; ZipLM, 2302.04089; SlimGPT, 2412.18110), here with a weight for each token and damped
-towards the weights as they are, so that it never raises the error it is fitted on. Queries and keys, and values, are
-linear in their input, so they need not be chosen among the channels that are there: the best few directions of a
-product are those of a singular value decomposition.
+The least-squares refit of the layer after pruned channels is that of CORP (arXiv 2602.05243) and of optimal brain
+surgery (OBC, arXiv 2208.11580; ZipLM, 2302.04089; SlimGPT, 2412.18110). Here it has a weight for each token and is
+damped towards the current weights, so that it never raises the error it minimises. Queries, keys and values are linear
+in their input, so the kept directions need not be existing channels: a singular value decomposition of the product
+gives the best ones.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 
 from pruning.moments import DAMPING, TINY, Moments, damped, square_root
 
-ALTERNATIONS = 30  # of the fit of common keys: on the demo the error is then within 1 % of that after 100
+ALTERNATIONS = 30  # of the fit of common keys; on the demo the error is within 1 % of that after 100
 
 
 def refit(weight: Tensor, moments: Moments, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer that predicts the targets of `moments` from its inputs.
+    """Fit weight W' and bias b' of a linear layer that predicts the targets of `moments` from its inputs.
 
-    Minimises the weighted mean of ||W' x + b' - y||^2, plus damping * mean(x_j^2) * ||W' - W||^2. With b' at its
-    optimum the error is never above that of (W, b) for any b: the penalty is 0 there. It is measured by the inputs'
-    squares, not their variance, so that inputs that do not vary leave W as it is.
+    Minimises the weighted mean of ||W' x + b' - y||^2, plus damping * mean(x_j^2) * ||W' - W||^2. The penalty is 0 at
+    W, so the error is never above that of (W, b) for any b. It is scaled by the inputs' squares and not their variance,
+    so that constant inputs leave W unchanged.
 
     Args:
-        weight: D x C, the layer's weight for these inputs before the fit.
+        weight: W, D x C, the layer's weight for these inputs before the fit.
 
     Returns:
-        D x C and D, float64 on the CPU.
+        W' (D x C) and b' (D), float64 on the CPU.
     """
     weight = weight.detach().double().cpu()
     xx = moments.covariance_xx
@@ -42,7 +42,7 @@ def refit(weight: Tensor, moments: Moments, damping: float = DAMPING) -> tuple[T
 
 
 def error_covariance(weight: Tensor, moments: Moments) -> Tensor:
-    """D x D covariance of y - weight x: what is wrong with a layer's output, its bias at the optimum."""
+    """Return the D x D covariance of y - weight x, the error of a layer's output with the optimal bias."""
     cross = weight @ moments.covariance_yx.T
     return moments.covariance_yy - cross - cross.T + weight @ moments.covariance_xx @ weight.T
 
@@ -50,16 +50,16 @@ def error_covariance(weight: Tensor, moments: Moments) -> Tensor:
 def low_rank_products(
     queries: Sequence[Tensor], keys: Sequence[Tensor], rank: int, common_keys: bool, damping: float = DAMPING
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Projections that keep the attention logits of one head as they are, as far as `rank` channels can.
+    """Return the projections to `rank` channels that best preserve the attention logits of one head.
 
-    Minimises sum_i E (q_i^T k_i - (M_i q_i)^T (N_i k_i))^2 over independent queries and keys of the products i, of
-    which only second moments are needed: the truncated singular value decomposition of Q_i^(1/2) K_i^(1/2). With
-    common keys all N_i are one N, fitted in turn with the M_i.
+    Minimises sum_i E (q_i^T k_i - (M_i q_i)^T (N_i k_i))^2 over the products i. Queries and keys are taken as
+    independent, so the truncated singular value decomposition of Q_i^(1/2) K_i^(1/2) is the solution. With common keys
+    all N_i are equal, and N and the M_i are fitted alternately.
 
     Args:
         queries: for each product the d x d second moment of its queries.
-        keys: likewise of its keys, each image's mean taken away: the softmax does not see it.
-        rank: channels that are left, at most d.
+        keys: for each product the d x d second moment of its keys, less each image's mean, which softmax ignores.
+        rank: channels to keep, at most d.
 
     Returns:
         M_i and N_i, each rank x d.
@@ -96,34 +96,34 @@ def _common_key_products(queries: list[Tensor], keys: list[Tensor], rank: int) -
 
 
 def value_directions(weight: Tensor, covariance: Tensor, rank: int, damping: float = DAMPING) -> Tensor:
-    """The directions of one head's values that matter most to the layer's output.
+    """Return the directions of one head's values that best preserve the layer's output.
 
-    The reduced-rank regression of weight x on x (D x d, x with the given d x d covariance): the leading right singular
-    vectors of weight covariance^(1/2), as an orthonormal rank x d projection.
+    Reduced-rank regression of weight x on x (weight D x d, covariance of x d x d): the leading right singular vectors
+    of weight covariance^(1/2), as an orthonormal rank x d projection.
     """
     root, inverse = square_root(damped(covariance, damping))
     right = torch.linalg.svd(weight.double() @ root, full_matrices=False).Vh[:rank]
-    if len(right) < rank:  # fewer outputs than channels: any further direction will do
+    if len(right) < rank:  # fewer outputs than channels: add arbitrary directions
         right = torch.linalg.qr(torch.cat((right, torch.eye(len(root), dtype=right.dtype))).T)[0].T[:rank]
     return torch.linalg.qr((right @ inverse).T)[0].T
 
 
 class Surgeon:
-    """Takes input channels of a linear layer away, the others refitted each time (optimal brain surgeon).
+    """Removes input channels of a linear layer and refits the others (optimal brain surgeon).
 
-    Hassibi and Stork (1993), for several inputs at once as in ZipLM (arXiv 2302.04089). Inverse and weights are
-    brought up to date block by block, which is far cheaper than a new inverse for each step.
+    Hassibi and Stork (1993), for several inputs at once as in ZipLM (arXiv 2302.04089). Block updates of the inverse
+    and the weights are far cheaper than a new inverse for each step.
 
     Attributes:
-        channels: those that are left, ascending.
+        channels: remaining channels, ascending.
     """
 
     def __init__(
         self, weight: Tensor, covariance: Tensor, damping: float = DAMPING, inputs_per_channel: int = 1
     ) -> None:
-        """`weight` (D x C) in the metric in which errors are judged; `covariance` (C x C) of the inputs.
+        """`weight` (D x C) is in the metric of the errors; `covariance` (C x C) is that of the inputs.
 
-        A channel is `inputs_per_channel` inputs, one after the other: a convolution has kh * kw for each.
+        A channel is `inputs_per_channel` consecutive inputs, kh * kw for a convolution.
         """
         self._area = inputs_per_channel
         self.channels = torch.arange(len(covariance) // inputs_per_channel)
@@ -131,14 +131,14 @@ class Surgeon:
         self._inverse = torch.linalg.inv(damped(covariance, damping))
 
     def scores(self) -> Tensor:
-        """For each channel that is left, the squared error (without damping) that its loss would add."""
+        """Return the squared error (without damping) that removing each remaining channel would add."""
         blocks = self._inverse.unflatten(0, (-1, self._area)).unflatten(2, (-1, self._area))
         own = blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)  # channels x area x area
         weights = self._weight.T.unflatten(0, (-1, self._area))  # channels x area x D
         return (weights * torch.linalg.solve(own, weights)).sum((1, 2))
 
     def remove(self, channels: Tensor) -> None:
-        """Take these channels away and refit the others."""
+        """Remove these channels and refit the others."""
         leaving = torch.isin(self.channels, channels)
         gone = leaving.repeat_interleave(self._area)
         across = torch.linalg.solve(self._inverse[gone][:, gone], self._inverse[gone][:, ~gone])

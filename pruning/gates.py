@@ -1,4 +1,4 @@
-"""Gates: vectors that multiply the channels a cut would remove, 1 for a kept channel and 0 for the others."""
+"""Gates: vectors that multiply the channels of a module, 1 for kept channels and 0 for those a cut would remove."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from util.errors import UserError
 
 
 def set_gate(module: PrunableModule, kept: Kept, device: torch.device | str = "cpu") -> None:
-    """Let only the channels `kept` of a module through; no gate at all where that is every channel."""
+    """Gate a module to the channels `kept`; remove its gate if that is every channel."""
     if width_of(kept) == module.width:
         module.set_gate(None)
         return
@@ -30,11 +30,10 @@ def set_candidate_gates(
     joined: Sequence[str],
     device: torch.device | str = "cpu",
 ) -> None:
-    """Gate a batch that holds `images` images once for each candidate, candidate-major.
+    """Gate a batch that repeats `images` images for each candidate, candidate-major.
 
     Args:
-        candidates: sets of channels; the copy of the batch for each lets `kept` and that set through, or `kept`
-            without that set where it is kept already.
+        candidates: sets of channels; each set has its copy of the batch, gated to `kept` with these channels toggled.
         joined: the parts that the candidates join or leave.
     """
     gates = []
@@ -48,17 +47,17 @@ def set_candidate_gates(
 
 
 def clear_gates(model: Detector) -> None:
-    """Take all gates of a detector away."""
+    """Remove all gates of a detector."""
     for module in model.prunable_modules("detector").values():
         module.set_gate(None)
 
 
 @contextmanager
 def gated(model: Detector, kept: Mapping[str, Kept]) -> Iterator[None]:
-    """Inside, the modules named in `kept` let only those channels through; afterwards no module has a gate.
+    """Gate the modules named in `kept` inside the context; afterwards no module has a gate.
 
     Raises:
-        UserError: for a module that the detector has not, or channels that its module has not.
+        UserError: unknown module, or a kept set that does not fit its module.
     """
     modules = model.prunable_modules("detector")
     device = next(model.parameters()).device
@@ -75,7 +74,7 @@ def gated(model: Detector, kept: Mapping[str, Kept]) -> Iterator[None]:
 
 
 def gate_vector(indices: Tensor, width: int, device: torch.device | str) -> Tensor:
-    """A gate of that width: 1 for the channels `indices`, else 0."""
+    """Return a gate of this width: 1 for the channels `indices`, else 0."""
     gate = torch.zeros(width, device=device)
     gate[indices.to(device)] = 1
     return gate

@@ -1,4 +1,4 @@
-"""The journal of a search: one JSON line for each decision, on disk before the next one begins."""
+"""The journal of a search: one JSON line for each decision, on disk before the next decision begins."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from util.files import append_json_line, move_aside, write_atomic
 
 OUTPUT_NAME = "pruned.pth"
 JOURNAL_NAME = "search.jsonl"
-LARGEST = 2**53  # of a number in a journal
-# Raise it when the same arguments, data and weights make a search go another way than before.
+LARGEST = 2**53  # bound of the numbers in a journal
+# Increase it when a search decides differently than before with the same arguments, data and weights.
 VERSION = 3
-BASE_AP_TOLERANCE = 1e-3  # of mAP in [0, 1]: more than rounding on another device moves it
+BASE_AP_TOLERANCE = 1e-3  # of mAP in [0, 1]; more than rounding differs between devices
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What one step of a search tried and found.
+    """One step of a search and its result.
 
     Attributes:
-        visit: number of the visited module, from 0.
-        module: its name.
+        visit: index of the visit, from 0.
+        module: name of the visited module.
         full_width: its channels when the visit began.
-        step: number of the step within the visit, from 0.
-        width: channels kept with this step.
-        kept: those channels.
-        target_ap: what the module is held to, in [0, 1].
-        subset_ap: mAP of the subset, None where it was not needed.
-        full_ap: mAP of the whole split, None where the subset's did not suffice.
+        step: index of the step within the visit, from 0.
+        width: number of kept channels.
+        kept: the kept channels.
+        target_ap: target mAP of the module, in [0, 1].
+        subset_ap: mAP of the subset, None if not needed.
+        full_ap: mAP of the whole split, None if the subset's mAP was too low.
         accepted: True on the last step of a visit.
-        transformer_params: parameters of the transformer if every module were cut to its width so far.
-        image_passes: images through any range of steps, since the search began.
-        whole_passes: the same, a part of the network counting as its share.
+        transformer_params: parameters of the transformer with every module at its current width.
+        image_passes: images through any range of steps since the search began.
+        whole_passes: the same, where a part of the network counts as its share of the cost.
         seconds: since the search began.
     """
 
@@ -59,25 +59,25 @@ class Decision:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The decision as JSON takes it."""
+        """Convert to JSON values."""
         return {**asdict(self), "kept": to_lists(self.kept)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Decision:
-        """The decision that `to_dict` gave."""
+        """Convert the values of `to_dict` back."""
         return cls(**{**values, "kept": from_lists(values["kept"])})
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One division of a budget, cut and measured.
+    """One allocation of a budget, cut and measured.
 
     Attributes:
-        keep: fraction of the transformer's cost that was asked for.
-        power: exponent of the damages in the sum that was minimised.
+        keep: requested fraction of the transformer's cost.
+        power: exponent of the damages in the minimised sum.
         widths: of each module.
         full_ap: mAP in [0, 1] of the whole split.
-        kept_fraction: fraction of the transformer's cost that is left.
+        kept_fraction: remaining fraction of the transformer's cost.
         image_passes, whole_passes, seconds: since the search began, as in `Decision`.
     """
 
@@ -91,20 +91,20 @@ class Trial:
     seconds: float = field(default=0.0, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The trial as JSON takes it."""
+        """Convert to JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:
-        """The trial that `to_dict` gave."""
+        """Convert the values of `to_dict` back."""
         return cls(**{**values, "full_ap": float(values["full_ap"])})
 
 
 class Effort:
-    """What a search has cost so far, before it was interrupted and since."""
+    """Cost of a search so far, including the time before it was resumed."""
 
     def __init__(self, counter: PassCounter, replayed: Sequence[Decision | Trial]) -> None:
-        """`replayed`: the steps made before."""
+        """`replayed`: the steps before the search was resumed."""
         self._counter = counter
         self._before = (
             (replayed[-1].image_passes, replayed[-1].whole_passes, replayed[-1].seconds) if replayed else (0, 0, 0)
@@ -112,7 +112,7 @@ class Effort:
         self._began = time.monotonic()
 
     def so_far(self) -> dict[str, Any]:
-        """`image_passes`, `whole_passes` and `seconds`."""
+        """Return `image_passes`, `whole_passes` and `seconds`."""
         images, whole, seconds = self._before
         return {
             "image_passes": images + self._counter.images,
@@ -122,41 +122,43 @@ class Effort:
 
 
 class Journal:
-    """Writes `search.jsonl`; lines have the key `event`: start, decision, trial or end."""
+    """Writes `search.jsonl`; the key `event` of a line is start, decision, trial or end."""
 
     def __init__(self, path: str | Path) -> None:
-        """Nothing is written yet; an older journal of that name is moved aside when the first line comes."""
+        """Write nothing yet; the first line moves an existing journal aside."""
         self.path = Path(path)
         self.begun = False
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """What the search depends on: schedule, arguments, base mAP, widths."""
+        """Write what the search depends on: schedule, arguments, base mAP, widths."""
         self._write("start", facts)
 
     def decision(self, decision: Decision) -> None:
-        """One step's outcome."""
+        """Write a decision."""
         self._write("decision", decision.to_dict())
 
     def trial(self, trial: Trial) -> None:
-        """One division of a budget."""
+        """Write a trial."""
         self._write("trial", trial.to_dict())
 
     def end(self, facts: Mapping[str, Any]) -> None:
-        """What came out."""
+        """Write the result of the search."""
         self._write("end", facts)
 
     def resume(
         self, facts: Mapping[str, Any], ignored_args: Collection[str] = ()
     ) -> tuple[float, list[dict[str, Any]]]:
-        """Continue the file that is there, if there is one; returns its base mAP and its lines behind the first.
+        """Continue an existing journal; return its base mAP and its lines after the first.
 
-        `ignored_args` are those that older versions wrote under `args`, and that no search reads.
+        A last line that a crash cut short is removed. The base mAP may differ by rounding on another machine; that of
+        the journal counts. Without a journal, return the base mAP of `facts` and no lines.
 
-        A last line that a crash cut short is dropped from it. The base mAP of another machine may differ by rounding;
-        that of the journal holds.
+        Args:
+            facts: what the search depends on.
+            ignored_args: options that older versions wrote under `args` and that no search reads.
 
         Raises:
-            UserError: the file is none of a search that depends on the same `facts`, or that search has ended.
+            UserError: the file is not a journal, its search depends on other `facts`, or it has ended.
         """
         if not self.path.exists():
             return facts["base_ap"], []
@@ -175,11 +177,10 @@ class Journal:
             name, found, expected = different[0]
             raise UserError(
                 f"{self.path}: found a search with {one_line(name, 80)} {shorten(found, 80)}, expected "
-                f"{shorten(expected, 80)}: --resume_search "
-                "goes on with the arguments, data and weights that the search began with"
+                f"{shorten(expected, 80)}: --resume_search needs the original arguments, data and weights"
             )
         if any(line["event"] == "end" for line in others):
-            raise UserError(f"{self.path}: found a search that has ended, expected one to go on with")
+            raise UserError(f"{self.path}: found a search that has ended, expected an unfinished one")
         if whole_bytes < self.path.stat().st_size:
             whole = self.path.read_bytes()[:whole_bytes]
             write_atomic(self.path, lambda stream: stream.write(whole))
@@ -187,10 +188,10 @@ class Journal:
         return wanted["base_ap"], others
 
     def read(self) -> tuple[list[dict[str, Any]], int]:
-        """The whole lines of the file, the search's start first, and how many bytes they are.
+        """Read the complete lines of the file, beginning with the start, and return them with their size in bytes.
 
         Raises:
-            UserError: the file is no journal.
+            UserError: the file is not a journal.
         """
         try:
             content = self.path.read_bytes()
@@ -207,9 +208,9 @@ class Journal:
             except (ValueError, RecursionError):
                 value = None
             if not isinstance(value, dict) or value.get("event") not in ("start", "decision", "trial", "end"):
-                raise UserError(f"{self.path}: line {number} is no event of a search, expected a journal")
+                raise UserError(f"{self.path}: line {number} is not an event of a search, expected a journal")
             if number > 1 and value["event"] == "start":
-                raise UserError(f"{self.path}: line {number} is a start, expected the first line alone to be one")
+                raise UserError(f"{self.path}: line {number} is a start, expected a start on line 1 only")
             lines.append(value)
         if lines and lines[0]["event"] != "start":
             raise UserError(f"{self.path}: line 1 is a {lines[0]['event']}, expected the start of a search")
@@ -226,10 +227,10 @@ T = TypeVar("T", Decision, Trial)
 
 
 def read_events(lines: Sequence[Mapping[str, Any]], event: str, kind: type[T], source: str | Path) -> list[T]:
-    """The decisions or trials (`event`) among a journal's lines, as values of their `kind`.
+    """Return the decisions or trials (`event`) of a journal's lines as objects of `kind`.
 
     Raises:
-        UserError: naming `source`, for a line that is none.
+        UserError: a decision or trial is damaged; the message names `source`.
     """
     found = []
     for line in lines:
@@ -241,20 +242,20 @@ def read_events(lines: Sequence[Mapping[str, Any]], event: str, kind: type[T], s
             found.append(kind.from_dict(values))
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise UserError(
-                f"{source}: found a damaged {event} ({reason_of(error)}), expected those of a search"
+                f"{source}: found a damaged {event} ({reason_of(error)}), expected a journal of a search"
             ) from None
     return found
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < LARGEST  # no NaN either
+    return type(value) in (int, float) and abs(value) < LARGEST  # excludes NaN
 
 
 def _is_whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < LARGEST
 
 
-# What JSON may hold for a field of that annotation.
+# Check of a JSON value by the annotation of its field.
 TYPES: dict[str, Callable[[Any], bool]] = {
     "int": _is_whole,
     "float": _is_number,
@@ -270,7 +271,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 def _check_types(values: Mapping[str, Any], kind: type[Decision] | type[Trial]) -> None:
-    """Raise `ValueError` for a field whose value is not of its type, or an accepted decision without its mAP."""
+    """Raise `ValueError` for a value of a wrong type, or an accepted decision without mAP."""
     for entry in fields(kind):
         if entry.name in values and not TYPES[str(entry.type)](values[entry.name]):
             raise ValueError(f"{entry.name} {shorten(values[entry.name])}")
@@ -279,7 +280,7 @@ def _check_types(values: Mapping[str, Any], kind: type[Decision] | type[Trial]) 
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted name and both values of whatever differs between two nested dicts."""
+    """Return dotted name and both values of each difference between two nested dicts."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = [*wanted, *(key for key in found if key not in wanted)]
         prefix = f"{name}." if name else ""

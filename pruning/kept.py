@@ -1,4 +1,4 @@
-"""Kept sets: which channels of a module stay.
+"""Kept sets: the channels of a module that pruning keeps.
 
 A `Kept` maps a part to its sorted channel indices (int64, counted over the whole module, not within a head):
 `{"query": ..., "value": ...}` for an attention, equally many in each head and in both parts, `{"hidden": ...}` for an
@@ -20,27 +20,27 @@ Kept = Mapping[str, torch.Tensor]
 
 
 def none_kept(module: PrunableModule) -> Kept:
-    """The empty kept set, from which a search starts."""
+    """Return the empty kept set, from which a search starts."""
     return {part: torch.empty(0, dtype=torch.int64) for part in module.parts}
 
 
 def all_kept(module: PrunableModule) -> Kept:
-    """The kept set of a whole module."""
+    """Return the kept set of a whole module."""
     return {part: torch.arange(module.width) for part in module.parts}
 
 
 def width_of(kept: Kept) -> int:
-    """How many channels a kept set has (the same in each of its parts)."""
+    """Return the number of channels of a kept set, which is the same in each part."""
     return len(next(iter(kept.values())))
 
 
 def add(kept: Kept, channels: torch.Tensor) -> Kept:
-    """`kept` with `channels` (absolute indices) added to every part."""
+    """Add `channels` (absolute indices) to every part of `kept`."""
     return {part: torch.cat([indices, channels.to(indices)]).unique(sorted=True) for part, indices in kept.items()}
 
 
 def missing(module: PrunableModule, kept: Kept) -> torch.Tensor:
-    """Sorted indices of the channels that no part of `kept` has."""
+    """Return the sorted indices of the channels that are in no part of `kept`."""
     free = torch.ones(module.width, dtype=torch.bool)
     for indices in kept.values():
         free[indices] = False
@@ -48,17 +48,17 @@ def missing(module: PrunableModule, kept: Kept) -> torch.Tensor:
 
 
 def unit_channels(module: PrunableModule, attention_unit: int, ffn_unit: int) -> int:
-    """Channels that one step adds: `attention_unit` for each head of an attention, `ffn_unit` for an FFN."""
+    """Return the channels that one step adds: `attention_unit` for each head of an attention, `ffn_unit` for an FFN."""
     return attention_unit * module.nheads if module.is_attention else ffn_unit
 
 
 def to_lists(kept: Kept) -> dict[str, list[int]]:
-    """A kept set as plain lists, for JSON."""
+    """Convert a kept set to plain lists for JSON."""
     return {part: indices.tolist() for part, indices in kept.items()}
 
 
 def from_lists(lists: Mapping[str, Iterable[int]]) -> Kept:
-    """The kept set that `to_lists` gave."""
+    """Convert the lists of `to_lists` back to a kept set."""
     return {part: torch.tensor(list(indices), dtype=torch.int64) for part, indices in lists.items()}
 
 

@@ -1,4 +1,4 @@
-"""How channels are chosen and what becomes of the layers around them: everything of a search but its schedule."""
+"""Methods: search, ranking, direction and reconstruction, which with a `Schedule` define a pruning run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ class Method:
     """A way to prune a module to a width.
 
     Attributes:
-        search: `global` predicts every module's damage and prices all widths at once, halving the range of what may
-            stay; `bisect` visits one module after the other, ranks its channels once and halves the range of its
-            widths; `grow` visits, too, and adds the best of a few drawn channels to an empty module step by step,
-            scoring anew each time (Huang et al. 2025).
+        search: `global` predicts every module's damage, chooses all widths at once and narrows the range of budgets;
+            `bisect` visits one module after the other, ranks its channels once and halves the range of its widths;
+            `grow` also visits, and adds the best of a few random channels to an empty module step by step, scoring
+            again each time (Huang et al. 2025).
         ranking: one of `pruning.scores.RANKINGS`.
-        direction: one of `pruning.selection.DIRECTIONS`, how a ranking becomes an order; a search that grows has its
-            own.
+        direction: one of `pruning.selection.DIRECTIONS`, how scores become an order; `grow` ignores it.
         reconstruction: one of `pruning.reconstruction.LEVELS`.
-        share_sets: one index set for queries, keys and values, or one for queries and keys and one for values.
+        share_sets: whether values share the index set of queries and keys.
     """
 
     search: str
@@ -29,7 +28,7 @@ class Method:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether activations of calibration images are looked at."""
+        """Whether the method needs activations or gradients of calibration images."""
         looked_at = self.search == "global" or self.reconstruction != "none"
         return looked_at or self.ranking in ("elimination", "fisher", "first_order", "magnitude")
 

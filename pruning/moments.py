@@ -1,4 +1,4 @@
-"""Weighted second moments of activations, accumulated in float64: all that a least-squares fit needs of them."""
+"""Weighted second moments of activations, accumulated in float64 for least-squares fits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TINY = torch.finfo(torch.float64).tiny ** 0.5  # what a sum that may be 0 is divided by in its place
-DAMPING = 1e-4  # of the mean diagonal: what keeps a fit from following the noise of few tokens
+TINY = torch.finfo(torch.float64).tiny ** 0.5  # lower bound of divisors that may be 0
+DAMPING = 1e-4  # of the mean diagonal; keeps a fit from following the noise of few tokens
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, weights: Tensor, dtype: torch.dtype = torch.float64) -> Moments:
-        """The sums of one batch, multiplied in `dtype`.
+        """Compute the sums of one batch, multiplied in `dtype`.
 
         Args:
             x: ... x C.
             y: ... x D.
-            weights: the leading axes of x, not negative.
+            weights: shape of the leading axes of x, not negative.
         """
         x, y = (t.detach().flatten(0, -2).to(dtype) for t in (x, y))
         weights = weights.flatten().to(x)
@@ -47,7 +47,7 @@ class Moments:
         return Moments(*(a + b for a, b in zip(self._sums(), other._sums(), strict=True)))
 
     def of_linear(self, weight: Tensor, bias: Tensor) -> Moments:
-        """The moments with the targets y = weight x + bias (D x C and D)."""
+        """Return the moments with the targets y = weight x + bias (D x C and D)."""
         weight, bias = weight.detach().double().cpu(), bias.detach().double().cpu()
         yx = weight @ self.xx + torch.outer(bias, self.x)
         y = weight @ self.x + bias * self.weight
@@ -55,18 +55,18 @@ class Moments:
         return Moments(self.weight, self.x, y, self.xx, yx, yy)
 
     def of_projected(self, projection: Tensor) -> Moments:
-        """The moments with the inputs projection @ x (K x C)."""
+        """Return the moments with the inputs projection @ x (K x C)."""
         xx = projection @ self.xx @ projection.T
         return Moments(self.weight, projection @ self.x, self.y, xx, self.yx @ projection.T, self.yy)
 
     def of_channels(self, indices: Tensor) -> Moments:
-        """The moments with some of the inputs only."""
+        """Return the moments with the inputs `indices` only."""
         xx = self.xx[indices][:, indices]
         return Moments(self.weight, self.x[indices], self.y, xx, self.yx[:, indices], self.yy)
 
     @property
     def macs_per_row(self) -> int:
-        """Multiply-accumulates that one token's share of the sums takes."""
+        """Multiply-accumulates that one token adds to the sums."""
         return self.xx.numel() + self.yx.numel() + self.yy.numel()
 
     @property
@@ -89,13 +89,13 @@ class Moments:
 
 
 def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:
-    """A covariance with `damping` times its mean diagonal added to the diagonal, so that it can be inverted."""
+    """Add `damping` times the mean diagonal of a covariance to its diagonal, so that it is invertible."""
     level = damping * covariance.diagonal().mean().clamp(min=TINY)
     return covariance + level * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
 def square_root(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a damped positive definite matrix, and its inverse."""
+    """Return the symmetric square root of a damped positive definite matrix, and its inverse."""
     values, vectors = torch.linalg.eigh(covariance)
     roots = values.clamp(min=TINY).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T

@@ -1,14 +1,14 @@
-"""Reconstruction: the weights around pruned channels, fitted so that a module gives what it gave before.
+"""Reconstruction: refit the weights around pruned channels to preserve a module's output.
 
 Levels:
 
-- `none`: the kept channels stay as they are.
-- `output`: the layer behind them (`out_proj`, `linear2`) is refitted on calibration images, its bias too.
-- `full`: besides, the queries, keys and values of an attention are projected onto the directions that matter most
-  before they are cut, so that a kept channel holds one of those directions in place of what stood there.
+- `none`: the kept channels are unchanged.
+- `output`: weight and bias of the layer after them (`out_proj`, `linear2`) are refitted on calibration images.
+- `full`: also, queries, keys and values of an attention are projected onto their most important directions before the
+  cut, so that each kept channel holds one of those directions.
 
-The whole layers hold the result in the places of the kept channels, so that the gated and the cut detector still
-compute the same function and the file formats stay as they are.
+The whole layers store the result in the rows and columns of the kept channels, so the gated and the cut detector still
+compute the same function and the file formats do not change.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ KEY_PARTS = {"key": 0, "position_key": 1, "common_key": 0}
 
 @dataclass(frozen=True)
 class Fit:
-    """What a module becomes: decided in one process, then the same in all.
+    """Result of a fit, computed in one process and sent to all.
 
     Attributes:
         weights: new values of parameters by key, on the CPU.
-        damage: see `Reconstruction.apply`; 0 where it is not known yet.
+        damage: see `Reconstruction.apply`; 0 if not known yet.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -49,14 +49,14 @@ class Fit:
 
 
 class Reconstruction:
-    """Cuts modules to kept sets by gates and refits them; each module from its own weights before any cut.
+    """Gates modules to kept sets and refits them, each from its weights before any cut.
 
     Attributes:
-        original: the parameters that a reconstruction may change, by key, as they were before any cut.
+        original: values before any cut of the parameters that a reconstruction may change, by key.
     """
 
     def __init__(self, calibration: Calibration, level: str) -> None:
-        """`level` is one of `LEVELS`; `calibration` holds the images to fit on."""
+        """`level` is one of `LEVELS`; fits use the images of `calibration`."""
         self.level = level
         self._calibration = calibration
         self._parameters = dict(calibration.model.named_parameters(remove_duplicate=False))
@@ -66,14 +66,14 @@ class Reconstruction:
         self._name = ""
 
     def begin(self, name: str) -> None:
-        """Look at module `name` as it is, the calibration's cache standing in front of it."""
+        """Make `name` the current module; the calibration's cache is at its input."""
         self._name = name
         self._hidden: Moments | None = None
         self._outputs: list[Tensor] | None = None
         self._second_moments: tuple[list[Tensor], list[Tensor]] | None = None
 
     def restore(self, name: str) -> None:
-        """Give a module its own weights back, and no gate."""
+        """Restore a module's original weights and remove its gate."""
         with torch.no_grad():
             for key in _keys(self._modules[name]):
                 self._parameters[key].copy_(self.original[key])
@@ -81,15 +81,15 @@ class Reconstruction:
 
     @torch.no_grad()
     def apply(self, kept: Kept) -> float:
-        """Let only `kept` through the module begun with, refitted; returns the predicted damage.
+        """Gate the current module to `kept` and refit it; return the predicted damage.
 
-        The damage is the weighted squared error of the module's output in the metric of the loss's gradients, a
-        second-order estimate of what the loss of an image rises by, up to a factor that all modules share.
+        The damage is the weighted squared error of the module's output in the metric of the loss gradients: a
+        second-order estimate of the rise of an image's loss, up to a factor common to all modules.
 
-        All processes take the sums of their images. The main process fits, and all get its weights and its damage.
+        Each process sums the moments of its images. The main process fits and sends weights and damage to all.
 
         Raises:
-            NonFiniteLossError: in all processes, where activations or the fit are not finite.
+            NonFiniteLossError: in all processes, if activations or the fit are not finite.
         """
         module = self._modules[self._name]
         self.restore(module.name)
@@ -107,7 +107,7 @@ class Reconstruction:
         return damage
 
     def _install(self, module: PrunableModule, fit: Callable[[], Fit]) -> float:
-        """Give the parameters of every process the values that `fit` has in the main one; returns its damage."""
+        """Run `fit` in the main process, set its weights in every process and return its damage."""
         fitted = decided_on_main(
             f"the fit of {module.name}",
             fit,
@@ -117,21 +117,21 @@ class Reconstruction:
         return fitted.damage
 
     def _copy(self, key: str) -> Tensor:
-        """A parameter as it is now, on the CPU, to be changed."""
+        """Return a CPU copy of a parameter."""
         return self._parameters[key].detach().cpu().clone()
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of all parameters that a reconstruction changes."""
+        """Return copies of all parameters that a reconstruction may change."""
         return {key: self._parameters[key].detach().clone() for key in self.original}
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Give the parameters the values that `weights` gave."""
+        """Set parameters to the values that `weights` returned."""
         for key, value in weights.items():
             self._parameters[key].copy_(value)
 
     def hidden_moments(self) -> Moments:
-        """Moments of what the whole module gives its output layer, and of that layer's output (without level)."""
+        """Return the moments of the output layer's inputs and outputs in the whole module."""
         if self._hidden is None:
             module = self._modules[self._name]
             self.restore(module.name)
@@ -139,27 +139,27 @@ class Reconstruction:
         return self._hidden
 
     def logit_moments(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Second moments of queries and of keys, for each product heads x d x d; see `low_rank_products`."""
+        """Return the second moments of queries and of keys, heads x d x d for each product; see `low_rank_products`."""
         self._observe_whole(self._modules[self._name])
         assert self._second_moments is not None
         return self._second_moments
 
     def metric(self) -> Tensor:
-        """D x D, in which errors of the module's output are judged."""
+        """Return the D x D metric for errors of the module's output."""
         return self._calibration.sensitivities[self._name].metric
 
     def _output_layer(self, module: PrunableModule) -> tuple[Tensor, Tensor]:
         return self.original[f"{module.output_name}.weight"], self.original[f"{module.output_name}.bias"]
 
     def _output_moments(self, module: PrunableModule, kept: Kept) -> Moments:
-        """Inputs of the output layer with the kept queries alone, targets what the whole module gives."""
+        """Return moments of the output layer's inputs with only the kept queries, and of the whole module's output."""
         if not module.is_attention or not module.has_logits:
             return self.hidden_moments()
         module.set_gate(gate_vector(kept["query"], module.width, self._calibration.device), None)
         return self._measure(module, self._outputs)
 
     def _observe_whole(self, module: PrunableModule) -> None:
-        """One look at an attention that is whole: what it adds to the residual, and moments of queries and keys."""
+        """Run a whole attention once; store its outputs and the second moments of its queries and keys."""
         if self._outputs is not None:
             return
         self.restore(module.name)
@@ -181,7 +181,7 @@ class Reconstruction:
         self._second_moments = sums[:half], sums[half:]
 
     def _measure(self, module: PrunableModule, targets: list[Tensor] | None) -> Moments:
-        """Moments of the output layer's input and of `targets` (None: nothing) under the gates as they are."""
+        """Return the moments of the output layer's input under the current gates, and of `targets` (None for none)."""
         weights = self._calibration.sensitivities[module.name].token_weights
         name = "attended" if module.is_attention else "hidden"
         total: Moments | None = None
@@ -191,14 +191,14 @@ class Reconstruction:
             part = Moments.of(x, y, weights[place])
             self._calibration.cache.counter.moment_macs += weights[place].numel() * part.macs_per_row
             total = part if total is None else total + part
-        # A process may hold no calibration batch.
+        # Some processes may have no calibration batch.
         first, *others = (part for part in distributed.gather_objects(total) if part is not None)
         return sum(others, first)
 
     def _fit_logits(
         self, module: PrunableModule, kept_queries: Tensor, queries: list[Tensor], keys: list[Tensor]
     ) -> Fit:
-        """The best directions of queries and keys in the places of the kept channels, from `logit_moments`."""
+        """Project queries and keys onto their best directions, stored in the kept channels; see `logit_moments`."""
         rank = len(kept_queries) // module.nheads
         heads = [
             low_rank_products([q[h] for q in queries], [k[h] for k in keys], rank, module.has_common_key)
@@ -216,7 +216,7 @@ class Reconstruction:
         return Fit(weights)
 
     def _fit_output(self, module: PrunableModule, kept: Kept, moments: Moments) -> Fit:
-        """The layer behind the kept channels refitted, with `full` on the best directions of the values."""
+        """Refit the layer after the kept channels, at level `full` on the best directions of the values."""
         part = "value" if module.is_attention else "hidden"
         weight, bias = (f"{module.output_name}.{leaf}" for leaf in ("weight", "bias"))
         weights = {weight: self._copy(weight)}
@@ -234,10 +234,10 @@ class Reconstruction:
     def _project_values(
         self, module: PrunableModule, kept_values: Tensor, moments: Moments
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The best directions of the values in the places of the kept channels.
+        """Project the values onto their best directions, stored in the kept channels.
 
         Returns:
-            kept x width, the projection of all heads, and the weights by key.
+            The projection of all heads, kept x width, and the weights by key.
         """
         rank, head_width = len(kept_values) // module.nheads, module.width // module.nheads
         root, _ = square_root(self.metric())
@@ -257,7 +257,7 @@ class Reconstruction:
         return torch.block_diag(*heads), weights
 
     def _fit_gates(self, module: PrunableModule, kept: Kept, moments: Moments) -> Fit:
-        """The damage where the kept channels stay as they are."""
+        """Return the damage of gating alone, without a fit."""
         part = "value" if module.is_attention else "hidden"
         weight = self._output_layer(module)[0].double().cpu()[:, kept[part]]
         moments, bias = moments.of_channels(kept[part]), self._output_layer(module)[1].double().cpu()
@@ -265,21 +265,21 @@ class Reconstruction:
         return Fit(damage=self._damage(module, weight, moments, shift))
 
     def _damage(self, module: PrunableModule, weight: Tensor, moments: Moments, shift: Tensor | None = None) -> float:
-        """`shift` is the mean error, where the bias does not take it away."""
+        """Return the damage; `shift` is the mean error, None if the bias removes it."""
         error = error_covariance(weight, moments)
         if shift is not None:
             error = error + torch.outer(shift, shift)
         damage = self._calibration.sensitivities[module.name].level * float((self.metric() * error).sum())
-        return damage if math.isnan(damage) else max(0.0, damage)  # max() takes a NaN for nothing
+        return damage if math.isnan(damage) else max(0.0, damage)  # max() would drop a NaN
 
 
 def _keys(module: PrunableModule) -> list[str]:
-    """The parameters that a reconstruction of the module may change."""
+    """Return the keys of the parameters that reconstructing the module may change."""
     return [*(piece.key for piece in module.parameter_slices()), f"{module.output_name}.bias"]
 
 
 def _logit_blocks(module: PrunableModule, weights: Mapping[str, Tensor]) -> Iterator[tuple[int, int, Tensor]]:
-    """0 for queries and 1 for keys, the product they take part in, and the rows of a weight or bias, a view."""
+    """Yield the side (0 for queries, 1 for keys), the product's index, and a view of the rows of a weight or bias."""
     for piece in module.parameter_slices():
         if piece.axis:
             continue
@@ -290,17 +290,16 @@ def _logit_blocks(module: PrunableModule, weights: Mapping[str, Tensor]) -> Iter
 
 
 def _project_rows(block: Tensor, kept: Tensor, projections: Tensor) -> None:
-    """rows[kept of head h] = projections[h] @ rows[all of head h], for a weight (width x D) or a bias (width)."""
+    """Set rows[kept of head h] = projections[h] @ rows[all of head h] in a weight (width x D) or bias (width)."""
     heads, _, head_width = projections.shape
     rows = block.detach().double().cpu().reshape(heads, head_width, -1)
     block[kept.to(block.device)] = (projections @ rows).flatten(0, 1).reshape(-1, *block.shape[1:]).to(block)
 
 
 def _balance(projections: list[list[Tensor]], blocks: list[tuple[int, int, Tensor]]) -> None:
-    """Scale queries against keys, direction by direction, so that the rows of their weights are of one length.
+    """Rescale each direction so that its query and key weights have equal norms; the logits do not change.
 
-    The logits stay the same. Where one side's weights are a hundred times the other's, the first steps of a fine-tuning
-    destroy more than they repair.
+    If one side's weights are a hundred times larger, the first steps of fine-tuning destroy more than they repair.
     """
     for product, (on_queries, on_keys) in enumerate(zip(*projections, strict=True)):
         squares = []
@@ -315,13 +314,13 @@ def _balance(projections: list[list[Tensor]], blocks: list[tuple[int, int, Tenso
 
 
 def _per_head(x: Tensor, nheads: int, weights: Tensor) -> Tensor:
-    """heads x d x d: weighted sum over tokens of x x^T, for x of shape B x L x (heads * d)."""
+    """Return the weighted sum over tokens of x x^T (heads x d x d), for x of shape B x L x (heads * d)."""
     x = x.double().unflatten(-1, (nheads, -1))
     return torch.einsum("blhi,bl,blhj->hij", x, weights.to(x), x).cpu()
 
 
 def _centred_per_head(keys: Tensor, nheads: int, mask: Tensor | None) -> Tensor:
-    """heads x d x d: sum over the tokens of image pixels, each image's mean key taken away."""
+    """Return the sum over unpadded tokens of k k^T (heads x d x d), with each image's mean key subtracted."""
     on_image = keys.new_ones(keys.shape[:2]) if mask is None else mask[:, 0, 0].expand(keys.shape[:2]).to(keys)
     mean = (keys * on_image[..., None]).sum(1, keepdim=True) / on_image.sum(1)[:, None, None]
     return _per_head(keys - mean, nheads, on_image)

@@ -1,7 +1,7 @@
-"""When a module is visited, which mAP it must reach, when its width is accepted: the paper's two searches as values.
+"""Schedules: the order of the visits, and the mAP that a module must reach for its width to be accepted.
 
-Huang et al., J. Donghua Univ. (Eng.) 42(1), 2025: greedy pruning (GP) and modular greedy pruning (MGP). Every AP here
-is in [0, 1] unless its name says points.
+GP and MGP are greedy pruning and modular greedy pruning of Huang et al., J. Donghua Univ. (Eng.) 42(1), 2025. AP is in
+[0, 1] unless its name contains points.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """One way to walk through a network.
+    """Order and mAP thresholds of a search by visits.
 
     Attributes:
-        name: Short name, as logs and files show it.
-        groups: Roles of modules (`encoder.attention`, `decoder.ffn`, ...) visited group after group, inside a group in
-            network order.
-        points_per_module: AP points (hundredths) by which the target falls from one visited module to the next.
-        fraction_per_module: Fraction of itself by which the target falls from one visited module to the next; None
-            means as much as `skip`.
-        full_reference: What a visit holds the mAP of the whole split against: the module's own `target`, or `base`.
-        map_tol: Fraction by which the mAP of the whole split may stay below its reference.
-        skip: Fraction by which the mAP of the subset may stay below the target (`--skip_eval_converge`).
+        name: short name for logs and files.
+        groups: roles of modules (`encoder.attention`, `decoder.ffn`, ...), visited group by group, in network order
+            within a group.
+        points_per_module: AP points (hundredths) by which the target falls from one visit to the next.
+        fraction_per_module: fraction by which the target falls from one visit to the next; None for `skip`.
+        full_reference: reference for the mAP of the whole split: the module's own `target`, or `base`.
+        map_tol: fraction by which the mAP of the whole split may be below its reference.
+        skip: fraction by which the mAP of the subset may be below the target (`--skip_eval_converge`).
     """
 
     name: str
@@ -36,7 +35,7 @@ class Schedule:
     skip: float
 
     def order(self, module_names: Iterable[str]) -> tuple[str, ...]:
-        """Names such as `encoder.0.ffn`, given in network order, in the order of the visits."""
+        """Sort module names such as `encoder.0.ffn`, given in network order, into the order of the visits."""
         names = tuple(module_names)
         ordered = tuple(name for group in self.groups for name in names if role_of(name) in group)
         if len(ordered) != len(names):
@@ -44,29 +43,29 @@ class Schedule:
         return ordered
 
     def target_ap(self, base_ap: float, visit: int) -> float:
-        """The mAP that the `visit`-th module (counted from 0) is held to; 0 or below where the targets fall too far."""
+        """Return the target mAP of a visit (from 0); it may fall to 0 or below."""
         fraction = self.skip if self.fraction_per_module is None else self.fraction_per_module
         return (base_ap - self.points_per_module / 100 * visit) * (1 - fraction) ** visit
 
     def subset_threshold_ap(self, base_ap: float, visit: int) -> float:
-        """The least mAP of the subset with which the whole split is looked at."""
+        """Return the least mAP of the subset for which the whole split is evaluated."""
         return (1 - self.skip) * self.target_ap(base_ap, visit)
 
     def full_threshold_ap(self, base_ap: float, visit: int) -> float:
-        """The least mAP of the whole split with which the width of the `visit`-th module is accepted."""
+        """Return the least mAP of the whole split for which a visit accepts a width."""
         reference_ap = base_ap if self.full_reference == "base" else self.target_ap(base_ap, visit)
         return (1 - self.map_tol) * reference_ap
 
     def fast_threshold_ap(self, base_ap: float) -> float:
-        """The least mAP of the whole split with which a search of all modules at once accepts a division.
+        """Return the least mAP of the whole split for which a global search accepts an allocation.
 
-        The falling targets belong to visits. A detector held to the last of them would lose 14.5 points on COCO.
+        It ignores the falling targets, which are for visits: the last of them is 14.5 points lower on COCO.
         """
         return (1 - self.map_tol) * base_ap
 
 
 def role_of(module_name: str) -> str:
-    """`encoder.3.ffn` -> `encoder.ffn`."""
+    """Return the role of a module: `encoder.ffn` for `encoder.3.ffn`."""
     stack, _, block = module_name.split(".")
     return f"{stack}.{block}"
 

@@ -1,11 +1,11 @@
-"""Rankings: how good is it to keep a channel. The lower a score, the better.
+"""Rankings score how good it is to keep a channel; lower is better.
 
-A ranking is called with the module under search, the parts of its kept set that a channel would join or leave, that
-kept set and candidate channels, and gives one float64 score each, on the CPU. Candidates that are kept are judged by
-what their loss would cost (backward elimination), others by what their addition would bring (forward selection).
+A ranking maps the module being searched, the parts of its kept set that a channel would join or leave, that kept set
+and the candidate channels to one float64 score each, on the CPU. Kept candidates are scored by the cost of removing
+them (backward elimination), others by the gain of adding them (forward selection).
 
-Scores are the same bits in every process: gathered from all, or computed in the main one. Where something that they are
-made of is not finite, a `NonFiniteLossError` is raised in every process.
+Scores are bitwise equal in all processes: gathered from all, or computed in the main one. A value that is not finite
+raises `NonFiniteLossError` in every process.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ Ranking = Callable[[PrunableModule, Sequence[str], Kept, Tensor], Tensor]
 
 
 class RandomOrder:
-    """Channels in a random order: what every other ranking has to beat."""
+    """Random order, the baseline of all rankings."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """A channel's score depends on seed, module, parts and channel alone."""
+        """Return the scores of `candidates`, which depend only on seed, module, parts and channel."""
         words = f"{self._seed}/{module.name}/{'+'.join(joined)}"
         generator = torch.Generator().manual_seed(zlib.crc32(words.encode()))
         return torch.rand(module.width, generator=generator, dtype=torch.float64)[candidates]
 
 
 class Magnitude:
-    """Weight magnitude: the product of the norms of what makes a channel and of what reads it (data-free)."""
+    """Weight magnitude: the product of the norms of a channel's input and output weights (data-free)."""
 
     def __init__(self, reconstruction: Reconstruction) -> None:
-        """Weights are those of before any cut."""
+        """`reconstruction` holds the weights before any cut."""
         self._reconstruction = reconstruction
 
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """The scores of `candidates`."""
+        """Return the scores of `candidates`."""
         return decided_on_main(f"the magnitude of {module.name}", lambda: self._scores(module, joined)[candidates],
                                lambda scores: [scores])  # fmt: skip
 
@@ -76,16 +76,16 @@ class Magnitude:
 
 
 class ExactLoss:
-    """The paper's score: the loss of one batch with the candidate's channel added to those kept, or taken away.
+    """The paper's score: the loss of one batch with the candidate channel added to the kept ones, or removed.
 
     The loss is the eval-mode weighted sum without denoising (Huang et al. 2025; greedy forward selection of Ye et al.,
-    arXiv 2003.01794), computed from the cached state in front of the module. Several candidates share one forward.
+    arXiv 2003.01794), computed from the cached state at the module's input. Several candidates share one forward.
     """
 
     def __init__(
         self, model: Detector, criterion: Criterion, cache: StateCache, *, device: torch.device, images_at_once: int
     ) -> None:
-        """Score on the first batch of `cache`, as many candidates in a forward as `images_at_once` images allow."""
+        """Score on the first batch of `cache`, with at most `images_at_once` images in a forward."""
         self._criterion = criterion
         self._cache = cache
         self._device = device
@@ -94,12 +94,12 @@ class ExactLoss:
 
     @torch.no_grad()
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """With several processes each scores its share, and all get every score."""
+        """Return the scores of `candidates`; each process computes a share."""
         state = self._cache.state(0)
         images, world = len(self._targets), distributed.world_size()
         share = -(-len(candidates) // world)
         mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share).clamp(max=len(candidates) - 1)
-        # Taking away what is kept raises the loss as much as keeping it lowers it.
+        # Removing a kept channel raises the loss as much as keeping it lowers it.
         leaving = bool(torch.isin(candidates[0], kept[joined[0]]))
         losses = []
         for group in candidates[mine].split(self._at_once):
@@ -118,19 +118,19 @@ class ExactLoss:
 
 
 class GateGradient:
-    """Scores from the loss's gradient at the gates, one backward pass for all channels.
+    """Scores from the gradient of the loss at the gates, with one backward pass for all channels.
 
     `order` 1: the gate's first-order effect |dL/dg| (Molchanov et al., arXiv 1611.06440). `order` 2: the empirical
     Fisher information, the mean over images of the squared gradient (Kwon et al., arXiv 2204.09656).
     """
 
     def __init__(self, calibration: Calibration, order: int) -> None:
-        """`calibration` holds the images that the loss is of; its cache is at the module."""
+        """The loss is that of the `calibration` images, whose cache is at the module's input."""
         self._calibration = calibration
         self._order = order
 
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """The scores of `candidates`."""
+        """Return the scores of `candidates`."""
         device, total = self._calibration.device, torch.zeros(module.width, dtype=torch.float64)
         gates: dict[str, Tensor] = {}
 
@@ -157,19 +157,19 @@ class GateGradient:
 class Elimination:
     """Optimal brain surgeon with the reconstruction in the loop (OBC, arXiv 2208.11580; ZipLM, 2302.04089).
 
-    A channel of the values or of an FFN costs what the output's error rises by when it goes and all others are
-    refitted. A query channel and its keys cost the energy of their products, which the logits lose.
+    The cost of a value or FFN channel is the rise of the output's error when it is removed and all others are refitted.
+    The cost of a query channel and its key is the energy of their product, which the logits lose.
     """
 
     def __init__(self, reconstruction: Reconstruction) -> None:
-        """`reconstruction` has begun with the module that is ranked."""
+        """`reconstruction` has begun the module being ranked."""
         self._reconstruction = reconstruction
         self._moments: Moments | None = None
         self._surgeon: Surgeon | None = None
 
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
-        """Candidates for addition are judged as if all of them were there."""
-        # All processes take the sums, the main one judges by them.
+        """Return the scores of `candidates`; those to be added are scored as if all of them were kept."""
+        # All processes sum their moments, the main one computes the scores.
         moments = self._reconstruction.hidden_moments() if set(joined) - {"query"} else None
         logits = self._reconstruction.logit_moments() if "query" in joined else None
 
@@ -196,7 +196,7 @@ class Elimination:
         return score
 
     def _surgeon_of(self, module: PrunableModule, channels: Tensor, moments: Moments) -> Surgeon:
-        """The one of the call before, if it still has all these channels of these moments."""
+        """Return the surgeon of the previous call if it has the same moments and all these channels, or a new one."""
         surgeon = self._surgeon
         if surgeon is None or moments is not self._moments or not torch.isin(channels, surgeon.channels).all():
             root, _ = square_root(self._reconstruction.metric())

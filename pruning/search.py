@@ -1,9 +1,8 @@
-"""The search: module after module, the least width with which the detector's mAP is good enough.
+"""Search by visits: find for one module after the other the least width that keeps enough mAP.
 
-A search that grows adds channels to an empty module step by step: the forward selection of Ye et al. (arXiv 2003.01794,
-2010.15969) as Huang et al. (J. Donghua Univ. 42(1), 2025) use it. A search that bisects takes a ranking's first
-channels, reconstructed, and halves the range of widths. `Search` decides; everything that runs a network is behind
-`Workbench`.
+`grow` adds channels to an empty module step by step: the forward selection of Ye et al. (arXiv 2003.01794, 2010.15969)
+as in Huang et al. (J. Donghua Univ. 42(1), 2025). `bisect` halves the range of widths, keeping a ranking's first
+channels and reconstructing the module. `Search` decides; a `Workbench` runs the network.
 """
 
 from __future__ import annotations
@@ -29,55 +28,55 @@ from util.errors import UserError
 
 
 class Workbench(Protocol):
-    """The network under search, as far as the decisions need it."""
+    """The network operations that a search needs."""
 
     method: Method
     ranking: Ranking
     counter: PassCounter
-    loss: float  # mean of the calibration images while everything is whole, 0 without calibration
+    loss: float  # mean over the calibration images of the whole network, 0 without calibration
 
     @property
     def modules(self) -> Mapping[str, PrunableModule]:
-        """What can be pruned, by name, in network order."""
+        """Prunable modules by name, in network order."""
 
     def reset(self) -> None:
-        """Make every module whole again, with its own weights."""
+        """Remove all gates and restore the original weights."""
 
     def begin(self, name: str) -> None:
-        """Make ready to search module `name`; gates of others stay as they are."""
+        """Make `name` the current module; gates of other modules are unchanged."""
 
     def rank(self, name: str) -> Order:
-        """The order in which channels of the module begun with are kept."""
+        """Return the order in which the current module keeps its channels."""
 
     def set_kept(self, name: str, kept: Kept) -> float:
-        """Let only these channels of the module begun with through; returns the predicted damage."""
+        """Gate the current module to `kept`; return the predicted damage."""
 
     def save(self) -> Any:
-        """The network as it is, for `load`."""
+        """Return the state of the network, for `load`."""
 
     def load(self, saved: Any) -> None:
-        """Bring the network back to how it was saved."""
+        """Restore what `save` returned."""
 
     def subset_ap(self, name: str) -> float:
-        """mAP in [0, 1] of the subset for a module of that kind."""
+        """Return mAP in [0, 1] of the subset for modules of this kind."""
 
     def full_ap(self) -> float:
-        """mAP in [0, 1] of the whole split."""
+        """Return mAP in [0, 1] of the whole split."""
 
     def transformer_params(self, kept: Mapping[str, Kept]) -> int:
-        """Parameters of the transformer once it is cut to `kept`."""
+        """Return the number of parameters of the transformer cut to `kept`."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """How much a step adds and how many channels it looks at.
+    """Number of channels that a step adds and scores.
 
     Attributes:
         attention_unit: channels added to each head of an attention.
         ffn_unit: channels added to an FFN.
         attention_candidates: most channels of an attention scored in a step.
         ffn_candidates: most channels of an FFN scored in a step.
-        seed: of the candidates that are drawn.
+        seed: of the random candidates.
     """
 
     attention_unit: int
@@ -87,22 +86,22 @@ class Units:
     seed: int
 
     def channels(self, module: PrunableModule) -> int:
-        """Channels that one step adds to a module."""
+        """Return the number of channels that a step adds to a module."""
         return unit_channels(module, self.attention_unit, self.ffn_unit)
 
     def candidates(self, module: PrunableModule) -> int:
-        """Most channels that one step scores."""
+        """Return the largest number of channels that a step scores."""
         return self.attention_candidates if module.is_attention else self.ffn_candidates
 
     def generator(self, name: str, step: int) -> torch.Generator:
-        """The source of a step's candidates; a function of seed, module and step, so that no state is carried."""
-        # One 32-bit number: the CPU generator reads no more of a seed.
+        """Return the generator of a step's candidates, which depends on seed, module and step only."""
+        # The CPU generator uses only 32 bits of a seed.
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}/{step}".encode()))
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What the mAP in [0, 1] of a visit is held to; see `Schedule`."""
+    """Required mAP in [0, 1] of a visit; see `Schedule`."""
 
     target_ap: float
     subset_threshold_ap: float
@@ -111,15 +110,15 @@ class Thresholds:
 
 @dataclass
 class Search:
-    """One search; `run` gives the kept set of every module.
+    """Search by visits; `run` returns the kept set of every module.
 
     Attributes:
-        bench: the network, whole, with no gates.
+        bench: the whole network, without gates.
         schedule: order, targets and tolerances.
         units: size of the steps.
         base_ap: mAP in [0, 1] of the whole split before the search.
-        on_decision: called with each new decision once it is made.
-        replayed: decisions of the same search that were made before, in order; they are taken as they are.
+        on_decision: called with each new decision.
+        replayed: earlier decisions of a resumed search, in order; they are not measured again.
     """
 
     bench: Workbench
@@ -133,7 +132,7 @@ class Search:
     def __post_init__(self) -> None:
         self.kept = {name: all_kept(module) for name, module in self.bench.modules.items()}
         self._ap_before = self.base_ap
-        # Powers are rounded differently on different machines, so all processes take those of the main one.
+        # Machines round powers differently, so all processes use the main one's thresholds.
         self._visits = distributed.on_main(self._thresholds)
         self._past = deque(self.replayed)
         self.effort = Effort(self.bench.counter, self._past)
@@ -141,29 +140,29 @@ class Search:
 
     @property
     def ap(self) -> float:
-        """mAP in [0, 1] of the whole split as the last visit left the detector."""
+        """mAP in [0, 1] of the whole split after the last visit."""
         return self._ap_before
 
     def run(self) -> dict[str, Kept]:
-        """Visit every module; returns the kept sets."""
+        """Visit every module and return the kept sets."""
         visit_module = self._bisect if self.bench.method.search == "bisect" else self._grow
         for visit, name in enumerate(self.schedule.order(self.bench.modules)):
             self.bench.begin(name)
             self._kept_in_bench = None
             for decision, is_new in visit_module(visit, name):
                 if decision.accepted:
-                    # The network has an accepted decision before `on_decision` is called.
+                    # Apply an accepted decision to the network before `on_decision` is called.
                     self._show_bench(name, decision.kept)
                 if is_new:
                     self.on_decision(decision)
-            assert decision.full_ap is not None  # a visit ends with a decision that the whole split's mAP has accepted
+            assert decision.full_ap is not None  # the last decision of a visit is accepted by the whole split's mAP
             self._ap_before = decision.full_ap
         return self.kept
 
     def _grow(self, visit: int, name: str) -> Iterator[tuple[Decision, bool]]:
-        """Grow one module from nothing, yielding each step's decision and whether it is new; the last is accepted.
+        """Grow an empty module, yielding each step's decision and whether it is new; the last decision is accepted.
 
-        Once the subset's mAP has passed, the whole split's alone decides.
+        Once the subset's mAP has passed, only the whole split's is measured.
         """
         module = self.bench.modules[name]
         kept, step, subset_passed, accepted = none_kept(module), 0, False, False
@@ -178,9 +177,9 @@ class Search:
             self.kept[name] = kept
 
     def _bisect(self, visit: int, name: str) -> Iterator[tuple[Decision, bool]]:
-        """Halve the range of one module's widths until the least that passes is found; the last decision accepts it.
+        """Bisect to the least width that passes, yielding as `_grow` does; the last decision accepts it.
 
-        The whole module passes unmeasured: it leaves the detector as the visit found it.
+        The whole module passes without measurement, because it leaves the detector unchanged.
         """
         module, unit = self.bench.modules[name], self.units.channels(self.bench.modules[name])
         fails, passes, step = 0, -(-module.width // unit), 0
@@ -205,7 +204,7 @@ class Search:
         yield decision, is_new
 
     def _past_decision(self, visit: int, step: int, name: str) -> Decision | None:
-        """The next decision of the search before, None where it had come no further.
+        """Return the next replayed decision, or None if there is none left.
 
         Raises:
             UserError: it belongs to another search.
@@ -219,7 +218,7 @@ class Search:
         return decision
 
     def _candidates_to_add(self, module: PrunableModule, kept: Kept, step: int) -> torch.Tensor:
-        """The channels that a growing step adds."""
+        """Choose the channels that a step of `_grow` adds."""
         free, unit = missing(module, kept), self.units.channels(module)
         if len(free) <= unit:
             return free
@@ -229,16 +228,16 @@ class Search:
         return best_of_each_head(module, candidates, scores, unit)
 
     def _measure(self, visit: int, step: int, name: str, kept: Kept, subset_passed: bool, *, accept: bool) -> Decision:
-        """Try one kept set: the subset's mAP unless that has passed before, then the whole split's."""
+        """Measure a kept set: mAP of the subset unless that has passed before, then mAP of the whole split."""
         self.kept[name] = kept
         subset_ap = full_ap = None
         if width_of(kept) == self.bench.modules[name].width:
-            # A whole module leaves the detector as the visit found it.
+            # A whole module leaves the detector unchanged.
             return self._decision(visit, step, name, kept, None, self._ap_before, accept)
         self._show_bench(name, kept)
         if not subset_passed:
             subset_ap = self.bench.subset_ap(name)
-            # A subset without boxes (-1) has no mAP: the whole split decides.
+            # A subset without boxes has no mAP (-1), so the whole split decides.
             subset_passed = subset_ap < 0 or subset_ap >= self._visits[visit].subset_threshold_ap
         if subset_passed:
             full_ap = self.bench.full_ap()
@@ -246,7 +245,7 @@ class Search:
         return self._decision(visit, step, name, kept, subset_ap, full_ap, accept and passed)
 
     def _show_bench(self, name: str, kept: Kept) -> None:
-        """Let the bench's network have this kept set, if it has not."""
+        """Apply a kept set to the bench's network unless it already has it."""
         if kept is not self._kept_in_bench:
             self.bench.set_kept(name, kept)
             self._kept_in_bench = kept

@@ -1,4 +1,4 @@
-"""From scores to kept sets: forward selection, backward elimination, or one look at all channels."""
+"""Turn scores into kept sets by forward selection, backward elimination, or scoring all channels once."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ DIRECTIONS = ("backward", "forward", "once")
 
 
 class Order:
-    """The channels of a module from the first to keep to the last, by part and head; every width is a prefix of it."""
+    """Channels of a module sorted from best to worst, by part and head; a prefix is the kept set of a width."""
 
     def __init__(self, ranked: dict[str, Tensor]) -> None:
-        """`ranked`: for each part nheads x head width absolute channel indices, the best first."""
+        """`ranked`: for each part, nheads x head width absolute channel indices, best first."""
         self._ranked = ranked
 
     def kept(self, width: int) -> Kept:
-        """The kept set of that many channels, equally many from each head."""
+        """Return the kept set of `width` channels, equally many from each head."""
         return {
             part: ranked[:, : width // len(ranked)].flatten().sort().values for part, ranked in self._ranked.items()
         }
 
     @classmethod
     def natural(cls, module: PrunableModule) -> Order:
-        """Channels in their own order: where a reconstruction gives each of them new weights."""
+        """Return the channels in index order, for reconstructions that give every channel new weights."""
         return cls({part: torch.arange(module.width).view(module.nheads, -1) for part in module.parts})
 
 
@@ -39,10 +39,10 @@ def order_channels(
     """Rank all channels of a module.
 
     Args:
-        direction: `backward` takes the worst away step by step, `forward` adds the best to an empty module step by
-            step, both scoring again in between; `once` scores the whole module.
-        unit: least channels of a step, in all heads together; a step is larger where `max_steps` would be passed.
-        share_sets: one order for all parts, or one for each.
+        direction: `backward` removes the worst channels step by step, `forward` adds the best to an empty module; both
+            score again before each step. `once` scores the whole module.
+        unit: least channels of a step, over all heads; steps are larger if `max_steps` would be exceeded.
+        share_sets: whether all parts share one order.
     """
     groups = [module.parts] if share_sets else [(part,) for part in module.parts]
     if direction == "once":
@@ -82,18 +82,18 @@ def _forward(module: PrunableModule, ranking: Ranking, joined: Sequence[str], pe
 
 
 def _sorted_heads(module: PrunableModule, candidates: Tensor, scores: Tensor) -> Tensor:
-    """nheads x (candidates of a head), the lowest score first; candidates ascend, equally many in each head."""
+    """Sort the ascending candidates of each head, equally many, by score (nheads x candidates of a head)."""
     of_heads, scores = candidates.view(module.nheads, -1), scores.view(module.nheads, -1)
     return of_heads.gather(1, scores.argsort(dim=1, stable=True))
 
 
 def draw_candidates(module: PrunableModule, kept: Kept, count: int, unit: int, generator: torch.Generator) -> Tensor:
-    """Random channels that are not kept yet, in ascending order.
+    """Draw random channels that are not kept, in ascending order.
 
-    At most `count` in all, spread evenly over the heads of an attention, and enough of each head for one unit.
+    Draws at most `count`, spread evenly over the heads of an attention, but at least one unit of each head.
 
     Args:
-        unit: channels that the step adds, in all heads together.
+        unit: channels that the step adds, over all heads.
     """
     free = missing(module, kept)
     head_width = module.width // module.nheads
@@ -107,7 +107,7 @@ def draw_candidates(module: PrunableModule, kept: Kept, count: int, unit: int, g
 
 
 def best_of_each_head(module: PrunableModule, candidates: Tensor, scores: Tensor, unit: int) -> Tensor:
-    """The `unit` channels with the lowest scores, equally many from each head; all that are there if fewer."""
+    """Return the `unit` channels with the lowest scores, equally many from each head (or all if there are fewer)."""
     head_width = module.width // module.nheads
     best = []
     for head in range(module.nheads):

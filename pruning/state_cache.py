@@ -1,4 +1,4 @@
-"""What a search computes once and keeps: the features of every image, and its state at the input of one module."""
+"""Cache the features of every image and its state at the input of the module being searched."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Targets = list[dict[str, Tensor]]
 
 @dataclass
 class PassCounter:
-    """How often images went through which part of a network.
+    """Count the images that pass through each part of a network.
 
     Attributes:
-        step_shares: share of a whole pass behind the backbone that each step costs; sums to 1.
-        backbone_images: images through the backbone and everything in front of the first step.
-        moment_macs: multiply-accumulates of the sums that fits are made from.
-        images_by_range: images through the steps from one name (included) to another (excluded, None: the end).
+        step_shares: cost of each step as a share of a whole pass after the backbone; sums to 1.
+        backbone_images: images through the backbone and everything before the first step.
+        moment_macs: multiply-accumulates for the moments that fits use.
+        images_by_range: images through the steps from one name to another (excluded; None for the end).
     """
 
     step_shares: Mapping[str, float]
@@ -37,22 +37,22 @@ class PassCounter:
     images_by_range: dict[tuple[str, str | None], int] = field(default_factory=dict)
 
     def add(self, start: str, stop: str | None, images: int) -> None:
-        """Count `images` through the steps from `start` to in front of `stop`."""
+        """Count `images` through the steps from `start` until before `stop`."""
         key = (start, stop)
         self.images_by_range[key] = self.images_by_range.get(key, 0) + images
 
     @property
     def images(self) -> int:
-        """Images through any range of steps, however short."""
+        """Images through any range of steps."""
         return sum(self.images_by_range.values())
 
     @property
     def whole_passes(self) -> float:
-        """Images through the network behind the backbone, a part of it counting as its share."""
+        """Images through the network after the backbone; a part of it counts as its share of the cost."""
         return sum(images * self._share(*key) for key, images in self.images_by_range.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts as JSON takes them."""
+        """Return the counts as JSON values."""
         ranges = {f"{start}:{stop or 'end'}": images for (start, stop), images in self.images_by_range.items()}
         return {
             "backbone_images": self.backbone_images,
@@ -70,7 +70,7 @@ class PassCounter:
 
 @dataclass(frozen=True)
 class StoredState:
-    """The state of a batch at the input of module `position`, wherever states are kept, and its bytes."""
+    """State of a batch at the input of module `position`, on the storage device, and its size."""
 
     position: str
     state: DetectorState
@@ -78,12 +78,12 @@ class StoredState:
 
 
 class StateCache:
-    """Cached states of all images at the input of the module under search, which changes as the search moves.
+    """Cached states of all images at the input of the module being searched (`position`).
 
-    Everything in front of the first step runs once for each image, when the cache is made. A batch's state is brought
-    to the module under search when it is asked for, from wherever it was last kept, under the gates and weights as they
-    are: those of modules between the two must be what they were when the search left them. What does not fit
-    `storage.max_bytes` is not kept: states are made from the features each time, and features from the images.
+    Everything before the first step runs once for each image, in the constructor. `state` runs a batch from its last
+    cached position to the current one, with the current gates and weights of the modules between, which must not change
+    after the search has left them. What does not fit `storage.max_bytes` is not cached: states are recomputed from the
+    features, and features from the images.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class StateCache:
         amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
-        """Run the front of `model` (its `features`) over `batches`.
+        """Compute the features (`model.features`) of all `batches`.
 
         Args:
-            plan: how to keep features and states, given the features of the first batch and the bytes that making
-                them took at the peak; None keeps all as they are made, on `device`.
-            progress: wraps `batches`, to show a bar.
+            plan: chooses the storage, given the features of the first batch and the peak bytes of computing them;
+                None keeps everything unchanged on `device`.
+            progress: wraps `batches` to show a bar.
         """
         self._model = model
         self._batches = batches
@@ -130,15 +130,15 @@ class StateCache:
 
     @property
     def images_without_features(self) -> int:
-        """Images whose features do not fit, so that the backbone runs again each time."""
+        """Number of images whose features do not fit, so that the backbone runs each time."""
         return sum(len(t) for t, kept in zip(self.targets, self._features, strict=True) if kept is None)
 
     def states(
         self, batches: Sequence[int] | None = None, is_kept: bool = True
     ) -> Iterator[tuple[DetectorState, Targets]]:
-        """State and targets of each batch, or of those named, as `state` gives them; `engine.evaluate` takes these.
+        """Yield the state and targets of all or the given batches, as a loader for `engine.evaluate`; see `state`.
 
-        Images whose features are not kept are read ahead, in one pass over all of them.
+        Images whose features are not cached are prefetched in one pass.
         """
         chosen = range(len(self)) if batches is None else batches
         unread = {batch for batch in chosen if batch not in self._stored and self._features[batch] is None}
@@ -148,11 +148,11 @@ class StateCache:
 
     @torch.no_grad()
     def state(self, batch: int, is_kept: bool = True, images: list[Tensor] | None = None) -> DetectorState:
-        """The state of one batch in front of the module under search, on the device.
+        """Return the state of one batch at the input of the module being searched, on the device.
 
         Args:
-            is_kept: False leaves the cache as it is, for states that nobody will ask for again.
-            images: those of the batch, if they have been read; otherwise they are read where they are needed.
+            is_kept: whether to cache the state; False if it will not be used again.
+            images: images of the batch if already read; otherwise they are read when needed.
         """
         with autocast(self._device, self._amp):
             stored = self._stored.get(batch)
@@ -169,19 +169,19 @@ class StateCache:
         return after
 
     def predict(self, state: DetectorState) -> dict[str, Any]:
-        """The detector's outputs from a state in front of the module under search."""
+        """Return the detector's outputs from a state at the input of the module being searched."""
         self.counter.add(self.position, None, len(state.queries))
         with autocast(self._device, self._amp):
             return self._model.outputs(self._model.run_steps(state, self.position))
 
     def forget(self) -> None:
-        """Go back to the features: what is behind them was made with other weights or gates."""
+        """Drop all states, which other weights or gates made, and go back to the features."""
         self.nbytes -= sum(stored.nbytes for stored in self._stored.values())
         self._stored.clear()
         self.position = self._model.step_names[0]
 
     def move_to(self, name: str) -> None:
-        """Look at the images from in front of module `name`; runs nothing yet."""
+        """Set the position to the input of module `name`; states are computed on demand."""
         order = self._model.step_names
         if order.index(name) < order.index(self.position):
             self.forget()
@@ -194,7 +194,7 @@ class StateCache:
             return self._model.features([image.to(self._device) for image in images])
 
     def _first_features(self, images: list[Tensor]) -> Features:
-        """Features of the first batch, by which is decided how to keep those of all."""
+        """Compute the features of the first batch and choose the storage by them."""
         with PeakMemory() as memory:
             features = self._run_front(images)
         if self._plan is not None:
@@ -215,12 +215,12 @@ class StateCache:
         features = self._features[batch]
         if features is None:
             images = next(self._batches.read([batch]))[0] if images is None else images
-            # Rounded like those that are kept, so that the cap changes no result.
+            # Round like cached features, so that the memory limit changes no result.
             features = self._run_front(images).to(self._device, self.storage.dtype)
         return features.to(self._device, self._made_dtype)
 
     def _keep_state(self, batch: int, before: DetectorState, after: DetectorState) -> None:
-        """Keep the state `after` in place of that `before`, if there is room."""
+        """Replace the cached state `before` by `after` if it fits."""
         stored, device = self._stored.get(batch), self.storage.device
         state = after.to(device) if stored is None else _stored_after(stored.state, before, after, device)
         nbytes = storage_bytes(state.tensors())
@@ -231,7 +231,7 @@ class StateCache:
 
 
 def repeat_batch(state: DetectorState, copies: int) -> DetectorState:
-    """`state` with its whole batch repeated, copy-major; tensors that serve all images stay as they are."""
+    """Repeat the batch of a state, copy-major; tensors that all images share are unchanged."""
     images = len(state.queries)
 
     def repeat(tensor: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def repeat_batch(state: DetectorState, copies: int) -> DetectorState:
 
 
 def split_outputs(outputs: dict[str, Any], copies: int) -> list[dict[str, Any]]:
-    """The outputs of a repeated batch, taken apart into those of each copy."""
+    """Split the outputs of a repeated batch into those of each copy."""
     parts: list[dict[str, Any]] = [{} for _ in range(copies)]
     for key, value in outputs.items():
         if isinstance(value, Tensor):
@@ -260,7 +260,7 @@ def _without_images(target: Mapping[str, Any]) -> dict[str, Tensor]:
 def _stored_after(
     stored: DetectorState, before: DetectorState, after: DetectorState, device: torch.device
 ) -> DetectorState:
-    """`after` on `device`; what has not changed since `before` stays the tensor of `stored`, the same state."""
+    """Move `after` to `device`, reusing tensors of `stored` (the state `before` on that device) where unchanged."""
 
     def store(kept: Any, old: Any, new: Any) -> Any:
         if new is old:

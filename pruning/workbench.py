@@ -1,4 +1,4 @@
-"""The network side of a search: gates, cached states, scores and mAP of a real detector."""
+"""Run a detector for a search: gates, cached states, scores and mAP."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from util import distributed
 
 @dataclass(frozen=True)
 class SearchImages:
-    """The images that a search looks at, in batches, and what each part of them is for.
+    """The images of a search in batches, and the sizes of the subset and of the calibration part.
 
     Attributes:
-        batches: those of this process.
-        numbers: for each of `batches`, its number in the whole split; the first is 0, which every process has.
+        batches: batches of this process.
+        numbers: index of each of `batches` in the whole split; the first is 0, which every process has.
         ground_truth: annotations of the whole split.
-        subset_batches_attention, subset_batches_ffn: the subset's size, counted in batches of the whole split.
-        calibration_batches: the first batches of the whole split, which moments and gradients are taken of.
+        subset_batches_attention, subset_batches_ffn: size of the subset, in batches of the whole split.
+        calibration_batches: how many of the split's first batches serve for moments and gradients.
     """
 
     batches: CocoLoader
@@ -48,7 +48,7 @@ class SearchImages:
     calibration_batches: int
 
     def own(self, stop: float = math.inf) -> list[int]:
-        """Places in `batches` of this process's share of the first `stop` batches of the split."""
+        """Return the indices in `batches` of this process's share of the split's first `stop` batches."""
         world, rank = distributed.world_size(), distributed.rank()
         shared = {number: place for place, number in enumerate(self.numbers) if number % world == rank}
         return [place for number, place in sorted(shared.items()) if number < stop]
@@ -59,10 +59,10 @@ class Passes:
     """How a search runs the network.
 
     Attributes:
-        device: where.
+        device: of all passes.
         images_at_once: most images in a forward that scores several candidates.
-        amp: precision of the passes with gradients: off, bf16 or fp16.
-        eval_amp: the same of features, states and mAP.
+        amp: precision of passes with gradients: off, bf16 or fp16.
+        eval_amp: precision of features, states and mAP.
     """
 
     device: torch.device
@@ -72,10 +72,10 @@ class Passes:
 
 
 class DetectorBench:
-    """A `Workbench` over a detector and the images that the search looks at.
+    """A `Workbench` over a detector and the images of the search.
 
-    With several processes every one of them holds a part of the batches, and the first batch besides; mAP is that of
-    all of them, so that every process comes to the same decisions.
+    With several processes each holds a part of the batches, and the first batch too. mAP covers all of them, so all
+    processes make the same decisions.
     """
 
     def __init__(
@@ -92,12 +92,13 @@ class DetectorBench:
         cache_plan: Callable[[Collection[int], Collection[int]], Plan] | None = None,
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
-        """Run the backbone over the images and keep what it gives.
+        """Run the backbone over the images and cache the features.
 
         Args:
-            step_shares: share of the network's cost that each step has, see `pruning.cost.step_shares`.
+            step_shares: each step's share of the network's cost, see `pruning.cost.step_shares`.
             seed: of a random ranking.
-            cache_plan: gives the `plan` of `StateCache`, by the batches whose states are kept and those calibrated on.
+            cache_plan: maps the batches whose states are kept and the calibration batches to the `plan` of
+                `StateCache`.
             progress: see `StateCache`.
         """
         self.modules = model.prunable_modules()
@@ -118,7 +119,7 @@ class DetectorBench:
         self._num_batches = max(map(max, distributed.gather_objects(list(images.numbers)))) + 1
         self._transformer_params = count_parameters(model.transformer)
         self._params_per_channel = params_per_channel(model)
-        self._measured: dict[int, float] = {}  # mAP by the number of batches, for the gates and weights as they are
+        self._measured: dict[int, float] = {}  # mAP by number of batches, for the current gates and weights
         self._calibration: Calibration | None = None
         self._reconstruction: Reconstruction | None = None
         self.loss = 0.0
@@ -142,7 +143,7 @@ class DetectorBench:
         return GateGradient(self._calibration, {"first_order": 1, "fisher": 2}[name])
 
     def reset(self) -> None:
-        """Make every module whole again, with its own weights."""
+        """Remove all gates and restore the original weights."""
         for name, module in self.modules.items():
             if self._reconstruction is None:
                 module.set_gate(None)
@@ -152,22 +153,22 @@ class DetectorBench:
         self.cache.forget()
 
     def begin(self, name: str) -> None:
-        """Put the cached states in front of module `name`."""
+        """Move the cached states to the input of module `name`."""
         self.cache.move_to(name)
         if self._reconstruction is not None:
             self._reconstruction.begin(name)
 
     def rank(self, name: str) -> Order:
-        """The order in which channels of the module begun with are kept."""
+        """Return the order in which the current module keeps its channels."""
         module, method = self.modules[name], self.method
         if module.is_attention and method.reconstruction == "full":
-            # Every kept channel gets new weights, so its place does not matter.
+            # Every kept channel gets new weights, so the order does not matter.
             return Order.natural(module)
         self.set_kept(name, all_kept(module))
         return order_channels(module, self.ranking, method.direction, module.nheads, method.share_sets)
 
     def set_kept(self, name: str, kept: Kept) -> float:
-        """Let only these channels of the module begun with through, reconstructed as far as the method does.
+        """Gate the current module to `kept` and reconstruct it at the method's level.
 
         Returns:
             The predicted damage, 0 without calibration; see `Reconstruction.apply`.
@@ -179,12 +180,12 @@ class DetectorBench:
         return 0.0
 
     def save(self) -> Any:
-        """What `load` puts back: gates and weights of all modules as they are."""
+        """Return the gates and weights of all modules, for `load`."""
         gates = {name: dict(module.layer.gates) for name, module in self.modules.items()}
         return gates, None if self._reconstruction is None else self._reconstruction.weights()
 
     def load(self, saved: Any) -> None:
-        """Bring the network back to how it was saved."""
+        """Restore what `save` returned."""
         self.reset()
         gates, weights = saved
         for name, module in self.modules.items():
@@ -193,32 +194,32 @@ class DetectorBench:
             self._reconstruction.set_weights(weights)
 
     def subset_ap(self, name: str) -> float:
-        """mAP of the first batches, as many as a module of that kind is judged by."""
+        """Return mAP of the subset for modules of this kind."""
         images, is_attention = self._images, self.modules[name].is_attention
         return self._ap(images.subset_batches_attention if is_attention else images.subset_batches_ffn)
 
     def full_ap(self) -> float:
-        """mAP of all batches."""
+        """Return mAP of all batches."""
         return self._ap()
 
     def transformer_params(self, kept: Mapping[str, Kept]) -> int:
-        """Parameters of the transformer once it is cut to `kept`."""
+        """Return the number of parameters of the transformer cut to `kept`."""
         gone = (self._params_per_channel[n] * (m.width - width_of(kept[n])) for n, m in self.modules.items())
         return self._transformer_params - sum(gone)
 
     def _ap(self, batches: int | None = None) -> float:
-        """mAP of the first `batches` batches (None: all); measured once for the gates as they are."""
+        """Return mAP of the first `batches` batches (None for all), measured once for the current gates and weights."""
         batches = self._num_batches if batches is None else min(batches, self._num_batches)
         if batches not in self._measured:
             result = evaluate(
                 self.cache.predict,
                 self._postprocess,
-                # A search of all modules at once measures mAP once for each cut, and visits many times.
+                # A global search measures mAP once for each cut, a search by visits many times.
                 self.cache.states(self._images.own(batches), is_kept=self.method.search != "global"),
                 self._images.ground_truth,
                 device=self._device,
                 progress=False,
             )
-            # The main process's, bit for bit, so that all come to the same decisions.
+            # All processes use the main process's value, so that they make the same decisions.
             self._measured[batches] = distributed.on_main(lambda: float(result.stats["AP"]))
         return self._measured[batches]

@@ -36,7 +36,7 @@ def test_what_cannot_be_cut_counts_in_the_whole():
     search = search_of({"encoder.0.ffn": [3.0, 2.0, 1.0, 0.0]})
     search.total_cost += 4.0
     assert search._allocate(0.75, 1.0) == {"encoder.0.ffn": 2}
-    with pytest.raises(UserError, match=r"--keep 0\.6: .* keeps 0\.625 of the transformer's cost"):
+    with pytest.raises(UserError, match=r"--keep 0\.6: .* smallest widths cost, expected at least 0\.625"):
         search.run(0.6)
 
 

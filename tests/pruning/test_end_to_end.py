@@ -248,7 +248,7 @@ def test_what_an_older_search_left_is_moved_aside(folder, tmp_path):
 def test_a_fraction_that_cannot_be_kept_is_refused_before_older_results_are_touched(folder, tmp_path):
     (tmp_path / "pruned.pth").write_text("older")
     words = f"{SMALL} --coco_path {folder} --resume {folder}/dense.pth --output_dir {tmp_path} --keep 0.01"
-    with pytest.raises(UserError, match=r"--keep 0\.01: found that one unit"):
+    with pytest.raises(UserError, match=r"--keep 0\.01: found less than the smallest widths cost"):
         search(MGP, *parse(get_pruning_parser(MGP, "a test"), words.split()))
     assert (tmp_path / "pruned.pth").read_text() == "older"
     assert not (tmp_path / "search.jsonl").exists() and not (tmp_path / "run.log").exists()

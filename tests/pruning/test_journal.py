@@ -137,10 +137,10 @@ def test_a_journal_that_holds_no_decision_yet_is_not_begun_twice(path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("no JSON", "line 2 is no event"),
-        ("[1, 2]", "line 2 is no event"),
-        ('{"event": "lunch"}', "line 2 is no event"),
-        ("{}", "line 2 is no event"),
+        ("no JSON", "line 2 is not an event"),
+        ("[1, 2]", "line 2 is not an event"),
+        ('{"event": "lunch"}', "line 2 is not an event"),
+        ("{}", "line 2 is not an event"),
     ],
 )
 def test_a_line_that_is_no_event_is_a_users_mistake(path, line, said):
