@@ -32,7 +32,7 @@ demo: .venv/installed
 	$(VENV)/python -m bench.demo --output $(DEMO_OUTPUT)
 
 test: .venv/installed-tests
-	$(VENV)/python -m pytest -n 2 --dist loadfile
+	$(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/installed-tests
 	SOAK=1 $(VENV)/python -m pytest -m "soak or not soak" tests/trust

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from scipy.stats import spearmanr
 
-from bench.subject import PAPER_BATCH_SIZE, Pruner, Subject, get_subject_parser
+from bench.subject import PAPER_BATCH_SIZE, Pruner, Subject, cut_in_order, get_subject_parser
 from pruning import budget
 from pruning.budget import BudgetSearch
 from pruning.cost import count_parameters
@@ -39,13 +39,7 @@ class RankingAgain(BudgetSearch):
     """Ranks the channels of every module again for each cut, with the modules before it already cut."""
 
     def _cut(self, widths: Mapping[str, int]) -> dict[str, Any]:
-        self.bench.reset()
-        kept = {}
-        for name in self.bench.modules:
-            self.bench.begin(name)
-            kept[name] = self.bench.rank(name).kept(widths[name])
-            self.bench.set_kept(name, kept[name])
-        return kept
+        return cut_in_order(self.bench, widths)
 
 
 class Bisection(BudgetSearch):

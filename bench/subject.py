@@ -158,13 +158,7 @@ class Pruner:
 
     def at_widths(self, widths: Widths) -> Built:
         """Cut the detector to given widths, module by module in network order."""
-        self.bench.reset()
-        kept = {}
-        for name in self.bench.modules:
-            self.bench.begin(name)
-            kept[name] = self.bench.rank(name).kept(widths.of(name))
-            self.bench.set_kept(name, kept[name])
-        return self.cut(kept)
+        return self.cut(cut_in_order(self.bench, dict(widths.items())))
 
     def cut(self, kept: Mapping[str, Kept]) -> Built:
         """Cut the detector with its current weights to `kept`."""
@@ -193,6 +187,17 @@ class Pruner:
         if self.bench.method.search == "global":
             return self.cut(self.budget.run(None, schedule.fast_threshold_ap(base_ap))[0])
         return self.cut(Search(self.bench, schedule, self.units, base_ap).run())
+
+
+def cut_in_order(bench: DetectorBench, widths: Mapping[str, int]) -> dict[str, Kept]:
+    """Cut module by module in network order, each ranked on what the modules before it give; the channels kept."""
+    bench.reset()
+    kept = {}
+    for name in bench.modules:
+        bench.begin(name)
+        kept[name] = bench.rank(name).kept(widths[name])
+        bench.set_kept(name, kept[name])
+    return kept
 
 
 def uniform_widths(model: nn.Module, fraction: float) -> Widths:

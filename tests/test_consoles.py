@@ -29,7 +29,7 @@ PLAIN = {1: "Łódź", 2: "ring two", 3: r"\x1b[31mred\x00", 4: "圆", 5: "5", 6
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A data set with those names, and the detector that annotated it."""
-    root = write_self_annotated(tmp_path_factory.mktemp("names") / "coco")
+    root = write_self_annotated(tmp_path_factory.mktemp("names") / "coco", "--backbone resnet18")
     for split in ("train2017", "val2017"):
         path = annotation_path(root, split)
         tables = json.loads(path.read_text())

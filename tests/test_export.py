@@ -78,7 +78,7 @@ def test_a_cut_backbone_is_exported_cut(tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     cfgs = Widths.parse([*SLIM.to_list(), [[5, 64], [1, 128], [256, 99]]])
-    save(tmp_path / "slim.pth", "--return_layer layer3", cfgs=cfgs)
+    save(tmp_path / "slim.pth", "--backbone resnet18 --return_layer layer3", cfgs=cfgs)
     (result,) = run_script("--resume", tmp_path / "slim.pth", "--output_dir", tmp_path, "--format", "onnx")
     assert result.passed and all(case.difference < 1e-4 for case in result.cases)
     graph = onnx.load(tmp_path / "slim.onnx")

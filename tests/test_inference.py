@@ -24,9 +24,9 @@ from weights.checkpoint_file import Checkpoint, read_checkpoint, save_checkpoint
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A data set that its detector dense.pth knows, that detector cut by a search, and as a foreign file."""
-    root = write_self_annotated(tmp_path_factory.mktemp("annotated") / "coco")
+    root = write_self_annotated(tmp_path_factory.mktemp("annotated") / "coco", "--backbone resnet18")
     dense = read_checkpoint(root / "dense.pth")
-    model = tiny_detector()[0]
+    model = tiny_detector("--backbone resnet18")[0]
     kept = {name: all_kept(module) for name, module in model.prunable_modules().items()}
     kept["encoder.0.ffn"] = {"hidden": torch.arange(16)}
     kept["backbone.layer2.0"] = {"inner": torch.arange(8, 108)}
@@ -158,7 +158,7 @@ def test_a_box_does_not_move_when_other_images_are_named_beside_it(root, tmp_pat
 
 
 def test_a_foreign_checkpoint_takes_its_network_from_the_command_line(root, tmp_path):
-    network = TINY.replace("--num_workers 0", "").replace("--device cpu", "")
+    network = TINY.replace("--num_workers 0", "").replace("--device cpu", "").replace("resnet_tiny", "resnet18")
     network = network.replace("--no-pretrained_backbone", "").replace("--return_layer layer3", "--return_layer layer4")
     stored = read_checkpoint(root / "dense.pth").arguments
     network += " ".join(

@@ -75,7 +75,7 @@ def test_the_command_prints_them(capsys):
         ("--enc_layers 2", "[[[4,8],[16,24]],[[8,12,16],[4,28,32]]]", (64, 64)),
         (VARIANTS["deformable"], None, (70, 33)),
         (f"{VARIANTS['deformable']} --enc_layers 2", "[[[4,8],[16,24]],[[8,12,16],[4,28,32]]]", (64, 96)),
-        ("--dilation", f"[[[4,8]],[[8,12,16],[4,28,32]],{BASIC}]", (70, 33)),
+        ("--backbone resnet18 --dilation", f"[[[4,8]],[[8,12,16],[4,28,32]],{BASIC}]", (70, 33)),
         (f"{VARIANTS['deformable']} --backbone resnet50", f"[[[4,8]],[[8,12,16],[4,28,32]],{BOTTLENECK}]", (64, 96)),
     ],
 )
@@ -132,7 +132,8 @@ def test_a_channel_costs_what_a_head_of_channels_less_saves(network):
 
 @pytest.mark.parametrize(
     ("network", "name"),
-    [("", "layer1.0"), ("--batch_norm_type BatchNorm2d", "layer4.1"), ("--backbone resnet50", "layer2.0"),
+    [("--backbone resnet18", "layer1.0"), ("--backbone resnet18 --batch_norm_type BatchNorm2d", "layer4.1"),
+     ("--backbone resnet50", "layer2.0"),
      (f"{VARIANTS['deformable']} --backbone resnet50 --batch_norm_type BatchNorm2d", "layer3.5")],
 )  # fmt: skip
 def test_a_blocks_table_says_what_a_cut_saves(network, name):

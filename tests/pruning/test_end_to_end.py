@@ -23,7 +23,7 @@ from pruning.workbench import DetectorBench
 from runs import search_command
 from runs.search_command import get_pruning_parser, search
 from tests.pruning.tiny import NETWORK, VARIANTS, tiny_args, tiny_detector
-from tests.tiny_run import built, settled
+from tests.tiny_run import RUN_SCRIPT, built, settled
 from util.cli import parse
 from util.errors import UserError, run_cli
 from weights.build import build_detector
@@ -201,9 +201,12 @@ def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
     assert sum(len(images) for key, images in passes.items() if key[2]) > len(moves) / 2
 
 
-def test_a_search_goes_on_from_its_own_output(folder, tmp_path):
-    first = run(MGP, folder, tmp_path / "one", "--map_tol 0.5 --skip_eval_converge 0.2")
-    second = run(MGP, folder, tmp_path / "two", f"--map_tol 0.5 --resume {first.path}")
+def test_a_search_goes_on_from_its_own_output(tmp_path):
+    folder, network = tmp_path / "data", "--backbone resnet18"  # whose detector can be searched twice
+    folder.mkdir()
+    write_folder(folder, network)
+    first = run(MGP, folder, tmp_path / "one", f"{network} --map_tol 0.5 --skip_eval_converge 0.2")
+    second = run(MGP, folder, tmp_path / "two", f"{network} --map_tol 0.5 --resume {first.path}")
     assert second.base_ap == pytest.approx(first.ap, abs=1e-3)
     assert all(second.widths.of(name) <= first.widths.of(name) for name in first.widths.names())
     args = tiny_args(f"{SMALL} --coco_path {folder} --resume {second.path} --eval")
@@ -327,7 +330,7 @@ def test_a_search_needs_a_checkpoint(folder, tmp_path):
 def command(script, *words):
     """Run an entry script as a user does; returns the finished process."""
     return subprocess.run(
-        [sys.executable, *words[: len(words) - 1], script, *words[-1].split()],
+        [sys.executable, *words[: len(words) - 1], RUN_SCRIPT, script, *words[-1].split()],
         cwd=ROOT,
         capture_output=True,
         text=True,

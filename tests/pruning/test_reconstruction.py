@@ -25,9 +25,9 @@ class Setting:
     """A tiny detector, with the weights `state` if given, its cache and its calibration."""
 
     def __init__(self, more="", slim_names=False, state=None):
-        self.more = more
-        dense = tiny_detector(more)[0]
-        self.model, self.criterion, _ = tiny_detector(more, cfgs=dense.widths if slim_names else None)
+        self.more = f"{more} --backbone resnet18"  # the bounds of these tests are for its features
+        dense = tiny_detector(self.more)[0]
+        self.model, self.criterion, _ = tiny_detector(self.more, cfgs=dense.widths if slim_names else None)
         self.model.load_state_dict(self.model.state_dict() if state is None else state)
         self.model.eval()
         self.criterion.eval()

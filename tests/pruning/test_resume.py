@@ -27,7 +27,7 @@ from runs.search_command import get_pruning_parser, search
 from runs.search_run import NOT_DECIDING, SearchRun
 from tests.pruning.test_end_to_end import ROOT, SMALL, ap_of, command, folder, write_folder  # noqa: F401
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
-from tests.tiny_run import built, settled
+from tests.tiny_run import RUN_SCRIPT, built, settled
 from util.cli import parse
 from util.errors import UserError, run_cli
 from weights.checkpoint_file import plain_arguments, read_checkpoint
@@ -58,10 +58,8 @@ def words(root, out, kind, more=""):
 
 
 def run(root, out, kind, more="", schedule=MGP):
-    """A search in this process, without its pictures: drawing them takes a third of the time."""
-    args, typed = parse(get_pruning_parser(schedule, "a test"), words(root, out, kind, more).split())
-    with mock.patch.multiple(plots, plot_widths=mock.DEFAULT, plot_ap_against_parameters=mock.DEFAULT):
-        return search(schedule, args, typed)
+    """A search in this process."""
+    return search(schedule, *parse(get_pruning_parser(schedule, "a test"), words(root, out, kind, more).split()))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +131,8 @@ def test_what_a_search_found_learns_from_the_detector_it_was_cut_from(folders, s
 
 def test_a_global_search_draws_what_it_tried(folder, tmp_path):  # noqa: F811
     text = words(folder, tmp_path, "keep", "--attention_unit 4 --ffn_unit 16 --keep 0.8")
-    search(MGP, *parse(get_pruning_parser(MGP, "a test"), text.split()))
+    with mock.patch("runs.search_run.plots", plots):
+        search(MGP, *parse(get_pruning_parser(MGP, "a test"), text.split()))
     for name in ("widths.png", "ap_params.png"):
         assert Image.open(tmp_path / name).size > (500, 400)
 
@@ -160,7 +159,7 @@ def test_a_search_that_goes_on_ends_as_it_would_have(folders, searched, tmp_path
 
 
 def start_search(folder, out, kind, *launcher, more="--resume_search"):  # noqa: F811
-    line = [sys.executable, *launcher, "prune_greedy_ad.py", *words(folder, out, kind, more).split()]
+    line = [sys.executable, *launcher, RUN_SCRIPT, "prune_greedy_ad.py", *words(folder, out, kind, more).split()]
     return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -170,10 +169,10 @@ def wait_for_lines(process, journal, count):
         time.sleep(0.01)
 
 
-def test_a_search_that_was_killed_five_times_goes_on(folder, searched, tmp_path):  # noqa: F811
+def test_a_search_that_was_killed_twice_goes_on(folder, searched, tmp_path):  # noqa: F811
     journal, last = tmp_path / "search.jsonl", len(lines_of(searched("visit")))
     draw = random.Random(5)
-    for lines in sorted(draw.sample(range(1, last - 1), 5)):
+    for lines in sorted(draw.sample(range(1, last - 1), 2)):
         process = start_search(folder, tmp_path, "visit")
         wait_for_lines(process, journal, lines)
         time.sleep(draw.random() / 10)
@@ -208,7 +207,9 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_journal_goes_on(folder, sea
     most = len(b"".join(lines[:fitting])) + 10
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, resource.RLIM_INFINITY)); "
     line = words(folder, tmp_path, "fast", "--resume_search").split()
-    script = f"{limit}import sys; sys.argv = {['prune_greedy_ad.py', *line]}; import runpy; "
+    script = (
+        f"{limit}import sys; import tests.tiny_backbone; sys.argv = {['prune_greedy_ad.py', *line]}; import runpy; "
+    )
     script += "runpy.run_path('prune_greedy_ad.py', run_name='__main__')"
     # Nor would the limit let a measurement of coverage write its file.
     env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}

@@ -16,8 +16,9 @@ from util.errors import UserError
 
 # Of which the backbone is cut too.
 DETECTORS = {
-    "basic": "--batch_norm_type BatchNorm2d",
-    "basic, dilated, deformable": f"{VARIANTS['deformable'].replace('layer3', 'layer4')} --dilation",
+    "basic": "--backbone resnet18 --batch_norm_type BatchNorm2d",
+    "basic, dilated, deformable": "--backbone resnet18 --dilation "
+    + VARIANTS["deformable"].replace("layer3", "layer4"),
     "bottleneck, deformable": f"{VARIANTS['deformable']} --backbone resnet50 --batch_norm_type BatchNorm2d",
     "bottleneck, dilated": "--backbone resnet50 --dilation",
 }

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+import tests.tiny_backbone  # noqa: F401
 from main import get_args_parser
 from models import build_model
 from models.widths import Widths
 
 NETWORK = (
-    "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 --dim_feedforward 32 --num_queries 5"
+    "--backbone resnet_tiny --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 --dim_feedforward 32 "
+    "--num_queries 5"
 )
 TINY = f"{NETWORK} --no-pretrained_backbone --scalar 2"
 # What a tiny detector of each variant has beyond `TINY`.

@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 
 import main
+import tests.tiny_backbone  # noqa: F401
 from models.layers import GatedLayer
 from pruning import workbench
 from pruning.budget import BudgetSearch

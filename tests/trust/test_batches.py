@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 
 # Processes and images in a batch of each; seven images, 64 or 80 pixels wide at stride 16 or 32.
 CASES = ((1, 1), (1, 3), (1, 7), (2, 2), (3, 2))
+NETWORKS = {**VARIANTS, "dense": "--backbone resnet18"}  # with a tiny backbone the dense detector's AP is below 0.4
 SEARCH = "--keep 0.9 --calibration_images 2 --search_split val2017"
 
 
@@ -38,7 +39,7 @@ def assert_same_boxes(out: Path, other: Path) -> None:
         assert one["bbox"] == pytest.approx(other["bbox"], abs=0.1), out.name
 
 
-@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_ap_and_boxes_are_those_of_images_alone(network, tmp_path):
     root = write_self_annotated(tmp_path / "data", network)
     common = f"--coco_path {root} --resume {root}/dense.pth --num_workers 0 --device cpu"

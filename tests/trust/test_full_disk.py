@@ -17,7 +17,7 @@ MEGABYTE = 1 << 20
 @pytest.fixture(scope="module")
 def data(coco, tmp_path_factory):
     """What each job reads."""
-    return {train: coco, prune: write_folder(tmp_path_factory.mktemp("data"), ""), draw: coco}
+    return {train: coco, prune: write_folder(tmp_path_factory.mktemp("data"), "--backbone resnet18"), draw: coco}
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import pickle
 import resource
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from hypothesis import strategies as st
 
 import main
 from runs.training_state import TrainingState
-from tests.test_main import ROOT
-from tests.tiny_run import built, options, settled, tiny_options
+from tests.tiny_run import built, options, run_script, settled, tiny_options
 from tests.trust.mutations import FUZZ, VALUES, damaged_bytes, damaged_value
 from tests.trust.test_fuzz_text import value_or_sentence
 from util.checkpoint import load_weights
@@ -66,7 +64,8 @@ def little_memory():
 
 def use(path, coco, *words):
     """What main.py makes of a checkpoint before it trains or evaluates."""
-    args, typed = options("--coco_path", coco, "--device cpu --num_workers 0 --epochs 2 --resume", path, *words)
+    training = "" if any("--eval" in text for text in words) else "--epochs 2"
+    args, typed = options("--coco_path", coco, "--device cpu --num_workers 0", training, "--resume", path, *words)
     settings, checkpoint, continuing = settled(args, typed)
     model = built(settings, checkpoint)[0]
     assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point())
@@ -371,9 +370,9 @@ def test_the_scripts_end_with_one_line_and_leave_the_folder_as_it_was(coco, trai
         (root / "annotations" / "instances_val2017.json").write_bytes(b'{"images": ' * 50_000)
         shutil.copy(trained, path)
     words = f"--device cpu --coco_path {root} --output_dir {out} --resume {path}"
-    done = subprocess.run([sys.executable, script, *words.split()], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    code, said = run_script(script, words)
+    assert code == 2, said
+    assert said.startswith("error: ") and said.count("\n") == 1
     assert {file.name: file.read_text() for file in out.iterdir()} == {
         "checkpoint.pth": "older",
         "search.jsonl": "older",

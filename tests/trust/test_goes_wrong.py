@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -15,10 +13,9 @@ import main
 from datasets.coco import annotation_path, build_dataset
 from datasets.transforms import RandomSizeCrop
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
-from tests.tiny_run import TINY, tiny_options
+from tests.tiny_run import TINY, run_script, tiny_options
 from weights.checkpoint_file import read_checkpoint
 
-ROOT = Path(main.__file__).parent
 CPU = torch.device("cpu")
 
 
@@ -175,11 +172,10 @@ def test_the_script_names_what_is_not_finite_ends_with_code_1_and_keeps_the_epoc
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     words = f"{TINY} --coco_path {coco} --output_dir {tmp_path} --resume {tmp_path}/checkpoint.pth --epochs 3 "
     words += "--lr 1e30 --lr_backbone 1e30 --clip_max_norm 0 --batch_size 2"
-    done = subprocess.run([sys.executable, "main.py", *words.split()], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    last_line = done.stderr.splitlines()[-1]
-    assert last_line.startswith("error: epoch 1, step 2 of 2: loss_ce_0 is nan, on the images [1"), done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = run_script("main.py", words)
+    assert code == 1
+    assert said.splitlines()[-1].startswith("error: epoch 1, step 2 of 2: loss_ce_0 is nan, on the images [1"), said
+    assert "Traceback" not in said
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert "loss_giou" in (tmp_path / "run.log").read_text()
     assert read_checkpoint(tmp_path / "checkpoint.pth").training["epoch"] == 1

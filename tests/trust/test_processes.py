@@ -31,7 +31,8 @@ UNITS = "--attention_unit 2 --ffn_unit 8"
 DECIDING = {
     "fast": f"--map_tol 0.1 {UNITS}",
     "keep": f"--keep 0.7 --reconstruct none --ranking magnitude {UNITS}",
-    "visit": f"--search visit --map_tol 0.1 --skip_eval_converge 0.05 --ranking fisher --reconstruct output {UNITS}",
+    "visit": "--search visit --map_tol 0.1 --skip_eval_converge 0.05 --ranking fisher --reconstruct output "
+    "--attention_unit 4 --ffn_unit 16",
     "paper": "--search paper --map_tol 0.3 --skip_eval_converge 0.1 --ranking elimination --attention_unit 4 "
     "--ffn_unit 16 --num_candidates_attention 8 --num_candidates_ffn 4",
 }

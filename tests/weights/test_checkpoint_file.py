@@ -112,7 +112,7 @@ def test_the_papers_slim_model_tells_its_widths(tmp_path):
 @pytest.mark.parametrize("is_search", [False, True])
 def test_a_cut_backbone_is_in_every_file_of_ours(tmp_path, variant, suffix, is_search):
     pytest.importorskip("safetensors")
-    words = f"{VARIANTS[variant]} --batch_norm_type BatchNorm2d"
+    words = f"{VARIANTS[variant]} --backbone resnet18 --batch_norm_type BatchNorm2d"
     whole = tiny_detector(words, seed=1)[0]
     randomise_norms(whole)
     kept = {"backbone.layer1.1": {"inner": torch.tensor([3, 63])}, "encoder.0.ffn": {"hidden": torch.arange(20)}}
@@ -134,11 +134,11 @@ def test_a_cut_backbone_is_in_every_file_of_ours(tmp_path, variant, suffix, is_s
 
 
 def test_channels_that_a_block_has_not_are_told_with_the_file(tmp_path):
-    model = tiny_detector(seed=1)[0]
+    model = tiny_detector("--backbone resnet18", seed=1)[0]
     kept = {"backbone.layer1.1": {"inner": torch.tensor([3, 64])}}
     widths = widths_after(model.widths_in("detector"), kept)
     save_checkpoint(tmp_path / "a.pth", state_dict=model.state_dict(), widths=widths, full_widths=model.widths,
-                    kept=kept, arguments=vars(tiny_args()), num_classes=7)  # fmt: skip
+                    kept=kept, arguments=vars(tiny_args("--backbone resnet18")), num_classes=7)  # fmt: skip
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"a\.pth: backbone\.layer1\.1: expected ascending inner channels from 0 to 63"):
         slim_state_dict(checkpoint, model)

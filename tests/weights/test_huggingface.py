@@ -248,7 +248,7 @@ def test_the_digest_of_weights_in_several_files_is_that_of_all(tmp_path):
 def test_a_search_prunes_it_and_its_output_keeps_the_bound(tmp_path):
     tiny().save_pretrained(tmp_path / "theirs")
     whole = read_checkpoint(tmp_path / "theirs")
-    data = write_self_annotated(tmp_path / "data", "--anchor_eps 1e-5", whole.state_dict)
+    data = write_self_annotated(tmp_path / "data", "--backbone resnet18 --anchor_eps 1e-5", whole.state_dict)
     words = (
         f"--resume {tmp_path / 'theirs'} --coco_path {data} --output_dir {tmp_path / 'out'} --keep 0.5 --image_size 64 "
         "--num_workers 0 --device cpu --calibration_images 2 --batch_size 2 --save_safetensors"
