@@ -17,7 +17,7 @@ from datasets.coco_eval import evaluator_name, shown
 from datasets.config import DataConfig
 from models.config import NETWORK_TITLE, DenoisingConfig, LossConfig, TrainedDetectorConfig
 from runs.config import DistillationConfig, MainConfig, TrainingConfig, TrainingLogConfig, TrainingOptions
-from runs.settle import settle_training
+from runs.settle import refuse_unread_by_start, settle_training
 from runs.training_run import Run
 from runs.training_state import seed_everything
 from util import distributed
@@ -58,6 +58,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
     """
     torch.set_flush_denormal(True)
     options = TrainingOptions.from_values(vars(args))
+    refuse_unread_by_start(options, typed)
     device = distributed.choose_device(options.run.device)
     output_dir = check_output_dir(options.run.output_dir)
     options, checkpoint, continuing = settle_training(options, typed)

@@ -79,9 +79,8 @@ class Samples:
             theirs = dataclasses.replace(config, cfgs=None, pretrained_backbone=False)
             # A file of our own has its network's options; with others the run has settled what they leave open.
             typed = () if checkpoint.kind in ("ours", "search") else NETWORK_OPTIONS
-            theirs = take_from_checkpoint(theirs, typed, checkpoint).with_values(
-                {"num_classes": checkpoint.num_classes}
-            )
+            theirs = take_from_checkpoint(theirs, typed, checkpoint)
+            theirs = dataclasses.replace(theirs, num_classes=checkpoint.num_classes)
             # The run's own draws must not depend on whether a report is made of it.
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 model, _, postprocessors = build_detector(theirs, checkpoint)

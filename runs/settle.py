@@ -38,7 +38,6 @@ def settle_training(
         UserError: options, checkpoint and annotations do not agree, or a typed option would not be read.
     """
     run = options.run
-    refuse_unread_by_start(options, typed)
     checkpoint = read_start(run.resume, run.save_safetensors)
     continuing = checkpoint is not None and checkpoint.training is not None and not run.eval and not run.start_fresh
     if checkpoint is not None:

@@ -118,8 +118,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
     parser.error = refuse_line  # type: ignore[method-assign]
     typed = vars(parser.parse_args(argv, Typed()))
-    defaults = {name: parser.get_default(name) for name in names}
-    return argparse.Namespace(**{**defaults, **typed}), set(typed)
+    values = {name: parser.get_default(name) for name in names} | typed
+    values = {name: value for name, value in values.items() if value is not argparse.SUPPRESS}  # --help is no value
+    return argparse.Namespace(**values), set(typed)
 
 
 def refuse(names: Iterable[str], typed: Collection[str], reason: str) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from bench.full_size import grow, spread_layers
 from models import build
-from models.config import DetectorConfig
+from models.config import DenoisingConfig, DetectorConfig
 from models.widths import Widths
 from tests.pruning.tiny import pictures, tiny_args, tiny_detector
 from util.checkpoint import load_weights
@@ -37,7 +37,8 @@ def write(path: Path, model: torch.nn.Module, more: str = "") -> Path:
 
 def read(path: Path) -> torch.nn.Module:
     checkpoint = read_checkpoint(path)
-    model = build(DetectorConfig.from_values({**checkpoint.arguments, "num_classes": 7, "cfgs": None}))[0]
+    config = DetectorConfig.from_values({**checkpoint.arguments, "num_classes": 7, "cfgs": None})
+    model = build(config, denoising=DenoisingConfig.from_values(checkpoint.arguments))[0]
     load_weights(model, checkpoint.state_dict, path)
     return model.eval()
 

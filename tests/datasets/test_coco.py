@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def edited(root, **changes):
 
 def options(root, image_size=20):
     """Where the data set is, and the size of its images."""
-    return DataConfig(coco_path=str(root), image_size=image_size)
+    return SimpleNamespace(**{**DataConfig(coco_path=str(root)).values(), "image_size": image_size})
 
 
 def test_targets_are_relative_and_leave_out_crowds_and_empty_boxes(folder):

@@ -66,7 +66,7 @@ def test_options_that_would_do_nothing_are_refused(words, said):
     "words",
     [
         "-m dn_dab_detr --output_dir out --batch_size 4 --coco_path COCODIR --resume CKPT --use_dn --eval "
-        "--cfgs [[[152, 416], [232, 1408]]]",
+        "--cfgs [[[152, 416]], [[8, 136, 544]]]",
         "-m dn_dab_detr --output_dir out --coco_path COCODIR --resume PRUNED --batch_size 8 --use_dn",
         "--eval --resume a.pth --eval_amp fp16 --save_results --num_select 9 --no-pretrained_backbone",
         "--eval --seed 3",
