@@ -168,7 +168,7 @@ def evaluate(
     Args:
         predict: maps one batch of inputs to the detector's outputs; a module is in eval mode meanwhile.
         postprocess: maps (outputs, B x 2 original image sizes (h, w)) to scores, labels and boxes xyxy.
-        loader: yields (inputs, targets); inputs are images or what else `predict` takes, on any device.
+        loader: yields (inputs, targets); inputs are tensors on any device, or what else `predict` takes, on `device`.
         ground_truth: annotations; only those of the evaluated images count.
         criterion: if given, its losses are averaged too.
         backend: evaluator of `coco_stats`; None for its default.

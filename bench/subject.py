@@ -206,10 +206,10 @@ def uniform_widths(model: nn.Module, fraction: float) -> Widths:
 
     def at(share: float) -> tuple[float, Widths]:
         widths = model.widths
-        for name, width in model.widths.items():
+        for name in per_channel:
             unit = model.nheads if not name.endswith("ffn") else 8
-            widths = widths.replace(name, max(unit, round(share * width / unit) * unit))
-        gone = sum(per_channel[name] * (model.widths.of(name) - width) for name, width in widths.items())
+            widths = widths.replace(name, max(unit, round(share * model.widths.of(name) / unit) * unit))
+        gone = sum(cost * (model.widths.of(name) - widths.of(name)) for name, cost in per_channel.items())
         return abs(gone / total - fraction), widths
 
     return min((at(share / 500) for share in range(1, 500)), key=lambda pair: pair[0])[1]

@@ -52,11 +52,6 @@ class GroundTruth:
         """Return the number of boxes by category id, without crowds."""
         return Counter(self.category_of[~self.are_crowds].tolist())
 
-    @property
-    def has_boxes(self) -> bool:
-        """Whether there are boxes other than crowds, so that AP can be measured."""
-        return not self.are_crowds.all()
-
     def categories_in(self, image_ids: np.ndarray) -> np.ndarray:
         """Return the sorted ids of the categories with a box in the given images."""
         return np.unique(self.category_of[np.isin(self.image_of, image_ids)])

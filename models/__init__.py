@@ -11,7 +11,7 @@ from models.denoising import DenoisingSettings
 from models.detector import Detector
 from models.matcher import HungarianMatcher
 from models.post_process import PostProcess
-from util.errors import UserError
+from util.errors import UserError, shorten
 
 MODELS: dict[str, Callable[[DetectorConfig, Backbone, DenoisingSettings | None], Detector]] = {
     "dn_dab_detr": dn_dab_detr.build,
@@ -35,7 +35,7 @@ def build_model(args: Namespace) -> tuple[Detector, Criterion, dict[str, PostPro
         TrainedDetectorConfig.from_values(values),
         LossConfig.from_values(values),
         DenoisingConfig.from_values(values),
-        freeze_backbone=args.lr_backbone == 0,
+        freeze_backbone=getattr(args, "lr_backbone", None) == 0,
     )
 
 
@@ -51,6 +51,8 @@ def build(
     Raises:
         UserError: where options do not fit together.
     """
+    if type(config.num_classes) is not int or config.num_classes < 1:
+        raise UserError(f"num_classes: found {shorten(config.num_classes)}, expected the largest category id + 1")
     for divisor in (config.nheads, 4):
         if config.hidden_dim % divisor:
             raise UserError(f"--hidden_dim: found {config.hidden_dim}, expected a multiple of {divisor}")

@@ -116,7 +116,9 @@ def read_search(path: Path) -> SearchFacts:
             for decision in decisions:
                 after = after.replace(decision.module, decision.width) if decision.accepted else after
         size = (end or {}).get("image_size_hw") or image_size_of(folder.data, folder.search.split)
-        taken = [trial for trial in trials if trial.widths == dict(after.items())] if end else []
+        taken = []
+        if end is not None:  # a trial lists the modules that its search may cut
+            taken = [t for t in trials if all(after.of(name) == width for name, width in t.widths.items())]
         return SearchFacts(
             folder, start, end, decisions, trials, taken[-1] if taken else None,
             (end or {}).get("images") or _count_images(folder), size and tuple(size), before, after,

@@ -43,6 +43,8 @@ def settle_training(
     if checkpoint is not None:
         options = take_from_checkpoint(options, typed, checkpoint, continuing=continuing)
         options = options.with_values({"resume": str(checkpoint.path), "pretrained_backbone": False})
+    elif options.detector.cfgs is not None:
+        options = options.with_values({"cfgs": options.detector.widths})  # drops the list of a backbone that is whole
     refuse_unread_by_network(options.detector, typed)
     refuse_unread_by_training(options, typed)
     splits = ["val2017"] if run.eval else ["val2017", "train2017"]

@@ -141,8 +141,10 @@ def _expected(field: dataclasses.Field, value: Any) -> str | None:
         return None if isinstance(value, bool) else "True or False"
     kind = about.get("type", str)
     if kind in (str, os.path.expanduser):
-        texts = value if "nargs" in about and isinstance(value, list | tuple) else [value]
-        return None if all(isinstance(text, str) for text in texts) else "text"
+        if about.get("nargs") not in (None, "?"):
+            is_list = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+            return None if is_list else "a list of texts"
+        return None if isinstance(value, str) else "text"
     try:
         return None if kind(str(value)) == value else f"a {kind.__name__}"
     except argparse.ArgumentTypeError as error:

@@ -11,6 +11,7 @@ from models.denoising import DenoisingSettings, add_noise, noised_queries, query
 from models.padding import resize_padding
 from models.state import DenoisingQueries, DetectorState
 from models.widths import Widths
+from tests.pruning.tiny import tiny_args
 from util.errors import UserError
 
 TINY = (
@@ -284,3 +285,13 @@ def test_padding_is_resized_to_the_nearest_as_pytorch_does():
         size = (-(-height // stride), -(-width // stride))
         expected = torch.nn.functional.interpolate(padding[None].float(), size=size)[0].bool()
         assert torch.equal(resize_padding(padding, size), expected)
+
+
+@pytest.mark.parametrize("num_classes", [None, 0, -4, "x", True])
+def test_a_detector_is_built_for_a_number_of_classes(num_classes):
+    args = tiny_args()
+    args.num_classes = num_classes
+    if num_classes is None:
+        del args.num_classes
+    with pytest.raises(UserError, match=r"num_classes: found .*, expected the largest category id"):
+        build_model(args)

@@ -23,6 +23,7 @@ from pruning.schedule import MGP, Schedule
 from reports import report
 from reports.__main__ import main as report_main
 from reports.samples import Samples
+from reports.search_page import read_search
 from runs.search_command import get_pruning_parser, search
 from tests.tiny_run import built, options, settled, write_self_annotated
 from util.cli import parse
@@ -187,6 +188,16 @@ def test_an_older_searchs_folder_gives_the_same_figures(searched, tmp_path):
     todays = today.text.replace(f", by {evaluator_name()}", "")  # an older run did not record it
     assert todays != today.text and page.text[: page.text.index("Go on")] == todays[: todays.index("Go on")]
     assert f"--cfgs '{result.widths}'" in page.text
+
+
+def test_the_trial_taken_is_known_where_the_backbone_was_cut_before(searched, tmp_path):
+    folder, _ = searched
+    lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
+    lines[0]["full_widths"].append([[60, 64]])
+    lines[-1]["widths"].append([[60, 64]])
+    (tmp_path / "search.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    taken, expected = read_search(tmp_path).best, read_search(folder).best
+    assert expected is not None and taken is not None and taken.widths == expected.widths
 
 
 def test_an_interrupted_search_is_reported_and_goes_on_under_another_command(root, tmp_path):

@@ -10,7 +10,7 @@ from models.config import refuse_unread_by_network
 from pruning.schedule import GP, MGP
 from runs.config import TrainingOptions
 from runs.search_command import get_pruning_parser
-from runs.settle import OF_TRAINING, refuse_unread_by_start, refuse_unread_by_training
+from runs.settle import OF_TRAINING, refuse_unread_by_start, refuse_unread_by_training, settle_training
 from tests.tiny_run import options, tiny_options, write_self_annotated
 from tools.cost import get_parser as get_cost_parser
 from util.cli import parse, script_parser
@@ -101,6 +101,18 @@ def test_options_that_are_read_are_taken(words):
 def test_a_script_has_the_options_that_it_reads(parser, words):
     with pytest.raises(UserError, match=f"unrecognized arguments: {words}; see --help"):
         parse(parser(), ["photos", *words.split()] if parser().usage else words.split())
+
+
+def test_a_whole_backbone_among_the_typed_widths_is_left_out(coco):
+    backbone = "--backbone resnet18 --no-pretrained_backbone --enc_layers 1 --dec_layers 1 --hidden_dim 32 --nheads 4"
+    for blocks, stored in (
+        ("[[64,64],[128,128],[256,256],[512,512]]", 2),
+        ("[[64,9],[128,128],[256,256],[512,512]]", 3),
+    ):
+        words = f"{backbone} --coco_path {coco} --cfgs [[[32,2048]],[[32,32,2048]],{blocks}]"
+        args, typed = parse(script_parser("a test", parents=[get_args_parser()]), words.split())
+        found = settle_training(TrainingOptions.from_values(vars(args)), typed)[0].detector.cfgs
+        assert len(found.to_list()) == stored
 
 
 def test_what_the_checkpoint_says_decides(coco, tmp_path):

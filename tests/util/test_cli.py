@@ -47,7 +47,8 @@ def test_defaults_of_a_script_stand_in_its_help_and_its_values():
         (LossConfig, "focal_alpha", "0.5", "a number"),
         (DataConfig, "coco_path", None, "text"),
         (DataConfig, "val_json", 5, "text"),
-        (MainConfig, "finetune_ignore", ["a", 5], "text"),
+        (MainConfig, "finetune_ignore", ["a", 5], "a list of texts"),
+        (MainConfig, "finetune_ignore", "class_embed", "a list of texts"),
         (MainConfig, "amp", "fp8", "one of off, "),
     ],
 )
