@@ -249,5 +249,5 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(root, tmp_path, mistak
 
 def test_several_processes_are_refused(root, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="runs in one process"):
+    with pytest.raises(UserError, match="found several processes"):
         detect(tmp_path / "out", root / "val2017", "--resume", root / "dense.pth")
