@@ -100,9 +100,9 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     options = ExportOptions.from_values(vars(args))
     asked, run = options.export, options.run
     if not asked.detections:
-        refuse(["num_select"], typed, "found no --detections, which needs it")
+        refuse(["num_select"], typed, "found no --detections, without which it is not used")
     if "onnx" not in asked.format:
-        refuse(["opset"], typed, f"found --format {' '.join(asked.format)}, expected onnx, which needs it")
+        refuse(["opset"], typed, f"found --format {' '.join(asked.format)}, expected onnx, which alone uses it")
     if not run.resume:
         raise UserError("--resume: found none, expected the checkpoint of the detector to export")
     require_packages(asked.format)
@@ -137,7 +137,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     get_logger().info("%s", results_table(results))
     failed = [str(result.path) for result in results if not result.passed]
     if failed:
-        sys.exit(f"error: {', '.join(failed)}: found a difference above {TOLERANCE:g}, so it was not written")
+        sys.exit(f"error: {', '.join(failed)}: found a difference above {TOLERANCE:g}; not written")
     return results
 
 
