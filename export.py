@@ -1,14 +1,14 @@
-"""Export a detector as ONNX and as a torch.export program, and check them against it in the same run.
+"""Export a detector to ONNX and torch.export, and check both files against the detector.
 
     python export.py --resume CKPT --output_dir out
     python export.py --resume out/pruned.pth --output_dir out --format onnx --detections --image_size_hw 480 640
 
-The files are OUT/NAME.onnx and OUT/NAME.pt2, with the name of the checkpoint. Inputs: `images` B x 3 x H x W (float32,
-RGB in [0, 1], normalised by the mean and std in the metadata) and `mask` B x H x W (bool, True on padding; --no-mask
-leaves it out, which is faster where no image is padded). Outputs: `pred_logits` B x Q x C (one sigmoid for each class)
-and `pred_boxes` B x Q x 4 (centre x, centre y, width, height, in [0, 1] of the image without its padding). Batch,
-height and width may be any. Images of one size give the boxes of `main.py` and `inference.py`; padded ones give
-slightly other boxes, because the convolutions see the padding.
+The files are OUT/NAME.onnx and OUT/NAME.pt2, named after the checkpoint. Inputs: `images` B x 3 x H x W (float32, RGB
+in [0, 1], normalised by the mean and std in the metadata) and `mask` B x H x W (bool, True on padding; --no-mask omits
+it, which is faster if no image is padded). Outputs: `pred_logits` B x Q x C (one sigmoid per class) and `pred_boxes`
+B x Q x 4 (centre x, centre y, width, height, in [0, 1] of the unpadded image). Batch, height and width are dynamic.
+Images of one size give the boxes of `main.py` and `inference.py`; the boxes of padded images differ slightly, because
+the convolutions see the padding.
 """
 
 import argparse
@@ -48,20 +48,20 @@ from weights.huggingface import INDEX_SUFFIX
 
 @dataclass(frozen=True)
 class ExportConfig(Config):
-    """What is written, and what it is checked on."""
+    """Options of an export and its check."""
 
     format: Sequence[str] = FORMATS
     image_size_hw: Sequence[Sequence[int]] | None = None
-    opset: int = option(LEAST_OPSET, type=whole(LEAST_OPSET, at_most=GREATEST_OPSET), help="operator set of ONNX, up "
+    opset: int = option(LEAST_OPSET, type=whole(LEAST_OPSET, at_most=GREATEST_OPSET), help="ONNX opset, up "
         f"to {GREATEST_OPSET}")  # fmt: skip
-    mask: bool = option(True, "take the mask of padded images as the second input")
-    detections: bool = option(False, help="also give the best --num_select pairs of query and class of each image, "
+    mask: bool = option(True, "add the padding mask as a second input")
+    detections: bool = option(False, help="also output the --num_select best pairs of query and class per image, "
         "best first: scores, labels (category ids) and boxes (x0, y0, x1, y1 in [0, 1] of the image)")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ExportOptions(Config):
-    """All that main reads; the image size comes out of the checkpoint."""
+    """All options of export.py; the image size comes from the checkpoint."""
 
     run: FolderConfig = group(FolderConfig)
     detector: DetectorConfig = group(DetectorConfig)
@@ -70,39 +70,39 @@ class ExportOptions(Config):
 
 
 def get_export_parser() -> argparse.ArgumentParser:
-    """The options of `main.py` that say which network a checkpoint is of, and those of an export."""
+    """Return the parser: options of an export, and those of `main.py` that describe a checkpoint's network."""
     parser = script_parser(__doc__)
     add_options(parser.add_argument_group("run"), FolderConfig)
     add_options(parser.add_argument_group(NETWORK_TITLE), DetectorConfig)
     group = parser.add_argument_group("export")
-    group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="what to write")
+    group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="formats to write")
     group.add_argument(
         "--image_size_hw",
         type=whole(1, at_most=GREATEST_SIDE),
         nargs=2,
         action="append",
         metavar=("HEIGHT", "WIDTH"),
-        help="pixels of the images that the files are checked on, as often as wanted; by default the checkpoint's "
-        f"image size by 4/3 of it, and 3/4 of it square; sides up to {GREATEST_SIDE}",
+        help="image size in pixels for the check, repeatable; by default the checkpoint's image size by 4/3 of it, "
+        f"and 3/4 of it square; sides up to {GREATEST_SIDE}",
     )
     add_options(group, ExportConfig)
     return parser
 
 
 def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportResult]:
-    """Export as the options of `get_export_parser` say; print the table of files and differences.
+    """Export with the options of `get_export_parser`; print a table of files and differences.
 
     Raises:
-        UserError: options or checkpoint that do not fit together, or a package that is missing.
-        SystemExit: with code 1, if a file computes something else than the detector; it does not stay.
+        UserError: options and checkpoint do not agree, or a package is missing.
+        SystemExit: with code 1, if the outputs of a file differ from the detector's; the file is removed.
     """
     torch.set_flush_denormal(True)
     options = ExportOptions.from_values(vars(args))
     asked, run = options.export, options.run
     if not asked.detections:
-        refuse(["num_select"], typed, "found no --detections, which alone read it")
+        refuse(["num_select"], typed, "found no --detections, without which it is not used")
     if "onnx" not in asked.format:
-        refuse(["opset"], typed, f"found --format {' '.join(asked.format)}, expected onnx, which alone reads it")
+        refuse(["opset"], typed, f"found --format {' '.join(asked.format)}, expected onnx, which alone uses it")
     if not run.resume:
         raise UserError("--resume: found none, expected the checkpoint of the detector to export")
     require_packages(asked.format)
@@ -137,7 +137,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     get_logger().info("%s", results_table(results))
     failed = [str(result.path) for result in results if not result.passed]
     if failed:
-        sys.exit(f"error: {', '.join(failed)}: found a difference above {TOLERANCE:g}, and wrote no such file")
+        sys.exit(f"error: {', '.join(failed)}: found a difference above {TOLERANCE:g}; not written")
     return results
 
 
@@ -157,7 +157,7 @@ def metadata_of(options: ExportOptions, model: torch.nn.Module, checkpoint: Chec
 
 
 def results_table(results: list[ExportResult]) -> str:
-    """A row for each file; the columns behind its opset are greatest absolute differences of any output."""
+    """Return a table with a row per file: its opset, then the greatest absolute differences of any output."""
     cases = results[0].cases
     header = ["file", "MB", "opset", *(f"{c.batch_size} x {c.size_hw[0]} x {c.size_hw[1]}" for c in cases), ""]
     rows = [
@@ -171,7 +171,7 @@ def results_table(results: list[ExportResult]) -> str:
         for result in results
     ]
     return (
-        f"{table(header, rows)}\ngreatest difference from PyTorch, by images x height x width; {TOLERANCE:g} is allowed"
+        f"{table(header, rows)}\ngreatest difference from PyTorch for images x height x width; tolerance {TOLERANCE:g}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Detect objects in images: pictures with boxes, names and scores, and COCO results, of one detector or of two.
+"""Detect objects with one detector or two; write pictures with boxes, names and scores, and COCO results.
 
 python inference.py photos/ more/*.jpg --resume CKPT --output_dir out
 python inference.py "photos/**/*.png" --resume CKPT --names COCODIR/annotations/instances_val2017.json
@@ -24,7 +24,7 @@ from util.logging import log_to_file, stop_logging_to_file
 
 
 def get_inference_parser() -> argparse.ArgumentParser:
-    """What to look at and how, and those options of `main.py` that say which network a checkpoint is of."""
+    """Return the parser: options of inference, and those of `main.py` that describe a checkpoint's network."""
     usage = "%(prog)s IMAGES [IMAGES ...] (--resume FILE | --compare DENSE SLIM) [options]"
     parser = script_parser(__doc__, usage=usage)
     add_options(parser.add_argument_group("run"), DeviceConfig)
@@ -32,16 +32,16 @@ def get_inference_parser() -> argparse.ArgumentParser:
     add_options(parser.add_argument_group(NETWORK_TITLE), DetectorConfig)
     group = parser.add_argument_group("images and pictures")
     group.add_argument("inputs", type=os.path.expanduser, nargs="+", metavar="IMAGES",
-                       help="images, folders of images, or globs in quotes (** reaches deeper)")  # fmt: skip
+                       help="images, folders of images, or quoted globs (** includes subfolders)")  # fmt: skip
     add_options(group, PredictionConfig)
     return parser
 
 
 def main(args: argparse.Namespace, typed: Collection[str] = ()) -> None:
-    """Detect and draw as the options of `get_inference_parser` say; files go to `args.output_dir`.
+    """Run inference with the options of `get_inference_parser`; write the files to `args.output_dir`.
 
     Raises:
-        UserError: a mistake in the options, before anything is written; or no image can be read.
+        UserError: an option is wrong, raised before anything is written; or no image can be read.
     """
     torch.set_flush_denormal(True)
     run, options = DeviceConfig.from_values(vars(args)), PredictionOptions.from_values(vars(args))
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> None:
     if compare is not None and options.detector.cfgs is not None:
         raise UserError("--cfgs: found --compare as well, where each checkpoint has its own widths")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("inference.py runs in one process, found torchrun with more; expected python inference.py")
+        raise UserError("inference.py: found several processes of torchrun, expected one: python inference.py")
     device = distributed.choose_device(run.device)
     prediction = Prediction(options, typed, run.resume, device, check_output_dir(run.output_dir))
     with hold_folder(prediction.output_dir):

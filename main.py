@@ -32,7 +32,7 @@ from weights.formats import Checkpoint
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All options of main.py, without --help."""
+    """Return a parser with the options of main.py, without --help."""
     parser = argparse.ArgumentParser("DN-DETR", add_help=False, allow_abbrev=False)
     add_options(parser.add_argument_group("run"), MainConfig)
     add_options(parser.add_argument_group("data"), DataConfig)
@@ -47,14 +47,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, float]:
-    """Train or evaluate as the options say; returns the COCO figures on val2017, each in [0, 1].
+    """Train or evaluate; return the COCO metrics on val2017, each in [0, 1].
 
     Args:
         args: options of `get_args_parser`.
-        typed: names of the options that were typed; they must agree with the checkpoint, the others come out of it.
+        typed: names of the typed options, which must agree with the checkpoint; it sets the others.
 
     Raises:
-        UserError: before anything is written.
+        UserError: options, checkpoint or data are wrong; raised before anything is written.
     """
     torch.set_flush_denormal(True)
     options = TrainingOptions.from_values(vars(args))
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
         run = Run(options, detector, device, output_dir)
         if not evaluating:
             run.prepare_training(checkpoint if continuing else None)
-        # From here on the inputs are known to be good, and files are written.
+        # The inputs are valid; files are written from here on.
         handler = log_to_file(output_dir / "run.log", run.notices)
         _log_start(run, checkpoint, new_parts)
         return run.evaluate_only() if evaluating else run.train()
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
 
 
 def _log_start(run: Run, checkpoint: Checkpoint | None, new_parts: NewParts | None) -> None:
-    """Log what the checkpoint is, and before fine-tuning the output of a search its AP."""
+    """Log facts about the checkpoint and, before fine-tuning a search's output, its AP."""
     if checkpoint is not None and checkpoint.remark:
         run.log.info("%s", checkpoint.remark)
     if new_parts is not None:
@@ -102,7 +102,7 @@ def _log_start(run: Run, checkpoint: Checkpoint | None, new_parts: NewParts | No
         return
     run.log.info("widths found by the search: --cfgs '%s'", run.options.detector.cfgs or checkpoint.widths)
     if checkpoint.trace and checkpoint.trace[-1].get("unfinished"):
-        run.log.warning("%s: its search was cut short; the modules it had left are whole", checkpoint.path)
+        run.log.warning("%s: its search was interrupted; the remaining modules are unpruned", checkpoint.path)
     if not run.options.run.eval:
         ap = shown(run.evaluate(run.model).stats["AP"])
         ap = ap if isinstance(ap, str) else f"{ap:.4f}"

@@ -1,4 +1,4 @@
-"""Greedy pruning (GP): prune all modules to one mAP; with --search visit or paper in network order, to falling targets.
+"""Greedy pruning (GP): prune all modules to one mAP; --search visit and paper follow network order and falling targets.
 
 python prune_greedy.py -m dn_dab_detr --output_dir out --coco_path COCODIR --resume CKPT --batch_size 8 --use_dn
 python prune_greedy.py --output_dir out --coco_path COCODIR --resume CKPT --keep 0.5 --cost macs

@@ -1,4 +1,4 @@
-"""Modular greedy pruning (MGP): as GP with another tolerance; with --search visit or paper attentions first, then FFNs.
+"""Modular greedy pruning (MGP): GP with another tolerance; --search visit and paper prune attentions first, then FFNs.
 
 python prune_greedy_ad.py -m dn_dab_detr --output_dir out --coco_path COCODIR --resume CKPT --batch_size 8 --use_dn
 torchrun --nproc_per_node 8 prune_greedy_ad.py --output_dir out --coco_path COCODIR --resume CKPT --batch_size 8

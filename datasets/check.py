@@ -30,9 +30,9 @@ from util.logging import table
 
 SHOWN_EXAMPLES = 3
 KEPT_EXAMPLES = 20  # in the JSON
-SLACK = 0.01  # pixels that a box may cross its image's edge by rounding
+SLACK = 0.01  # pixels by which rounding may move a box across its image's edge
 STOPS = "stops"
-# What a training run does about each kind of finding.
+# What a training run does for each kind of finding.
 KINDS = {
     "malformed entries": STOPS,
     "no images": STOPS,
@@ -68,7 +68,7 @@ KINDS = {
 
 @dataclass
 class Finding:
-    """A kind of finding, how often it occurs, and the first examples."""
+    """A kind of finding, its count, and the first examples."""
 
     kind: str
     total: int = 0
@@ -265,7 +265,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_workers", type=whole(0), default=workers, help="processes that read images, 0 for none")
     parser.add_argument("--image_size", type=whole(32), default=800, help="short side in a run, in pixels")
     parser.add_argument(
-        "--json", type=os.path.expanduser, metavar="FILE", default=None, help="write the findings there, too"
+        "--json", type=os.path.expanduser, metavar="FILE", default=None, help="also write the findings there"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Where the data are and how they are read, as options."""
+"""Options for the location and reading of data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _path(metavar: str, help: str, default: str | None = None) -> str | None:
 
 @dataclass(frozen=True)
 class SplitConfig(Config):
-    """What takes the place of parts of the COCO layout; `datasets.coco.split_of` reads them."""
+    """Paths that replace parts of the COCO layout; see `datasets.coco.split_of`."""
 
     train_json: str | None = _path("FILE", "COCO annotations in place of annotations/instances_train2017.json")
     train_images: str | None = _path("FOLDER", "images in place of those in train2017")
@@ -25,17 +25,17 @@ class SplitConfig(Config):
 
 @dataclass(frozen=True)
 class LoaderConfig(Config):
-    """How images are read."""
+    """Options for reading images."""
 
-    batch_size: int = option(2, "images in a batch of one process", type=whole(1))
+    batch_size: int = option(2, "images per batch in each process", type=whole(1))
     num_workers: int = option(2, "processes that read images, 0 for none", type=whole(0), stored="run")
-    image_size: int = option(800, type=whole(32, at_most=16384), stored="preferred", help="short side at evaluation, "
+    image_size: int = option(800, type=whole(32, at_most=16384), stored="preferred", help="short side in evaluation, "
         "in pixels")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DataConfig(LoaderConfig, SplitConfig):
-    """A data set and how it is read."""
+    """A data set and options for reading it."""
 
     coco_path: str = option("data/coco", type=os.path.expanduser, metavar="FOLDER", stored="run", help="a data set in "
         "COCO layout")  # fmt: skip

@@ -17,15 +17,15 @@ MODELS: dict[str, Callable[[DetectorConfig, Backbone, DenoisingSettings | None],
     "dn_dab_detr": dn_dab_detr.build,
     "dn_dab_deformable_detr": dn_dab_deformable_detr.build,
 }
-# For the log; the deformable variant's releases never had them.
+# For the log; releases of the deformable variant never had them.
 LOGS_BOX_PARTS = ("dn_dab_detr",)
 
 
 def build_model(args: Namespace) -> tuple[Detector, Criterion, dict[str, PostProcess]]:
-    """Model, criterion and postprocessors for the arguments of `main.get_args_parser`.
+    """Build model, criterion and postprocessors for the arguments of `main.get_args_parser`.
 
-    `args.num_classes` is set from the annotations or the checkpoint. `args.cfgs` is None for a dense detector, or its
-    widths as a `Widths` or as anything that `Widths.parse` takes, such as a nested list.
+    `args.num_classes` is set from the annotations or the checkpoint. `args.cfgs` is None for a dense detector, or
+    anything that `Widths.parse` accepts, such as `Widths` or a nested list.
 
     Raises:
         UserError: where options do not fit together.
@@ -46,7 +46,7 @@ def build(
     *,
     freeze_backbone: bool = False,
 ) -> tuple[Detector, Criterion, dict[str, PostProcess]]:
-    """Model, criterion and postprocessors; without `denoising` the model takes no denoising queries.
+    """Build model, criterion and postprocessors; without `denoising` the model has no denoising queries.
 
     Raises:
         UserError: where options do not fit together.

@@ -1,4 +1,4 @@
-"""The ResNet in front of the transformer, from torchvision."""
+"""Backbone of the detectors, a ResNet from torchvision."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from util.errors import UserError, reason_of
 
 NORM_LAYERS = {"FrozenBatchNorm2d": FrozenBatchNorm2d, "BatchNorm2d": nn.BatchNorm2d}
 FROZEN_STAGES = ("conv1", "bn1", "layer1")
-STEM_STRIDE = 4  # of the first convolution and the pooling behind it
+STEM_STRIDE = 4  # of the first convolution and the pooling after it
 
 
 class Backbone(nn.Module):
     """A torchvision ResNet up to `return_layer`.
 
     With frozen batch norm (fine-tuning) the stem and layer1 are frozen too, as in DETR; with trainable batch norm
-    (training from scratch) everything trains. `frozen` freezes all of it: no gradients, and the statistics of its batch
-    norms do not move either.
+    (training from scratch) everything trains. `frozen` freezes everything, including batch norm statistics.
 
     Args:
         name: torchvision's model name, such as `resnet50`.
         return_layer: the stage whose output the transformer reads, `layer3` (stride 16) or `layer4` (stride 32).
-        dilation: give layer4 stride 1 and dilated 3x3 convolutions, so that it stays at stride 16.
+        dilation: give layer4 stride 1 and dilated 3x3 convolutions, so that its output has stride 16.
         batch_norm_type: key of `NORM_LAYERS`.
         pretrained: load torchvision's ImageNet weights.
         frozen: train nothing.
-        widths: inner channels of each residual block, stage by stage; None leaves all blocks whole.
+        widths: inner channels of each residual block, stage by stage; None for unpruned blocks.
 
     Attributes:
-        channels: of the output of each stage, such as `layer2`, in order.
-        strides: pixels from one row or column of that output to the next.
+        channels: output channels of each stage, such as `layer2`, in order.
+        strides: stride of each stage's output in pixels.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Backbone(nn.Module):
         if pretrained and widths is not None:
             raise UserError(
                 "--pretrained_backbone: found --cfgs that cut the backbone, expected a --resume checkpoint or "
-                "--no-pretrained_backbone, as ImageNet weights are those of a whole one"
+                "--no-pretrained_backbone, as ImageNet weights are for an unpruned one"
             )
         try:
             resnet = torchvision.models.get_model(
@@ -101,14 +100,14 @@ class Backbone(nn.Module):
         return {name: block for name, block in self.body.named_modules() if isinstance(block, ResidualBlock)}
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Parameters that train unless the whole backbone is frozen.
+        """Return the parameters that train unless the whole backbone is frozen.
 
-        An optimizer has them in any case, so that a run can be resumed with the backbone frozen or no longer frozen.
+        The optimizer always has them, so that a run can be resumed with the backbone frozen or no longer frozen.
         """
         return [parameter for stage in self._trained_stages for parameter in self.body[stage].parameters()]
 
     def train(self, mode: bool = True) -> Backbone:
-        """Training or eval mode; a frozen backbone stays in eval mode, so that its statistics do not move."""
+        """Set training or eval mode; a frozen backbone stays in eval mode, so that its statistics do not change."""
         return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor, stages: Sequence[str]) -> list[Tensor]:
@@ -130,7 +129,7 @@ def _output_channels(stage: nn.Module) -> int:
 
 
 def _stride(stage: nn.Module) -> int:
-    """The greatest stride of any of its convolutions; a stage strides once."""
+    """Return the greatest stride of a stage's convolutions; a stage strides once."""
     return max(m.stride[0] for m in stage.modules() if isinstance(m, nn.Conv2d))
 
 

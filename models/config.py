@@ -1,4 +1,4 @@
-"""What a detector is and how it is trained, as options."""
+"""Options of a detector, its losses and its denoising queries."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from util.cli import Config, option, real, refuse, whole
 
 MODEL_NAMES = ("dn_dab_detr", "dn_dab_deformable_detr")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-NETWORK_TITLE = "network; it comes out of a checkpoint of this program"
-# Fixed by the other variant.
+NETWORK_TITLE = "network; set by a checkpoint of this program"
+# Options that are fixed in the other variant.
 OF_DEFORMABLE = ("num_feature_levels", "enc_n_points", "dec_n_points")
 OF_DENSE = ("pe_temperatureH", "pe_temperatureW")
 
 
 @dataclass(frozen=True)
 class NetworkConfig(Config):
-    """What decides the shapes of the network, its parameters and its operations; `cfgs` None means dense widths."""
+    """Shapes, parameters and operations of the network; `cfgs` None means dense widths."""
 
     modelname: str = option("dn_dab_detr", "variant", short="-m", choices=MODEL_NAMES, stored="network")
     cfgs: Widths | None = option(None, nargs="+", read=Widths.parse, stored="run", help="widths [[[attention, ffn], "
-        "...], [[self, cross, ffn], ...]] or a file")  # fmt: skip
+        "...], [[self, cross, ffn], ...]] or a file; third list, [[block, ...], ...]: backbone stages")  # fmt: skip
     enc_layers: int = option(6, "encoder layers", type=whole(1), stored="network")
     dec_layers: int = option(6, "decoder layers", type=whole(1), stored="network")
     dim_feedforward: int = option(2048, "hidden channels of an FFN before pruning", type=whole(1), stored="network")
@@ -33,13 +33,13 @@ class NetworkConfig(Config):
     nheads: int = option(8, "attention heads", type=whole(1), stored="network")
     num_queries: int = option(300, "matching queries", type=whole(1), stored="network")
     num_patterns: int = option(0, "patterns for each anchor, 0 for none", type=whole(0), stored="network")
-    num_feature_levels: int = option(4, type=whole(1, at_most=12), stored="network", help="levels of the features, "
+    num_feature_levels: int = option(4, type=whole(1, at_most=12), stored="network", help="feature levels, "
         "deformable variant")  # fmt: skip
-    enc_n_points: int = option(4, "points read on each level, deformable encoder", type=whole(1), stored="network")
-    dec_n_points: int = option(4, "points read on each level, deformable decoder", type=whole(1), stored="network")
-    transformer_activation: str = option("prelu", "of the FFNs", choices=("prelu", "relu"), stored="network")
+    enc_n_points: int = option(4, "sampling points per level, deformable encoder", type=whole(1), stored="network")
+    dec_n_points: int = option(4, "sampling points per level, deformable decoder", type=whole(1), stored="network")
+    transformer_activation: str = option("prelu", "activation of the FFNs", choices=("prelu", "relu"), stored="network")
     backbone: str = option("resnet50", "ResNet of torchvision", choices=BACKBONES, stored="network")
-    dilation: bool = option(False, "dilate layer4 in place of its stride", stored="network")
+    dilation: bool = option(False, "dilate layer4 instead of striding", stored="network")
     return_layer: str = option("layer4", choices=("layer3", "layer4"), stored="network", help="stage that feeds the "
         "transformer")  # fmt: skip
     batch_norm_type: str = option("FrozenBatchNorm2d", choices=("FrozenBatchNorm2d", "BatchNorm2d"),
@@ -47,7 +47,7 @@ class NetworkConfig(Config):
 
     @property
     def matching_queries(self) -> int:
-        """Queries that are matched to the objects of an image."""
+        """Number of queries that are matched to objects."""
         return self.num_queries * max(1, self.num_patterns)
 
     @property
@@ -77,23 +77,22 @@ class NetworkConfig(Config):
 
 @dataclass(frozen=True)
 class DetectorConfig(NetworkConfig):
-    """All that a detector computes.
+    """Options that affect a detector's outputs.
 
     Attributes:
-        dropout, pretrained_backbone: main.py alone has options for these, see `TrainedDetectorConfig`.
+        dropout, pretrained_backbone: options only of main.py, see `TrainedDetectorConfig`.
         num_classes: largest category id + 1, from the annotations or the checkpoint; 0 until it is known.
-        categories: their names by id, where they are known.
+        categories: their names by id, if known.
     """
 
-    pe_temperatureH: float = option(20, "temperature of the position's sine, height", type=real(1e-6), stored="network")
-    pe_temperatureW: float = option(20, "temperature of the position's sine, width", type=real(1e-6), stored="network")
-    anchor_eps: float = option(ANCHOR_EPS, type=real(1e-12, 0.5), stored="network", help="least coordinate of an "
-        "anchor, and least distance from 1, whose logit is taken; transformers' DAB-DETR has 1e-5, which comes with "
-        "its weights")  # fmt: skip
-    padding_rule: str = option("exact", choices=PADDING_RULES, stored="preferred", help="of images of different sizes "
+    pe_temperatureH: float = option(20, "temperature of the sine encoding, height", type=real(1e-6), stored="network")
+    pe_temperatureW: float = option(20, "temperature of the sine encoding, width", type=real(1e-6), stored="network")
+    anchor_eps: float = option(ANCHOR_EPS, type=real(1e-12, 0.5), stored="network", help="lower limit in logits of an "
+        "anchor's coordinate and its distance from 1; transformers' DAB-DETR has 1e-5, set by its weights")  # fmt: skip
+    padding_rule: str = option("exact", choices=PADDING_RULES, stored="preferred", help="for images of different sizes "
         "in a batch. exact: an image gets the same boxes alone and in any batch; reference: pad as DN-DETR's code "
         "does, where boxes depend on the batch")  # fmt: skip
-    num_select: int = option(300, "detections kept for an image", type=whole(1), stored="preferred")
+    num_select: int = option(300, "detections per image", type=whole(1), stored="preferred")
     dropout: float = 0.0
     pretrained_backbone: bool = False
     num_classes: int = 0
@@ -102,28 +101,28 @@ class DetectorConfig(NetworkConfig):
 
 @dataclass(frozen=True)
 class TrainedDetectorConfig(DetectorConfig):
-    """A detector to train: what only training does in the network, and weights without a checkpoint."""
+    """A detector to train: dropout, and initial weights without a checkpoint."""
 
-    dropout: float = option(0.0, "fraction dropped in the transformer", type=real(0, 1))
+    dropout: float = option(0.0, "dropout in the transformer", type=real(0, 1))
     pretrained_backbone: bool = option(True, "ImageNet weights; not used with --resume")
 
 
 @dataclass(frozen=True)
 class LossConfig(Config):
-    """The matching and the losses."""
+    """Options of matching and losses."""
 
-    set_cost_class: float = option(2, "weight of the class in the matching", type=real(0))
-    set_cost_bbox: float = option(5, "weight of the L1 distance in the matching", type=real(0))
-    set_cost_giou: float = option(2, "weight of the GIoU in the matching", type=real(0))
+    set_cost_class: float = option(2, "weight of the class cost in the matching", type=real(0))
+    set_cost_bbox: float = option(5, "weight of the L1 cost in the matching", type=real(0))
+    set_cost_giou: float = option(2, "weight of the GIoU cost in the matching", type=real(0))
     cls_loss_coef: float = option(1, "weight of the focal loss", type=real(0))
     bbox_loss_coef: float = option(5, "weight of the L1 loss", type=real(0))
     giou_loss_coef: float = option(2, "weight of the GIoU loss", type=real(0))
-    focal_alpha: float = option(0.25, "focal weight of the positives", type=real(0, at_most=1))
+    focal_alpha: float = option(0.25, "alpha of the focal loss, the weight of positives", type=real(0, at_most=1))
 
 
 @dataclass(frozen=True)
 class NoiseConfig(Config):
-    """How targets become denoising queries."""
+    """Options of the noise that turns targets into denoising queries."""
 
     scalar: int = option(5, "denoising groups, copies of every target", type=whole(1))
     label_noise_scale: float = option(0.2, "probability that a label flips", type=real(0, at_most=1))
@@ -132,13 +131,13 @@ class NoiseConfig(Config):
 
 @dataclass(frozen=True)
 class DenoisingConfig(NoiseConfig):
-    """Whether there are denoising queries, and which."""
+    """Options of denoising queries."""
 
     use_dn: bool = option(True, "train with denoising queries")
 
 
 def refuse_unread_by_network(config: NetworkConfig, typed: Collection[str]) -> None:
-    """Raise a `UserError` for typed options that the variant does not read."""
+    """Raise a `UserError` for typed options that the variant does not use."""
     if config.modelname == "dn_dab_detr":
         refuse(OF_DEFORMABLE, typed, "dn_dab_detr has one level and no points, expected dn_dab_deformable_detr (-m)")
     else:

@@ -1,4 +1,4 @@
-"""What a search may cut: one record for each attention, FFN and residual block, found by name in a detector."""
+"""Records of the attentions, FFNs and residual blocks of a detector that can be pruned, by name."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PARTS = ("query", "value", "hidden", "inner", "inner1", "inner2")
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """How one parameter shrinks with its module.
+    """How a parameter shrinks with its module.
 
     Attributes:
         key: full key in the detector's state dict.
-        axis: axis along which kept channels are selected, 0 for a projection's rows and 1 for its columns; of a
-            convolution for its outputs and its inputs.
-        parts: what each block along the axis holds: ("query",), ("hidden",), or ("query", "key", "value") for a packed
-            projection. Where content and position are multiplied apart, "query" and "key" are those of the content,
-            "position_query" and "position_key" those of the position, and a projection that keys of both are made with
-            is a "common_key". "inner", or "inner1" and "inner2", are those of a residual block.
-        fold: True for each block that carries the softmax scale, to be multiplied by sqrt(kept / full head width).
+        axis: axis along which kept channels are selected: 0 for a projection's rows or a convolution's outputs, 1 for
+        columns or inputs.
+        parts: content of each block along the axis: ("query",), ("hidden",), or ("query", "key", "value") for a packed
+        projection. If content and position are multiplied apart, "query" and "key" belong to the content,
+        "position_query" and "position_key" to the position, and a projection for keys of both is a "common_key".
+        A residual block has "inner", or "inner1" and "inner2".
+        fold: for each block, whether it has the softmax scale and is multiplied by sqrt(kept / full head width).
     """
 
     key: str
@@ -40,21 +40,21 @@ class ParameterSlice:
     fold: tuple[bool, ...] = (False,)
 
     def blocks(self, parameter: Tensor) -> list[tuple[str, Tensor]]:
-        """Each part with its block of `parameter`, a view."""
+        """Return each part with its block of `parameter`, a view."""
         return list(zip(self.parts, parameter.chunk(len(self.parts), self.axis), strict=True))
 
 
 @dataclass(frozen=True)
 class PrunableModule:
-    """One attention, FFN or residual block.
+    """An attention, FFN or residual block.
 
     Attributes:
         name: such as `decoder.1.cross_attention`.
         kind: `encoder_attention`, `self_attention`, `cross_attention`, `ffn` or `residual_block`.
-        width: its channels as it stands.
-        nheads: groups with equal counts of channels, 1 for an FFN and a residual block.
-        layer: what holds its gates.
-        slices: the parameters that shrink with it.
+        width: current number of channels.
+        nheads: groups of equal width; 1 for an FFN and a residual block.
+        layer: module with its gates.
+        slices: parameters that shrink with it.
     """
 
     name: str
@@ -76,51 +76,51 @@ class PrunableModule:
 
     @property
     def has_logits(self) -> bool:
-        """True where queries are multiplied with keys, so not in a deformable attention."""
+        """True if queries are multiplied with keys, so not for a deformable attention."""
         return any("query" in piece.parts for piece in self.slices)
 
     @property
     def has_common_key(self) -> bool:
-        """True where content and position keys are made with a common projection."""
+        """True if content and position keys share a projection."""
         return any("common_key" in piece.parts for piece in self.slices)
 
     @property
     def output_name(self) -> str:
-        """Name in the detector of the linear layer or convolution behind the (last) channels."""
+        """Name in the detector of the linear layer or convolution after the (last) channels."""
         return [piece.key for piece in self.slices if piece.axis == 1][-1].removesuffix(".weight")
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The sets of channels that a cut names, such as query and value; value alone for a deformable attention."""
+        """Names of the channel sets, such as query and value; only value for a deformable attention."""
         cut = {part for piece in self.slices for part in piece.parts}
         return tuple(part for part in PARTS if part in cut)
 
     def set_gate(self, first: Tensor | None, second: Tensor | None = None) -> None:
-        """Multiply the module's `parts` by gates of shape `width` or B x 1 x width; None takes one away."""
+        """Multiply the module's `parts` by gates of shape `width` or B x 1 x width; None removes a gate."""
         self.layer.gates[self.block] = (first, second)
 
     def parameter_slices(self) -> tuple[ParameterSlice, ...]:
-        """The parameters that shrink with the module, and how."""
+        """Return the parameters that shrink with the module, and how."""
         return self.slices
 
 
 def rows_and_bias(prefix: str, part: str, fold: bool = False) -> list[ParameterSlice]:
-    """The slices of a linear layer whose outputs are cut."""
+    """Return the slices of a linear layer whose outputs are cut."""
     return [ParameterSlice(f"{prefix}.{leaf}", 0, (part,), (fold,)) for leaf in ("weight", "bias")]
 
 
 def columns(prefix: str, part: str) -> ParameterSlice:
-    """The slice of a linear layer whose inputs are cut."""
+    """Return the slice of a linear layer whose inputs are cut."""
     return ParameterSlice(f"{prefix}.weight", 1, (part,))
 
 
 def ffn_slices(prefix: str) -> tuple[ParameterSlice, ...]:
-    """The slices of the FFN of the layer at `prefix`."""
+    """Return the slices of the FFN of the layer at `prefix`."""
     return (*rows_and_bias(f"{prefix}.linear1", "hidden"), columns(f"{prefix}.linear2", "hidden"))
 
 
 def packed_attention_slices(prefix: str) -> tuple[ParameterSlice, ...]:
-    """The slices of an attention whose holder at `prefix` has in_proj_weight (queries, keys, values) and out_proj."""
+    """Return the slices of an attention at `prefix` with in_proj_weight (queries, keys, values) and out_proj."""
     packed = (("query", "key", "value"), (True, False, False))
     return (
         ParameterSlice(f"{prefix}.in_proj_weight", 0, *packed),

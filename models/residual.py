@@ -1,4 +1,4 @@
-"""The residual blocks of torchvision's ResNets, with any number of inner channels."""
+"""Residual blocks of torchvision's ResNets with any number of inner channels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.layers import GatedModule
 
-BLOCK = "residual_block"  # the key of a block's gates, and its name for the observer
+BLOCK = "residual_block"  # key of a block's gates, and its name for the observer
 
 
 class ResidualBlock(GatedModule):
     """A BasicBlock (arXiv 1512.03385, figure 5 left) or a Bottleneck (right) with any inner width.
 
-    Prunable are the channels between the convolutions: part `inner` of a BasicBlock, parts `inner1` and `inner2` of a
-    Bottleneck, which have equally many. Input and output channels stay. `gates[BLOCK]` has a gate for each part, which
-    multiplies the output of the ReLU. The observer gets each part, B x width x h x w and gated: the input of the next
+    The channels between convolutions can be pruned: part `inner` of a BasicBlock, parts `inner1` and `inner2`, of
+    equal width, of a Bottleneck. Input and output channels stay. `gates[BLOCK]` has a gate for each part, which
+    multiplies the output of the ReLU. The observer gets each gated part, B x width x h x w: the input of the next
     convolution.
 
     Args:

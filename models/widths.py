@@ -1,4 +1,4 @@
-"""How many channels each attention, FFN and residual block of a detector has, and the `--cfgs` grammar for it."""
+"""Widths (channels) of a detector's attentions, FFNs and residual blocks, and the `--cfgs` grammar."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Widths:
     Attributes:
         encoder: (attention, ffn) of each layer.
         decoder: (self_attention, cross_attention, ffn) of each layer.
-        backbone: inner channels of each residual block of each stage; None where all blocks are whole.
+        backbone: inner channels of each residual block by stage; None if all blocks are unpruned.
     """
 
     encoder: tuple[tuple[int, ...], ...]
@@ -34,20 +34,19 @@ class Widths:
 
     @classmethod
     def dense(cls, enc_layers: int, dec_layers: int, hidden_dim: int, dim_feedforward: int) -> Widths:
-        """The widths of an unpruned detector."""
+        """Return the widths of an unpruned detector."""
         return cls(
             ((hidden_dim, dim_feedforward),) * enc_layers, ((hidden_dim, hidden_dim, dim_feedforward),) * dec_layers
         )
 
     @classmethod
     def parse(cls, given: Widths | str | Sequence) -> Widths:
-        """Read the `--cfgs` grammar from a nested list, its JSON, its words as a shell split them, or a file's path.
+        """Parse `--cfgs` from a nested list, its JSON, its words as split by a shell, or a file's path.
 
-        Widths stay as they are.
+        `Widths` are returned unchanged.
 
         Raises:
-            UserError: where it is no JSON or no `[encoder, decoder]` or `[encoder, decoder, backbone]` of whole
-                numbers.
+            UserError: it is not `[encoder, decoder]` or `[encoder, decoder, backbone]` of whole numbers in JSON.
         """
         if isinstance(given, cls):
             return given
@@ -65,7 +64,7 @@ class Widths:
         return cls(*_stacks(given, shown))
 
     def check(self, *, nheads: int, full: Widths, blocks: tuple[tuple[int, ...], ...] = ()) -> Widths:
-        """Return these widths, without the list of the backbone if all its blocks are whole.
+        """Return these widths, without the backbone's list if all its blocks are unpruned.
 
         Args:
             nheads: attention heads.
@@ -73,7 +72,7 @@ class Widths:
             blocks: widths of its residual blocks (`models.residual.block_widths`).
 
         Raises:
-            UserError: they cannot be cut from such a detector.
+            UserError: such a detector cannot be pruned to them.
         """
         for stack in ("encoder", "decoder"):
             found, expected = len(getattr(self, stack)), len(getattr(full, stack))
@@ -108,7 +107,7 @@ class Widths:
         return tuple(name for name, _ in self.items())
 
     def items(self) -> Iterator[tuple[str, int]]:
-        """Pairs of module name and width in network order; of the backbone's blocks where `backbone` is there."""
+        """Yield module names and widths in network order; backbone blocks only if `backbone` is set."""
         for stage, of_stage in zip(STAGES, self.backbone or (), strict=False):
             for index, width in enumerate(of_stage):
                 yield f"{BACKBONE}.{stage}.{index}", width
@@ -118,19 +117,19 @@ class Widths:
                     yield f"{stack}.{index}.{block}", width
 
     def of(self, module_name: str) -> int:
-        """The width of one module."""
+        """Return the width of a module."""
         stack, index, position = _locate(module_name)
         return getattr(self, stack)[index][position]
 
     def replace(self, module_name: str, width: int) -> Widths:
-        """A copy in which one module has another width."""
+        """Return a copy with another width of a module."""
         stack, index, position = _locate(module_name)
         layers = [list(layer) for layer in getattr(self, stack)]
         layers[index][position] = width
         return replace(self, **{stack: tuple(map(tuple, layers))})
 
     def to_list(self) -> list:
-        """The nested list of the `--cfgs` grammar: two lists, or three where `backbone` is there."""
+        """Return the nested list of the `--cfgs` grammar: two lists, or three if `backbone` is set."""
         stacks = (self.encoder, self.decoder, *([] if self.backbone is None else [self.backbone]))
         return [[list(layer) for layer in stack] for stack in stacks]
 
@@ -146,7 +145,7 @@ def _locate(module_name: str) -> tuple[str, int, int]:
 
 
 def _read_file(path: str) -> bytes:
-    """The content of a file of widths: JSON in UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
+    """Read a file of widths: JSON in UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
     try:
         with Path(os.path.expanduser(path)).open("rb") as stream:
             content = stream.read(LARGEST_FILE + 1)
@@ -155,14 +154,14 @@ def _read_file(path: str) -> bytes:
         return content
     except (OSError, ValueError):
         raise UserError(
-            f"--cfgs: found {shorten(path, 80)}, expected {GRAMMAR} or the path of a file that holds it"
+            f"--cfgs: found {shorten(path, 80)}, expected {GRAMMAR} or the path of a file with it"
         ) from None
 
 
 def _stacks(nested: object, shown: str) -> list[tuple[tuple[int, ...], ...]]:
     if not (isinstance(nested, list | tuple) and len(nested) in (2, 3)):
         raise UserError(
-            f"{shown}: expected two lists, [encoder, decoder], as {GRAMMAR}, or three with a [backbone] behind them"
+            f"{shown}: expected two lists, [encoder, decoder], as {GRAMMAR}, or three with a [backbone] after them"
         )
     stacks = []
     for stack, blocks, layers in zip(("encoder", "decoder"), (ENCODER_BLOCKS, DECODER_BLOCKS), nested, strict=False):

@@ -1,4 +1,4 @@
-"""The planner of a search's cache, from its options and the images that the annotations list."""
+"""Inputs of the cache planner, from the options of a search and the listed images."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pruning.config import CACHE_DTYPES, SearchConfig
 from pruning.journal import Journal
 from util import distributed
 
-READ_AHEAD = 2  # batches of each worker, as torch's loader has it
-BYTES_PER_PIXEL = 2 * 12  # of an image that is read ahead: three channels in float32, packed to travel and unpacked
+READ_AHEAD = 2  # batches per worker, the default of torch's DataLoader
+BYTES_PER_PIXEL = 2 * 12  # of an image read ahead: three float32 channels, both in the worker's message and unpacked
 
 
 def batch_shapes(
     dataset: CocoDataset, batches: Sequence[Sequence[int]], image_size: int, default_hw: tuple[int, int]
 ) -> list[BatchShape]:
-    """Shapes of batches, given as indices of their images, as the annotations list the sizes; none is read.
+    """Return the shapes of batches of image indices by the listed sizes, without reading images.
 
     Args:
-        image_size: in pixels, as `eval_transforms` takes it.
-        default_hw: size after the transforms of images whose own is not listed.
+        image_size: short side in pixels, as for `eval_transforms`.
+        default_hw: transformed size of images without a listed size.
     """
     transforms = eval_transforms(image_size)
     resized = functools.cache(lambda size_hw: transformed_size(transforms, size_hw))
@@ -47,7 +47,7 @@ def cache_uses(
     num_workers: int,
     detections: int,
 ) -> Uses:
-    """What a search does with batches of these shapes; `images` and `detections` are those of all processes."""
+    """Return how a search uses batches of these shapes; `images` and `detections` count all processes."""
     batches_ahead = 1 + READ_AHEAD * num_workers
     return Uses(
         shapes,
@@ -63,13 +63,13 @@ def cache_uses(
 
 
 def cache_options(config: SearchConfig, journal: Path) -> CacheOptions:
-    """The options of the cache; a search that is resumed keeps features in the precision that its journal has."""
+    """Return the cache options; a resumed search takes the precision of features from its journal."""
 
     def past_dtype() -> str | None:
         if not (config.resume_search and journal.exists()):
             return None
         lines, _ = Journal(journal).read()
-        args_then = lines[0].get("args") if lines else None  # what is no dict is refused where the journal is resumed
+        args_then = lines[0].get("args") if lines else None  # resuming the journal rejects other types
         dtype = args_then.get("cache_dtype") if isinstance(args_then, dict) else None
         return dtype if dtype in CACHE_DTYPES else None
 

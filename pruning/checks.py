@@ -1,4 +1,4 @@
-"""What a search looks at before it begins: an mAP to hold on to, targets that mean something, images of its own."""
+"""Checks before a search: mAP and targets above 0, and images apart from those of the evaluation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from util.logging import get_logger
 
 
 def lowest_target_ap(schedule: Schedule, base_ap: float, visits: int) -> float:
-    """The lowest mAP in [0, 1] that a search by so many visits (0: one of all modules at once) may accept."""
+    """Return the lowest mAP in [0, 1] that a search may accept; `visits` is 0 for all modules at once."""
     if not visits:
         return schedule.fast_threshold_ap(base_ap)
     return min(schedule.target_ap(base_ap, visits - 1), schedule.full_threshold_ap(base_ap, visits - 1))
 
 
 def check_base_ap(split: Split, resume: str | None, base_ap: float) -> None:
-    """Raise a `UserError` unless there is an mAP to hold a search against; 0 would let modules shrink to one unit."""
+    """Raise a `UserError` unless mAP is above 0; with 0, modules would shrink to one unit."""
     if base_ap < 0:
         raise UserError(f"--search_split {split.name}: found no boxes in its annotations, expected some")
     if base_ap == 0:
@@ -40,7 +40,7 @@ def check_targets(schedule: Schedule, base_ap: float, visits: int) -> None:
 
 
 def warn_of_low_target(target_ap: float, base_ap: float) -> None:
-    """Log a warning where less than half of the mAP before the search may be left."""
+    """Log a warning if the search may lose more than half of the mAP."""
     if target_ap < base_ap / 2:
         get_logger().warning(
             "the target falls to mAP %.4f, below half of the %.4f before the search", target_ap, base_ap
@@ -48,14 +48,14 @@ def warn_of_low_target(target_ap: float, base_ap: float) -> None:
 
 
 def warn_of_images(data: DataConfig, split: str, is_calibrated: bool) -> None:
-    """Log a warning where the AP that follows is one of images that the detector is fitted to."""
+    """Log a warning if AP will be measured on images that the search is fitted to."""
     if split == "val2017":
         if is_calibrated:
-            get_logger().warning("calibrating on val2017: a fair figure searches on train2017 (--search_split)")
+            get_logger().warning("calibrating on val2017: for a fair AP, search on train2017 (--search_split)")
         return
     shared = shared_images(split_of(data, "train2017"), split_of(data, "val2017"))
     if shared:
         get_logger().warning(
-            "val2017 lists %d of the image files of train2017, first %s: AP on it is no fair figure",
+            "val2017 lists %d of the image files of train2017, first %s: its AP is not a fair measure",
             len(shared), shorten(shared[0], 80),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How to search, as options, and the schedule, method and units that they mean."""
+"""Options of a search, and the schedule, method and units they define."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from util.cli import Config, option, options_of, real, refuse, whole
 from util.errors import UserError
 
 PRECISIONS: dict[str, Any] = {"nargs": "?", "choices": tuple(engine.AMP_DTYPES), "const": "bf16"}
-CALIBRATION_IMAGES = 128  # tried on the demo: 320 keep no more mAP, 64 about half a point less
-TRAIN_IMAGES = 2000  # of train2017 that a search looks at where --search_images names no other number
+CALIBRATION_IMAGES = 128  # on the demo, 320 keep no more mAP, and 64 about half a point less
+TRAIN_IMAGES = 2000  # of train2017, without --search_images
 CACHE_DTYPES = ("same", "bfloat16")
 TARGETS = ("map_tol", "skip_eval_converge")
-# What each search reads besides the options that all of them read.
+# Options that only some searches use.
 READ_BY_VISITS = ("subset_batches_attention", "subset_batches_ffn", "decay_points", "decay_fraction")
 READ_BY = {
     "fast": ("keep", "cost", "selection"),
@@ -34,7 +34,7 @@ READ_BY = {
 
 
 def _images(text: str) -> int | str:
-    """Type of an option: a number of images, or "all"."""
+    """Option type: a number of images, or "all"."""
     if text == "all":
         return text
     try:
@@ -45,20 +45,20 @@ def _images(text: str) -> int | str:
 
 @dataclass(frozen=True)
 class PrecisionConfig(Config):
-    """In which precision a search computes."""
+    """Precision of a search."""
 
-    amp: str = option("off", **PRECISIONS, help="mixed precision of the gradients that damage is predicted from; --amp "
+    amp: str = option("off", **PRECISIONS, help="mixed precision of the gradients that predict damage; --amp "
         "alone is bf16")  # fmt: skip
-    eval_amp: str = option("off", **PRECISIONS, help="mixed precision of mAP and of the features and states that a "
-        "search keeps; off is float32, in which main.py --eval measures, too, whatever --amp says")  # fmt: skip
+    eval_amp: str = option("off", **PRECISIONS, help="mixed precision of mAP and of cached features and "
+        "states; off is float32, as in main.py --eval, whatever --amp says")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TargetConfig(Config):
-    """What a search may lose, or what it must keep; each script has the defaults of its schedule."""
+    """Targets of a search; each script has the defaults of its schedule."""
 
-    map_tol: float = option(MGP.map_tol, type=real(0, 1), help="fraction by which the full mAP may fall below the mAP "
-        "before the search; in visits by GP, below the module's target")  # fmt: skip
+    map_tol: float = option(MGP.map_tol, type=real(0, 1), help="fraction by which the full mAP may fall below that "
+        "before the search; in a GP search by visits, below the module's target")  # fmt: skip
     skip_eval_converge: float = option(MGP.skip, type=real(0, 1), help="fraction by which the subset's mAP may miss "
         "the target of a visit; --search fast accepts this option of the paper's commands but does not use "
         "it")  # fmt: skip
@@ -68,65 +68,65 @@ class TargetConfig(Config):
         "falls from visit to visit (--search visit and paper); prune_greedy_ad.py takes --skip_eval_converge by "
         "default")  # fmt: skip
     keep: float | None = option(None, type=real(0.001, at_most=1), help="fraction of the transformer's cost to keep, "
-        "such as 0.5, whatever mAP that leaves; by default as little as --map_tol allows")  # fmt: skip
-    cost: str = option("params", choices=("params", "macs"), help="what the fast search saves: parameters, or "
-        "multiply-accumulates for an image like the first")  # fmt: skip
+        "such as 0.5, whatever the mAP; by default as little as --map_tol allows")  # fmt: skip
+    cost: str = option("params", choices=("params", "macs"), help="cost that the fast search reduces: parameters, or "
+        "multiply-accumulates at the size of the first image")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MethodConfig(Config):
-    """How channels are chosen and reconstructed; None means as `METHODS[search]` does."""
+    """Choice and reconstruction of channels; None stands for the value in `METHODS[search]`."""
 
-    search: str = option("fast", choices=tuple(METHODS), help="fast: predict every width's damage, price all modules "
-        "at once, measure mAP at most four times; visit: module after module, each to the least width that meets its "
-        "target; paper: the same, but each module grows from nothing by the exact loss of one batch, with one index "
+    search: str = option("fast", choices=tuple(METHODS), help="fast: predict the damage of every width, choose all "
+        "widths at once, measure mAP at most four times; visit: module after module, each to the least width on "
+        "target; paper: as visit, but each module grows from nothing by the exact loss of one batch, with one index "
         "set and no reconstruction")  # fmt: skip
-    ranking: str | None = option(None, choices=RANKINGS, help="what channels are chosen by, of FFNs alone where "
-        f"--reconstruct full computes those of attentions; by default that of --search ({FAST.ranking}, paper: "
+    ranking: str | None = option(None, choices=RANKINGS, help="score that channels are chosen by; only for FFNs if "
+        f"--reconstruct full computes attention channels; by default that of --search ({FAST.ranking}, paper: "
         "exact)")  # fmt: skip
-    selection: str | None = option(None, choices=DIRECTIONS, help="how scores become an order of channels, by default "
-        f"that of --search ({FAST.direction}); the paper's search grows in any case")  # fmt: skip
-    reconstruct: str | None = option(None, choices=LEVELS, help="fit what is left in closed form: the layer behind "
-        "the cut (output), queries, keys and values as well (full), or not at all; by default that of --search "
+    selection: str | None = option(None, choices=DIRECTIONS, help="how to order channels by score, by default "
+        f"that of --search ({FAST.direction}); the paper's search always grows")  # fmt: skip
+    reconstruct: str | None = option(None, choices=LEVELS, help="refit kept channels in closed form: the layer after "
+        "the cut (output), also queries, keys and values (full), or none; by default that of --search "
         f"({FAST.reconstruction}, paper: none)")  # fmt: skip
-    index_sets: str | None = option(None, choices=("own", "shared"), help="channels chosen apart for queries with keys "
-        "and for values, or together, by default that of --search (own, paper: shared)")  # fmt: skip
-    calibration_images: int = option(CALIBRATION_IMAGES, type=whole(1), help="images of the search, the first, that "
-        "moments and gradients are taken of")  # fmt: skip
+    index_sets: str | None = option(None, choices=("own", "shared"), help="choose channels of queries and keys apart "
+        "from those of values (own), or together (shared); by default own, for --search paper shared")  # fmt: skip
+    calibration_images: int = option(CALIBRATION_IMAGES, type=whole(1), help="number of first images used "
+        "for moments and gradients")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StepConfig(Config):
-    """How widths step, which images are looked at, and what is kept of them."""
+    """Steps of widths, images of a search and their cache."""
 
-    attention_unit: int = option(1, type=whole(1), help="channels of each head by which an attention's width steps: "
-        "head widths are multiples of it, or whole. 4 spares CUDA's kernels in float32, 8 in 16 bits, the padding of "
-        "others")  # fmt: skip
-    ffn_unit: int | None = option(None, type=whole(1), help="channels by which an FFN's width steps: a multiple of it, "
-        "or whole; by default 4 * nheads")  # fmt: skip
+    attention_unit: int = option(1, type=whole(1), help="step of attention widths in channels per head: "
+        "head widths are multiples of it, or unpruned. With 4 in float32 and 8 in 16 bits, CUDA kernels need no "
+        "padding")  # fmt: skip
+    ffn_unit: int | None = option(None, type=whole(1), help="step of FFN widths in channels: a multiple of it, "
+        "or unpruned; by default 4 * nheads")  # fmt: skip
     num_candidates_attention: int = option(100, "most attention channels scored in a step", type=whole(1))
     num_candidates_ffn: int = option(200, "most FFN channels scored in a step", type=whole(1))
     subset_batches_attention: int = option(40, "batches of the subset for an attention", type=whole(1))
     subset_batches_ffn: int = option(20, "batches of the subset for an FFN", type=whole(1))
-    search_split: str | None = option(None, choices=("val2017", "train2017"), help="images the search looks at, by "
-        "default train2017, and val2017 for --search visit and paper as in the paper; a fair figure searches on "
-        "train2017 and reports val2017")  # fmt: skip
-    search_images: int | str | None = option(None, type=_images, metavar="N|all", help="first images of the split to "
-        f"look at; by default {TRAIN_IMAGES:,} of train2017 and all of val2017")  # fmt: skip
-    images_at_once: int = option(32, type=whole(1), stored="run", help="most images in a forward that scores several "
+    search_split: str | None = option(None, choices=("val2017", "train2017"), help="images to search on, by "
+        "default train2017, and val2017 for --search visit and paper, as in the paper; for a fair AP, search on "
+        "train2017 and report val2017")  # fmt: skip
+    search_images: int | str | None = option(None, type=_images, metavar="N|all", help="use the first N images of the "
+        f"split; by default {TRAIN_IMAGES:,} of train2017 and all of val2017")  # fmt: skip
+    images_at_once: int = option(32, type=whole(1), stored="run", help="most images in a forward pass over several "
         "candidates")  # fmt: skip
-    cache_device: str = option("same", choices=("cpu", "same"), stored="run", help="where features are kept: RAM, or "
+    cache_device: str = option("same", choices=("cpu", "same"), stored="run", help="where to cache features: RAM, or "
         "--device; RAM if they do not fit a GPU's free memory")  # fmt: skip
-    cache_gb: float | None = option(None, type=real(0), stored="run", help="most gigabytes that features and states "
-        "may take in each process; what does not fit is computed again each time. By default what is free, less a "
+    cache_gb: float | None = option(None, type=real(0), stored="run", help="gigabytes of cached features and states, "
+        "at most, in each process; the rest is recomputed each time. By default the free memory minus a "
         "margin")  # fmt: skip
-    cache_dtype: str | None = option(None, choices=CACHE_DTYPES, help="precision in which features are kept: that in "
-        "which they are computed, or bfloat16, half of it; by default bfloat16 only where more does not "
+    cache_dtype: str | None = option(None, choices=CACHE_DTYPES, help="precision of cached features: that in "
+        "which they are computed, or bfloat16, half the size; by default bfloat16 only if more does not "
         "fit")  # fmt: skip
     resume_search: bool = option(False, stored="run", help="continue the search whose journal is in --output_dir, as "
         "if nothing had stopped it")  # fmt: skip
     use_dn: bool = option(True, stored="run", help="for the fine-tuning command that the search prints; a search has "
-        "no such queries")  # fmt: skip
+        "no denoising queries")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,16 @@ class SearchConfig(PrecisionConfig, TargetConfig, MethodConfig, StepConfig):
 
     @property
     def split(self) -> str:
-        """The images that the search looks at."""
+        """Split that is searched on."""
         return self.search_split or ("train2017" if self.search == "fast" else "val2017")
 
     def with_images(self) -> SearchConfig:
-        """A copy in which `search_split` and `search_images` are set."""
+        """Return a copy with `search_split` and `search_images` set."""
         images = self.search_images or (TRAIN_IMAGES if self.split == "train2017" else "all")
         return dataclasses.replace(self, search_split=self.split, search_images=images)
 
     def schedule(self, schedule: Schedule) -> Schedule:
-        """`schedule` with the values of the options."""
+        """Return `schedule` with the values of the options."""
         return dataclasses.replace(
             schedule,
             map_tol=self.map_tol,
@@ -155,7 +155,7 @@ class SearchConfig(PrecisionConfig, TargetConfig, MethodConfig, StepConfig):
 
     @property
     def method(self) -> Method:
-        """The method of `--search`, with what the options change in it."""
+        """Method of `--search`, as changed by the options."""
         changes: dict[str, Any] = {
             "ranking": self.ranking,
             "direction": self.selection,
@@ -165,19 +165,19 @@ class SearchConfig(PrecisionConfig, TargetConfig, MethodConfig, StepConfig):
         return dataclasses.replace(METHODS[self.search], **{k: v for k, v in changes.items() if v is not None})
 
     def units(self, nheads: int, seed: int) -> Units:
-        """The sizes of the steps for a detector with so many heads."""
+        """Return the step sizes for a detector with `nheads` heads."""
         ffn_unit = 4 * nheads if self.ffn_unit is None else self.ffn_unit
         return Units(self.attention_unit, ffn_unit, self.num_candidates_attention, self.num_candidates_ffn, seed)
 
 
 def refuse_unread_by_search(config: SearchConfig, typed: Collection[str]) -> None:
-    """Raise a `UserError` for a typed option that the search asked for would not read."""
+    """Raise a `UserError` for a typed option that the search does not use."""
     for name in sorted({name for names in READ_BY.values() for name in names} - set(READ_BY[config.search])):
         readers = " or ".join(search for search, names in READ_BY.items() if name in names)
-        refuse([name], typed, f"--search {config.search} does not read it, expected --search {readers}")
+        refuse([name], typed, f"--search {config.search} does not use it, expected --search {readers}")
     if config.keep is not None:
         for name in TARGETS:
-            refuse([name], typed, "found --keep as well, which keeps that much whatever mAP it leaves")
+            refuse([name], typed, "found --keep as well, which ignores mAP")
     if config.search == "paper" and config.reconstruct not in (None, "none"):
         raise UserError(
             f"--reconstruct {config.reconstruct}: --search paper scores channels as they are, expected none"
@@ -188,9 +188,9 @@ def refuse_unread_by_search(config: SearchConfig, typed: Collection[str]) -> Non
     if method.reconstruction == "full":
         refuse(["index_sets"], typed, "--reconstruct full computes an attention's channels, expected output or none")
     if method.ranking != "exact":
-        refuse(["images_at_once"], typed, f"--ranking {method.ranking} does not read it, expected exact")
+        refuse(["images_at_once"], typed, f"--ranking {method.ranking} does not use it, expected exact")
     if not method.is_calibrated:
-        refuse(["calibration_images"], typed, "found neither ranking nor reconstruction that looks at them")
-        refuse(["amp"], typed, "found neither ranking nor reconstruction that takes gradients, expected --eval_amp")
+        refuse(["calibration_images"], typed, "found no ranking or reconstruction that uses them")
+        refuse(["amp"], typed, "found no ranking or reconstruction that uses gradients, expected --eval_amp")
         if method.ranking != "exact":
-            refuse(options_of(LossConfig), typed, "found neither ranking nor reconstruction that looks at the loss")
+            refuse(options_of(LossConfig), typed, "found no ranking or reconstruction that uses the loss")

@@ -1,11 +1,11 @@
-"""Fits of the convolution behind pruned channels: a residual block is made to add what it added, as far as it can.
+"""Refit the convolution after pruned channels, so that a residual block's output changes as little as possible.
 
-The convolution and the batch norm behind it are one linear layer over patches. Its weight for the kept channels is
-refitted by least squares over the whole receptive field, a block's targets being what the whole network has behind the
-block, less what the cut network brings along the identity path: so each block also repairs what the blocks before it
-broke. The constant goes into the batch norm's bias. Channels leave in the order of least damage, kh * kw inputs each,
-the others refitted each time; damage is judged in the metric of the loss's gradients at the batch norm's output, as for
-an attention or an FFN, so that one budget serves all.
+The convolution and the batch norm after it are one linear layer over patches. Its weight for the kept channels is
+refitted by least squares over the whole receptive field. A block's targets are the unpruned network's activations after
+the block minus the pruned network's identity path, so each block also corrects errors of the blocks before it. The
+constant goes into the batch norm's bias. Channels are removed in the order of least damage, kh * kw inputs each, and
+the others refitted each time. Damage is measured in the metric of the loss's gradients at the batch norm's output, as
+for an attention or an FFN, so that one budget covers all.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torchvision.ops import FrozenBatchNorm2d
 from pruning.fit import Surgeon, error_covariance, refit
 from pruning.moments import DAMPING, Moments, square_root
 
-ELIMINATION_STEPS = 32  # in which all channels of a convolution go, at most
-LEAST_SCALE = 1e-3  # of the largest, of a batch norm's channel whose convolution is refitted
+ELIMINATION_STEPS = 32  # at most, to remove all channels of a convolution
+LEAST_SCALE = 1e-3  # relative to the largest scale of a batch norm; channels below it are not refitted
 
 
 def norm_scale_and_shift(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a batch norm in eval mode, frozen or not, multiplies with and then adds, float64 on the CPU."""
+    """Return scale and shift of a batch norm in eval mode, frozen or not, as float64 on the CPU."""
     state = {name: tensor.double().cpu() for name, tensor in norm.state_dict().items()}
     weight, bias, mean, variance = (state[name] for name in ("weight", "bias", "running_mean", "running_var"))
     scale = weight / (variance + norm.eps).sqrt()
@@ -32,7 +32,7 @@ def norm_scale_and_shift(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> tuple[Tens
 
 
 def as_linear(convolution: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight D x (C * kh * kw) and bias D of a convolution and the batch norm behind it, as one layer over patches."""
+    """Return weight D x (C * kh * kw) and bias D of a convolution and its batch norm, as one layer over patches."""
     scale, shift = norm_scale_and_shift(norm)
     weight = scale[:, None] * convolution.weight.detach().double().cpu().flatten(1)
     if convolution.bias is not None:
@@ -41,18 +41,18 @@ def as_linear(convolution: nn.Conv2d, norm: nn.BatchNorm2d | FrozenBatchNorm2d) 
 
 
 def inputs_of_channels(channels: Tensor, area: int) -> Tensor:
-    """The inputs that belong to channels, `area` = kh * kw for each."""
+    """Return the inputs of channels, `area` = kh * kw for each."""
     return (channels[:, None] * area + torch.arange(area)).flatten()
 
 
 def order_channels(weight: Tensor, moments: Moments, metric: Tensor, area: int, least: int = 0) -> Tensor:
-    """Input channels of a convolution from the first to keep to the last, by elimination with refits.
+    """Order the input channels of a convolution, most important first, by elimination with refits.
 
     Args:
-        weight: D x (C * area), from which channels are taken away.
-        moments: of its inputs.
-        metric: D x D, in which errors are judged.
-        least: the channels of a width below which nobody asks for an order: these stay as they stand.
+        weight: D x (C * area).
+        moments: moments of its inputs.
+        metric: D x D, metric of output errors.
+        least: smallest width needed; the first `least` channels are not ordered by importance.
     """
     root, _ = square_root(metric)
     surgeon = Surgeon(root @ weight, moments.covariance_xx, inputs_per_channel=area)
@@ -68,10 +68,10 @@ def order_channels(weight: Tensor, moments: Moments, metric: Tensor, area: int, 
 def refit_channels(
     weight: Tensor, moments: Moments, kept: Tensor, area: int, damping: float = DAMPING
 ) -> tuple[Tensor, Tensor]:
-    """Weight (D x (kept * area)) and constant (D) that give the targets of `moments` best from the kept channels.
+    """Fit weight (D x (kept * area)) and constant (D) for the kept channels to the targets of `moments`.
 
     Args:
-        weight: D x (C * area) before the fit, which damping holds on to.
+        weight: D x (C * area) before the fit; damping pulls towards it.
         kept: channels, ascending.
     """
     inputs = inputs_of_channels(kept, area)
@@ -79,21 +79,20 @@ def refit_channels(
 
 
 def one_sided(targets: Tensor, predicted: Tensor) -> Tensor:
-    """Targets of the next fit of a layer with a ReLU behind it, given what the fit before gives.
+    """Return targets for the next fit of a layer followed by a ReLU, given the outputs of the last fit.
 
-    Where a target is not above 0, any output that is not above 0 is as good. Fits that take turns with this never raise
-    the squared error in which such outputs count nothing (majorisation), each damped towards the one before.
+    Where a target is not above 0, any output not above 0 is as good. Alternating this with fits, each damped towards
+    the last one, never increases the squared error without such outputs (majorisation).
     """
     return torch.where(targets > 0, targets, predicted.clamp(max=0))
 
 
 def damage_of(weight: Tensor, moments: Moments, kept: Tensor, area: int, metric: Tensor, level: float) -> float:
-    """What the loss is predicted to rise by with these channels and this weight for them, their constant at its best.
+    """Predict the rise of the loss for the kept channels and their weight, with the best constant.
 
     Args:
         weight: D x (kept * area).
-        metric: D x D, see `pruning.calibration.Sensitivity`.
-        level: see there too.
+        metric, level: see `pruning.calibration.Sensitivity`; the metric is D x D.
     """
     error = error_covariance(weight, moments.of_channels(inputs_of_channels(kept, area)))
     return float((level * (metric * error).sum()).clamp(min=0))  # a NaN stays one
@@ -109,12 +108,12 @@ def damage_curve(
     level: float,
     judged_on: Moments | None = None,
 ) -> dict[int, float]:
-    """Damage at each of `widths`, the first channels of `order` kept and the convolution refitted.
+    """Return the damage at each of `widths`, with the first channels of `order` kept and the convolution refitted.
 
     Args:
-        moments: those of the fits.
-        judged_on: moments of other images, since a fit of thousands of unknowns does better on its own than on new
-            ones, and the more so the more unknowns; None judges on its own.
+        moments: moments for the fits.
+        judged_on: moments of other images, since a fit of thousands of unknowns overfits its own, and more so with
+        more unknowns; None for `moments`.
     """
     judged_on = moments if judged_on is None else judged_on
     damages = {}
@@ -133,15 +132,15 @@ def new_weights(
     kept: Tensor,
     moments: Moments,
 ) -> tuple[Tensor, Tensor]:
-    """A fitted layer over patches as the convolution's weight for kept channels and the batch norm's bias.
+    """Convert a fitted layer over patches to the convolution's weight for kept channels and the batch norm's bias.
 
-    A batch norm that multiplies a channel with nearly nothing cannot give what was fitted: that channel's convolution
-    keeps its weight, and gets the best constant.
+    Where a batch norm scales an output channel to nearly 0, the fit cannot be expressed: the channel keeps its weight
+    and gets the best constant.
 
     Args:
         weight: D x (kept * kh * kw), fitted.
         constant: D, fitted.
-        moments: those of the fit.
+        moments: moments of the fit.
 
     Returns:
         D x kept x kh x kw and D, float64 on the CPU.
@@ -155,7 +154,7 @@ def new_weights(
     of_kept = moments.of_channels(inputs_of_channels(kept, area))
     best = (of_kept.y - scale * (old @ of_kept.x)) / of_kept.weight
     constant = torch.where(is_dead, best, constant)
-    # The norm adds its shift, which holds its bias; what stands there besides stays.
+    # The shift contains the norm's bias; its other terms stay.
     bias = norm.bias.detach().double().cpu() + constant - shift
     if convolution.bias is not None:
         bias = bias - scale * convolution.bias.detach().double().cpu()

@@ -1,8 +1,8 @@
-"""What a convolution is given at a few output positions of each image: the rows of its least-squares fits.
+"""Moments of a convolution's input patches at a few output positions of each image, for least-squares fits.
 
-A convolution is a linear layer over patches of C * kh * kw inputs (im2col), so that `Moments` and the fits of linear
-layers serve it too. All patches of all images are too many, and neighbours say nearly the same: a few positions of each
-image are drawn, some tens for each unknown of the fit in all.
+A convolution is a linear layer over patches of C * kh * kw inputs (im2col), so `Moments` and the fits of linear layers
+apply. All patches are too many, and neighbours are nearly equal: a few positions of each image are drawn, in total
+some tens for each unknown of the fit.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from pruning.moments import Moments
 from util.errors import UserError
 
-ROWS_PER_UNKNOWN = 40  # tried on the demo, see `positions_per_image`
-ROW_BYTES_AT_ONCE = 2**27  # of patches in one product: bounds memory, and what float32 rounds away
+ROWS_PER_UNKNOWN = 40  # chosen on the demo, see `positions_per_image`
+ROW_BYTES_AT_ONCE = 2**27  # of patches in one product: bounds memory and float32 rounding errors
 
 
 def unknowns_of(convolution: nn.Conv2d) -> int:
-    """Inputs of one output: channels times the kernel's area.
+    """Return the inputs of one output: channels times the kernel's area.
 
     Raises:
         UserError: the convolution has groups, or its padding is not zeros.
@@ -34,14 +34,14 @@ def unknowns_of(convolution: nn.Conv2d) -> int:
 
 
 def positions_per_image(unknowns: int, positions: int, images: int, rows_per_unknown: int = ROWS_PER_UNKNOWN) -> int:
-    """Output positions to draw from each image of `positions`, so that a fit over `images` has rows enough."""
+    """Return how many of an image's output positions to draw, so that a fit over `images` has enough rows."""
     return min(positions, -(-rows_per_unknown * unknowns // images))
 
 
 def draw_positions(image_ids: Sequence[int], positions: int, count: int, seed: int) -> Tensor:
-    """B x count different output positions of each image, ascending.
+    """Draw `count` different output positions of each image: B x count, ascending.
 
-    They depend on the seed and the image alone, so that batches and processes may share the images in any way.
+    They depend only on seed and image, not on how images are split into batches and processes.
     """
     drawn = []
     for image_id in image_ids:
@@ -51,7 +51,7 @@ def draw_positions(image_ids: Sequence[int], positions: int, count: int, seed: i
 
 
 def output_size(convolution: nn.Conv2d, size_hw: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns that a convolution makes of an input of that height and width."""
+    """Return height and width of a convolution's output for an input of that size."""
     kernel, stride, padding, dilation = _geometry(convolution)
     rows, columns = (
         (side + 2 * p - d * (k - 1) - 1) // s + 1
@@ -61,7 +61,7 @@ def output_size(convolution: nn.Conv2d, size_hw: Sequence[int]) -> tuple[int, in
 
 
 def patches_at(inputs: Tensor, convolution: nn.Conv2d, positions: Tensor) -> Tensor:
-    """The patches that a convolution multiplies with its weight, ordered as its weight's flattened inputs.
+    """Return the patches that a convolution multiplies with its weight, in the order of its flattened weight.
 
     Args:
         inputs: B x C x H x W.
@@ -84,7 +84,7 @@ def patches_at(inputs: Tensor, convolution: nn.Conv2d, positions: Tensor) -> Ten
 
 
 def outputs_at(outputs: Tensor, positions: Tensor) -> Tensor:
-    """B x C x h x w at B x P flat positions, as B x P x C."""
+    """Return B x C x h x w `outputs` at B x P flat positions, as B x P x C."""
     flat = outputs.flatten(2)
     return flat.gather(2, positions[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
 
@@ -92,14 +92,14 @@ def outputs_at(outputs: Tensor, positions: Tensor) -> Tensor:
 def moments_at(
     inputs: Tensor, outputs: Tensor, position_weights: Tensor, convolution: nn.Conv2d, positions: Tensor
 ) -> Moments:
-    """The weighted sums of one batch over drawn positions, scaled up to what all positions would give on average.
+    """Return the weighted sums of a batch over drawn positions, scaled to estimate those over all positions.
 
-    Products are taken in the inputs' dtype: with thousands of unknowns they are most of the time, and float32 rounds
-    far less away than damping adds. Their sums over portions and batches are float64.
+    Products use the inputs' dtype: with thousands of unknowns they take most of the time, and float32 rounding is far
+    below the damping. Their sums over portions and batches are float64.
 
     Args:
-        inputs: B x C x H x W, what the convolution is given.
-        outputs: B x D x h x w, what it should give.
+        inputs: B x C x H x W, inputs of the convolution.
+        outputs: B x D x h x w, target outputs.
         position_weights: B x (h * w), not negative.
         positions: B x P, see `draw_positions`.
     """

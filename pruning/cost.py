@@ -1,21 +1,21 @@
-"""What a detector costs: parameters, and multiply-accumulates, of its transformer by three ways of counting.
+"""Cost of a detector: parameters and multiply-accumulates, the transformer's counted in three ways.
 
-The counting rules for the transformer are those behind the figures printed for the original:
+The counting rules for the transformer reproduce the figures printed for the original:
 
 - all products: every matrix product between the backbone's features and the heads, for one image without padding:
   projections, attention products, FFNs, `query_scale` (decoder: not in layer 0), `ref_point_head`, `ref_anchor_head`,
-  and the anchor refinement by `bbox_embed` in every layer; of the deformable variant the sampling operator besides.
-  The detector's heads behind each layer (`class_embed` and the box head, which is `bbox_embed` once more) stand
-  outside the transformer and are left out.
+  and the anchor refinement by `bbox_embed` in every layer; in the deformable variant also the sampling operator.
+  The heads after each layer (`class_embed` and the box head, which is `bbox_embed` again) are outside the
+  transformer and not counted.
 - the same without the attention products (queries by keys, attention weights by values) and the sampling.
 - as profilers that hook `nn.Linear` modules inside the transformer see it: without the packed projection of the
   encoder and the `out_proj` of both decoder attentions, which the original multiplies outside such modules, without
   attention products, but with both uses of `bbox_embed`, which is registered in the decoder.
 
-Those of the whole detector are all convolutions of the backbone and of the projection behind it, all products of the
-transformer, and the heads; what belongs to one channel or pixel alone (norms, activations, pooling) is not counted.
+For the whole detector, count all convolutions of the backbone and the projection after it, all products of the
+transformer, and the heads; per-channel and per-pixel operations (norms, activations, pooling) are not counted.
 
-A batch's denoising queries are not counted: there are none when a detector is used.
+Denoising queries are not counted: there are none at inference.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ PAPER_IMAGE_SIZE_HW = (800, 1088)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a detector costs; parameters without buffers, a shared module once; GMACs for one image.
+    """Cost of a detector: parameters without buffers, a shared module once; GMACs for one image.
 
-    `gmacs` are those of the transformer, `detector_gmacs` those of everything.
+    `gmacs` counts the transformer, `detector_gmacs` the whole detector.
     """
 
     widths: str
@@ -56,29 +56,29 @@ class Cost:
     detector_gmacs: float
 
     def to_dict(self) -> dict[str, object]:
-        """The figures as JSON takes them."""
+        """Return the figures for JSON."""
         return asdict(self)
 
 
 def products_of(model: Detector, image_size_hw: tuple[int, int]) -> list[Product]:
-    """The products behind the backbone for one image of that size in pixels, in network order."""
+    """Return the products after the backbone for one image of that size in pixels, in network order."""
     return _products(model, model.widths, _run_front(model, image_size_hw)[0])
 
 
 def _products(model: Detector, widths: Widths, tokens: int) -> list[Product]:
-    """Those of a detector like `model` with other widths, over `tokens` feature pixels."""
+    """Return the products of `model` with other widths, for `tokens` feature pixels."""
     if isinstance(model, DnDabDeformableDetr):
         return deformable_products(model, widths, tokens)
     return dense_products(model, widths, tokens)
 
 
 def convolutions_of(model: Detector, image_size_hw: tuple[int, int]) -> list[Product]:
-    """The convolutions of the backbone and of the projection behind it for one image of that size."""
+    """Return the convolutions of the backbone and the projection after it for one image of that size."""
     return convolutions(model, _run_front(model, image_size_hw)[1])
 
 
 def cost_of(model: Detector, image_size_hw: tuple[int, int] = PAPER_IMAGE_SIZE_HW) -> Cost:
-    """Parameters and GMACs of a detector, of which one image of that size (height, width in pixels) is looked at."""
+    """Return parameters and GMACs of a detector for one image of that size (height, width in pixels)."""
     tokens, pixels = _run_front(model, image_size_hw)
     products = _products(model, model.widths, tokens)
     return Cost(
@@ -93,23 +93,23 @@ def cost_of(model: Detector, image_size_hw: tuple[int, int] = PAPER_IMAGE_SIZE_H
 
 
 def step_shares(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, float]:
-    """For each step of a detector, in order, its share of the multiply-accumulates behind the backbone."""
+    """Return the share of each step in the multiply-accumulates after the backbone, in network order."""
     products = products_of(model, image_size_hw)
     total = sum(product.macs for product in products)
     return {name: sum(p.macs for p in products if p.step == name) / total for name in model.step_names}
 
 
 def params_per_channel(model: Detector) -> dict[str, int]:
-    """For each prunable module, the parameters that one of its channels takes."""
+    """Return the parameters per channel of each prunable module."""
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     modules = model.prunable_modules()
     return {n: sum(sizes[piece.key] for piece in m.parameter_slices()) // m.width for n, m in modules.items()}
 
 
 def macs_per_channel(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, float]:
-    """For each prunable module, the multiply-accumulates, for one image of that size, that one of its channels takes.
+    """Return the multiply-accumulates per channel of each prunable module, for one image of that size.
 
-    Every product grows linearly with the widths, so this is a difference between two widths.
+    Every product is linear in the widths, so this is a difference between two widths.
     """
     tokens, _ = _run_front(model, image_size_hw)
 
@@ -121,21 +121,21 @@ def macs_per_channel(model: Detector, image_size_hw: tuple[int, int]) -> dict[st
 
 
 def block_params(model: Detector) -> dict[str, list[int]]:
-    """For each residual block, the parameters that its cut leaves of those it reaches, at each width from 0 up."""
+    """Return, for each residual block and width from 0, how many of the parameters that a cut affects remain."""
     return _block_tables(model, {name: parameter.numel() for name, parameter in model.named_parameters()})
 
 
 def block_macs(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, list[int]]:
-    """The same in multiply-accumulates for one image of that size.
+    """Return the tables of `block_params` in multiply-accumulates for one image of that size.
 
-    A Bottleneck's grow with the square of its width, so they are tables: `block_macs(...)[name][width]`.
+    A Bottleneck's grow with the square of its width, hence tables: `block_macs(...)[name][width]`.
     """
     products = convolutions_of(model, image_size_hw)
     return _block_tables(model, {f"{product.step}.weight": product.macs for product in products})
 
 
 def _block_tables(model: Detector, costs: Mapping[str, int]) -> dict[str, list[int]]:
-    """For each residual block, what the parameters of those costs cost at each width; they shrink with every axis."""
+    """Return each residual block's cost at each width; `costs` are those of unpruned parameters by name."""
     tables = {}
     for name, module in model.prunable_modules("detector").items():
         if module.kind == BLOCK:
@@ -148,18 +148,18 @@ def _block_tables(model: Detector, costs: Mapping[str, int]) -> dict[str, list[i
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers in the parameters of a module; those under two names count once, buffers not at all."""
+    """Count the parameters of a module: shared ones once, no buffers."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def cost_table(costs: Sequence[tuple[str, Cost]]) -> str:
-    """A text table of named costs, with the change from the first in percent."""
+    """Return a text table of named costs, with the change from the first in percent."""
     header = [column for index, (name, _) in enumerate(costs) for column in ([name, "change"] if index else [name])]
     return table(["", *header], cost_rows([cost for _, cost in costs]))
 
 
 def cost_rows(costs: Sequence[Cost]) -> list[list[str]]:
-    """A row for each way of counting: its name, the first cost, and each other one with its change from the first."""
+    """Return a row for each way of counting: name, first cost, and the others with the change from the first."""
     figures = {
         "transformer parameters": "transformer_params",
         "all parameters": "params",
@@ -182,9 +182,9 @@ def cost_rows(costs: Sequence[Cost]) -> list[list[str]]:
 
 
 def _run_front(model: Detector, image_size_hw: tuple[int, int]) -> tuple[int, dict[str, int]]:
-    """Feature pixels of an image, of all levels together, and the pixels that each convolution gives, by its name.
+    """Return an image's feature pixels, of all levels together, and each convolution's output pixels by name.
 
-    They are found by running the detector's front on shapes alone.
+    The part before the transformer runs on shapes only.
     """
     device = next(model.parameters()).device
     pixels: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The products of a detector, convolutions and matrix products, which `pruning.cost` adds up in several ways."""
+"""List the convolutions and matrix products of a detector, for `pruning.cost` to add up."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ MACS_PER_SAMPLE = 5
 
 @dataclass(frozen=True)
 class Product:
-    """Products of one image.
+    """A matrix product or convolution, for one image.
 
     Attributes:
-        step: the module name (`decoder.0.ffn`) of the step they are done in; of a convolution its own name.
-        part: what they compute.
+        step: name of the module that computes it, such as `decoder.0.ffn`; a convolution's own name.
+        part: what it computes.
         macs: multiply-accumulates.
-        is_attention: queries by keys, attention weights by values, or sampling: no weights.
-        is_hooked: inside an `nn.Linear` that is called as a module in the original.
-        is_head: behind the transformer, in the detector's heads.
+        is_attention: queries by keys, attention weights by values, or sampling: without weights.
+        is_hooked: inside an `nn.Linear` that the original calls as a module.
+        is_head: in the detector's heads, after the transformer.
     """
 
     step: str
@@ -37,7 +37,7 @@ class Product:
 
 
 def convolutions(model: Detector, pixels: Mapping[str, int]) -> list[Product]:
-    """The convolutions in front of the transformer, by their names; `pixels` are the pixels that each one gives."""
+    """Return the convolutions before the transformer; `pixels` are the output pixels of each, by name."""
     weights = dict(model.named_parameters())
     return [
         Product(name, "convolution", count * weights[f"{name}.weight"].numel(), is_hooked=False)
@@ -46,7 +46,7 @@ def convolutions(model: Detector, pixels: Mapping[str, int]) -> list[Product]:
 
 
 def dense_products(model: Detector, widths: Widths, tokens: int) -> list[Product]:
-    """The products of a dense detector, were it of these widths, over `tokens` feature pixels, in network order."""
+    """Return the products of a dense detector of these widths for `tokens` feature pixels, in network order."""
     queries = model.num_queries * max(1, model.num_patterns)
     return [
         *_dense_encoder(widths, model.hidden_dim, tokens),
@@ -55,7 +55,7 @@ def dense_products(model: Detector, widths: Widths, tokens: int) -> list[Product
 
 
 def deformable_products(model: DnDabDeformableDetr, widths: Widths, tokens: int) -> list[Product]:
-    """The same of a deformable detector, over the pixels of all levels."""
+    """Return the products of a deformable detector; `tokens` are the feature pixels of all levels."""
     d, queries, products = model.hidden_dim, model.num_queries, []
     for layer, (width, ffn) in enumerate(widths.encoder):
         grid = (model.nheads, model.num_levels, model.points["encoder"])
@@ -81,7 +81,7 @@ def deformable_products(model: DnDabDeformableDetr, widths: Widths, tokens: int)
 def _deformable_attention(
     step: str, hidden_dim: int, width: int, grid: tuple[int, int, int], queries: int, tokens: int
 ) -> list[Product]:
-    """`grid` is heads, levels and points; each head samples its share of the width."""
+    """Return the products of an attention; `grid` is heads, levels, points. Heads share the width equally."""
     points = math.prod(grid)
     return [
         Product(step, "sampling_offsets", 2 * queries * hidden_dim * points),
@@ -93,7 +93,7 @@ def _deformable_attention(
 
 
 def _dense_encoder(widths: Widths, hidden_dim: int, tokens: int) -> list[Product]:
-    """The products of the encoder over `tokens` feature pixels."""
+    """Return the products of the encoder for `tokens` feature pixels."""
     products = []
     for layer, (attention, ffn) in enumerate(widths.encoder):
         step = f"encoder.{layer}.attention"
@@ -108,7 +108,7 @@ def _dense_encoder(widths: Widths, hidden_dim: int, tokens: int) -> list[Product
 
 
 def _dense_decoder(widths: Widths, hidden_dim: int, tokens: int, queries: int, num_classes: int) -> list[Product]:
-    """The products of the decoder and the heads for `queries` queries over `tokens` feature pixels."""
+    """Return the products of decoder and heads for `queries` queries and `tokens` feature pixels."""
     d, products = hidden_dim, []
     box_head = queries * (2 * d * d + 4 * d)
     for layer, (self_width, cross_width, ffn) in enumerate(widths.decoder):

@@ -1,4 +1,4 @@
-"""What a search by budget spends: the cost of the transformer and of a channel of each module."""
+"""Costs of the transformer and of each module's widths, for a search by budget."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Prices:
     """Costs in parameters or multiply-accumulates.
 
     Attributes:
-        total: of the whole transformer.
-        costs: of each module at each of its widths; see `pruning.allocation`.
+        total: cost of the whole transformer.
+        costs: cost of each module at each of its widths; see `pruning.allocation`.
     """
 
     total: float
@@ -25,10 +25,10 @@ class Prices:
 
 
 def prices_of(config: SearchConfig, steps: Units, model: Detector, image_size_hw: tuple[int, int]) -> Prices:
-    """The prices by `--cost`, for an image of that size in pixels.
+    """Return the prices in the unit of `--cost`, for one image of that size in pixels.
 
     Raises:
-        UserError: --keep asks for less than the least widths cost.
+        UserError: --keep is below the cost of the least widths.
     """
     cost, modules = cost_of(model, image_size_hw), model.prunable_modules()
     units = {name: steps.channels(module) for name, module in modules.items()}

@@ -1,7 +1,7 @@
-"""Transplant: the weights of the kept channels, cut out of a whole detector's state dict.
+"""Cut the weights of the kept channels out of an unpruned detector's state dict.
 
 A slim layer divides its attention logits by the root of its own head width, so query rows are multiplied by
-sqrt(kept / full head width): the cut model then computes what the gated one does.
+sqrt(kept / full head width): cut and gated models then give the same outputs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from models.widths import Widths
 from pruning.kept import Kept, check_kept, width_of
 from util.errors import UserError, one_line
 
-# An index set of a kept set cuts these parts of a parameter: keys go with the queries they are multiplied with.
+# The index set that cuts each part of a parameter: keys share that of the queries they are multiplied with.
 SET_OF_PART = {
     **dict.fromkeys(("query", "key", "position_query", "position_key", "common_key"), "query"),
     **{"value": "value", "hidden": "hidden", "inner": "inner", "inner1": "inner1", "inner2": "inner2"},
 }
 
-# The paper's masks in the order they stand in a layer: `select1` gates the first attention, the last one the FFN.
+# The paper's masks are numbered in the order of a layer: `select1` gates the first attention, the last the FFN.
 MASK_KEY = re.compile(r"transformer\.(?P<stack>encoder|decoder)\.layers\.(?P<layer>\d+)\.select(?P<place>\d)\.prune_a")
 MASKED_BLOCK = {
     ("encoder", "1"): "attention",
@@ -42,15 +42,15 @@ def cut_state_dict(
     kept: Mapping[str, Kept],
     slices: Mapping[str, Iterable[ParameterSlice]],
 ) -> dict[str, Tensor]:
-    """A detector's state dict with only the kept channels of each module.
+    """Return a detector's state dict with only the kept channels of each module.
 
     Args:
-        state_dict: the whole model's weights, under the names that `slices` uses.
-        kept: kept set of each module to cut; modules without one stay whole.
-        slices: for each module, how its parameters shrink (`PrunableModule.parameter_slices()`).
+        state_dict: weights of the unpruned model, under the names in `slices`.
+        kept: kept set of each module to cut; the others stay unpruned.
+        slices: the slices of each module, see `PrunableModule.parameter_slices()`.
 
     Raises:
-        UserError: for a module without slices, or a parameter that is missing or too small for the kept channels.
+        UserError: a module has no slices, or a parameter is missing or too small for the kept channels.
     """
     cut = dict(state_dict)
     for name, kept_of_module in kept.items():
@@ -64,7 +64,7 @@ def cut_state_dict(
 
 
 def slim_copy(model: Detector, state_dict: Mapping[str, Tensor], widths: Widths) -> Detector:
-    """A copy of a detector that holds the smaller weights `state_dict`, of the names it has, and says `widths`."""
+    """Return a copy of a detector with the smaller weights `state_dict`, of the same names, and `widths`."""
     slim = copy.deepcopy(model)
     for key, old in [*slim.named_parameters(), *slim.named_buffers()]:
         holder, leaf = slim.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
@@ -83,12 +83,12 @@ def slim_copy(model: Detector, state_dict: Mapping[str, Tensor], widths: Widths)
 
 
 def slices_of(modules: Mapping[str, PrunableModule]) -> dict[str, tuple[ParameterSlice, ...]]:
-    """The slices of all modules of a detector, as `cut_state_dict` takes them."""
+    """Return the slices of all modules of a detector, for `cut_state_dict`."""
     return {name: module.parameter_slices() for name, module in modules.items()}
 
 
 def check_kept_sets(modules: Mapping[str, PrunableModule], kept: Mapping[str, Kept], source: str) -> None:
-    """Raise a `UserError` naming `source` unless `kept` names modules of the detector and channels that they have."""
+    """Raise a `UserError` naming `source` unless the detector has all modules and channels in `kept`."""
     for name, kept_of_module in kept.items():
         if name not in modules:
             raise UserError(
@@ -98,7 +98,7 @@ def check_kept_sets(modules: Mapping[str, PrunableModule], kept: Mapping[str, Ke
 
 
 def widths_after(full: Widths, kept: Mapping[str, Kept]) -> Widths:
-    """The widths of a detector of widths `full` once it is cut."""
+    """Return the widths of a detector of widths `full` after the cut."""
     widths = full
     for name, kept_of_module in kept.items():
         widths = widths.replace(name, width_of(kept_of_module))
@@ -106,14 +106,14 @@ def widths_after(full: Widths, kept: Mapping[str, Kept]) -> Widths:
 
 
 def paper_masks_to_kept(state_dict: Mapping[str, Tensor]) -> dict[str, Kept]:
-    """The kept sets behind the masks of the paper's search output.
+    """Return the kept sets of the masks in the paper's search output.
 
     `transformer.{encoder,decoder}.layers.N.selectK.prune_a` is 1 x 1 x C; a channel is kept where it is above 0. The
-    paper does not keep equally many channels in each head: a slim attention regroups them into heads in order, and
-    no exactness is claimed for that.
+    paper's heads may keep different numbers of channels: a slim attention regroups them into heads in order, which
+    changes its outputs.
 
     Raises:
-        UserError: for a mask that belongs to no module or keeps nothing.
+        UserError: a mask belongs to no module or keeps nothing.
     """
     kept: dict[str, Kept] = {}
     for key, mask in state_dict.items():

@@ -1,9 +1,9 @@
-"""Make report.html anew from the files that a search or a training run left in its folder.
+"""Regenerate report.html from the files in the folder of a search or a training run.
 
     python -m reports OUTPUT_DIR
 
-A run of an older version will do: what it did not record is said to be missing. Sample detections need the data set
-and the checkpoints that the run used; without them the rest is there all the same.
+Runs of older versions work too: entries they did not record are marked as missing. Sample detections need the run's
+data set and checkpoints; without these, they are left out.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ KINDS = {"search": JOURNAL_NAME, "training": LOG_NAME}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Write the report that the command line asks for; returns its path.
+    """Write the report for the command line and return its path.
 
     Raises:
-        UserError: the folder holds no run, or one that cannot be read.
+        UserError: the folder holds no run, or it cannot be read.
     """
     torch.set_flush_denormal(True)
     summary, _, details = __doc__.partition("\n")
@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     parser.add_argument(
         "output_dir", type=user_path, metavar="OUTPUT_DIR",
-        help="--output_dir of the run; if it holds a search and a training run, the one that wrote last is reported",
+        help="--output_dir of the run; of a search and a training run in one folder, the latest is reported",
     )  # fmt: skip
     parser.add_argument(
-        "--device", default=None, help="where sample detections are made: cpu, cuda or cuda:N (default: cuda if any)"
+        "--device", default=None, help="device of sample detections: cpu, cuda or cuda:N (default: cuda if available)"
     )
     args, _ = parse(parser, argv)
     written = {kind: args.output_dir / name for kind, name in KINDS.items() if (args.output_dir / name).exists()}

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: text that stays text, in the page's own colours, and wide enough for a phone to read."""
+"""Plots as inline SVG, with text as text, in the page's colours and readable on phones."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from reports.plots import WHOLE, by_kind, draw_ap_against_parameters, draw_width
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH = 4.4  # inches: at 72 points each, what a phone shows unscaled, so that the text keeps its size
+WIDTH = 4.4  # inches of 72 points: phones show it unscaled, so the text keeps its size
 HEIGHT = 3.0
 BAR_HEIGHT = 0.22
-# What matplotlib writes for text and lines, and the page's colour that takes its place, light or dark.
+# Matplotlib's colours of text and lines -> the page's colours, light or dark.
 INK = "#010203"
 THEME = {INK: "currentColor", WHOLE: "var(--whole)"}
 STYLE = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "svg.fonttype": "none",
-    "svg.hashsalt": "report",  # the same plot gives the same text
+    "svg.hashsalt": "report",  # equal plots give equal SVG
     "font.size": 11,
     "legend.frameon": False,
     "axes.spines.top": False,
@@ -34,21 +34,21 @@ NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def widths_plots(before: Widths, after: Widths) -> list[tuple[str, str]]:
-    """Caption and plot of the channels of attentions, FFNs and blocks: those kept, on those there were."""
+    """Return captions and plots of kept and original channels, for attentions, FFNs and blocks."""
     found = []
     for kind, names in by_kind(before).items():
         draw = functools.partial(draw_widths, names=names, before=before, after=after, horizontal=True)
-        caption = f"{kind[0].upper()}{kind[1:]} channels kept (grey: whole)"
+        caption = f"{kind[0].upper()}{kind[1:]} channels kept (grey: unpruned)"
         found.append((caption, svg(draw, caption, 0.5 + BAR_HEIGHT * len(names))))
     return found
 
 
 def ap_plot(points: Sequence[tuple[int, float, bool]], base_ap: float, base_params: int) -> str:
-    """AP against the transformer's parameters along a search; see `reports.plots.plot_ap_against_parameters`."""
+    """Return a plot of AP against transformer parameters; see `reports.plots.plot_ap_against_parameters`."""
 
     def draw(axes: Axes) -> None:
         draw_ap_against_parameters(axes, points, base_ap, base_params)
-        axes.locator_params(axis="x", nbins=6)  # a phone has no room for more
+        axes.locator_params(axis="x", nbins=6)  # more do not fit a phone
 
     return svg(draw, "AP against transformer parameters")
 
@@ -56,12 +56,12 @@ def ap_plot(points: Sequence[tuple[int, float, bool]], base_ap: float, base_para
 def curves(
     epochs: Mapping[str, Sequence[tuple[int, float]]], label: str, *, log: bool = False, best: int | None = None
 ) -> str:
-    """Lines over the epochs, from 0.
+    """Return a plot of lines over epochs, from 0.
 
     Args:
         epochs: for each line, pairs of epoch and value.
-        label: what the values are, with their unit.
-        log: a logarithmic axis, where all values are above 0.
+        label: axis label of the values, with their unit.
+        log: use a logarithmic axis if all values are above 0.
         best: epoch of the first line to mark.
     """
 
@@ -82,7 +82,7 @@ def curves(
 
 
 def svg(draw: Callable[[Axes], Any], label: str, height: float = HEIGHT) -> str:
-    """What `draw` draws on an axes, as SVG that can stand in a page beside others; `label` is for who cannot see it."""
+    """Return what `draw` draws on an axes as SVG to put inline in a page; `label` is for screen readers."""
     import matplotlib
 
     stream = io.StringIO()
@@ -94,7 +94,7 @@ def svg(draw: Callable[[Axes], Any], label: str, height: float = HEIGHT) -> str:
     text = text[text.index("<svg") :]
     for colour, name in THEME.items():
         text = text.replace(colour, name)
-    # A page has one space of ids, its SVGs need no namespaces, and their size is the page's matter.
+    # Make ids unique in the page, and drop namespaces and sizes: inline SVG needs none, and the page sets sizes.
     prefix = re.sub(r"\W+", "-", label)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", text)

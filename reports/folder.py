@@ -1,4 +1,4 @@
-"""What a run left in its folder, of this version of the program or of an older one."""
+"""Read the folder of a run, made by this version or an older one."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ NOT_RECORDED = "not recorded: the run was made by an older version"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What is known of how a run was started.
+    """Options and starts of a run, as far as they were recorded.
 
     Attributes:
         path: its folder.
-        options: all that is known of its options, by name.
-        detector, data, search: the same, completed by today's defaults.
-        runs: how the program was started, each time; see `util.environment.record_run`. Empty for an older run.
+        options: the recorded options by name.
+        detector, data, search: the options as configs, completed by current defaults.
+        runs: a record of each start, see `util.environment.record_run`; empty for a run of an older version.
     """
 
     path: Path
@@ -46,25 +46,25 @@ class RunFolder:
 
     @property
     def measured_by(self) -> str:
-        """What measured the APs, to follow a comma; empty for an older run."""
+        """Text such as `, by ...` for what measured the APs; empty for a run of an older version."""
         evaluator = self.runs[-1].get("evaluator") if self.runs else None
         return f", by {evaluator}" if evaluator else ""
 
     @property
     def first_resume(self) -> str | None:
-        """The checkpoint that the run began with, whatever it continued from later."""
+        """The checkpoint that the run began with, even if it was resumed from another."""
         return self.runs[0].get("resume") if self.runs else self.options.get("resume")
 
 
 def read_folder(path: Path, options: Mapping[str, Any]) -> RunFolder:
-    """Read args.json, if there is one.
+    """Read args.json, if it exists.
 
     Args:
         path: the run's folder.
-        options: what is known of the options from elsewhere; those in args.json win.
+        options: options known from elsewhere; those in args.json override them.
 
     Raises:
-        UserError: there is one, and it holds no options.
+        UserError: it holds no options.
     """
     file, found = path / ARGUMENTS_NAME, {}
     if file.exists():
@@ -83,10 +83,10 @@ def read_folder(path: Path, options: Mapping[str, Any]) -> RunFolder:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The epochs of log.txt; a last line that a crash cut short is left out.
+    """Read the epochs of log.txt, without a last line truncated by a crash.
 
     Raises:
-        UserError: another line is no JSON object.
+        UserError: another line is not a JSON object.
     """
     epochs = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -103,7 +103,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def image_size_of(data: DataConfig, split: str) -> tuple[int, int] | None:
-    """Height and width in pixels of the split's first image as the detector gets it; None where it cannot be read."""
+    """Return height and width in pixels of the split's first image after transforms, or None if unreadable."""
     try:
         return tuple(build_dataset(split, data)[0][0].shape[-2:])
     except UserError:
@@ -111,16 +111,16 @@ def image_size_of(data: DataConfig, split: str) -> tuple[int, int] | None:
 
 
 def cost_at(config: DetectorConfig, widths: Widths, image_size_hw: tuple[int, int] | None) -> Cost:
-    """What the run's detector costs with those widths; the GMACs mean nothing without an image size."""
+    """Return the cost of the run's detector with those widths; the GMACs are only valid with an image size."""
     with torch.device("meta"):
         model, _, _ = build(dataclasses.replace(config, cfgs=widths, pretrained_backbone=False))
     return cost_of(model, image_size_hw or PAPER_IMAGE_SIZE_HW)
 
 
 def cost_section(name: str, before: Cost, after: Cost | None, image_size_hw: tuple[int, int] | None) -> str:
-    """The table of costs, of one detector where there is no `after`; without GMACs where no image size is known.
+    """Return the table of costs, of one detector without `after`; without GMACs if no image size is known.
 
-    `name`: what the first one is called.
+    `name` is the first one's name.
     """
     rows = cost_rows([before] if after is None else [before, after])
     header = ["", name] if after is None else ["", name, "slim", "change"]
@@ -128,24 +128,24 @@ def cost_section(name: str, before: Cost, after: Cost | None, image_size_hw: tup
         rows, note = [row for row in rows if "GMACs" not in row[0]], ""
     else:
         size = " x ".join(map(str, image_size_hw))
-        note = page.paragraph(f"GMACs for one image of {size} pixels, of the transformer where not said.", "faint")
+        note = page.paragraph(f"GMACs for one image of {size} pixels, of the transformer unless noted.", "faint")
     return page.section("Cost", page.table(header, rows), note)
 
 
 def change(before: float, after: float) -> str:
-    """`-46.8%`."""
+    """Return text such as `-46.8%`."""
     return f"{100 * (after / before - 1):+.1f}%"
 
 
 def duration(seconds: float) -> str:
-    """`1 h 02 min`, `3 min 05 s` or `42 s`."""
+    """Return text such as `1 h 02 min`, `3 min 05 s` or `42 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def environment_section(folder: RunFolder, seconds: float) -> str:
-    """Command, versions, seed, device: what it takes to make the run again."""
+    """Return the section to reproduce the run: command, versions, seed, device."""
     last = folder.runs[-1] if folder.runs else {}
     machine = last.get("environment", {})
     commands = [run.get("command", "") for run in folder.runs]
@@ -160,9 +160,9 @@ def environment_section(folder: RunFolder, seconds: float) -> str:
         ("started", last.get("started", NOT_RECORDED)),
         ("duration", duration(seconds)),
         *((name, machine[name]) for name in ("python", "torch", "torchvision") if name in machine),
-        ("program", last.get("commit") or ("no clone of its repository" if last else NOT_RECORDED)),
+        ("program", last.get("commit") or ("not a git clone" if last else NOT_RECORDED)),
     ]
     parts = [page.code(command) for command in commands] or [page.paragraph(f"Command {NOT_RECORDED}.", "faint")]
     if len(commands) > 1:
-        parts.insert(0, page.paragraph("Started, and gone on with:"))
+        parts.insert(0, page.paragraph("Started and continued with:"))
     return page.section("Made with", *parts, page.facts(pair for pair in pairs if pair[1] is not None))

@@ -1,4 +1,4 @@
-"""Pictures of a search: what is left of each module, and what the way there cost in AP."""
+"""Plots of a search: module widths before and after, and AP against parameters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plot_widths(path: str | Path, before: Widths, after: Widths) -> None:
 
 
 def by_kind(widths: Widths) -> dict[str, list[str]]:
-    """The names of the modules of each kind: attentions, FFNs and, where widths list them, residual blocks."""
+    """Return module names by kind: attentions, FFNs and, if the widths list them, residual blocks."""
     blocks = [name for name in widths.names() if name.startswith(f"{BACKBONE}.")]
     kinds = {
         "attention": [name for name in widths.names() if name.endswith("attention")],
@@ -46,7 +46,7 @@ def by_kind(widths: Widths) -> dict[str, list[str]]:
 
 
 def draw_widths(axes: Axes, names: Sequence[str], before: Widths, after: Widths, *, horizontal: bool = False) -> None:
-    """Bars of the widths of those modules before (grey) and after; `horizontal` from the top down."""
+    """Draw bars of the modules' widths before (grey) and after; `horizontal` ones from the top down."""
     draw = axes.barh if horizontal else axes.bar
     draw(names, [before.of(name) for name in names], color=WHOLE, label="before")
     colours = [COLOURS.get(role_of(name), BLOCK_COLOUR) for name in names]
@@ -66,12 +66,12 @@ def draw_widths(axes: Axes, names: Sequence[str], before: Widths, after: Widths,
 def plot_ap_against_parameters(
     path: str | Path, points: Sequence[tuple[int, float, bool]], base_ap: float, base_params: int, caption: str
 ) -> None:
-    """Write a PNG: mAP of the whole split against transformer parameters, every width tried and those accepted.
+    """Write a PNG of mAP on the whole split against transformer parameters, for widths tried and accepted.
 
     Args:
-        points: transformer parameters, mAP in [0, 1], and whether that was accepted.
+        points: transformer parameters, mAP in [0, 1], and whether they were accepted.
         base_ap: mAP in [0, 1] before the search, with `base_params` transformer parameters.
-        caption: title, such as the schedule and the split that was looked at.
+        caption: title, such as schedule and split.
     """
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
@@ -83,7 +83,7 @@ def plot_ap_against_parameters(
 def draw_ap_against_parameters(
     axes: Axes, points: Sequence[tuple[int, float, bool]], base_ap: float, base_params: int
 ) -> None:
-    """What `plot_ap_against_parameters` shows, without its title."""
+    """Draw the plot of `plot_ap_against_parameters` without its title."""
     tried = [point for point in points if not point[2]]
     accepted = [(base_params, base_ap), *(point[:2] for point in points if point[2])]
     axes.plot([params / 1e6 for params, _ in accepted], [100 * ap for _, ap in accepted], "o-", label="accepted")
@@ -97,7 +97,7 @@ def draw_ap_against_parameters(
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of that many inches, drawn without a display."""
+    """Return a figure of that size in inches, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

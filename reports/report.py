@@ -1,8 +1,8 @@
-"""report.html: what a run of a search or a training was, found and cost, in one file that asks for nothing else.
+"""Write report.html: options, results and costs of a search or a training run, in one self-contained file.
 
     python -m reports OUTPUT_DIR
 
-makes it anew from the files that the run left in its folder, of an older version of the program too.
+regenerates it from the files in the run's folder, also for runs of older versions.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ REPORT_NAME = "report.html"
 
 
 def render(folder: Path, kind: str, samples: Samples) -> str:
-    """The report as HTML.
+    """Return the report as HTML.
 
     Args:
         folder: output folder of the run.
         kind: search or training.
-        samples: what draws the sample detections.
+        samples: draws the sample detections.
 
     Raises:
-        UserError: the folder lacks what a run of that kind leaves, or it cannot be read.
+        UserError: the folder lacks files of such a run, or they cannot be read.
     """
     pages = {"search": search_page, "training": training_page}
     return pages[kind](folder, samples)
 
 
 def write_report(folder: Path, kind: str, samples: Samples) -> None:
-    """Write report.html; call it in the main process alone, when everything else of the run is on disk.
+    """Write report.html; call it only in the main process, after all other files are written.
 
-    Whatever goes wrong is a warning in the log: a report can be made later, a run that is done must not be lost.
+    Failures are only logged as warnings: a report can be made later, and must not end a run.
     """
     try:
         write_text(folder / REPORT_NAME, render(folder, kind, samples))
     except Exception as error:
         get_logger().warning(
-            "%s was not written (%s: %s); python -m reports %s tries again",
+            "%s was not written (%s: %s); try again with python -m reports %s",
             folder / REPORT_NAME, type(error).__name__, reason_of(error), folder,
         )  # fmt: skip

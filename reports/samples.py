@@ -1,4 +1,4 @@
-"""Detections of one or two detectors on a few validation images, side by side with what is annotated."""
+"""Detections of one or two detectors on a few validation images, beside the annotations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from weights.stored_options import take_from_checkpoint
 SPLIT = "val2017"
 NETWORK_OPTIONS = [name for name, field in options_of(DetectorConfig).items() if field.metadata["stored"] == "network"]
 IMAGES = 4
-OBJECTS = range(2, 9)  # in an image that shows something and can still be read
+OBJECTS = range(2, 9)  # per image: enough to show, and still readable
 THRESHOLD = 0.4
 SIDE = 320  # pixels of a picture's longer side
 
@@ -35,21 +35,21 @@ Result = Mapping[str, Tensor]
 
 
 class Samples:
-    """Detections on the same few images of val2017, kept until a checkpoint's file changes."""
+    """Detections on the same few images of val2017, cached until a checkpoint file changes."""
 
     def __init__(self, device: torch.device) -> None:
-        """`device`: where the detectors run."""
+        """The detectors run on `device`."""
         self.device = device
         self._found: dict[tuple[Path, int], list[Result]] = {}
 
     def section(self, config: DetectorConfig, data: DataConfig, detectors: Sequence[tuple[str, Path]]) -> str:
-        """A row of pictures for each image: what is annotated, and what each detector finds.
+        """Return a section with a row of pictures for each image: annotations and each detector's detections.
 
         Args:
             config, data: the run's options.
             detectors: caption and checkpoint of each.
 
-        Where data or a checkpoint is not there any more, a sentence says so.
+        If data or a checkpoint is missing, the section has a sentence about it instead.
         """
         title = "Sample detections"
         try:
@@ -69,19 +69,19 @@ class Samples:
 
     @torch.no_grad()
     def _detect(self, path: Path, config: DetectorConfig, dataset: CocoDataset, indices: Sequence[int]) -> list[Result]:
-        """Scores, labels and boxes (xyxy in the original image's pixels) of a checkpoint's detector, on the CPU."""
+        """Return scores, labels and boxes (xyxy in the original image's pixels) of a checkpoint, on the CPU."""
         try:
             key = (path, path.stat().st_mtime_ns)
         except OSError:
-            raise UserError(f"{path} is not there any more") from None
+            raise UserError(f"{path} no longer exists") from None
         if key not in self._found:
             checkpoint = read_checkpoint(path)
             theirs = dataclasses.replace(config, cfgs=None, pretrained_backbone=False)
-            # A file of our own has its network's options; with others the run has settled what they leave open.
+            # Our files hold the options of their network; for others, use those of the run.
             typed = () if checkpoint.kind in ("ours", "search") else NETWORK_OPTIONS
             theirs = take_from_checkpoint(theirs, typed, checkpoint)
             theirs = dataclasses.replace(theirs, num_classes=checkpoint.num_classes)
-            # The run's own draws must not depend on whether a report is made of it.
+            # The report must not change the run's random numbers.
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 model, _, postprocessors = build_detector(theirs, checkpoint)
             model.eval().to(self.device)
@@ -96,14 +96,14 @@ class Samples:
 
 
 def _choose(dataset: CocoDataset) -> list[int]:
-    """Indices of a few images, spread over those with some objects (over all where there are none such)."""
+    """Return indices of a few images, spread over those with some objects (over all if there are none)."""
     counts = dataset.annotations.object_counts().tolist()
     found = [index for index, count in enumerate(counts) if count in OBJECTS] or list(range(len(counts)))
     return found[:: max(1, len(found) // IMAGES)][:IMAGES]
 
 
 def _annotated(dataset: CocoDataset, index: int) -> Result:
-    """The annotated objects of an image, as detections without scores."""
+    """Return the annotated objects of an image as detections without scores."""
     _, target = dataset[index]
     centres, sides = target["boxes"].split(2, dim=1)
     corners = torch.cat((centres - sides / 2, centres + sides / 2), dim=1)
@@ -113,7 +113,7 @@ def _annotated(dataset: CocoDataset, index: int) -> Result:
 def _column(
     picture: Tensor, names: Mapping[int, str], caption: str, result: Result, threshold: float | None
 ) -> tuple[str, Image.Image]:
-    """Caption with the objects by name, and the picture at the report's size with their boxes."""
+    """Return a caption with the objects by name, and the picture with boxes at the report's size."""
     if threshold is not None:
         keep = result["scores"] >= threshold
         result = {name: value[keep] for name, value in result.items()}

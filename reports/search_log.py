@@ -1,4 +1,4 @@
-"""What a search tells while it runs and when it is done."""
+"""Progress bar, log lines and tables of a search."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ TRIAL_COLUMNS = ("taken", "cost kept", "power", "mAP", "seconds", "images", "who
 
 
 class ProgressBar:
-    """A bar over all steps that a search could take; a module that is done early skips the rest of its steps.
+    """A progress bar over all steps a search could take; a module that ends early skips its remaining steps.
 
-    So the time left is an upper estimate at the pace so far, which falls with each module that ends early.
+    So the time left is an upper bound at the current pace, which drops when a module ends early.
     """
 
     def __init__(
         self, modules: Sequence[PrunableModule], units: Units, method: Method, disable: bool | None = None
     ) -> None:
-        """`disable` None shows the bar on terminals only."""
+        """With `disable` None, show the bar only on terminals."""
         self._steps = {module.name: -(-module.width // units.channels(module)) for module in modules}
         if method.search == "bisect":
             self._steps = {name: 1 + (steps - 1).bit_length() for name, steps in self._steps.items()}
@@ -45,8 +45,8 @@ class ProgressBar:
         self._bar.close()
 
     def show(self, decision: Decision) -> None:
-        """Move on by one decision."""
-        ap = decision.subset_ap if decision.full_ap is None else decision.full_ap  # one of them is there
+        """Advance by one decision."""
+        ap = decision.subset_ap if decision.full_ap is None else decision.full_ap  # one of them is set
         self._bar.set_description(f"{decision.module} {decision.width}/{decision.full_width}", refresh=False)
         split = "subset" if decision.full_ap is None else "full"
         self._bar.set_postfix_str(
@@ -60,7 +60,7 @@ class ProgressBar:
 
 
 def module_line(decision: Decision) -> str:
-    """One line of the log for a module that is done."""
+    """Return the log line of a finished module."""
     return (
         f"{decision.module}: {decision.full_width} -> {decision.width} channels, mAP {decision.full_ap:.4f} "
         f"(target {decision.target_ap:.4f}), {decision.step + 1} steps, {decision.seconds:.0f} s since the start"
@@ -68,12 +68,12 @@ def module_line(decision: Decision) -> str:
 
 
 def module_table(decisions: Sequence[Decision]) -> str:
-    """`module_rows` as text."""
+    """Return `module_rows` as text."""
     return table(MODULE_COLUMNS, module_rows(decisions))
 
 
 def module_rows(decisions: Sequence[Decision]) -> list[tuple[object, ...]]:
-    """A row of `MODULE_COLUMNS` for each module that is done; seconds and passes are those of its own visit."""
+    """Return a row of `MODULE_COLUMNS` for each finished module; seconds and passes count its own visit."""
     rows: list[tuple[object, ...]] = []
     seconds, passes, images = 0.0, 0.0, 0
     for decision in decisions:
@@ -95,7 +95,7 @@ def module_rows(decisions: Sequence[Decision]) -> list[tuple[object, ...]]:
 
 
 def decision_scalars(decision: Decision) -> dict[str, float]:
-    """What TensorBoard shows of a step: mAP in [0, 1], and the widths where they are now."""
+    """Return TensorBoard scalars of a step: mAP in [0, 1] and the current widths."""
     measured = {"search/mAP": decision.full_ap, "search/subset_mAP": decision.subset_ap}
     return {
         **{name: value for name, value in measured.items() if value is not None},
@@ -106,13 +106,13 @@ def decision_scalars(decision: Decision) -> dict[str, float]:
 
 
 def trial_scalars(trial: Trial) -> dict[str, float]:
-    """What TensorBoard shows of a division of a budget: mAP and the cost kept, each in [0, 1], and all widths."""
+    """Return TensorBoard scalars of a trial: mAP and kept cost, each in [0, 1], and all widths."""
     widths = {f"width/{name}": width for name, width in trial.widths.items()}
     return {"search/mAP": trial.full_ap, "search/cost_kept": trial.kept_fraction, **widths}
 
 
 def trial_line(trial: Trial) -> str:
-    """One line of the log for a division of a budget."""
+    """Return the log line of a trial."""
     return (
         f"{100 * trial.kept_fraction:.1f} % of the cost kept, power {trial.power:g} of the damages: "
         f"mAP {trial.full_ap:.4f}"
@@ -120,18 +120,18 @@ def trial_line(trial: Trial) -> str:
 
 
 def trial_summary(trial: Trial, threshold_ap: float | None) -> str:
-    """What a progress bar says of the last division of a budget; `threshold_ap` None where mAP decides nothing."""
+    """Return the progress bar's text for the last trial; `threshold_ap` is None if mAP is not a criterion."""
     target = "" if threshold_ap is None else f" target {threshold_ap:.4f}"
     return f"{100 * trial.kept_fraction:.1f} % kept: mAP {trial.full_ap:.4f}{target}, {trial.whole_passes:.0f} passes"
 
 
 def trial_table(trials: Sequence[Trial], best: Trial | None) -> str:
-    """`trial_rows` as text."""
+    """Return `trial_rows` as text."""
     return table(TRIAL_COLUMNS, trial_rows(trials, best))
 
 
 def trial_rows(trials: Sequence[Trial], best: Trial | None) -> list[tuple[object, ...]]:
-    """A row of `TRIAL_COLUMNS` for each division measured, the one that was taken marked."""
+    """Return a row of `TRIAL_COLUMNS` for each trial, with the chosen one marked."""
     return [
         (
             "*" if trial is best else "",
@@ -147,12 +147,12 @@ def trial_rows(trials: Sequence[Trial], best: Trial | None) -> list[tuple[object
 
 
 def width_table(before: Widths, after: Widths) -> str:
-    """The table of modules: width before and after."""
+    """Return the table of widths before and after."""
     return table(("module", "before", "after"), [(name, width, after.of(name)) for name, width in before.items()])
 
 
 def next_command(modelname: str, data: DataConfig, use_dn: bool, pruned: Path) -> str:
-    """The command that transplants and fine-tunes what a search has found."""
+    """Return the command that transplants and fine-tunes a search's output."""
     words = ["python", "main.py", "-m", modelname, "--output_dir", str(pruned.parent / "finetuned")]
     words += ["--coco_path", data.coco_path]
     for name in options_of(SplitConfig):

@@ -1,4 +1,4 @@
-"""The report of a search."""
+"""Report of a search."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from util.errors import UserError, shorten
 from weights.checkpoint_file import read_checkpoint
 
 VAL_WARNING = (
-    "This search looked at val2017, so the AP it reports is that of images which it chose its channels by. "
-    "A fair figure searches on train2017 (--search_split train2017) and reports val2017."
+    "This search used val2017, so its AP is measured on the images that it chose channels on. "
+    "For a fair AP, search on train2017 (--search_split train2017) and report val2017."
 )
 
 
 @dataclass(frozen=True)
 class SearchFacts:
-    """What a search left behind.
+    """Facts about a search, from its folder.
 
     Attributes:
-        folder: how it was started.
+        folder: options and starts of the run.
         start: first line of its journal.
-        end: last line of a search that has ended, else None.
-        decisions: of a search by visits.
-        trials: of a search of all modules at once.
-        best: the trial that was taken.
-        images: how many it looked at, None where that is not known.
-        image_size_hw: size in pixels that GMACs are counted for, None where it is not known.
-        before: widths it began with.
-        after: widths it has found, so far if it has not ended.
+        end: last line of its journal if the search has ended, else None.
+        decisions: steps of a search by visits.
+        trials: trials of a search of all modules at once.
+        best: the chosen trial.
+        images: number of images searched on, or None if unknown.
+        image_size_hw: image size in pixels for GMACs, or None if unknown.
+        before: widths at the start.
+        after: widths found, so far if it has not ended.
     """
 
     folder: RunFolder
@@ -65,12 +65,12 @@ class SearchFacts:
 
     @property
     def split(self) -> str:
-        """The images it looked at."""
+        """Split that was searched on."""
         return self.folder.search.split
 
     @property
     def ap(self) -> float:
-        """mAP of what was found, in [0, 1]."""
+        """mAP of the result, in [0, 1]."""
         if self.end is not None:
             return self.end["ap"]
         accepted = [decision.full_ap for decision in self.decisions if decision.accepted]
@@ -78,7 +78,7 @@ class SearchFacts:
 
     @property
     def passed(self) -> bool:
-        """False if the search has ended and could remove nothing."""
+        """False if the search has ended without removing anything."""
         return self.end is None or self.end.get("passed", True)
 
     @property
@@ -94,7 +94,7 @@ def read_search(path: Path) -> SearchFacts:
     """Read the folder of a search, ended or not.
 
     Raises:
-        UserError: it holds no journal of a search, or one that cannot be read.
+        UserError: it holds no journal of a search, or it cannot be read.
     """
     journal = path / JOURNAL_NAME
     lines, _ = Journal(journal).read()
@@ -104,7 +104,7 @@ def read_search(path: Path) -> SearchFacts:
     try:
         options = dict(start["args"])
         before = Widths.parse(start["full_widths"])
-        # An older search left no args.json; its checkpoint knows what the journal leaves out.
+        # Older versions wrote no args.json; the checkpoint has options that the journal lacks.
         if not (path / ARGUMENTS_NAME).exists() and (path / OUTPUT_NAME).exists():
             options = {**read_checkpoint(path / OUTPUT_NAME).arguments, **options}
         folder = read_folder(path, options)
@@ -130,7 +130,7 @@ def read_search(path: Path) -> SearchFacts:
 
 
 def search_page(path: Path, samples: Samples) -> str:
-    """The report of the search in that folder, as HTML."""
+    """Return the report of the search in that folder as HTML."""
     facts = read_search(path)
     folder = facts.folder
     before, after = (cost_at(folder.detector, widths, facts.image_size_hw) for widths in (facts.before, facts.after))
@@ -157,7 +157,7 @@ def _next_steps(facts: SearchFacts, output: Path) -> str:
     folder = facts.folder
     return page.section(
         "Go on",
-        page.paragraph("The widths that were found:"),
+        page.paragraph("Widths found:"),
         page.code(f"--cfgs '{facts.after}'"),
         page.paragraph("Transplant and fine-tune:"),
         page.code(next_command(folder.detector.modelname, folder.data, folder.search.use_dn, output)),
@@ -165,7 +165,7 @@ def _next_steps(facts: SearchFacts, output: Path) -> str:
 
 
 def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
-    """What was searched, warnings, and the figures that matter most."""
+    """Return a summary of the search, warnings, and the main figures."""
     folder, config, effort = facts.folder, facts.folder.search, facts.effort
     count = "an unknown number of" if facts.images is None else f"{facts.images:,}"
     asked = (
@@ -199,15 +199,15 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
     if not facts.passed:
         notices.append(
             page.paragraph(
-                f"No trial passed: nothing could be removed with mAP held to the target, so there is no {OUTPUT_NAME}.",
+                f"No trial passed: nothing could be removed without missing the mAP target, so no {OUTPUT_NAME}.",
                 "notice",
             )
         )
     if facts.end is None:
         notices.append(
             page.paragraph(
-                "This search has not ended: the figures are those of what it had found so far. The same command with "
-                "--resume_search goes on with it.", "notice",
+                "This search has not ended: the figures are its results so far. Continue with the same command and "
+                "--resume_search.", "notice",
             )
         )  # fmt: skip
     return "\n".join([page.paragraph(text), *notices, page.tiles(figures)])
@@ -218,7 +218,7 @@ def _tile(name: str, was: int, now: int) -> tuple[str, str, str]:
 
 
 def _steps(facts: SearchFacts) -> str:
-    """The table of modules or trials, as the log has it."""
+    """Return the table of modules or trials, as in the log."""
     if facts.decisions:
         return page.section("Modules", page.table(MODULE_COLUMNS, module_rows(facts.decisions)))
     rows = [(name, width, facts.after.of(name)) for name, width in facts.before.items()]
@@ -243,7 +243,7 @@ def _ap_plot(facts: SearchFacts, base_params: int) -> str:
 
 
 def _count_images(folder: RunFolder) -> int | None:
-    """How many images an older search looked at: the whole split or its first ones."""
+    """Return the number of images of a search by an older version: the whole split or the first ones."""
     asked = folder.search.search_images
     try:
         there = len(load_annotations(split_of(folder.data, folder.search.split).annotation_file).image_ids)

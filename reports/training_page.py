@@ -1,4 +1,4 @@
-"""The report of a training run, of a dense detector or of one that a search has cut."""
+"""Report of a training run, of a dense or a pruned detector."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EPOCH_COLUMNS = ("epoch", "lr", "train_loss", "test_loss", "test_AP", "test_AP50
 
 
 def epoch_rows(epochs: Sequence[Mapping[str, Any]]) -> list[list[object]]:
-    """A row of `EPOCH_COLUMNS` for each line of log.txt."""
+    """Return a row of `EPOCH_COLUMNS` for each line of log.txt."""
 
     def cell(line: Mapping[str, Any], name: str) -> object:
         value = line.get(name, "")
@@ -39,10 +39,10 @@ def epoch_rows(epochs: Sequence[Mapping[str, Any]]) -> list[list[object]]:
 
 
 def training_page(path: Path, samples: Samples) -> str:
-    """The report of the training run in that folder, as HTML.
+    """Return the report of the training run in that folder as HTML.
 
     Raises:
-        UserError: its log holds no epoch, or it cannot be read.
+        UserError: its log holds no epoch or cannot be read.
     """
     epochs = read_log(path / LOG_NAME)
     if not epochs:
@@ -52,7 +52,7 @@ def training_page(path: Path, samples: Samples) -> str:
     widths = config.cfgs or config.full_widths
     full = config.full_widths if widths.backbone is None else config.full_widths_with_backbone
     measured = [line for line in epochs if line.get("test_AP") not in (None, -1)]
-    best = max(measured, key=lambda line: line["test_AP"], default=None)  # the first of equals, as the checkpoint
+    best = max(measured, key=lambda line: line["test_AP"], default=None)  # the first of equals, like the checkpoint
     start = folder.first_resume
     title = f"Training of {config.modelname}" if start is None else f"Fine-tuning of {Path(start).name}"
     return page.page(
@@ -68,7 +68,7 @@ def training_page(path: Path, samples: Samples) -> str:
 
 
 def _lead(folder: RunFolder, epochs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None) -> str:
-    """What was trained, and the figures that matter most."""
+    """Return a summary of the training, and the main figures."""
     options, last = folder.options, epochs[-1]
     asked = options.get("epochs", last["epoch"] + 1)
     start = "from scratch" if folder.first_resume is None else f"from {folder.first_resume}"
@@ -86,7 +86,7 @@ def _lead(folder: RunFolder, epochs: Sequence[Mapping[str, Any]], best: Mapping[
         ("duration", duration(_seconds(epochs)), "training and evaluation"),
     ]
     unfinished = "" if last["epoch"] + 1 >= asked else (
-        "This run has not ended: the figures are those of the epochs so far. --resume checkpoint.pth goes on with it."
+        "This run has not ended: the figures are those of the epochs so far. Continue with --resume checkpoint.pth."
     )  # fmt: skip
     return "\n".join(
         [page.paragraph(text), page.paragraph(unfinished, "notice") if unfinished else "", page.tiles(figures)]
@@ -96,7 +96,7 @@ def _lead(folder: RunFolder, epochs: Sequence[Mapping[str, Any]], best: Mapping[
 def _curves(
     epochs: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None
 ) -> str:
-    """Losses, AP with the best epoch, learning rates."""
+    """Return the plots of losses, AP with the best epoch, and learning rates."""
 
     def points(key: str, scale: float = 1) -> list[tuple[int, float]]:
         return [(line["epoch"], scale * line[key]) for line in epochs if line.get(key) not in (None, -1)]
@@ -112,7 +112,7 @@ def _curves(
 
 
 def _coco_table(measured: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, is_evaluated: bool) -> str:
-    """The twelve figures of the best epoch and of the last."""
+    """Return the twelve COCO metrics of the best and the last epoch."""
     if best is None:
         said = f"Not measurable: {SPLIT} has no boxes." if is_evaluated else "Not measured yet."
         return page.paragraph(said, "faint")
@@ -123,7 +123,7 @@ def _coco_table(measured: Sequence[Mapping[str, Any]], best: Mapping[str, Any] |
 
 
 def _costs(folder: RunFolder, full: Widths, widths: Widths) -> str:
-    """What the detector costs beside a dense one of its kind, and its widths."""
+    """Return the detector's cost beside that of its dense form, and its widths."""
     size = image_size_of(folder.data, SPLIT)
     before, after = (cost_at(folder.detector, of, size) for of in (full, widths))
     if widths == full:
@@ -135,7 +135,7 @@ def _costs(folder: RunFolder, full: Widths, widths: Widths) -> str:
 
 
 def _detectors(folder: RunFolder, best: Mapping[str, Any] | None) -> list[tuple[str, Path]]:
-    """The detector at its best, and what it is to be held against: its teacher, or what a search had cut."""
+    """Return the detectors to compare: the best checkpoint, and its teacher or the pruned start."""
     found = []
     start = folder.first_resume
     if folder.options.get("distill"):
@@ -148,7 +148,7 @@ def _detectors(folder: RunFolder, best: Mapping[str, Any] | None) -> list[tuple[
     return [*found, ("trained", folder.path / "checkpoint.pth")]
 
 
-@functools.lru_cache(maxsize=1)  # the answer is wanted after each epoch
+@functools.lru_cache(maxsize=1)  # called after each epoch
 def _is_search(path: Path, _modified: int) -> bool:
     return read_checkpoint(path).is_search
 

@@ -1,4 +1,4 @@
-"""What a training run says between two epochs."""
+"""Log lines of training batches."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error")
 
 
 class BatchLog:
-    """Every so many batches of an epoch a line of the log: mean losses since the last one, rate, time left.
+    """Log every few batches: mean losses since the last line, learning rate, time left.
 
-    Call it behind each batch, in every process.
+    Call it after each batch, in every process.
 
     Args:
-        every: batches between two lines, 0 for none.
+        every: batches between two lines, 0 for no lines.
         epoch: number of the epoch, from 0.
         epochs: epochs of the run.
-        batches: batches of an epoch, of one process.
-        show: gets what a line says: losses, `lr` and `images_per_second` by name, and the batches done in this epoch.
+        batches: batches of an epoch in one process.
+        show: called with the values of a line (losses, `lr`, `images_per_second`) and the batches done in this epoch.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class BatchLog:
         self._means, self._images, self._since = Means(), 0, time.perf_counter()
 
     def __call__(self, losses: Mapping[str, Tensor], images: int, lr: float) -> None:
-        """Count in one batch.
+        """Count one batch.
 
         Args:
             losses: of the batch, averaged over all processes.

@@ -1,4 +1,4 @@
-"""What trainings and searches read, as options: those of a run, and the groups that make up main.py and a search."""
+"""Options of a run, and the groups of options that main.py and a search are made of."""
 
 from __future__ import annotations
 
@@ -15,96 +15,96 @@ from util.learning_rate import SCHEDULES
 
 @dataclass(frozen=True)
 class FolderConfig(Config):
-    """Where a script writes, and the checkpoint that it reads."""
+    """Output folder and checkpoint of a script."""
 
     output_dir: str = option("output/run", type=os.path.expanduser, metavar="FOLDER", stored="run", help="for "
-        "checkpoints, results, logs and report.html, which `python -m reports FOLDER` writes again")  # fmt: skip
+        "checkpoints, results, logs and report.html (`python -m reports FOLDER` rewrites it)")  # fmt: skip
     resume: str | None = option(None, type=os.path.expanduser, metavar="FILE", stored="run", help="checkpoint to start "
         "from, of any format the README lists")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DeviceConfig(FolderConfig):
-    """The same, and where a detector runs."""
+    """Output folder, checkpoint and device."""
 
-    device: str | None = option(None, "cpu, cuda or cuda:N, by default cuda where there is one", stored="run")
+    device: str | None = option(None, "cpu, cuda or cuda:N, by default cuda if available", stored="run")
 
 
 @dataclass(frozen=True)
 class RunConfig(DeviceConfig):
-    """What trainings and searches have in common."""
+    """Options of both training and search."""
 
     save_safetensors: bool = option(False, stored="run", help="write the weights of each checkpoint as .safetensors "
-        "beside it, too, which --resume also reads")  # fmt: skip
+        "beside it; --resume reads both")  # fmt: skip
     seed: int = option(42, "seed of every random generator", type=whole(0, at_most=2**31))
 
 
 @dataclass(frozen=True)
 class MainConfig(RunConfig):
-    """What main.py does with the checkpoint."""
+    """Options of main.py: how to use the checkpoint, and precision."""
 
-    start_fresh: bool = option(False, stored="run", help="take only the weights of --resume, even if its training is "
+    start_fresh: bool = option(False, stored="run", help="load only the weights of --resume, even if its training is "
         "unfinished")  # fmt: skip
-    finetune_ignore: list[str] | None = option(None, nargs="+", metavar="KEY", stored="run", help="initialise the "
-        "weights of --resume that have one of these in their names")  # fmt: skip
+    finetune_ignore: list[str] | None = option(None, nargs="+", metavar="KEY", stored="run", help="do not load the "
+        "weights of --resume whose names contain one of these; initialise them")  # fmt: skip
     eval: bool = option(False, "evaluate on val2017 and stop", stored="run")
     save_results: bool = option(False, "write the detections on val2017 as COCO results JSON", stored="run")
     amp: str = option("off", "mixed precision of training; --amp alone is bf16", **PRECISIONS)
-    eval_amp: str = option("off", **PRECISIONS, help="mixed precision of evaluation, while training too; off is "
+    eval_amp: str = option("off", **PRECISIONS, help="mixed precision of evaluation, also during training; off is "
         "float32, whatever --amp says")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LogConfig(Config):
-    """What is logged, beside run.log."""
+    """Logging besides run.log."""
 
     tensorboard: bool = option(False, "write losses, rates, AP and widths to OUTPUT_DIR/tensorboard", stored="run")
 
 
 @dataclass(frozen=True)
 class TrainingLogConfig(LogConfig):
-    """What a training logs."""
+    """Logging of a training run."""
 
-    print_freq: int = option(100, type=whole(0), stored="run", help="training batches between lines of the log with "
-        "losses, rate and time left; 0 for a progress bar alone")  # fmt: skip
+    print_freq: int = option(100, type=whole(0), stored="run", help="training batches between log lines with "
+        "losses, learning rate and time left; 0 for only a progress bar")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Config):
     """Epochs, learning rates and the optimizer."""
 
-    augmentation: str = option("detr", choices=tuple(TRAINING_TRANSFORMS), help="of training images: DETR's flips, "
-        "scales and crops, or flips alone at --image_size")  # fmt: skip
+    augmentation: str = option("detr", choices=tuple(TRAINING_TRANSFORMS), help="training images: DETR's flips, "
+        "scales and crops, or only flips at --image_size")  # fmt: skip
     epochs: int = option(50, "epochs", type=whole(1))
     lr: float = option(1e-4, "learning rate", type=real(0))
-    lr_backbone: float = option(1e-5, type=real(0), help="learning rate of the backbone; 0 freezes it, with the "
+    lr_backbone: float = option(1e-5, type=real(0), help="learning rate of the backbone; 0 freezes it, including the "
         "statistics of its batch norms")  # fmt: skip
-    lr_schedule: str = option("step", "drop to a tenth, or half cosine", choices=SCHEDULES)
+    lr_schedule: str = option("step", "step (drop to a tenth) or half cosine", choices=SCHEDULES)
     lr_drop: int = option(40, "epochs between the drops", type=whole(1))
     warmup_iters: int = option(0, "optimizer steps of linear warm-up", type=whole(0))
     weight_decay: float = option(1e-4, "weight decay of AdamW", type=real(0))
     clip_max_norm: float = option(0.1, "largest gradient norm, 0 for no clipping", type=real(0))
-    accumulate: int = option(1, "batches for an optimizer step", type=whole(1))
+    accumulate: int = option(1, "batches per optimizer step", type=whole(1))
     ema_decay: float = option(0.0, "decay of the averaged weights, 0 for none", type=real(0, 1))
     eval_every: int = option(1, "epochs between evaluations", type=whole(1))
 
 
 @dataclass(frozen=True)
 class DistillationConfig(Config):
-    """Training towards a teacher."""
+    """Distillation from a teacher."""
 
     distill: str | None = option(None, type=os.path.expanduser, metavar="TEACHER", help="train towards this detector's "
-        "outputs, too: path of the checkpoint that a search pruned to get the detector under training; a search's own "
-        "output is refused, for its weights need not be that detector's")  # fmt: skip
-    distill_logits_coef: float = option(1, "weight of the loss towards the teacher's logits", type=real(0))
-    distill_boxes_coef: float = option(1, type=real(0), help="weight of the losses towards the teacher's boxes, in "
+        "outputs too: checkpoint of the detector before pruning, not the output of a search, whose weights may "
+        "differ from that detector's")  # fmt: skip
+    distill_logits_coef: float = option(1, "weight of the loss on the teacher's logits", type=real(0))
+    distill_boxes_coef: float = option(1, type=real(0), help="weight of the losses on the teacher's boxes, in "
         "units of --bbox_loss_coef and --giou_loss_coef")  # fmt: skip
-    distill_memory_coef: float = option(1, "weight of the loss towards the encoder's output", type=real(0))
+    distill_memory_coef: float = option(1, "weight of the loss on the teacher's encoder output", type=real(0))
 
 
 @dataclass(frozen=True)
 class TrainingOptions(Config):
-    """All that main.py reads."""
+    """All options of main.py."""
 
     run: MainConfig = group(MainConfig)
     data: DataConfig = group(DataConfig)
@@ -118,7 +118,7 @@ class TrainingOptions(Config):
 
 @dataclass(frozen=True)
 class SearchOptions(Config):
-    """All that a search reads."""
+    """All options of a search."""
 
     run: RunConfig = group(RunConfig)
     data: DataConfig = group(DataConfig)

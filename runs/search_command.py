@@ -1,4 +1,4 @@
-"""The command line that both searches share."""
+"""Command line of both search scripts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from weights.build import build_detector
 
 
 def get_pruning_parser(schedule: Schedule, doc: str) -> argparse.ArgumentParser:
-    """The options of a search, with the schedule's values as defaults; `doc` is the script's docstring."""
+    """Return the parser of a search, with the schedule's values as defaults; `doc` is the script's docstring."""
     parser = script_parser(doc)
     run = parser.add_argument_group("run")
     add_options(run, RunConfig)
@@ -49,20 +49,20 @@ def get_pruning_parser(schedule: Schedule, doc: str) -> argparse.ArgumentParser:
 
 
 def run(schedule: Schedule, doc: str) -> None:
-    """An entry script's main: parse the command line and search; a user's mistake ends with exit code 2.
+    """Parse the command line and search; a user's error ends with exit code 2.
 
-    `doc` is the script's docstring: what it does, and command lines as examples.
+    `doc` is the script's docstring: a description and example commands.
     """
     parser = get_pruning_parser(schedule, doc)
     run_cli(lambda: search(schedule, *parse(parser)))
 
 
 def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] = ()) -> Result:
-    """Search by `schedule` with the options of `get_pruning_parser`; write the output to its `output_dir`.
+    """Search by `schedule` with the options of `get_pruning_parser`; write the output to `output_dir`.
 
     Raises:
-        UserError: before anything is written.
-        RunFailedError: no width passed, or something is not finite.
+        UserError: options, checkpoint or data are wrong; raised before anything is written.
+        RunFailedError: no trial passed, or a value is not finite.
     """
     torch.set_flush_denormal(True)
     options = SearchOptions.from_values(vars(args))
@@ -80,12 +80,12 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
         run = SearchRun(schedule, options, model.to(device), output_dir, device)
         run.prepare(criterion.to(device), postprocessors["bbox"])
         base_ap = run.base_ap()
-        # From here on the inputs are known to be good, and files are written.
+        # The inputs are valid; files are written from here on.
         handler = log_to_file(output_dir / "run.log", run.notices)
         if checkpoint.remark:
             run.log.info("%s", checkpoint.remark)
         if options.search.search == "fast" and "skip_eval_converge" in typed:
-            get_logger().info("--skip_eval_converge: not used by --search fast, which has no subset of the images")
+            get_logger().info("--skip_eval_converge: not used by --search fast, which evaluates on no subset")
         return run.search(base_ap)
     finally:
         stop_logging_to_file(handler)

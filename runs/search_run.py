@@ -1,4 +1,4 @@
-"""One search from the detector to its output files."""
+"""Run a search, from the detector to the output files."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ SAFETENSORS_NAME = "pruned.safetensors"
 WIDTHS_PICTURE = "widths.png"
 AP_PICTURE = "ap_params.png"
 OPTIONS = options_of(SearchOptions)
-# What a search may be resumed with in another way: where things lie, and how fast they go.
+# Options that may change when a search is resumed: paths, and options that affect only speed.
 NOT_DECIDING = {name for name, field in OPTIONS.items() if field.metadata["stored"] == "run"} - {"cfgs"}
-# What older journals have beside the options of a search.
+# Options in the journals of older versions that a search does not read.
 UNREAD = {*options_of(TrainingOptions)} - {*OPTIONS}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a search leaves behind: AP in [0, 1] on the split it looked at, and where its output is."""
+    """Result of a search: AP in [0, 1] on the search split, and the path of the output."""
 
     base_ap: float
     ap: float
@@ -83,11 +83,11 @@ class SearchRun:
         self.log = get_logger()
         self.decisions: list[Decision] = []
         self.trials: list[Trial] = []
-        self.notices: list[Notice] = []  # what was logged about the data before there was a log file
+        self.notices: list[Notice] = []  # log lines about the data from before the log file was opened
         self.board = Board(output_dir, options.log.tensorboard)
 
     def prepare(self, criterion: Criterion, postprocess: Any) -> None:
-        """Read the images once and keep what the backbone makes of them."""
+        """Read the images once and cache their backbone features."""
         config, data, seed = self.config, self.options.data, self.options.run.seed
         dataset = build_dataset(self.split, data)
         self.notices = measured_notices(dataset, self.options.detector.matching_queries)
@@ -129,7 +129,7 @@ class SearchRun:
     def _plan_cache(
         self, shapes: Sequence[BatchShape], kept_batches: Collection[int], calibrated_batches: Collection[int]
     ) -> CachePlanner:
-        """What decides how features and states of batches of these shapes are kept."""
+        """Return the planner of how to cache features and states of batches of these shapes."""
         detections = self.num_images * self.options.detector.num_select
         uses = cache_uses(
             self.config, shapes, self.num_images, kept_batches, calibrated_batches,
@@ -140,11 +140,10 @@ class SearchRun:
         return self.planner
 
     def base_ap(self) -> float:
-        """mAP before the search, above 0.
+        """Return the mAP before the search, above 0.
 
         Raises:
-            UserError: there is nothing to hold a search against, or a target is not above 0: every module would shrink
-                to one unit.
+            UserError: the mAP or a target is not above 0, with which every module would shrink to one unit.
         """
         base_ap = self.bench.full_ap()
         check_base_ap(split_of(self.options.data, self.split), self.options.run.resume, base_ap)
@@ -154,17 +153,17 @@ class SearchRun:
 
     @property
     def _visits(self) -> int:
-        """Modules that are visited one after the other, 0 for a search of all at once."""
+        """Return the number of modules to visit in turn, 0 for a search of all at once."""
         return 0 if self.bench.method.search == "global" else len(self.bench.modules)
 
     def search(self, base_ap: float) -> Result:
-        """Search, and write what it found; `base_ap` is the mAP before.
+        """Search and write the result; `base_ap` is the mAP before the search.
 
-        A search by visits has its output file from the first module that it narrows, so that one that is killed leaves
-        what it had found. Every search has its journal, from which --resume_search continues.
+        A search by visits writes its output file after each module that it narrows, so a killed search leaves its
+        result so far. Every search keeps a journal, from which --resume_search continues.
 
         Raises:
-            RunFailedError: nothing could be removed; the journal says so, and there is no output file.
+            RunFailedError: nothing could be removed; this is recorded in the journal, and there is no output file.
         """
         self.journal, cache = Journal(self.output_dir / JOURNAL_NAME), self.bench.cache
         self.log.info(
@@ -173,7 +172,7 @@ class SearchRun:
             cache.nbytes / 1e6, cache.storage.device, " in bfloat16" if cache.storage.dtype else "",
         )  # fmt: skip
         if left_out := cache.images_without_features:
-            self.log.info("%d images are read and run through the backbone each time (--cache_gb)", left_out)
+            self.log.info("%d images are not cached: each pass reads them and runs the backbone (--cache_gb)", left_out)
         self._warn(base_ap)
         is_global = self.bench.method.search == "global"
         base_ap, past = self._open_journal(self._facts(base_ap))
@@ -190,13 +189,13 @@ class SearchRun:
         if not passed:
             target_ap = lowest_target_ap(self.schedule, base_ap, self._visits)
             raise RunFailedError(
-                f"no trial passed: none with fewer channels kept mAP at {target_ap:.4f} ({base_ap:.4f} before), so no "
+                f"no trial passed: none with fewer channels kept mAP at {target_ap:.4f} ({base_ap:.4f} before); no "
                 f"{OUTPUT_NAME} was written; {self.journal.path} lists the trials"
             )
         return result
 
     def _warn(self, base_ap: float) -> None:
-        """Log what makes the outcome doubtful before the search begins."""
+        """Log warnings about the result before the search begins."""
         if not distributed.is_main():
             return
         if self.config.keep is None:
@@ -204,10 +203,10 @@ class SearchRun:
         warn_of_images(self.options.data, self.split, self.bench.method.is_calibrated)
 
     def _open_journal(self, facts: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
-        """Begin the journal, or read what it holds of this search; the same in every process.
+        """Begin the journal or, when resuming, read it; the result is the same in every process.
 
         Returns:
-            mAP before the search, as it was measured when the search began, and the lines behind the first.
+            mAP before the search, as measured when the search began, and the lines after the first.
         """
 
         def begin() -> tuple[float, list[dict[str, Any]]]:
@@ -232,11 +231,11 @@ class SearchRun:
         if past:
             self.log.info("continuing after %d journal lines of %s", len(past), self.journal.path)
         elif self.config.resume_search:
-            self.log.info("%s holds no decision yet: the search begins", self.journal.path)
+            self.log.info("%s holds no decision yet: starting the search", self.journal.path)
         return base_ap, past
 
     def _search_modules(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
-        """Visit one module after the other; returns the kept sets and mAP of the whole split."""
+        """Visit one module after the other; return the kept sets and mAP of the whole split."""
         units, order = self.units, self.schedule.order(self.bench.modules)
         replayed = read_events(past, "decision", Decision, self.journal.path)
         self.decisions += replayed
@@ -262,7 +261,7 @@ class SearchRun:
         return kept, search.ap
 
     def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
-        """Price all modules at once; returns the kept sets and mAP of the whole split."""
+        """Price all modules at once; return the kept sets and mAP of the whole split."""
         config, prices = self.config, self.prices
         search = BudgetSearch(self.bench, prices.costs, prices.total, base_ap)
         sweeps = 1 + (EVALUATIONS if config.keep is None else len(POWERS))
@@ -289,7 +288,7 @@ class SearchRun:
         return kept, base_ap if best is None else best.full_ap
 
     def _facts(self, base_ap: float) -> dict[str, Any]:
-        """What the search depends on; one with other facts is another search."""
+        """Return what the result depends on; only a search with the same facts can be resumed."""
         args = plain_arguments(self.options.values())
         return {
             "version": VERSION,
@@ -318,9 +317,9 @@ class SearchRun:
         }
 
     def _save(self, kept: Mapping[str, Kept], left: Sequence[str] = ()) -> None:
-        """Write the output file; `left` are the modules that have not been visited and are still whole.
+        """Write the output file; `left` are the modules not yet visited, which are still unpruned.
 
-        While some are left, the trace ends with an entry that says so.
+        While there are any, the trace ends with an entry that lists them.
         """
         steps: list[Decision | Trial] = [*self.decisions, *self.trials]
         trace = [{key: value for key, value in step.to_dict().items() if key != "kept"} for step in steps]
@@ -340,7 +339,7 @@ class SearchRun:
         )
 
     def _write(self, result: Result) -> None:
-        """The output file, pictures, the journal's end and the report; then tables and the command to type next."""
+        """Write output file, pictures, journal end and report; then log tables and the fine-tuning command."""
         self._save(result.kept)
         before, after = self._costs(result.widths)
         caption = f"{self.schedule.name.upper()} searching on {self.split}"
@@ -357,7 +356,7 @@ class SearchRun:
         self._log_result(result, before, after)
 
     def _log_result(self, result: Result, before: Cost, after: Cost) -> None:
-        """Tables of what was found and what it costs, and the command to type next."""
+        """Log tables of widths and costs, and the fine-tuning command."""
         if result.ap < result.base_ap / 2:
             self.log.warning("mAP fell below half: %.4f before, %.4f after", result.base_ap, result.ap)
         self._log_steps()
@@ -366,8 +365,8 @@ class SearchRun:
         effort = self.effort.so_far()
         self.log.info("%s", cost_table([("before", before), ("after", after)]))
         self.log.info(
-            "mAP on %s: %.4f before, %.4f after, by %s; %d images through the backbone, %d through a part of the rest, "
-            "worth %.0f whole passes; %.0f s",
+            "mAP on %s: %.4f before, %.4f after, by %s; %d images through the backbone, %d through part of the rest, "
+            "equal to %.0f full passes; %.0f s",
             self.split, result.base_ap, result.ap, evaluator_name(), self.bench.counter.backbone_images,
             effort["image_passes"], effort["whole_passes"], effort["seconds"],
         )  # fmt: skip
@@ -378,14 +377,14 @@ class SearchRun:
         return report.next_command(self.options.detector.modelname, self.options.data, self.config.use_dn, path)
 
     def _write_failure(self, result: Result) -> None:
-        """The journal's end and the report of a search in which nothing passed, and the table of what was tried."""
+        """Write journal end and report of a search in which no trial passed; log the table of trials."""
         self._move_results_aside()
         self.journal.end(self._outcome(result, passed=False))
         write_report(self.output_dir, "search", Samples(self.device))
         self._log_steps()
 
     def _move_results_aside(self) -> None:
-        """Rename what an older search left, so that nothing is taken for the result of this one."""
+        """Rename the files of an older search, so that they are not mistaken for this one's."""
         for name in (OUTPUT_NAME, SAFETENSORS_NAME, WIDTHS_PICTURE, AP_PICTURE, REPORT_NAME):
             move_aside(self.output_dir / name)
 
@@ -407,6 +406,6 @@ class SearchRun:
 
 
 def batch_numbers(images: int, batch_size: int) -> list[int]:
-    """The batches of this process: its share, and in front of it the first batch, on which all score candidates."""
+    """Return this process's batches: its share, preceded by the first batch, on which all score candidates."""
     share = range(distributed.rank(), -(-images // batch_size), distributed.world_size())
     return [0, *(number for number in share if number)]

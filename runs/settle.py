@@ -1,4 +1,4 @@
-"""From typed options to those of a run: completed from the checkpoint and the annotations, and checked."""
+"""Complete the typed options from the checkpoint and the annotations, and check them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ OF_DISTILLATION = ("distill_logits_coef", "distill_boxes_coef", "distill_memory_
 def settle_training(
     options: TrainingOptions, typed: Collection[str] = ()
 ) -> tuple[TrainingOptions, Checkpoint | None, bool]:
-    """Read `--resume`; returns the completed options, the checkpoint, and whether its training continues.
+    """Read `--resume`; return the completed options, the checkpoint, and whether its training continues.
 
     Raises:
-        UserError: options, checkpoint and annotations do not agree, or a typed option would not be read.
+        UserError: options, checkpoint and annotations do not agree, or a typed option would not be used.
     """
     run = options.run
     checkpoint = read_start(run.resume, run.save_safetensors)
@@ -62,10 +62,10 @@ def settle_training(
 
 
 def settle_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple[SearchOptions, Checkpoint]:
-    """The same for a search, which reads the checkpoint as an evaluation does.
+    """Return the completed options of a search, and the checkpoint, read as for an evaluation.
 
     Raises:
-        UserError: options, checkpoint and annotations do not agree, or the network does not read a typed option.
+        UserError: options, checkpoint and annotations do not agree, or the network does not use a typed option.
     """
     checkpoint = read_start(options.run.resume, options.run.save_safetensors)
     if checkpoint is None:
@@ -76,14 +76,14 @@ def settle_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple[
     splits = ["val2017"] if search.split == "val2017" else ["val2017", "train2017"]
     return dataclasses.replace(
         options,
-        run=dataclasses.replace(options.run, resume=str(checkpoint.path)),  # of a folder the file in it
+        run=dataclasses.replace(options.run, resume=str(checkpoint.path)),  # for a folder, the file in it
         search=search,
         detector=with_classes(with_relu(options.detector), options.data, splits, checkpoint),
     ), checkpoint  # fmt: skip
 
 
 def refuse_unread_by_start(options: TrainingOptions, typed: Collection[str]) -> None:
-    """Raise a `UserError` for typed options that --eval, or a run without --resume, does not read."""
+    """Raise a `UserError` for typed options that --eval, or a run without --resume, does not use."""
     run = options.run
     if run.eval:
         refuse(["amp"], typed, "--eval does not train, expected --eval_amp")
@@ -97,7 +97,7 @@ def refuse_unread_by_start(options: TrainingOptions, typed: Collection[str]) -> 
 
 
 def refuse_unread_by_training(options: TrainingOptions, typed: Collection[str]) -> None:
-    """Raise a `UserError` for typed options that the training, completed from the checkpoint, does not read."""
+    """Raise a `UserError` for typed options that the training, completed from the checkpoint, does not use."""
     if options.training.lr_schedule != "step":
         refuse(["lr_drop"], typed, f"found --lr_schedule {options.training.lr_schedule}, expected step")
     if not options.denoising.use_dn:
@@ -107,7 +107,7 @@ def refuse_unread_by_training(options: TrainingOptions, typed: Collection[str]) 
 
 
 def build_distillation(options: TrainingOptions, student: Detector) -> Distillation | None:
-    """What `--distill` asks for; None without it.
+    """Return the distillation of `--distill`, or None without it.
 
     Raises:
         UserError: the teacher's file cannot be read, or it is not the detector that the student was cut from.

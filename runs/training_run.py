@@ -1,4 +1,4 @@
-"""A training or evaluation run of `main.py`: the detector, its data, and the files that come of it."""
+"""A training or evaluation run of `main.py`: detector, data and output files."""
 
 import json
 import math
@@ -38,10 +38,10 @@ from weights.safetensors_file import SUFFIX
 
 
 class Run:
-    """One training or evaluation run: the detector, its data, and the folder that keeps what comes of it.
+    """A training or evaluation run: detector, data and output folder.
 
     Attributes:
-        notices: what was logged about the data before there was a log file.
+        notices: log lines about the data from before the log file was opened.
     """
 
     def __init__(self, options: TrainingOptions, detector: tuple, device: torch.device, output_dir: Path) -> None:
@@ -67,7 +67,7 @@ class Run:
         self.board = Board(output_dir, options.log.tensorboard and not options.run.eval)
 
     def prepare_training(self, continued: Checkpoint | None) -> None:
-        """Training data and optimizer, and the state of the training that continues, if any."""
+        """Set up training data and optimizer, and load the state of a `continued` training."""
         options = self.options
         dataset = build_dataset(
             "train2017", options.data, augmentation=options.training.augmentation, seed=options.run.seed
@@ -78,7 +78,7 @@ class Run:
         self.wrapped = self.model
         if distributed.is_distributed():
             devices = [self.device.index] if self.device.type == "cuda" else None
-            # The decoder's query_scale serves from its second layer on; all else is used whatever the batch holds.
+            # The decoder's first layer does not use query_scale; every other parameter is used in each batch.
             unused = options.detector.dec_layers == 1
             self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
         self.distillation = build_distillation(options, self.model)
@@ -96,7 +96,7 @@ class Run:
         self.notices += notices
 
     def costs(self) -> dict[str, Any]:
-        """Parameters, and GMACs of the transformer and of the detector for an image of the first one's size."""
+        """Return parameters, and GMACs of transformer and detector for an image of the first one's size."""
         height, width = self.val_dataset[0][0].shape[-2:]
         cost = cost_of(self.model, (height, width))
         return {
@@ -108,7 +108,7 @@ class Run:
         }
 
     def evaluate(self, model: nn.Module, with_losses: bool = False) -> engine.EvalResult:
-        """The figures on val2017, in the precision of --eval_amp; with --save_results all detections are written."""
+        """Evaluate on val2017 in the precision of --eval_amp; with --save_results write all detections."""
         distributed.broadcast_buffers(model)
         result = engine.evaluate(
             model,
@@ -125,9 +125,9 @@ class Run:
         return result
 
     def evaluate_only(self) -> dict[str, float]:
-        """Evaluate, print the figures, keep them in eval.json."""
+        """Evaluate, print the metrics and write them to eval.json."""
         if self.options.run.resume is None:
-            self.log.warning("no --resume: these are the figures of a network that has not been trained")
+            self.log.warning("no --resume: evaluating an untrained network")
         result = self.evaluate(self.model)
         figures = {**result.stats, "evaluator": evaluator_name(), **self.costs()}
         categories = self._by_category(result)
@@ -145,7 +145,7 @@ class Run:
         return result.stats
 
     def _by_category(self, result: engine.EvalResult) -> list[dict[str, Any]]:
-        """Id, name, boxes (crowds left out), AP and AP50 of each category; -1 where there are no boxes."""
+        """Return id, name, number of boxes (without crowds), AP and AP50 of each category; AP -1 without boxes."""
         boxes = self.ground_truth.boxes_by_category()
         found = ap_by_category(self.ground_truth, result.detections, result.image_ids)
         nothing = {"AP": -1.0, "AP50": -1.0}
@@ -155,7 +155,7 @@ class Run:
         ]
 
     def train(self) -> dict[str, float]:
-        """Train the epochs that are left; returns the figures of the last evaluation."""
+        """Train the remaining epochs; return the metrics of the last evaluation."""
         training, state = self.options.training, self.state
         figures = self.costs()
         self.log.info("%s", table(["network", ""], figures.items()))
@@ -190,7 +190,7 @@ class Run:
         return stats
 
     def _train_epoch(self) -> dict[str, Any]:
-        """One epoch; returns mean learning rates, mean losses and seconds."""
+        """Train one epoch; return mean learning rates, mean losses and seconds."""
         training, state = self.options.training, self.state
         start = time.perf_counter()
         self.train_loader.set_epoch(state.epoch)
@@ -226,14 +226,14 @@ class Run:
         return {"lr": lr, "lr_backbone": lr_backbone, **named, "train_seconds": seconds}
 
     def _show_batches(self, scalars: Mapping[str, float], done: int) -> None:
-        """Losses and rates of the last batches, by the batches of all epochs."""
+        """Log losses and rates of the last batches; `done` counts the batches of the epoch."""
         self.board.add({f"batch/{name}": value for name, value in scalars.items()}, self.state.batches + done)
 
     def _save(self, line: dict[str, Any]) -> None:
-        """Checkpoint, best checkpoint, a line of log.txt; training can continue from here."""
+        """Write the checkpoints and a line of log.txt, from which training can continue."""
         state = self.state
         ap = line.get("test_AP")
-        # Where AP cannot be measured, the last epoch counts as the best.
+        # If AP cannot be measured, the last epoch counts as the best.
         is_best = ap is not None and (ap == -1 or ap > state.best_ap)
         if ap is not None and is_best and ap != -1:
             state.best_ap = ap
@@ -251,7 +251,7 @@ class Run:
             "categories": self.options.detector.categories,
             "safetensors": self.options.run.save_safetensors,
         }
-        # An epoch counts once checkpoint.pth has it: killed before, a run does it again, and writes the rest again.
+        # checkpoint.pth comes last: a run killed before it repeats the epoch and rewrites the other files.
         if is_best:
             save_checkpoint(self.output_dir / "checkpoint_best.pth", **content)
         append_json_line(self.output_dir / "log.txt", line)
@@ -262,9 +262,9 @@ class Run:
         self.log.info("epoch %d: loss %.4f, %s, %.1f s", line["epoch"], line["train_loss"], found, seconds)
 
     def _make_way(self, epoch: int) -> None:
-        """Before the first write: move an older run's files aside or, when resuming, continue them.
+        """Before the first write, move an older run's files aside or, when resuming, continue them.
 
-        `epoch` is the one about to be written.
+        `epoch` is the next to be written.
         """
         if self.begun:
             return
@@ -280,7 +280,7 @@ class Run:
 
 
 def _shown_ap(ap: float | None, is_best: bool) -> str:
-    """The AP of an epoch in the log; None if it was not evaluated."""
+    """Return an epoch's AP as text for the log; `ap` is None if it was not evaluated."""
     if ap is None:
         return "not evaluated"
     if ap == -1:
@@ -289,7 +289,7 @@ def _shown_ap(ap: float | None, is_best: bool) -> str:
 
 
 def _epoch_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """An epoch's figures by the names that TensorBoard groups them by; those that cannot be measured are left out."""
+    """Return an epoch's values under TensorBoard's grouped names, without those that cannot be measured."""
     groups = {"train_": "epoch/", "test_": "val/"}
     scalars = {"epoch/lr": line["lr"], "epoch/lr_backbone": line["lr_backbone"]}
     for name, value in line.items():
@@ -300,7 +300,7 @@ def _epoch_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _category_table(categories: list[dict[str, Any]]) -> str:
-    """Table of the categories that have boxes; the others are counted."""
+    """Return a table of the categories with boxes, and the number of the others."""
     rows = [[c["name"], c["id"], c["boxes"], shown(c["AP"]), shown(c["AP50"])] for c in categories if c["boxes"]]
     without = len(categories) - len(rows)
     left_out = f"\n(and {without} categories without boxes)" if without else ""
@@ -308,9 +308,9 @@ def _category_table(categories: list[dict[str, Any]]) -> str:
 
 
 def continue_log(path: Path, epoch: int) -> None:
-    """Drop from a log.txt what is done again: a line that a crash cut short, and those from `epoch` on.
+    """Remove from a log.txt a line truncated by a crash, and the lines from `epoch` on, which is trained again.
 
-    Where that is more than the line of an epoch that a crash kept from its checkpoint, the old file is kept beside it.
+    If that is more than one epoch whose checkpoint a crash prevented, keep a copy of the old file beside it.
     """
     if not path.exists():
         return
@@ -325,7 +325,7 @@ def continue_log(path: Path, epoch: int) -> None:
 
 
 def _epoch_of(line: bytes) -> float:
-    """The epoch of a line of log.txt; below all others for a line without one."""
+    """Return the epoch of a line of log.txt, or minus infinity for a line without one."""
     try:
         return float(json.loads(line)["epoch"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
@@ -333,5 +333,5 @@ def _epoch_of(line: bytes) -> float:
 
 
 def _summary(lines: list[dict[str, Any]]) -> str:
-    """Table of a run's epochs."""
+    """Return the table of a run's epochs."""
     return table(EPOCH_COLUMNS, epoch_rows(lines))

@@ -1,4 +1,4 @@
-"""All that training needs to continue exactly where it stopped: optimizer, schedule, averages, random generators."""
+"""State to resume training exactly: optimizer, schedule, averaged weights, random generators."""
 
 import math
 import random
@@ -22,17 +22,17 @@ class TrainingState:
     """Optimizer, schedule and the rest of the state of one training run.
 
     Args:
-        model: the detector, on its device, not wrapped.
-        training: reads all but augmentation, clip_max_norm and eval_every.
+        model: the detector, on its device, not wrapped by DistributedDataParallel.
+        training: all is used but augmentation, clip_max_norm and eval_every.
         steps_per_epoch: optimizer steps.
         train_images: images of the training set, for `resume_changes`.
         amp: mixed precision, a key of `engine.AMP_DTYPES`.
 
     Attributes:
         epoch: epochs done.
-        batches: batches done, of one process.
-        warmup_epochs: the warm-up's length. A resumed run keeps it, though its epochs may have other numbers of steps.
-        best_ap: best AP so far; minus infinity before the first, and where val2017 has no boxes to measure it on.
+        batches: batches done by one process.
+        warmup_epochs: length of the warm-up, which a resumed run keeps even if its steps per epoch differ.
+        best_ap: best AP so far; minus infinity before the first, and if val2017 has no boxes.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class TrainingState:
 
     @property
     def best_model(self) -> nn.Module:
-        """The model to evaluate and to keep: the averaged one where there is one."""
+        """Model to evaluate and to save: the averaged one if there is one."""
         return self.model if self.weight_average is None else self.weight_average.model
 
     def rate_factor(self, step: int) -> float:
-        """Factor of the learning rates for an optimizer step of the run, counted from 0: that of the step's middle."""
+        """Return the learning rate factor at the middle of an optimizer step, counted from 0."""
         training = self.training
         fraction = (step + 0.5) / (self.steps_per_epoch * training.epochs)
         warmup, drop = self.warmup_epochs / training.epochs, training.lr_drop / training.epochs
         return rate(fraction, training.lr_schedule, warmup=warmup, drop=drop)
 
     def generators(self) -> dict[str, Any]:
-        """State of every random generator of this process, of types that weights-only loading takes."""
+        """Return the state of this process's random generators, in types that weights-only loading accepts."""
         state: Any = np.random.get_state()
         name, keys, *rest = state
         return {
@@ -79,7 +79,7 @@ class TrainingState:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Entries of a training checkpoint beside weights and arguments; call it in every process."""
+        """Return a training checkpoint's entries besides weights and arguments; call it in every process."""
         state = {
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": {
@@ -96,7 +96,7 @@ class TrainingState:
             "best_ap": self.best_ap,
         }
         if self.weight_average is not None:
-            # The checkpoint's `model` holds the averaged weights, so the ones under training are kept here.
+            # The checkpoint's `model` holds the averaged weights; these are the trained ones.
             state["raw_model"] = self.model.state_dict()
             state["average_steps"] = self.weight_average.steps
         return state
@@ -104,7 +104,7 @@ class TrainingState:
     def load(self, state: dict[str, Any], averaged: dict[str, torch.Tensor], source: str) -> None:
         """Continue from `state_dict()`; the model must already hold the checkpoint's weights.
 
-        Options of the optimizer that differ from the checkpoint's (they were typed) win over it.
+        Typed options of the optimizer override those in the checkpoint.
 
         Raises:
             UserError: an entry is missing or does not fit.
@@ -115,7 +115,7 @@ class TrainingState:
             raise UserError(
                 f"{source}: its training state does not fit this run ({type(error).__name__}: "
                 f"{reason_of(error)}), expected one written with the same options; "
-                "--start_fresh takes the weights alone"
+                "--start_fresh loads only the weights"
             ) from None
 
     def _load(self, state: dict[str, Any], averaged: dict[str, torch.Tensor]) -> None:
@@ -123,7 +123,7 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         self._check_moments()
         self.epoch = state["epoch"]
-        # Older versions did not count batches: at least as many, so that no curve is cut.
+        # Older versions did not count batches; take at least as many, so that no curve is cut.
         self.batches = state.get("batches", self.epoch * self.steps_per_epoch * self.training.accumulate)
         self.warmup_epochs = self._warmup_epochs_of(state["lr_scheduler"])
         self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
@@ -141,15 +141,13 @@ class TrainingState:
             self._set_generators(state["generators"][distributed.rank()])
 
     def _warmup_epochs_of(self, scheduler: dict[str, Any]) -> float:
-        """The length of the run's warm-up, which another --warmup_iters replaces."""
+        """Return the warm-up in epochs: the checkpoint's, unless --warmup_iters changed."""
         if scheduler.get("warmup_iters", self.training.warmup_iters) != self.training.warmup_iters:
             return self.warmup_epochs
         if "warmup_epochs" in scheduler:
             epochs = float(scheduler["warmup_epochs"])
         elif scheduler["last_epoch"]:
-            epochs = (
-                self.training.warmup_iters * self.epoch / scheduler["last_epoch"]
-            )  # older versions: the steps so far
+            epochs = self.training.warmup_iters * self.epoch / scheduler["last_epoch"]  # older versions
         else:
             epochs = self.warmup_epochs
         if not 0 <= epochs < math.inf:
@@ -162,7 +160,7 @@ class TrainingState:
                 if moments[name].shape != parameter.shape or not moments[name].is_floating_point():
                     raise ValueError(f"{name} of the shape {tuple(moments[name].shape)}, not {tuple(parameter.shape)}")
             if moments["step"].shape != () or not math.isfinite(moments["step"]):
-                raise ValueError("a step that is no number")
+                raise ValueError("a step that is not a number")
 
     def _set_generators(self, state: dict[str, Any]) -> None:
         version, internal, gauss = state["python"]
@@ -175,7 +173,7 @@ class TrainingState:
 
 
 def parameter_groups(model: Any, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
-    """Parameters in two groups: transformer and heads, and those of the backbone with its own learning rate."""
+    """Return two parameter groups: transformer with heads, and backbone with its own learning rate."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
         {"params": [p for name, p in named if not name.startswith("backbone.")], "lr": lr},
@@ -184,12 +182,12 @@ def parameter_groups(model: Any, lr: float, lr_backbone: float) -> list[dict[str
 
 
 def resume_changes(checkpoint: Checkpoint, options: TrainingOptions, state: TrainingState) -> list[str]:
-    """What differs between a training run and the one that it continues, each as `name old -> new`.
+    """Return the differences between a training run and the one it continues, each as `name old -> new`.
 
     Args:
         checkpoint: of the run to continue.
         options: of the run that continues it.
-        state: of the same, before or after it has loaded the checkpoint's.
+        state: of the run that continues it, before or after loading.
     """
     stored, training = checkpoint.arguments, checkpoint.training or {}
     values, of_data = options.values(), options_of(SplitConfig) | {"coco_path": None}

@@ -127,7 +127,7 @@ def test_names_need_no_annotations_and_listed_sizes_are_compared(root, tmp_path)
     assert_same_results(read(tmp_path / "out" / "results.json"), evaluated(root, tmp_path / "eval", "dense.pth"))
     log = (tmp_path / "out" / "run.log").read_text()
     assert f"{tmp_path}/image_info.json: 1 of 7 images read differ from their listed size" in log
-    assert "left out 1 file (.txt: 1), whose names are not those of images" in log
+    assert "skipped 1 file (.txt: 1) without an image suffix" in log
 
 
 def test_two_detectors_are_drawn_side_by_side_with_what_they_cost(root, tmp_path):
@@ -249,5 +249,5 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(root, tmp_path, mistak
 
 def test_several_processes_are_refused(root, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="runs in one process"):
+    with pytest.raises(UserError, match="found several processes"):
         detect(tmp_path / "out", root / "val2017", "--resume", root / "dense.pth")

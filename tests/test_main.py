@@ -264,7 +264,7 @@ TEACHERS = {
     "of other classes": ("{tmp}/annotated.pth", "num_classes 7, return_layer layer4, expected num_classes 4, return"),
     "of another shape": ("{tmp}/shape.pth", "found dec_layers 1, num_queries 6, expected dec_layers 2, num_queries 5"),
     "of another shape, foreign": ("{tmp}/foreign.pth", "refpoint_embed.weight has the shape 6 x 4, expected 5 x 4"),
-    "not its ancestor": ("{tmp}/stranger.pth", "found queries that are not the student's (their anchors are 0."),
+    "not its ancestor": ("{tmp}/stranger.pth", "found other queries than the student's (mean anchor distance 0."),
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python -m tools.cost --image-size 800 1088 --cfgs WIDTHS
 
-`pruning.cost` says what is counted.
+See `pruning.cost` for the counting rules.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from util.errors import run_cli
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The options of `main.py` (those that shape a network) and the size of the image."""
+    """Return the parser: the options of `main.py` that shape a network, and the image size."""
     parser = script_parser(__doc__, prog="python -m tools.cost")
     add_options(parser.add_argument_group(NETWORK_TITLE), NetworkConfig)
     parser.add_argument("--image-size", dest="image_size_hw", type=whole(1), nargs=2, default=PAPER_IMAGE_SIZE_HW,
-                        metavar=("HEIGHT", "WIDTH"), help="pixels of the one image counted for")  # fmt: skip
+                        metavar=("HEIGHT", "WIDTH"), help="image size in pixels")  # fmt: skip
     parser.add_argument("--num_classes", type=whole(1), default=91, help="largest category id + 1 (COCO: 91)")
     return parser
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table.
 
     Raises:
-        UserError: widths that do not fit the network, or an option that changes no figure.
+        UserError: widths do not fit the network, or an option has no effect on the cost.
     """
     args, typed = parse(get_parser(), argv)
     config = DetectorConfig.from_values(vars(args))

@@ -1,4 +1,4 @@
-"""Pictures of detections."""
+"""Draw detections as pictures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FORMATS = {".png": {"format": "PNG"}, ".jpg": {"format": "JPEG", "quality": 92, 
 GAP = 6
 LEAST_FONT_SIZE = 10
 CAPTION_FONT_SIZE = 14
-FONT_SHARE = 45  # the longer side of a picture in heights of its letters
-LINE_SHARE = 400  # and in widths of a box's line
-LABEL_SHARE = 0.4  # of a picture's width for a label that is wider than its box
-LABEL_LETTERS = 12  # and room for about twice as many letters in narrow pictures
-LEAST_LONG_SIDE, LEAST_SHORT_SIDE = 640, 160  # pixels that small images are enlarged to, about,
-MOST_LONG_SIDE = 2560  # but strips not beyond this
+FONT_SHARE = 45  # longer side of a picture / letter height
+LINE_SHARE = 400  # longer side / line width of a box
+LABEL_SHARE = 0.4  # of a picture's width: limit of a label wider than its box
+LABEL_LETTERS = 12  # limit in letters for narrow pictures, which fit about twice as many
+LEAST_LONG_SIDE, LEAST_SHORT_SIDE = 640, 160  # pixels that small images are enlarged to, roughly
+MOST_LONG_SIDE = 2560  # limit for long strips
 
 Rectangle = tuple[float, float, float, float]
 
@@ -38,31 +38,31 @@ def draw_detections(
     scale: int = 1,
     font_size: int | None = None,
 ) -> Image.Image:
-    """A picture of `image` with its boxes, names and scores.
+    """Return a picture of `image` with boxes, names and scores.
 
-    Lines and letters grow with the picture. A label lies on the colour of its box in whatever of black and white stands
-    out from that, inside the picture, and where it covers least of the labels of better scores.
+    Lines and letters scale with the picture. A label is black or white, by contrast, on the colour of its box. It is
+    placed inside the picture, where it covers least of the labels of higher scores.
 
     Args:
         image: RGB, uint8 3 x H x W.
         result: `scores` (K), `labels` (K, category ids), `boxes` (K x 4 xyxy in the image's pixels); annotated objects
-            come without scores, and are all drawn.
-        names: category name by id; an id without one is shown as a number.
-        threshold: least score that is drawn.
-        scale: whole factor that the picture is enlarged by, so that small ones can be read.
-        font_size: height of the names in pixels of the picture, on a ground of their box's colour; None for small ones.
+        have no scores and are all drawn.
+        names: category name by id; an id without a name is shown as a number.
+        threshold: lowest score to draw.
+        scale: integer factor to enlarge the picture by, to make small ones readable.
+        font_size: height of the names in pixels of the picture; None for a small one.
     """
     height, width = image.shape[1:]
     canvas = to_pil_image(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)
     found = _chosen(result, names, threshold)
     draw = ImageDraw.Draw(canvas)
-    side = min(max(canvas.size), 2 * min(canvas.size))  # a long strip is looked at in parts
+    side = min(max(canvas.size), 2 * min(canvas.size))  # long strips are viewed in parts
     font = _font(max(LEAST_FONT_SIZE, round(side / FONT_SHARE)))
     line = max(2, round(side / LINE_SHARE))
     boxes = [_within(box, scale, canvas.size) for _, _, box in found]
     colours = [PALETTE[label % len(PALETTE)] for _, label, _ in found]
     for box, colour in zip(boxes, colours, strict=True):
-        # A dark line below the coloured one shows where the image has that colour, too.
+        # A dark line below keeps a box visible where the image has its colour.
         draw.rectangle(box, outline="black", width=line + max(1, line // 2))
         draw.rectangle(box, outline=colour, width=line)
     least_room = min(canvas.width, max(LABEL_SHARE * canvas.width, LABEL_LETTERS * font.size))
@@ -78,9 +78,9 @@ def draw_detections(
 def _chosen(
     result: Mapping[str, Tensor], names: Mapping[int, str], threshold: float
 ) -> list[tuple[str, int, list[float]]]:
-    """Text, category id and box of what is drawn, the best scores last."""
+    """Return text, category id and box of the detections to draw, highest scores last."""
     labels, boxes = result["labels"].tolist(), result["boxes"].tolist()
-    titles = [one_line(str(names.get(label, label))) for label in labels]  # line ends make Pillow's layout fail
+    titles = [one_line(str(names.get(label, label))) for label in labels]  # Pillow's layout fails on line ends
     if "scores" not in result:
         return list(zip(titles, labels, boxes, strict=True))
     found = sorted(zip(result["scores"].tolist(), titles, labels, boxes, strict=True))
@@ -88,21 +88,21 @@ def _chosen(
 
 
 def scale_to_read(width: int, height: int) -> int:
-    """The whole factor by which a picture of that many pixels is enlarged, so that its labels can be read."""
+    """Return the integer factor to enlarge a picture of that many pixels by, to make labels readable."""
     short, long = sorted((width, height))
     wanted = max(round(LEAST_LONG_SIDE / long), round(LEAST_SHORT_SIDE / short))
     return max(1, min(wanted, MOST_LONG_SIDE // long))
 
 
 def write_picture(path: str | Path, picture: Image.Image) -> None:
-    """Write a PNG or JPEG, as the name says, atomically."""
+    """Write a PNG or JPEG, by suffix, atomically."""
     write_atomic(path, lambda stream: picture.save(stream, **FORMATS[Path(path).suffix]))
 
 
 def write_grid(path: str | Path, columns: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
-    """Write a PNG or JPEG with one captioned column of pictures beside the other; a column may be shorter or empty.
+    """Write a PNG or JPEG with captioned columns of pictures, side by side; some may be shorter or empty.
 
-    A caption may have several lines; its letters grow with the columns, as far as it fits.
+    A caption may have several lines; its letters scale with the columns, as far as they fit.
     """
     widths = [max((picture.width for picture in pictures), default=0) for _, pictures in columns]
     heights = [
@@ -131,14 +131,14 @@ def write_grid(path: str | Path, columns: Sequence[tuple[str, Sequence[Image.Ima
 
 @functools.lru_cache(maxsize=32)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which Matplotlib brings: Pillow's own font has no letters beyond ASCII and few accents."""
+    """Load Matplotlib's DejaVu Sans: Pillow's own font only has ASCII and few accents."""
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _caption_font(captions: Sequence[str], widths: Sequence[int]) -> ImageFont.FreeTypeFont:
-    """The largest font in which every line of every caption fits its column, within limits."""
+    """Return the largest font, within limits, in which every line of each caption fits its column."""
     largest = max(CAPTION_FONT_SIZE, round(max(widths, default=0) / FONT_SHARE))
     for size in range(largest, LEAST_FONT_SIZE, -1):
         font = _font(size)
@@ -148,7 +148,7 @@ def _caption_font(captions: Sequence[str], widths: Sequence[int]) -> ImageFont.F
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """`text`, its middle left out as far as it is wider than `width` pixels: what counts stands at either end."""
+    """Shorten `text` in the middle to fit `width` pixels: its ends matter most."""
     kept = len(text)
     short = text
     while kept > 1 and font.getlength(f" {short} ") > width:
@@ -158,7 +158,7 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def _within(box: Sequence[float], scale: int, size: tuple[int, int]) -> Rectangle:
-    """A box of the image in pixels of a picture `scale` times as large; nothing of it lies outside."""
+    """Scale an image's box to a picture `scale` times as large, and clip it to the picture."""
     limits = (size[0] - 1, size[1] - 1) * 2
     left, top, right, bottom = (min(max(value * scale, 0), limit) for value, limit in zip(box, limits, strict=True))
     return left, top, max(left, right), max(top, bottom)
@@ -167,7 +167,7 @@ def _within(box: Sequence[float], scale: int, size: tuple[int, int]) -> Rectangl
 def _place_labels(
     boxes: Sequence[Rectangle], texts: Sequence[str], font: ImageFont.FreeTypeFont, size: tuple[int, int]
 ) -> list[Rectangle]:
-    """Where the label of each box goes, the first to choose first: above it, below it, or inside along its edges."""
+    """Place each box's label above, below, or inside along its edges; earlier boxes choose first."""
     ascent, descent = font.getmetrics()
     height = ascent + descent
     placed: list[Rectangle] = []
@@ -175,7 +175,7 @@ def _place_labels(
         width = font.getlength(f" {text} ")
         corners = [(left, top - height), (left, bottom), (left, top), (left, bottom - height)]
         corners += [(right - width, y) for _, y in corners]
-        # Moved into the picture, two of them may become one.
+        # After moving into the picture, two may be equal.
         inside = [(min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)) for x, y in corners]
         choices = [(x, y, x + width, y + height) for x, y in inside]
         placed.append(min(choices, key=lambda choice: sum(_common_area(choice, other) for other in placed)))
@@ -189,8 +189,8 @@ def _common_area(one: Rectangle, other: Rectangle) -> float:
 
 
 def _readable_on(colour: str) -> str:
-    """Black on light colours, white on dark ones, by the relative luminance of sRGB (ITU-R BT.709 weights)."""
+    """Return black for light colours, white for dark ones, by sRGB relative luminance (ITU-R BT.709 weights)."""
     red, green, blue = ((value / 255) ** 2.2 for value in ImageColor.getrgb(colour))
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    # WCAG's contrast of either with the colour: (1.05 / (L + 0.05)) for white, ((L + 0.05) / 0.05) for black.
+    # WCAG's contrast with the colour: 1.05 / (L + 0.05) for white, (L + 0.05) / 0.05 for black.
     return "white" if luminance + 0.05 < (1.05 * 0.05) ** 0.5 else "black"

@@ -1,4 +1,4 @@
-"""Whether an exported detector computes what the detector does, on several image sizes and batch sizes."""
+"""Check that an exported detector gives the outputs of the original, for several image and batch sizes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from models.post_process import PostProcess
 
 TOLERANCE = 1e-3
 BATCH_SIZES = (1, 3)
-# Closer scores may come in either order.
+# Closer scores may be in either order.
 SCORE_GAP = 1e-5
 
-# From the inputs by name to the outputs by name.
+# Maps inputs by name to outputs by name.
 Runner = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch: height and width in pixels, images, and the greatest difference of any output (inf: not finite)."""
+    """A batch: height and width in pixels, images, and greatest difference of any output (inf: not finite)."""
 
     size_hw: tuple[int, int]
     batch_size: int
@@ -31,7 +31,7 @@ class Case:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is tolerated."""
+        """Whether the difference is within the tolerance."""
         return self.difference <= TOLERANCE
 
 
@@ -44,16 +44,16 @@ def check_export(
     with_mask: bool,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Case]:
-    """Compare an exported detector with the detector itself.
+    """Compare an exported detector with the original.
 
     Args:
-        run: the exported one; takes `images` and, `with_mask`, `mask`, gives `pred_logits`, `pred_boxes` and, if it
-            selects detections, `scores`, `labels`, `boxes`.
+        run: the exported detector; takes `images` and, `with_mask`, `mask`, returns `pred_logits`, `pred_boxes` and,
+        if it selects detections, `scores`, `labels`, `boxes`.
         model: the detector in eval mode.
-        postprocess: what `scores`, `labels` and `boxes` are held against, on the exported one's own logits and boxes.
-        sizes_hw: height and width of the images in pixels, each tried with every one of `BATCH_SIZES`. With a mask
-            an image alone, whose mask is empty, is compared with that image without a mask; the other images of a
-            batch are smaller, and the batch is compared with the detector on the same padded batch.
+        postprocess: reference for `scores`, `labels` and `boxes`, applied to the exported logits and boxes.
+        sizes_hw: height and width of the images in pixels, each checked with every one of `BATCH_SIZES`. With a
+        mask, a single image with an empty mask is compared with the detector without a mask. In larger batches the
+        other images are smaller, and the detector gets the same padded batch.
         progress: called after each case.
     """
     cases = []
@@ -79,7 +79,7 @@ def check_export(
 
 
 def greatest_difference(found: Tensor, expected: Tensor) -> float:
-    """Greatest absolute difference; infinite for other shapes and where one is not finite."""
+    """Return the greatest absolute difference; infinite if shapes differ or a value is not finite."""
     if found.shape != expected.shape:
         return math.inf
     difference = (found.double() - expected.double()).abs()
@@ -87,14 +87,14 @@ def greatest_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _difference_of_detections(found: dict[str, Tensor], postprocess: PostProcess) -> float:
-    """Of the selected detections from those that PyTorch selects of the same logits and boxes."""
+    """Return the greatest difference of selected detections from PyTorch's, for the same logits and boxes."""
     scores, labels, boxes = postprocess.select(found["pred_logits"], found["pred_boxes"])
     difference = greatest_difference(found["scores"], scores)
     if found["labels"].shape != labels.shape or found["boxes"].shape != boxes.shape:
         return math.inf
     gaps = scores[:, :-1] - scores[:, 1:] > SCORE_GAP
     before = torch.cat((torch.ones_like(gaps[:, :1]), gaps), dim=1)
-    behind = torch.cat((gaps, torch.zeros_like(gaps[:, :1])), dim=1)  # what follows the last is not known
+    behind = torch.cat((gaps, torch.zeros_like(gaps[:, :1])), dim=1)  # the score after the last is unknown
     alone = before & behind
     if not torch.equal(found["labels"][alone], labels[alone]):
         return math.inf

@@ -1,6 +1,6 @@
-"""Detectors as ONNX and as torch.export programs, which need none of this code; checked before they get their names.
+"""Export detectors to ONNX and torch.export, independent of this code, and check files before renaming them.
 
-Images and batches of any size go through one graph, and no shape in it depends on a value, as TensorRT wants it. The
+One graph serves images and batches of any size, and as TensorRT requires, no shape in it depends on a value. The
 deformable variant's sampling is exported as grid_sample, not as the compiled operator.
 """
 
@@ -30,21 +30,21 @@ from util.errors import UserError
 from util.files import write_atomic
 
 FORMATS = ("onnx", "pt2")
-GREATEST_OPSET = 22  # from 23 on PyTorch writes Attention, which onnxruntime does not run with a mask
+GREATEST_OPSET = 22  # from 23 on, PyTorch writes Attention, which onnxruntime does not support with a mask
 GREATEST_SIDE = 4096  # pixels; the check runs batches of such images
-LEAST_OPSET = 20  # the first whose GridSample knows its interpolation as `linear`
+LEAST_OPSET = 20  # the first whose GridSample calls its interpolation `linear`
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
-# Operators of ONNX whose result's shape, or whether they run, depends on values.
+# ONNX operators whose output shape or execution depends on values.
 DATA_DEPENDENT = {"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "StringSplit", "Unique"}
 PROBE_SIDE = 1024
 
 
 class ExportModule(nn.Module):
-    """What is exported: a detector with tensors as inputs and outputs.
+    """Wrap a detector for export, with tensors as inputs and outputs.
 
     Args:
         model: the detector in eval mode.
-        postprocess: selects detections, too, where it is given.
+        postprocess: if given, also select detections.
     """
 
     def __init__(self, model: nn.Module, postprocess: PostProcess | None) -> None:
@@ -54,18 +54,18 @@ class ExportModule(nn.Module):
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of what `forward` returns."""
+        """Names of the outputs of `forward`."""
         return ("pred_logits", "pred_boxes", *(("scores", "labels", "boxes") if self.postprocess else ()))
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Logits B x Q x C and boxes B x Q x 4 (cxcywh in [0, 1] of each image without its padding).
+        """Return logits B x Q x C and boxes B x Q x 4 (cxcywh in [0, 1] of each unpadded image).
 
-        With a postprocess behind them scores B x K, labels B x K (int64) and boxes B x K x 4 (xyxy in [0, 1]).
+        With `postprocess`, also return scores B x K, labels B x K (int64) and boxes B x K x 4 (xyxy in [0, 1]).
 
         Args:
             images: B x 3 x H x W, normalised.
-            mask: B x H x W bool, True on padding; None where no image is padded. It gives each image its own rows and
-                columns of the feature maps; the convolutions see the padding.
+            mask: B x H x W bool, True on padding; None if no image is padded. It limits the transformer to each image's
+            own feature pixels; the convolutions see the padding.
         """
         outputs = self.model(images if mask is None else PaddedImages(images, mask))
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
@@ -74,7 +74,7 @@ class ExportModule(nn.Module):
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A file that was to be written, and what the check found; it exists only where all cases passed.
+    """Result of an export and its check; the file exists only if all cases passed.
 
     Attributes:
         opset: None for a torch.export program.
@@ -87,12 +87,12 @@ class ExportResult:
 
     @property
     def passed(self) -> bool:
-        """Whether every case was tolerated."""
+        """Whether every case passed."""
         return all(case.passed for case in self.cases)
 
 
 def require_packages(formats: Sequence[str]) -> None:
-    """Raise a `UserError` that names the first package missing for the formats."""
+    """Raise a `UserError` that names the first missing package for the formats."""
     for name in (package for format_ in formats for package in PACKAGES[format_]):
         try:
             importlib.import_module(name)
@@ -114,15 +114,15 @@ def export(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> list[ExportResult]:
-    """Write a detector in each format of `paths` and check it; a file that fails does not stay under its name.
+    """Write and check a detector in each format of `paths`; a file that fails is removed.
 
     Args:
         paths: format -> file.
-        sizes_hw: height and width of the images that it is checked on.
-        with_mask: take the mask of padded images as an input.
-        with_detections: select detections within the graph, too.
-        metadata: texts to keep in the files.
-        progress: called with what comes next: twice for a format and once for each case of the check.
+        sizes_hw: height and width of images for the check.
+        with_mask: add the padding mask as an input.
+        with_detections: also select detections in the graph.
+        metadata: texts to store in the files.
+        progress: called with the name of the next stage: twice for a format and once for each case of the check.
     """
     model.eval()
     module = ExportModule(model, postprocess if with_detections else None).eval()
@@ -156,14 +156,14 @@ def export(
 
 
 def least_side(model: nn.Module) -> int:
-    """Pixels that a side of an image must have: the smallest feature map is to have two rows and columns."""
+    """Return the least side of an image in pixels: the smallest feature map needs two rows and columns."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         rows = model.features(torch.empty(1, 3, PROBE_SIDE, PROBE_SIDE)).paddings[-1].shape[-2]
     return PROBE_SIDE // rows + 1
 
 
 def trace(module: ExportModule, size_hw: tuple[int, int], least: int, with_mask: bool) -> ExportedProgram:
-    """The module as a graph for batches and images of any size from `least` pixels on."""
+    """Export the module as a graph for batches and images of any size from `least` pixels up."""
     height, width = (max(side, 2 * least) for side in size_hw)
     inputs = [torch.zeros(2, 3, height, width)]
     if with_mask:
@@ -174,7 +174,7 @@ def trace(module: ExportModule, size_hw: tuple[int, int], least: int, with_mask:
 
 
 def dynamic_shapes(with_mask: bool, least: int | None = None) -> dict[str, dict[int, Any]]:
-    """The axes of the inputs that may have any size: as dimensions from `least` on, or without it as their names."""
+    """Return the dynamic axes of the inputs: as dimensions from `least` up, or as names without `least`."""
     batch, height, width = "batch", "height", "width"
     if least is not None:
         batch, height, width = Dim(batch, min=1), Dim(height, min=least), Dim(width, min=least)
@@ -183,10 +183,10 @@ def dynamic_shapes(with_mask: bool, least: int | None = None) -> dict[str, dict[
 
 
 def to_onnx(program: ExportedProgram, module: ExportModule, opset: int, metadata: Mapping[str, str]) -> bytes:
-    """The program as the bytes of an ONNX file.
+    """Convert the program to the bytes of an ONNX file.
 
     Raises:
-        RuntimeError: the graph has operators that TensorRT and others cannot run.
+        RuntimeError: the graph has operators that TensorRT and other runtimes do not support.
     """
     onnx = importlib.import_module("onnx")
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
@@ -207,7 +207,7 @@ def to_onnx(program: ExportedProgram, module: ExportModule, opset: int, metadata
 
 
 def check_graph(model: Any) -> None:
-    """Raise a `RuntimeError` if an ONNX model's shapes depend on values or it has operators that are not ONNX's."""
+    """Raise a `RuntimeError` if an ONNX model has value-dependent shapes or operators that are not ONNX's."""
     foreign = sorted({f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain} - {"ai.onnx"})
     dependent = sorted({node.op_type for node in model.graph.node} & DATA_DEPENDENT)
     if foreign or dependent:
@@ -215,7 +215,7 @@ def check_graph(model: Any) -> None:
 
 
 def to_bytes(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
-    """The program as the bytes of a .pt2 file; its metadata are JSON in the extra file `metadata.json`."""
+    """Convert the program to the bytes of a .pt2 file, with metadata as JSON in the extra file `metadata.json`."""
     stream = io.BytesIO()
     with _quiet():
         torch.export.save(program, stream, extra_files={"metadata.json": json.dumps(dict(metadata))})
@@ -223,7 +223,7 @@ def to_bytes(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
 
 
 def onnx_runner(data: bytes) -> Runner:
-    """Runs an ONNX file's bytes by onnxruntime on the CPU."""
+    """Return a function that runs the bytes of an ONNX file with onnxruntime on the CPU."""
     session = importlib.import_module("onnxruntime").InferenceSession(data, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
@@ -235,7 +235,7 @@ def onnx_runner(data: bytes) -> Runner:
 
 
 def program_runner(data: bytes, output_names: Sequence[str]) -> Runner:
-    """Runs a .pt2 file's bytes by PyTorch."""
+    """Return a function that runs the bytes of a .pt2 file with PyTorch."""
     module = torch.export.load(io.BytesIO(data)).module()
 
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -247,7 +247,7 @@ def program_runner(data: bytes, output_names: Sequence[str]) -> Runner:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what PyTorch's exporters say of themselves."""
+    """Silence the messages of PyTorch's exporters."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     with warnings.catch_warnings():

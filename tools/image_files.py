@@ -1,4 +1,4 @@
-"""Images that people name on a command line: files, folders and globs, in whatever mode they are stored."""
+"""Images from the command line: files, folders and globs, stored in any mode."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from util.errors import UserError
 
 
 def find_images(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Image files for what was typed, each once: in the order of `words`, those of a folder or a glob sorted.
+    """Find the image files for `words`, each once, in their order; those of a folder or a glob are sorted.
 
-    A folder gives the images that lie in it, not those in folders below it; `**` in a glob reaches these. A file that
-    is named itself is an image whatever its name.
+    A folder stands for the images in it without subfolders, which `**` in a glob includes. A file in `words` is an
+    image whatever its suffix.
 
     Returns:
-        The images, and the files of folders and globs that do not have the name of an image.
+        The images, and the files of folders and globs without an image suffix.
 
     Raises:
-        UserError: a word is no file, no folder with images and no glob that finds some.
+        UserError: a word is neither a file, nor a folder or glob with images.
     """
     found: dict[Path, Path] = {}
     others: dict[Path, Path] = {}
@@ -41,7 +41,7 @@ def find_images(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
 
 
 def _files_of(word: str) -> tuple[list[Path], list[Path]]:
-    """Images that a word names, and what is left out of a folder or a glob, hidden files aside."""
+    """Return a word's images, and the other files of its folder or glob without hidden ones."""
     path = Path(word)
     if path.is_file():
         return [path], []
@@ -61,7 +61,7 @@ def _files_of(word: str) -> tuple[list[Path], list[Path]]:
 
 
 def count_suffixes(paths: Sequence[Path]) -> str:
-    """`3 files (.heic: 2, .txt: 1)`."""
+    """Return text such as `3 files (.heic: 2, .txt: 1)`."""
     counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
     files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
     return f"{files} ({', '.join(f'{suffix}: {count}' for suffix, count in counts.most_common())})"
@@ -69,7 +69,7 @@ def count_suffixes(paths: Sequence[Path]) -> str:
 
 @dataclass(frozen=True)
 class ListedImage:
-    """What an annotation file says of an image: its id; width and height, None where they are not listed."""
+    """An image's id, width and height in an annotation file; None if not listed."""
 
     id: int
     size_wh: tuple[int, int] | None
@@ -77,13 +77,13 @@ class ListedImage:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image file, or what is wrong with it.
+    """An image file, or the reason why it cannot be used.
 
     Attributes:
-        place: its number in the list of files, from 0.
+        place: index in the list of files.
         picture: RGB, uint8 3 x H x W; None if it cannot be read.
-        inputs: what a detector takes, 3 x h x w float32; None if there is none.
-        problem: one sentence where there are no inputs.
+        inputs: input of a detector, 3 x h x w float32, or None.
+        problem: sentence on why there are no inputs.
         orientation: EXIF orientation of the file, 1 to 8.
     """
 
@@ -95,12 +95,12 @@ class Sample:
 
 
 class ImageFiles(Dataset):
-    """Image files as `Sample`s; a damaged one is a sample, too, so that it does not stop the others.
+    """Image files as `Sample`s, damaged ones too, so that they do not stop the others.
 
     Args:
         paths: the files.
-        transforms: from a uint8 image to what a detector takes.
-        listed: what an annotation file has of each, None where it does not list it: see `datasets.decode`.
+        transforms: map a uint8 image to a detector's input.
+        listed: entry of each in an annotation file, or None; see `datasets.decode`.
     """
 
     def __init__(
@@ -135,12 +135,12 @@ class ImageFiles(Dataset):
 
 
 class ReadingNotes:
-    """What a user should know of how images were read: turned ones, and listed ones of another size.
+    """Notes for the user on how images were read: rotated ones, and ones whose size differs from the listed one.
 
     Attributes:
-        turned: unlisted images that were turned by their EXIF orientation.
-        hidden_turns: those of them whose width and height are the same as before.
-        other_sizes: by path, width and height of listed images of another size than listed, and the listed ones.
+        turned: unlisted images that were rotated by their EXIF orientation.
+        hidden_turns: those whose width and height did not change.
+        other_sizes: by path, width and height of images whose size differs from the listed one, and the listed size.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class ReadingNotes:
         self.other_sizes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
 
     def add(self, path: Path, sample: Sample, listed: ListedImage | None) -> None:
-        """Count in an image that could be read."""
+        """Count an image that could be read."""
         height, width = sample.picture.shape[1:]
         if listed is None:
             self.turned += sample.orientation != 1
@@ -159,7 +159,7 @@ class ReadingNotes:
                 self.other_sizes[str(path)] = ((width, height), listed.size_wh)
 
     def turns(self) -> str | None:
-        """A sentence about turned images, None where there are none."""
+        """Return a sentence about rotated images, or None."""
         if not self.turned:
             return None
         sentence = f"images turned upright by their EXIF orientation: {self.turned}"
@@ -172,12 +172,12 @@ class ReadingNotes:
 
 
 def picture_names(paths: Sequence[Path], suffix: str) -> list[str]:
-    """A file name for each path's picture: its stem, with a number behind it where another one has that already."""
+    """Return a picture file name for each path: its stem, with a number if the name is taken."""
     taken: set[str] = set()
     names = []
     for path in paths:
         name, number = path.stem, 1
-        while name.lower() in taken:  # on some file systems A and a are one
+        while name.lower() in taken:  # some file systems ignore case
             number += 1
             name = f"{path.stem}-{number}"
         taken.add(name.lower())
@@ -186,10 +186,10 @@ def picture_names(paths: Sequence[Path], suffix: str) -> list[str]:
 
 
 def listed_images(paths: Sequence[Path], annotation_file: str | Path) -> list[ListedImage | None]:
-    """What an annotation file says of these images; None for one that it does not list, or not apart from another.
+    """Return these images' entries in an annotation file; None for one not listed, or not uniquely.
 
-    The longest end of a path that is a `file_name` of the file counts: `b/1.jpg` before `1.jpg` for `a/b/1.jpg`. Names
-    that differ only by Unicode normal form are the same.
+    The longest end of a path that is a `file_name` counts: for `a/b/1.jpg`, `b/1.jpg` before `1.jpg`. Names that differ
+    only by Unicode normal form are equal.
 
     Raises:
         UserError: the file cannot be read.

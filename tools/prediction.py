@@ -1,4 +1,4 @@
-"""What detectors find in images that have no annotations: pictures and COCO results, of one detector or of two."""
+"""Inference on images without annotations, with one detector or two: pictures and COCO results."""
 
 from __future__ import annotations
 
@@ -55,24 +55,24 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class PredictionConfig(Config):
-    """What is detected and drawn; `inputs` are images, folders of images, or globs."""
+    """Options of detection and drawing; `inputs` are images, folders of images, or globs."""
 
     inputs: Sequence[str] = ()
     amp: str = option("off", "mixed precision; --amp alone is bf16", **PRECISIONS)
     compare: Sequence[str] | None = option(None, type=os.path.expanduser, nargs=2, metavar=("DENSE", "SLIM"), help="in "
-        "place of --resume: checkpoints of two detectors, drawn side by side with milliseconds an image, the median of "
-        "one image alone after a warm-up, the two taking turns")  # fmt: skip
-    score_threshold: float = option(0.3, type=real(0, at_most=1), help="least score that is drawn, in [0, 1]; "
+        "place of --resume: checkpoints of two detectors to draw side by side, with the median milliseconds for a "
+        "single image after a warm-up, the two taking turns")  # fmt: skip
+    score_threshold: float = option(0.3, type=real(0, at_most=1), help="lowest score to draw, in [0, 1]; "
         "results.json has all detections")  # fmt: skip
     names: str | None = option(None, type=os.path.expanduser, metavar="FILE", help="COCO annotations with the names of "
-        "the categories, by default those of the checkpoint; where they list all the images, results.json has their "
+        "the categories, by default the checkpoint's names; if they list all images, results.json uses their "
         "ids")  # fmt: skip
-    max_images: int | None = option(None, "first images to look at, by default all", type=whole(1))
+    max_images: int | None = option(None, "process only the first N images", type=whole(1))
 
 
 @dataclass(frozen=True)
 class PredictionOptions(Config):
-    """All that decides what is found and drawn."""
+    """All options that affect what is detected and drawn."""
 
     loader: LoaderConfig = group(LoaderConfig)
     detector: DetectorConfig = group(DetectorConfig)
@@ -81,16 +81,16 @@ class PredictionOptions(Config):
 
 @dataclass
 class Detector:
-    """A detector to run on images, and what it has found so far.
+    """A detector to run on images, and its detections so far.
 
     Attributes:
-        title: how tables call it.
+        title: name in tables.
         path: its checkpoint.
         image_size: short side of its inputs in pixels.
         names: category name by id, empty if the checkpoint has none.
         remark: see `Checkpoint.remark`.
         rows: detections of each image, see `to_detections`.
-        drawn: by category id, how many detections reached the score that is drawn.
+        drawn: number of drawn detections by category id.
     """
 
     title: str
@@ -105,17 +105,17 @@ class Detector:
     drawn: Counter[int] = field(default_factory=Counter)
 
     def results(self) -> list[dict[str, Any]]:
-        """All detections, as the entries of a COCO results file."""
+        """Return all detections as entries of a COCO results file."""
         return engine.to_coco_results(np.concatenate(self.rows))
 
 
 def load_detector(
     title: str, path: str, options: PredictionOptions, typed: Collection[str], device: torch.device
 ) -> Detector:
-    """The detector of a checkpoint of any format, in eval mode, with the options that it was made with.
+    """Load the detector of a checkpoint of any format, in eval mode, with its own options.
 
     Raises:
-        UserError: the file, or a typed option, does not fit.
+        UserError: the file cannot be read, or a typed option contradicts it.
     """
     checkpoint = read_checkpoint(path)
     theirs = options_for(options, checkpoint, typed)
@@ -129,13 +129,13 @@ def load_detector(
 
 
 class Prediction:
-    """Images run through one detector, or through two that are drawn side by side.
+    """Run images through one detector, or through two that are drawn side by side.
 
     Args:
         typed: names of the options that were typed.
-        resume: the checkpoint; None where two are compared.
+        resume: the checkpoint; None to compare two.
         device: where the detectors run.
-        output_dir: folder for what comes of it; nothing is written before `run`.
+        output_dir: folder for the outputs; nothing is written before `run`.
 
     Raises:
         UserError: options, images, checkpoints and annotations do not agree.
@@ -181,7 +181,7 @@ class Prediction:
         self.names = names or next((d.names for d in self.detectors if d.names), {})
 
     def run(self) -> None:
-        """Write a picture of each image, results, and the table of what was found.
+        """Write a picture of each image and the results; log a table of detections.
 
         Raises:
             UserError: none of the images can be read.
@@ -191,11 +191,11 @@ class Prediction:
                 self.log.info("%s", detector.remark)
         if self.config.names is not None and self.are_places:
             self.log.info(
-                "--names %s has no id for some of these images: their ids are their places, from 1",
+                "--names %s has no id for some of these images: they are numbered from 1",
                 self.config.names,
             )
         if self.left_out:
-            self.log.info("left out %s, whose names are not those of images", count_suffixes(self.left_out))
+            self.log.info("skipped %s without an image suffix", count_suffixes(self.left_out))
         captions = [""]
         if self.config.compare is not None:
             captions = self._compare_costs()
@@ -217,7 +217,7 @@ class Prediction:
             self.log.warning("%s", size_warning(self.config.names, self.notes.other_sizes, self.notes.listed))
 
     def _batches(self) -> Iterator[list[Sample]]:
-        """Batches of images that can be used; the others are named."""
+        """Yield batches of usable images; log the others."""
         loader = DataLoader(self.dataset, self.loader.batch_size, num_workers=self.loader.num_workers, collate_fn=list)
         for batch in loader:
             for sample in batch:
@@ -228,7 +228,7 @@ class Prediction:
                 yield good
 
     def _detect(self, detector: Detector, batch: Sequence[Sample]) -> Sequence[dict[str, Tensor]]:
-        """Detections in a batch, counted in."""
+        """Detect objects in a batch and count them."""
         sizes = torch.tensor([sample.picture.shape[1:] for sample in batch])
         inputs = [sample.inputs for sample in batch]
         _, results = engine.detect(
@@ -240,7 +240,7 @@ class Prediction:
         return results
 
     def _draw(self, sample: Sample, found: Sequence[dict[str, Tensor]], captions: Sequence[str]) -> None:
-        """Write the picture of one image, or those of both detectors in one."""
+        """Write the picture of an image, with both detectors side by side if there are two."""
         height, width = sample.picture.shape[1:]
         scale = scale_to_read(width, height)
         pictures: list[Image] = [
@@ -264,11 +264,11 @@ class Prediction:
         }
 
     def _compare_costs(self) -> list[str]:
-        """Captions that say what each detector costs; the figures go to compare.json and to the log."""
+        """Return captions with each detector's cost; write the figures to compare.json and log them."""
         samples = (self.dataset[place] for place in range(len(self.paths)))
         images = list(itertools.islice((sample.inputs for sample in samples if not sample.problem), TIMED_IMAGES))
         if not images:
-            return []  # each is reported when it is its turn
+            return []  # they are reported when they are read
         times = self._milliseconds(images)
         entries = [
             {
@@ -293,7 +293,7 @@ class Prediction:
         ]
 
     def _milliseconds(self, images: Sequence[Tensor]) -> dict[str, float]:
-        """Median milliseconds for one image alone, for each detector; they take turns."""
+        """Return the median milliseconds for a single image, for each detector; they take turns."""
         calls = len(self.detectors) * (min(WARM_UP, len(images)) + TIMED_ROUNDS * len(images))
         with tqdm(total=calls, unit="image", desc="time", disable=bar_off(), leave=False) as bar:
 
@@ -310,7 +310,7 @@ class Prediction:
             )
 
     def _write(self, shown: Sequence[Mapping[str, Any]]) -> None:
-        """images.json, results JSON, and the table of categories."""
+        """Write images.json and the results JSON; log the table of categories."""
         names = self.names or {number: str(number) for number in range(self.detectors[0].num_classes)}
         categories = [{"id": number, "name": name} for number, name in sorted(names.items())]
         write_json(

@@ -1,4 +1,4 @@
-"""Options: their definitions as fields of frozen dataclasses, parsers made from these, and types with limits."""
+"""Options as fields of frozen dataclasses, parsers made from them, and types with limits."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ C = TypeVar("C", bound="Config")
 
 
 def option(default: Any, help: str, *, stored: str = "training", **keywords: Any) -> Any:
-    """A field of a `Config` that is an option; a default of True or False makes it a flag.
+    """Define an option as a field of a `Config`; a default of True or False makes it a flag.
 
     Args:
         stored: when a checkpoint's value replaces the default. `network`: always, and a typed value must agree with it;
-            `preferred`: always; `training`: where its training continues; `run`: never.
-        keywords: `short`, a second name such as `-m`; `read`, a function that makes the field's value of what is given;
-            and those of `add_argument`.
+        `preferred`: always; `training`: if its training continues; `run`: never.
+        keywords: `short`, a second name such as `-m`; `read`, a function that converts a given value; and keywords of
+        `add_argument`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "stored": stored, **keywords})
 
 
 def group(config_class: type[C]) -> Any:
-    """A field of a `Config` that is another config."""
+    """Define a field of a `Config` that is another config."""
     return dataclasses.field(default_factory=config_class, metadata={"config": config_class})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A group of options, or several groups; all values are checked, from a command line or from a file."""
+    """One or several groups of options; values from command lines and files are checked."""
 
     def __post_init__(self) -> None:
-        """Raise a `UserError` for the first value that its option does not take."""
+        """Raise a `UserError` for the first invalid value."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if "read" in field.metadata:
@@ -46,10 +46,10 @@ class Config:
 
     @classmethod
     def from_values(cls: type[C], values: Mapping[str, Any], source: object = None) -> C:
-        """The config with the values that it has fields for; `source` is the file that they come from.
+        """Return a config with the values it has fields for; `source` is the file they come from.
 
         Raises:
-            UserError: naming `source` and the field whose value is wrong.
+            UserError: a value is wrong; names `source` and the field.
         """
         found = {}
         for field in dataclasses.fields(cls):
@@ -63,7 +63,7 @@ class Config:
             raise error if source is None else UserError(f"{source}: {error}") from None
 
     def values(self) -> dict[str, Any]:
-        """All values by name, those of groups too."""
+        """Return all values by name, including those of groups."""
         found: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -71,12 +71,12 @@ class Config:
         return found
 
     def with_values(self: C, values: Mapping[str, Any], source: object = None) -> C:
-        """A copy with other values, see `from_values`."""
+        """Return a copy with other values, see `from_values`."""
         return self.from_values({**self.values(), **values}, source)
 
 
 def options_of(*config_classes: type[Config]) -> dict[str, dataclasses.Field]:
-    """The options of configs and of their groups, by name."""
+    """Return the options of configs and their groups by name."""
     found: dict[str, dataclasses.Field] = {}
     for field in (field for config_class in config_classes for field in dataclasses.fields(config_class)):
         if "config" in field.metadata:
@@ -98,15 +98,15 @@ def add_options(parser: argparse._ActionsContainer, config_class: type[Config], 
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
-    """Parse `argv`; returns the options and the names of those that were typed, whatever their value.
+    """Parse `argv`; return the options and the names of the typed ones, whatever their value.
 
     Raises:
-        UserError: what argparse would print below its whole usage.
+        UserError: argparse rejects `argv`; its message without the usage.
     """
     names = set()
 
     class Typed(argparse.Namespace):
-        """Has every option, as None, so that argparse sets those alone that were typed."""
+        """Has every option as None, so that argparse only sets the typed ones."""
 
         def __getattr__(self, name: str) -> None:
             if name.startswith("_"):
@@ -124,14 +124,14 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 
 def refuse(names: Iterable[str], typed: Collection[str], reason: str) -> None:
-    """Raise a `UserError` for those of the options that were typed: a run would not read them."""
+    """Raise a `UserError` for typed options among `names`, which a run would not use."""
     found = [f"--{name}" for name in names if name in typed]
     if found:
         raise UserError(f"{', '.join(found)}: {reason}")
 
 
 def _expected(field: dataclasses.Field, value: Any) -> str | None:
-    """What an option takes, in words; None where `value` is such a value."""
+    """Return None if `value` is valid for an option, else a text of what is."""
     about, default = field.metadata, field.default
     if value is None and default is None:
         return None
@@ -154,7 +154,7 @@ def _expected(field: dataclasses.Field, value: Any) -> str | None:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A short usage, short names for values, defaults where there are some, and examples as they are written."""
+    """Short usage and names of values, defaults if there are any, and examples verbatim."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **{"max_help_position": 34, **options})
@@ -162,7 +162,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def add_usage(
         self, usage: str | None, actions: Iterable[argparse.Action], groups: Iterable[Any], prefix: str | None = None
     ) -> None:
-        """Name what has to be given; the other options stand below, and are many."""
+        """Only show required arguments in the usage; the many options are listed below it."""
         if usage is None:
             words = []
             for action in actions:
@@ -180,17 +180,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return short.get(name, super()._get_default_metavar_for_optional(action))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # That a flag is off, or a value not given, is what people expect; a text says what happens then.
+        # Omit the usual defaults, flags that are off and None; help texts describe what happens then.
         nothing_to_tell = action.default is None or action.default is False
         return action.help if nothing_to_tell else super()._get_help_string(action)
 
 
 def script_parser(doc: str, **options: Any) -> argparse.ArgumentParser:
-    """The parser of a script: the first line of its docstring describes it, the command lines in it are examples.
+    """Return a script's parser: the docstring's first line is the description, its command lines the examples.
 
     Args:
         doc: the docstring.
-        options: of `argparse.ArgumentParser`.
+        options: arguments of `argparse.ArgumentParser`.
     """
     title, *lines = doc.strip().splitlines() or [""]
     examples = [f"  {line.strip()}" for line in lines if line.split(maxsplit=1)[:1] in (["python"], ["torchrun"])]
@@ -201,12 +201,12 @@ def script_parser(doc: str, **options: Any) -> argparse.ArgumentParser:
 
 
 def user_path(text: str) -> Path:
-    """Type of an option: a file or folder, where a leading `~` is the home folder (shells leave it in `--name=~/x`)."""
+    """Option type: a path, in which a leading `~` is the home folder (shells do not expand it in `--name=~/x`)."""
     return Path(os.path.expanduser(text))
 
 
 def whole(minimum: int, *, at_most: int | None = None) -> Callable[[str], int]:
-    """Type of an option: a whole number from `minimum` up, or to `at_most`."""
+    """Return an option type: a whole number from `minimum` up, or to `at_most`."""
 
     def read(text: str) -> int:
         value = int(text)
@@ -215,12 +215,12 @@ def whole(minimum: int, *, at_most: int | None = None) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text:.40}: expected a whole number from {minimum} {limits}")
         return value
 
-    read.__name__ = "whole number"  # argparse shows it in its error
+    read.__name__ = "whole number"  # for argparse's error
     return read
 
 
 def real(minimum: float, below: float = float("inf"), *, at_most: float = float("inf")) -> Callable[[str], float]:
-    """Type of an option: a number in [minimum, below) and not above `at_most`."""
+    """Return an option type: a number in [minimum, below) and not above `at_most`."""
 
     def read(text: str) -> float:
         value = float(text)

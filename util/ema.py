@@ -8,11 +8,10 @@ from torch import nn
 
 
 class WeightAverage:
-    """A second copy of `model` whose weights follow the trained ones slowly.
+    """A copy of `model` whose weights slowly follow the trained ones.
 
-    After optimizer step n the copy moves by 1 - min(decay, (1 + n) / (10 + n)) towards the model, so that the first
-    steps do not leave it stuck at the initial values. Floating buffers (BatchNorm statistics) are averaged alike,
-    others copied.
+    After optimizer step n the copy moves by 1 - min(decay, (1 + n) / (10 + n)) towards the model, so that it quickly
+    leaves the initial values. Floating-point buffers (BatchNorm statistics) are averaged too, others copied.
 
     Attributes:
         model: the averaged copy, in eval mode, for evaluation and for saving.
@@ -26,7 +25,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the source model after one optimizer step."""
+        """Update the average after an optimizer step."""
         self.steps += 1
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         averaged, trained = [], []
@@ -39,7 +38,7 @@ class WeightAverage:
         torch._foreach_lerp_(averaged, trained, weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged weights and the number of steps."""
+        """Return the averaged weights and the number of steps."""
         return {"model": self.model.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -49,5 +48,5 @@ class WeightAverage:
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, each once, in a fixed order."""
+    """Return parameters and buffers, each once, in a fixed order."""
     return [*model.parameters(), *model.buffers()]

@@ -1,4 +1,4 @@
-"""The learning rate of a training run, as a function of the fraction of the run that is done."""
+"""Learning rate as a function of the completed fraction of a training run."""
 
 import math
 
@@ -6,15 +6,15 @@ SCHEDULES = ("step", "cosine")
 
 
 def rate(fraction: float, schedule: str, *, warmup: float = 0.0, drop: float = 1.0) -> float:
-    """Factor of the learning rates: a linear warm-up, then drops to a tenth or a half cosine to 0.
+    """Return the learning rate factor: linear warm-up, then drops to a tenth or a half cosine to 0.
 
-    It depends on the fraction alone, so a run that is resumed with other batches continues at the right rate.
+    It only depends on the fraction, so a run resumed with another batch size continues at the right rate.
 
     Args:
-        fraction: of the run that is done, in [0, 1].
+        fraction: completed fraction of the run, in [0, 1].
         schedule: one of `SCHEDULES`.
-        warmup: fraction of the run in which the factor rises from 0 to 1; from 1 up it never gets there.
-        drop: fraction of the run between two drops; only "step" reads it.
+        warmup: fraction of the run in which the factor rises from 0 to 1; with 1 or more, it never reaches 1.
+        drop: fraction of the run between two drops; only used by "step".
     """
     fraction = min(fraction, 1.0)
     if warmup > 0 and fraction <= warmup:

@@ -1,4 +1,4 @@
-"""One run writes to a folder at a time."""
+"""Locks, so that only one run writes to a folder at a time."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from util.logging import get_logger
 LOCK_NAME = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 LONGEST_SHOWN = 160  # characters of another run's command
-WRITING_TAKES = 1.0  # seconds at most, from the moment a lock is held to the moment its file says by whom
+WRITING_TAKES = 1.0  # most seconds from locking a file to writing the owner into it
 
 
 @contextmanager
 def hold_folder(folder: str | Path, shown: str = "--output_dir") -> Iterator[None]:
-    """Inside, no other run gets hold of `folder`; temporary files that killed runs left in it are removed.
+    """Lock `folder` against other runs, and remove temporary files that killed runs left in it.
 
-    The system gives a lock back when its process ends, however it ends. With several processes the first one locks.
-    The lock's file goes when the lock does, and with it the folders that were made for it and are still empty.
+    The system releases the lock when its process ends in any way. Of several processes, the first one locks. Releasing
+    the lock removes its file and any folders that were created for it and are still empty.
 
     Args:
-        folder: made if it is not there.
-        shown: the option that named it.
+        folder: created if missing.
+        shown: the option that sets it, for errors.
 
     Raises:
-        UserError: in every process: another run has the folder.
+        UserError: another run uses the folder; raised in every process.
     """
     with ExitStack() as held:
 
@@ -53,7 +53,7 @@ def hold_folder(folder: str | Path, shown: str = "--output_dir") -> Iterator[Non
 
 @contextmanager
 def hold_name(path: str | Path, shown: str) -> Iterator[None]:
-    """As `hold_folder` for a `path` that is to appear at once, by renaming: the lock lies beside it."""
+    """Lock a `path` that will be created by renaming, like `hold_folder`, with a lock file beside it."""
     path = Path(path)
     lock = _Lock(path.with_name(f".{path.name}{LOCK_NAME}"), f"{shown} {path}")
     try:
@@ -67,7 +67,7 @@ class _Lock:
     """A locked file that names its owner."""
 
     def __init__(self, path: Path, shown: str) -> None:
-        """Raises a `UserError` that begins with `shown` where another process has it."""
+        """Lock the file; raise a `UserError` that begins with `shown` if another process holds it."""
         self.path = path
         self.made = [parent for parent in path.absolute().parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class _Lock:
                 raise
 
     def _acquire(self, shown: str) -> bool:
-        """False, and a warning, where the file system has no locks."""
+        """Lock the file; warn and return False if the file system has no locks."""
         while True:
             try:
                 self.lock.acquire()
@@ -91,7 +91,7 @@ class _Lock:
                 if (owner := _read_owner(self.path)) is not None:
                     raise UserError(
                         f"{shown}: found {_name_owner(owner)} writing there, expected a folder that no other run uses"
-                    ) from None  # else it has just been released
+                    ) from None  # else it was just released
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
                     raise
@@ -102,7 +102,7 @@ class _Lock:
                 return False
 
     def release(self) -> None:
-        """Release it, with the folders that were made for it and are empty."""
+        """Release the lock and remove the empty folders that were created for it."""
         if self.lock.is_locked:
             with suppress(OSError):
                 self.path.unlink()
@@ -118,7 +118,7 @@ def _describe_owner() -> dict[str, Any]:
 
 
 def _read_owner(path: Path) -> dict[str, Any] | None:
-    """What the file of a lock says, {} where it says nothing in time; None where it is gone."""
+    """Return the owner in a lock file, {} if it is not written in time, or None if the file is gone."""
     until = time.monotonic() + WRITING_TAKES
     while True:
         try:
@@ -135,7 +135,7 @@ def _read_owner(path: Path) -> dict[str, Any] | None:
 
 
 def _name_owner(owner: dict[str, Any]) -> str:
-    """A process as a sentence names it."""
+    """Return a description of a process for an error."""
     if not owner:
         return "another process"
     command = owner.get("command")

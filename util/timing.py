@@ -1,4 +1,4 @@
-"""How long calls take side by side, and a detector for an image."""
+"""Time calls side by side, and detectors per image."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def seconds_side_by_side(
     warm_up: int = 1,
     on_turn: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, round by round.
+    """Return the seconds of each call in each round.
 
-    The calls take turns, so that a busy moment of the machine hits all of them alike. On one thread of the CPU they
-    are those that the process was given, so that waiting for other work is left out.
+    The calls take turns, so that load on the machine affects all alike. On one CPU thread this is process time, which
+    excludes waiting for other processes.
 
     Args:
-        device: that the calls run on.
-        rounds: how often each is measured.
-        warm_up: rounds that are run first and not counted.
-        on_turn: called behind each round, those to warm up too.
+        device: device that the calls run on.
+        rounds: measurements of each call.
+        warm_up: rounds to run first, not measured.
+        on_turn: called after each round, including warm-up.
     """
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
@@ -50,13 +50,13 @@ def seconds_side_by_side(
 def milliseconds_per_image(
     models: Mapping[str, nn.Module], images: Sequence[Tensor], *, rounds: int = 5, warm_up: int = 3
 ) -> dict[str, float]:
-    """Median time of one image alone, for each model, side by side.
+    """Return the median time for a single image, for each model, measured side by side.
 
     Args:
         models: detectors in eval mode, on the device to measure.
         images: 3 x H x W each, normalised, on the same device.
-        rounds: how often each image is measured.
-        warm_up: images that are run once before they are measured.
+        rounds: measurements of each image.
+        warm_up: images to run once before measuring.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for index, image in enumerate(images):

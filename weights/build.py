@@ -1,4 +1,4 @@
-"""From options and files to a detector: what the scripts do before they train, evaluate or search."""
+"""Build a detector from options and a checkpoint, before training, evaluation or search."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -26,18 +26,18 @@ from weights.stored_options import take_from_checkpoint
 C = TypeVar("C", bound=Config)
 D = TypeVar("D", bound=DetectorConfig)
 
-# Without these in common a teacher's classes, queries, pixels or layers are not the student's.
+# Teacher and student must share these, or their classes, queries, pixels or layers do not match.
 SHARED_WITH_TEACHER = (
     "modelname", "num_classes", "hidden_dim", "enc_layers", "dec_layers", "num_queries", "num_patterns",
     "num_feature_levels", "return_layer", "dilation"
 )  # fmt: skip
-# Mean distance of the anchors' coordinates: 0.0002 after two epochs of fine-tuning the demo's detector, 0.24 to the
-# same anchors in another order.
+# Mean distance of anchor coordinates: 0.0002 after two epochs of fine-tuning the demo's detector, 0.24 for the same
+# anchors in another order.
 LARGEST_ANCHOR_DISTANCE = 0.1
 
 
 def read_start(resume: str | None, save_safetensors: bool) -> Checkpoint | None:
-    """The checkpoint of `--resume`, None without one.
+    """Read the checkpoint of `--resume`, if any.
 
     Raises:
         UserError: it cannot be read, or the package that --save_safetensors needs is missing.
@@ -50,7 +50,7 @@ def read_start(resume: str | None, save_safetensors: bool) -> Checkpoint | None:
 
 
 def with_relu(config: D) -> D:
-    """The deformable variant has no other activation, and its checkpoints say so."""
+    """Set the activation of the deformable variant, which only has ReLU."""
     is_deformable = config.modelname == "dn_dab_deformable_detr"
     return config.with_values({"transformer_activation": "relu"}) if is_deformable else config
 
@@ -59,11 +59,11 @@ def with_classes(
     config: D, data: DataConfig, splits: Sequence[str], checkpoint: Checkpoint | None, *, training: bool = False,
     continuing: bool = False,
 ) -> D:  # fmt: skip
-    """The detector with the classes of the annotations, and with those that only the checkpoint knows unless it trains.
+    """Set the detector's classes to those of the annotations and, unless training, those only the checkpoint has.
 
     Args:
-        splits: those whose annotations are read.
-        training: whether the checkpoint may be of other classes; it may not where its training is `continuing`.
+        splits: splits whose annotations are read.
+        training: accept a checkpoint with other classes, unless its training is `continuing`.
 
     Raises:
         UserError: checkpoint and annotations do not agree.
@@ -71,7 +71,7 @@ def with_classes(
     categories = _categories_of(data, splits)
     num_classes = max(categories) + 1  # 91 for COCO, whose ids have gaps
     if checkpoint is not None:
-        # A split need not name all the classes that a detector was trained for, to be measured with it.
+        # A split to evaluate on may lack some classes of the detector.
         if not training:
             num_classes = max(num_classes, checkpoint.num_classes)
         difference = class_difference(checkpoint, num_classes, categories)
@@ -84,7 +84,7 @@ def with_classes(
 
 
 def _categories_of(data: DataConfig, splits: Sequence[str]) -> dict[int, str]:
-    """Category id -> name of all splits together."""
+    """Return category id -> name of all splits together."""
     found: dict[int, str] = {}
     for split in splits:
         path = split_of(data, split).annotation_file
@@ -106,9 +106,9 @@ def build_detector(
     freeze_backbone: bool = False,
     new_parts: NewParts | None = None,
 ) -> tuple[Detector, Criterion, dict[str, PostProcess]]:
-    """Model with the checkpoint's weights, cut if it is a search's output; criterion and postprocessors.
+    """Build a model with the checkpoint's weights, cut for a search's output; also criterion and postprocessors.
 
-    `new_parts` are those that keep their initial values, if any.
+    `new_parts` keep their initial values.
 
     Raises:
         UserError: the weights do not fit.
@@ -118,9 +118,9 @@ def build_detector(
     state_dict = checkpoint.state_dict
     whole = dataclasses.replace(config, num_classes=checkpoint.num_classes)
     if checkpoint.is_search:
-        # What was pruned before is smaller than the dense network already.
+        # A detector pruned before is smaller than the dense network.
         whole = dataclasses.replace(whole, cfgs=checkpoint.full_widths)
-    # Of others' files, weights that are left out need not fit what was typed.
+    # In foreign files, weights that are not loaded need not fit the typed options.
     if new_parts is None or checkpoint.kind in ("ours", "search"):
         _check_describes(whole, checkpoint)
     if checkpoint.is_search:
@@ -134,10 +134,10 @@ def build_detector(
 
 
 def options_for(options: C, checkpoint: Checkpoint, typed: Collection[str] = ()) -> C:
-    """`options`, a detector's among them, completed from the checkpoint: those to build its own detector.
+    """Complete `options` from the checkpoint, so that they describe its detector.
 
     Raises:
-        UserError: a typed option differs from what the checkpoint was made with, or its detector does not read it.
+        UserError: a typed option contradicts the checkpoint, or its detector does not use it.
     """
     options = take_from_checkpoint(options, typed, checkpoint)
     refuse_unread_by_network(NetworkConfig.from_values(options.values()), typed)
@@ -145,9 +145,9 @@ def options_for(options: C, checkpoint: Checkpoint, typed: Collection[str] = ())
 
 
 def _check_describes(config: DetectorConfig, checkpoint: Checkpoint) -> None:
-    """Raise a `UserError` unless the weights fit the detector of `config`, before any memory is taken for it.
+    """Raise a `UserError` unless the weights fit the detector of `config`, before allocating memory for it.
 
-    Sizes may come out of the file, and a wrong one can ask for all the memory there is.
+    Sizes may come from the file, and a wrong one could exhaust the memory.
     """
     try:
         with torch.device("meta"):
@@ -156,12 +156,12 @@ def _check_describes(config: DetectorConfig, checkpoint: Checkpoint) -> None:
         raise
     except (RuntimeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise UserError(
-            f"{checkpoint.path}: found options of no detector ({reason_of(error)}), expected those it was made with"
+            f"{checkpoint.path}: its options describe no detector ({reason_of(error)}), expected those it was made with"
         ) from None
 
 
 def build_teacher(path: str, config: DetectorConfig, student: Detector) -> Detector:
-    """The detector of `--distill`, on the student's device; `config` describes the student.
+    """Build the detector of `--distill` on the student's device; `config` describes the student.
 
     Raises:
         UserError: its file cannot be read, or it is not the detector that the student was cut from.
@@ -180,7 +180,7 @@ def _teacher_of(path: str, config: DetectorConfig, student: Detector) -> Detecto
     if checkpoint.is_search:
         raise UserError(f"{path}: found the output of a search, expected the detector that it pruned")
     theirs = options_for(dataclasses.replace(config, cfgs=None), checkpoint)
-    theirs = dataclasses.replace(theirs, padding_rule=config.padding_rule)  # the feature pixels of both are compared
+    theirs = dataclasses.replace(theirs, padding_rule=config.padding_rule)  # their feature pixels are compared
     differing = [name for name in SHARED_WITH_TEACHER if getattr(theirs, name) != getattr(config, name)]
     if differing:
         found, expected = (", ".join(f"{name} {getattr(of, name)}" for name in differing) for of in (theirs, config))
@@ -193,7 +193,7 @@ def _teacher_of(path: str, config: DetectorConfig, student: Detector) -> Detecto
     distance = float((anchors - wanted).abs().mean())
     if distance > LARGEST_ANCHOR_DISTANCE:
         raise UserError(
-            f"{path}: found queries that are not the student's (their anchors are {distance:.2f} of an image apart on "
-            "average), expected the detector that the student was cut from"
+            f"{path}: found other queries than the student's (mean anchor distance {distance:.2f} of an image), "
+            "expected the detector that the student was cut from"
         )
     return teacher

@@ -1,4 +1,4 @@
-"""Reading and writing of checkpoint files; `weights.formats` lists their kinds."""
+"""Read and write checkpoint files; `weights.formats` lists their kinds."""
 
 import argparse
 import dataclasses
@@ -39,10 +39,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint of any kind.
 
     Raises:
-        UserError: missing, unreadable, truncated, of unsafe content, or no detector's weights.
+        UserError: the file is missing, unreadable, truncated or unsafe, or holds no detector's weights.
     """
     path = Path(path)
-    if os.path.isdir(path):  # unlike Path.is_dir it takes any name
+    if os.path.isdir(path):  # unlike Path.is_dir, it accepts any name
         path = weights_file(path)
     content = read_shards(path, load_content) if path.name.endswith(INDEX_SUFFIX) else load_content(path)
     try:
@@ -76,9 +76,9 @@ def save_checkpoint(
     categories: Mapping[int, str] | None = None,
     safetensors: bool = False,
 ) -> None:
-    """Write a checkpoint of ours, atomically; with `kept` it is a search's output and `state_dict` the full weights.
+    """Write a checkpoint atomically; with `kept` it is a search's output and `state_dict` the full weights.
 
-    With `safetensors` all but the training state is also written beside it, under the suffix `.safetensors`.
+    With `safetensors`, also write all but the training state beside it, with the suffix `.safetensors`.
     """
     content = {
         "format": FORMAT,
@@ -99,24 +99,24 @@ def save_checkpoint(
 
 
 def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as values that JSON and weights-only loading take; others are left out."""
+    """Return the options whose values JSON and weights-only loading accept."""
     plain = {name: value.to_list() if isinstance(value, Widths) else value for name, value in arguments.items()}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
     return {name: value for name, value in plain.items() if isinstance(value, str | int | float | bool | list | None)}
 
 
 def slim_state_dict(checkpoint: Checkpoint, whole: Detector) -> dict[str, Tensor]:
-    """The weights of a search's output, ours or the paper's, cut to the channels it kept.
+    """Return the weights of a search's output, ours or the paper's, cut to the kept channels.
 
     Args:
-        whole: a detector as it was before pruning; the checkpoint's weights are loaded into it.
+        whole: the unpruned detector; the checkpoint's weights are loaded into it.
 
     Raises:
-        UserError: weights or channels that do not fit `whole`.
+        UserError: weights or channels do not fit `whole`.
     """
     load_weights(whole, checkpoint.state_dict, checkpoint.path)
     modules, kept = whole.prunable_modules("detector"), checkpoint.kept or {}
-    if checkpoint.kind == "search":  # the paper's sets need no equal counts in the heads
+    if checkpoint.kind == "search":  # the paper's heads may keep different numbers of channels
         check_kept_sets(modules, kept, str(checkpoint.path))
     try:
         return cut_state_dict(whole.state_dict(), kept, slices_of(modules))
@@ -125,9 +125,9 @@ def slim_state_dict(checkpoint: Checkpoint, whole: Detector) -> dict[str, Tensor
 
 
 def load_content(path: Path) -> Any:
-    """`torch.load` of plain data, tensors and argparse namespaces, or the content of a safetensors file.
+    """Load a safetensors file, or a `torch.save` file of plain data, tensors and argparse namespaces.
 
-    All that can go wrong becomes a `UserError`.
+    Every failure becomes a `UserError`.
     """
     try:
         if not path.exists():
@@ -141,17 +141,17 @@ def load_content(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, UserError):
         raise
-    except Exception as error:  # damaged and hostile files raise whatever the unpickler stumbles over
+    except Exception as error:  # damaged and hostile files may raise anything
         raise UserError(
             f"{path}: cannot be read as a checkpoint ({_reason(error)}), expected a file of torch.save"
         ) from None
 
 
 def _reason(error: Exception) -> str:
-    """One line on why a file could not be read, without torch's advice to read it unsafely."""
+    """Return in one line why a file could not be read, without torch's advice to read it unsafely."""
     unsafe = UNSAFE.search(str(error))
     if unsafe:
         return f"it holds {one_line(unsafe[1], 80)}, and only tensors and plain values are read"
     if isinstance(error, pickle.UnpicklingError):
-        return "damaged, or no pickle of tensors and plain values"
+        return "damaged, or not a pickle of tensors and plain values"
     return reason_of(error)

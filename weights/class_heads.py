@@ -1,4 +1,4 @@
-"""Fine-tuning a detector on other classes: what of a checkpoint's weights is left out, and what takes its place."""
+"""Fine-tune a detector on other classes: choose which weights to load and which to initialise."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from util.checkpoint import rename_encoder_attention
 from util.errors import UserError, shorten
 from weights.checkpoint_file import Checkpoint
 
-CLASS_HEADS = ("class_embed.",)  # a row for each class; the deformable variant has a head for each layer
-LABEL_ENCODING = "label_enc.weight"  # the same, and a last row for "no object yet", the matching queries' content
+CLASS_HEADS = ("class_embed.",)  # a row per class; the deformable variant has a head per layer
+LABEL_ENCODING = "label_enc.weight"  # as above, and a last row for "no object yet", the matching queries' content
 SHOWN_NAMES = 5
 
 
 def class_difference(checkpoint: Checkpoint, num_classes: int, categories: Mapping[int, str]) -> str | None:
-    """How a checkpoint's classes are not those of the annotations, as `found ..., expected ...`; None where they are.
+    """Return how a checkpoint's classes differ from the annotations', as `found ..., expected ...`, or None.
 
-    A checkpoint may know more categories than the annotations name, as long as the number of classes is the same.
+    A checkpoint may have more categories than the annotations if the number of classes is the same.
     """
     if checkpoint.num_classes != num_classes:
         return (
@@ -38,7 +38,7 @@ def class_difference(checkpoint: Checkpoint, num_classes: int, categories: Mappi
 
 
 def matching_categories(checkpoint: Checkpoint, categories: Mapping[int, str]) -> dict[int, int]:
-    """Id in the annotations -> id in the checkpoint of the category of the same name; names that come twice are out."""
+    """Map ids in the annotations to ids in the checkpoint by category name, without names that occur twice."""
     theirs = _ids_by_name(checkpoint.categories or {})
     return {number: theirs[name] for name, number in _ids_by_name(categories).items() if name in theirs}
 
@@ -50,12 +50,12 @@ def _ids_by_name(categories: Mapping[int, str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class NewParts:
-    """The weights of a checkpoint that are not loaded: the model keeps its initial values for them.
+    """Weights of a checkpoint that are not loaded: the model keeps its initial values.
 
     Attributes:
-        matches: for new class heads, class -> the checkpoint's class whose rows are copied; else None.
-        ignored: weights of the checkpoint that are left out, by its names for them.
-        summary: one line for the log.
+        matches: for new class heads, class -> class of the checkpoint whose rows are copied; else None.
+        ignored: names in the checkpoint of weights that are not loaded.
+        summary: line for the log.
     """
 
     matches: dict[int, int] | None
@@ -63,19 +63,19 @@ class NewParts:
     summary: str
 
     def fill(self, state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """The checkpoint's weights with `model`'s own in place of those left out; to be loaded by `load_weights`."""
+        """Return the checkpoint's weights, with `model`'s for those not loaded, for `load_weights`."""
         initial = rename_encoder_attention(model.state_dict(), slim=False)
         found = rename_encoder_attention(state_dict, slim=False)
         ignored = rename_encoder_attention(dict.fromkeys(self.ignored), slim=False).keys()
         if self.matches is not None:
             found |= {key: self._head(found[key], value, key) for key, value in initial.items() if _is_head(key, found)}
-        # The box head has two names in the state dict, and is one.
+        # The one box head has two names in the state dict.
         places = {initial[key].data_ptr() for key in ignored if key in initial}
         initial_ones = {key: value for key, value in initial.items() if value.data_ptr() in places}
         return {key: value for key, value in found.items() if key not in ignored} | initial_ones
 
     def _head(self, found: Tensor, initial: Tensor, key: str) -> Tensor:
-        """Rows of the classes that both know, and initial ones for the others."""
+        """Return the checkpoint's rows for classes that both have, and initial ones for the others."""
         if found.shape[1:] != initial.shape[1:]:
             return found  # of another detector: `load_weights` raises
         head = initial.clone()
@@ -93,14 +93,14 @@ def _is_head(key: str, found: Mapping[str, Tensor]) -> bool:
 def find_new_parts(
     ignore: Sequence[str], config: DetectorConfig, checkpoint: Checkpoint | None, *, evaluating: bool, continuing: bool
 ) -> NewParts | None:
-    """What `--finetune_ignore` and other classes leave out of the checkpoint; None where all of it is taken.
+    """Return the weights not to load because of `--finetune_ignore` or other classes; None to load all.
 
     Args:
-        ignore: parts of the names of weights to leave out.
+        ignore: parts of the names of weights not to load.
         config: the detector to train, with its classes.
 
     Raises:
-        UserError: --finetune_ignore where nothing is fine-tuned, or with a name that no weight has.
+        UserError: --finetune_ignore is given but nothing is fine-tuned, or no weight has such a name.
     """
     if ignore and (checkpoint is None or evaluating or continuing):
         found = "no --resume" if checkpoint is None else "--eval" if evaluating else "a training run to continue"
@@ -129,7 +129,7 @@ def _new_heads(checkpoint: Checkpoint, config: DetectorConfig, matches: Mapping[
     categories = config.categories or {}
     heads = f"new class heads for {config.num_classes} classes in place of those for {checkpoint.num_classes}"
     if checkpoint.categories is None:
-        return f"{heads}, none carried over, as it has no names of its categories"
+        return f"{heads}, none carried over, as the checkpoint has no category names"
     names = [categories[number] for number in matches]
     shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
     carried = f"{len(names)} of {len(categories)} categories carried over by name"

@@ -1,12 +1,12 @@
-"""What a checkpoint holds, and how the kind of a file is recognised by its keys.
+"""The content of a checkpoint, and how to recognise the kind of a file by its keys.
 
-| kind | how it shows |
+| kind | recognised by |
 |---|---|
 | `ours` | `format` is dn-detr-pruning; dense or slim, with or without training state |
-| `search` | the same with `kept`: the full weights and the channels a search kept |
+| `search` | as `ours`, with `kept`: the full weights and the channels that a search kept |
 | `release` | `encoder.layers.N.self_attn.in_proj_weight` (DN-DETR, arXiv 2203.01305), or `.sampling_offsets.weight` |
 | `paper_search` | `encoder.layers.N.in_proj_weight` and `selectN.prune_a`, 1 x 1 x C, kept where positive |
-| `paper_slim` | `encoder.layers.N.in_proj_weight` alone, widths read off the shapes |
+| `paper_slim` | `encoder.layers.N.in_proj_weight` only, widths from the shapes |
 | `huggingface` | `decoder.layers.N.cross_attn.cross_attn_query_content_proj.weight`: DAB-DETR of transformers |
 """
 
@@ -30,34 +30,34 @@ from weights.tensor_checks import check_finite, check_training, tensors_in
 FORMAT = "dn-detr-pruning"
 VERSION = 1
 REQUIRED = {"model": dict, "widths": list, "full_widths": list, "args": dict, "num_classes": int}
-OPTIONAL = ("kept", "categories")  # beside them an unfinished training run's, and a search's trace
+OPTIONAL = ("kept", "categories")  # besides those of an unfinished training run, and a search's trace
 FOREIGN_ARGUMENTS = (
     "backbone", "dilation", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "num_queries",
     "num_patterns", "num_feature_levels", "enc_n_points", "dec_n_points", "num_select", "transformer_activation",
     "pe_temperatureH", "pe_temperatureW",
 )  # fmt: skip
 DEFORMABLE_KEY = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
-AVERAGED = ("ema_model", "model_ema", "ema")  # names of averaged weights in others' files
-CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # of the dense variant, of the deformable one
+AVERAGED = ("ema_model", "model_ema", "ema")  # names of averaged weights in foreign files
+CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # dense variant, deformable variant
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint file as it was read; `widths` are those of the model to build (after the cut, for a search).
+    """The content of a checkpoint file; `widths` are those of the model to build (for a search, after the cut).
 
     Attributes:
         path: the file.
         kind: ours, search, release, paper_search, paper_slim or huggingface.
-        state_dict: weights, named as in the file without the `module.` of DistributedDataParallel.
+        state_dict: weights, named as in the file, without the `module.` of DistributedDataParallel.
         widths: channels of each module.
         kept: for a search, module name -> part (query, value, hidden) -> sorted channel indices; else None.
         num_classes: classes of the detection head.
-        arguments: options it was made with; of foreign files those of `FOREIGN_ARGUMENTS` that it has.
-        training: optimizer and so on of an unfinished run, or None.
+        arguments: options it was made with; for foreign files, those of `FOREIGN_ARGUMENTS` it has.
+        training: optimizer and other state of an unfinished run, or None.
         trace: decisions of a search.
-        full_widths: of a search, channels of each module before the cut, those of the weights.
-        categories: id -> name of what it was trained to find; None where the file has no names.
-        averaged: entries of a foreign file that hold averaged weights beside those under `model`, which are taken.
+        full_widths: for a search, channels of each module before the cut, as in the weights.
+        categories: id -> name of each class; None if the file has no names.
+        averaged: entries of a foreign file with averaged weights; those under `model` are loaded.
     """
 
     path: Path
@@ -75,23 +75,23 @@ class Checkpoint:
 
     @property
     def is_search(self) -> bool:
-        """True where the weights are to be cut by `kept` before they fit `widths`."""
+        """Whether the weights must be cut by `kept` to fit `widths`."""
         return self.kept is not None
 
     @property
     def remark(self) -> str | None:
-        """A line for the log where the file has other weights beside those that are taken."""
+        """Log line if the file also has weights that are not loaded, or None."""
         if not self.averaged:
             return None
         others = " and ".join(f"`{name}`" for name in self.averaged)
-        return f"{self.path}: takes the weights under `model`, not the averaged ones under {others}"
+        return f"{self.path}: loading the weights under `model`, not the averaged ones under {others}"
 
 
 def recognise_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
-    """The checkpoint in the content of a file that `save_checkpoint` wrote.
+    """Return the checkpoint in the content of a file that `save_checkpoint` wrote.
 
     Raises:
-        UserError: naming the entry that is missing or of another type than expected.
+        UserError: an entry is missing or has an unexpected type.
     """
     if type(content.get("version")) is not int or content["version"] != VERSION:
         raise UserError(f"{path}: found format version {shorten(content.get('version'))}, expected {VERSION}")
@@ -137,11 +137,11 @@ def check_keys(path: Path, name: str, values: dict) -> None:
     """Raise a `UserError` unless all keys of `values`, found under `name`, are text."""
     for key in values:
         if not isinstance(key, str):
-            raise UserError(f"{path}: found the key {shorten(key)} under `{one_line(name, 80)}`, expected names alone")
+            raise UserError(f"{path}: found the key {shorten(key)} under `{one_line(name, 80)}`, expected only names")
 
 
 def _check_categories(path: Path, categories: Any) -> dict[int, str] | None:
-    """The names by id, or None where the file has none, as older ones of ours."""
+    """Return the names by id, or None if the file has none, such as one of an older version."""
     if categories is None:
         return None
     if not isinstance(categories, dict) or not categories:
@@ -155,7 +155,7 @@ def _check_categories(path: Path, categories: Any) -> dict[int, str] | None:
 
 
 def _check_kept(path: Path, kept: Any) -> None:
-    """Module name -> part -> whole-numbered channels; which of them there are is checked with the detector at hand."""
+    """Check that `kept` is module name -> part -> int64 channels; their range is checked with the detector."""
     if not isinstance(kept, dict):
         raise UserError(f"{path}: found {type(kept).__name__} under `kept`, expected dict or None")
     check_keys(path, "kept", kept)
@@ -185,7 +185,7 @@ def _parse_widths(path: Path, nested: list) -> Widths:
 
 
 def foreign_arguments(content: dict[str, Any]) -> dict[str, Any]:
-    """Options that fix the network, where a foreign file has them under `args` by the names used here."""
+    """Return the options of the network that a foreign file has under `args`, if named as here."""
     stored = content.get("args") if "model" in content else None
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
     found = stored if isinstance(stored, dict) else {}
@@ -193,10 +193,10 @@ def foreign_arguments(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def recognise_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict[str, Any]) -> Checkpoint:
-    """The checkpoint behind the names and shapes of others' weights; `arguments` are those in the file.
+    """Return the checkpoint for the names and shapes of foreign weights; `arguments` are the file's.
 
     Raises:
-        UserError: they are no DN-DETR detector's.
+        UserError: they are not those of a DN-DETR detector.
     """
     if huggingface.is_huggingface(state_dict):
         state_dict, arguments, categories = huggingface.convert(path, state_dict)
@@ -240,14 +240,14 @@ def _masks_to_kept(path: Path, state_dict: Mapping[str, Tensor]) -> dict[str, di
 
 
 def _class_bias(state_dict: Mapping[str, Any]) -> Any:
-    """The biases of a detector's (first) class head, None where there are none."""
+    """Return the biases of a detector's (first) class head, or None."""
     return next((state_dict[key] for key in CLASS_BIASES if key in state_dict), None)
 
 
 def _widths_of(path: Path, state_dict: Mapping[str, Tensor]) -> Widths:
-    """Widths read off the shapes of the output projections."""
+    """Return the widths, from the shapes of the output projections."""
     state_dict = rename_encoder_attention(state_dict, slim=False)
-    of_image = "output_proj" if DEFORMABLE_KEY in state_dict else "out_proj"  # behind an attention to the image
+    of_image = "output_proj" if DEFORMABLE_KEY in state_dict else "out_proj"  # of an attention to the image
     projections = {
         "encoder": (f"self_attn.{of_image}", "linear2"),
         "decoder": ("self_attn.out_proj", f"cross_attn.{of_image}", "linear2"),

@@ -1,8 +1,8 @@
-"""DAB-DETR weights under the names of `transformers` (`DabDetrForObjectDetection`), as weights of `dn_dab_detr`.
+"""Convert DAB-DETR weights of `transformers` (`DabDetrForObjectDetection`) to weights of `dn_dab_detr`.
 
-Such a detector is one of ours without denoising: its queries' content begins at zero, which is a zero last row of
-`label_enc` (arXiv 2201.12329). What the shapes do not show (heads, temperatures, dilation, names of classes) comes from
-the config.json beside the file; without one they are transformers' defaults.
+Such a detector is a `dn_dab_detr` without denoising: its queries' content starts at zero, a zero last row of
+`label_enc` (arXiv 2201.12329). What the shapes do not show (heads, temperatures, dilation, class names) comes from the
+config.json beside the file; without it, transformers' defaults are used.
 """
 
 import json
@@ -18,9 +18,9 @@ from torch import Tensor
 from util.errors import UserError, one_line, plain_name, reason_of, shorten
 from util.files import file_digest
 
-INDEX_SUFFIX = ".index.json"  # of the list of files that weights of several gigabytes are split into
+INDEX_SUFFIX = ".index.json"  # of the index of weights that are split into several files
 WEIGHT_FILES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX_SUFFIX))
-UNUSED_LABEL = "N/A"  # in place of ids without a class, such as COCO's gaps
+UNUSED_LABEL = "N/A"  # for ids without a class, such as COCO's gaps
 MODEL_TYPE = "dab-detr"
 ANCHOR_EPS = 1e-5  # of `inverse_sigmoid` in transformers
 SHOWN_KEYS = 3
@@ -72,7 +72,7 @@ DECODER_LAYER = {
 }
 FIRST_DECODER_LAYER = {"cross_attn.cross_attn_query_pos_proj": "ca_qpos_proj"}
 ACTIVATIONS = {"encoder": {"activation_fn": "activation"}, "decoder": {"mlp.activation_fn": "activation"}}
-LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d{1,4})\.(.+)\.(weight|bias)$")  # not more: each is looked for
+LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d{1,4})\.(.+)\.(weight|bias)$")  # few: callers loop over layers
 # Bottleneck blocks or not, and blocks of the four stages.
 BACKBONES = {
     (False, (2, 2, 2, 2)): "resnet18",
@@ -84,12 +84,12 @@ BACKBONES = {
 
 
 def is_huggingface(state_dict: Mapping[str, Any]) -> bool:
-    """Whether these are a DAB-DETR's weights as transformers names them."""
+    """Return whether these are DAB-DETR weights of transformers."""
     return any(MARK in key for key in state_dict)
 
 
 def weights_file(folder: Path) -> Path:
-    """The file in a folder of `save_pretrained` that has the weights.
+    """Return the file with the weights in a folder of `save_pretrained`.
 
     Raises:
         UserError: there is none.
@@ -101,11 +101,11 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_shards(path: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
-    """The weights of the files that an index lists.
+    """Read the weights of the files that an index lists.
 
     Args:
         path: the index, JSON with the file of each weight under `weight_map`.
-        read: gives the content of one file.
+        read: reads the content of one file.
 
     Raises:
         UserError: the index is malformed, or a file or a weight in it is missing.
@@ -119,7 +119,7 @@ def read_shards(path: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
 
 
 def weights_digest(path: Path) -> str:
-    """SHA-256 of a checkpoint's file; of an index with those of its files."""
+    """Return the SHA-256 of a checkpoint file; for an index, over it and its files."""
     if not path.name.endswith(INDEX_SUFFIX):
         return file_digest(path)
     names = sorted(set(_weight_map(path).values()))
@@ -127,7 +127,7 @@ def weights_digest(path: Path) -> str:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Name of a weight -> name of its file, beside the index."""
+    """Return weight name -> name of its file, beside the index."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -144,16 +144,16 @@ def _weight_map(path: Path) -> dict[str, str]:
 def convert(
     path: Path, state_dict: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[int, str] | None]:
-    """Weights under our names, the options of the detector that they are for, and its categories.
+    """Convert weights to our names; also return the options of their detector, and its categories.
 
     Args:
-        path: the file, which errors name, and beside which config.json is looked for.
+        path: the file, for errors and to find config.json beside it.
 
     Returns:
-        Weights and options by name, and the names of the categories by id, None where config.json has none.
+        Weights and options by name, and category names by id, None if config.json has none.
 
     Raises:
-        UserError: a key is missing or unknown, or the architecture is none of ours.
+        UserError: a key is missing or unknown, or the architecture is not supported.
     """
     weights = {key.removeprefix("model."): value for key, value in state_dict.items()}
     config = _read_config(path)
@@ -175,7 +175,7 @@ def convert(
 
 
 def _categories(path: Path, config: Mapping[str, Any], num_classes: int) -> dict[int, str] | None:
-    """The names under `id2label`, but for the placeholders that transformers writes in place of names."""
+    """Return the names under `id2label`, without transformers' placeholders."""
     labels = config.get("id2label")
     if labels is None:
         return None
@@ -197,7 +197,7 @@ def _categories(path: Path, config: Mapping[str, Any], num_classes: int) -> dict
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The config.json beside the weights, empty where there is none."""
+    """Read the config.json beside the weights; empty if there is none."""
     file = path.parent / "config.json"
     if not file.is_file():
         return {}
@@ -212,7 +212,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what would load and compute something else."""
+    """Raise a `UserError` for an architecture whose weights would load but give other outputs."""
     heads = config.get("encoder_attention_heads", 8)
     expected = {
         "decoder_attention_heads": (heads,),
@@ -230,7 +230,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _count_layers(weights: Mapping[str, Any]) -> dict[str, int]:
-    """Layers of encoder and decoder that the keys speak of."""
+    """Return the number of encoder and decoder layers, by the keys."""
     numbers = {"encoder": [-1], "decoder": [-1]}
     for match in filter(None, map(LAYER.match, weights)):
         numbers[match[1]].append(int(match[2]))
@@ -238,7 +238,7 @@ def _count_layers(weights: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _names_in_layer(stack: str, index: int, with_activation: bool) -> dict[str, str]:
-    """Names of a layer's modules, theirs -> ours."""
+    """Return the names of a layer's modules, transformers' -> ours."""
     names = dict(ENCODER_LAYER if stack == "encoder" else DECODER_LAYER)
     if stack == "decoder" and index == 0:
         names |= FIRST_DECODER_LAYER
@@ -246,7 +246,7 @@ def _names_in_layer(stack: str, index: int, with_activation: bool) -> dict[str, 
 
 
 def _check_complete(path: Path, weights: Mapping[str, Any], layers: Mapping[str, int]) -> None:
-    """Raise a `UserError` that names the first keys that are missing in front of the backbone's."""
+    """Raise a `UserError` that names the first missing keys, without the backbone's."""
     has_slopes = any(".activation_fn." in key for key in weights)
     expected = ["query_refpoint_embeddings.weight"]
     for stack, count in layers.items():
@@ -259,7 +259,7 @@ def _check_complete(path: Path, weights: Mapping[str, Any], layers: Mapping[str,
         expected += [f"{name}.layers.{index}.{leaf}" for index in range(depth) for leaf in ("weight", "bias")]
     for name in ("input_projection", "decoder.layernorm", "class_embed"):
         expected += [f"{name}.weight", f"{name}.bias"]
-    # The box head has two names, of which files have one or both.
+    # The box head has two names; files have one or both.
     tied = {key.replace("bbox_predictor.", "decoder.bbox_embed."): key for key in expected if "bbox_predictor" in key}
     present = {*weights, *(key for other, key in tied.items() if other in weights)}
     missing = [
@@ -287,7 +287,7 @@ def _our_name(path: Path, key: str) -> str:
 def _arguments(
     path: Path, weights: Mapping[str, Tensor], layers: Mapping[str, int], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Options from shapes and config.json."""
+    """Return the options, from shapes and config.json."""
     ranks = {
         "input_projection.weight": 4,
         "query_refpoint_embeddings.weight": 2,
@@ -318,7 +318,7 @@ def _arguments(
 
 
 def _backbone_name(path: Path, weights: Mapping[str, Any]) -> str:
-    """The ResNet of torchvision that has as many blocks."""
+    """Return the name of torchvision's ResNet with as many blocks."""
     prefix = next(iter(PREFIXES))
     blocks = re.compile(re.escape(prefix) + r"layer([1-4])\.(\d+)\.conv1\.weight$")
     numbers: list[set[int]] = [set() for _ in range(4)]

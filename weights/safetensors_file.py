@@ -1,6 +1,6 @@
-"""Weights as `.safetensors`, the format of Hugging Face: no code in it, and read without copying.
+"""Weights as `.safetensors`, Hugging Face's format: free of code and read without copying.
 
-Our checkpoints keep what they hold beside weights as JSON under `dn-detr-pruning` in the file's metadata.
+Entries of our checkpoints other than weights are JSON under `dn-detr-pruning` in the file's metadata.
 """
 
 import importlib
@@ -21,7 +21,7 @@ METADATA_KEY = "dn-detr-pruning"
 
 
 def require_safetensors() -> ModuleType:
-    """The package `safetensors.torch`.
+    """Import the package `safetensors.torch`.
 
     Raises:
         UserError: it is not installed.
@@ -30,16 +30,16 @@ def require_safetensors() -> ModuleType:
         return importlib.import_module("safetensors.torch")
     except ImportError:
         raise UserError(
-            "safetensors: found no such package, expected it where .safetensors files are read or written "
+            "safetensors: found no such package, expected it to read or write .safetensors files "
             "(pip install safetensors)"
         ) from None
 
 
 def save_safetensors(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write the content of a checkpoint of ours, atomically; `model` are its weights, of those shared one name each.
+    """Write the content of one of our checkpoints atomically; shared weights under `model` are written once.
 
     Args:
-        content: entries as `save_checkpoint` writes them, without those of an unfinished training.
+        content: entries as in `save_checkpoint`, without those of an unfinished training.
     """
     package = require_safetensors()
     weights: dict[str, Tensor] = {}
@@ -58,10 +58,10 @@ def save_safetensors(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def load_safetensors(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint of ours as it was saved, or else the weights by name.
+    """Load the content of one of our checkpoints, or else the weights by name.
 
     Raises:
-        UserError: missing, damaged, or of metadata that are none of ours.
+        UserError: the file is missing or damaged, or its metadata is not ours.
     """
     package = require_safetensors()
     try:
@@ -78,14 +78,14 @@ def load_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: found no JSON under {METADATA_KEY} in its metadata ({reason_of(error)})") from None
     if not isinstance(about, dict):
         raise UserError(f"{path}: found {type(about).__name__} under {METADATA_KEY} in its metadata, expected dict")
-    if isinstance(names := about.get("categories"), dict):  # JSON has no keys but texts
+    if isinstance(names := about.get("categories"), dict):  # JSON keys are text
         about["categories"] = {int(key) if key.isdecimal() else key: value for key, value in names.items()}
-    about.pop("optimizer", None)  # a file without training state starts no run in the middle
+    about.pop("optimizer", None)  # without training state, no run can continue
     return {**about, "model": weights, "kept": _indices(path, about.get("kept"))}
 
 
 def _indices(path: Path, kept: Any) -> dict[str, dict[str, Tensor]] | None:
-    """Lists of channels by module and part as tensors; what is no list of whole numbers is refused."""
+    """Convert lists of channels by module and part to tensors; anything but whole numbers is an error."""
     if kept is None:
         return None
     if not isinstance(kept, dict) or not all(isinstance(parts, dict) for parts in kept.values()):

@@ -1,4 +1,4 @@
-"""Copy a checkpoint without the state that only training needs, to hand it to others.
+"""Copy a checkpoint without training state, to share it.
 
 python -m weights.slim_down IN OUT --half
 """
@@ -19,7 +19,7 @@ LOCAL_ARGUMENTS = ("output_dir", "coco_path", "train_json", "val_json", "train_i
 
 
 def slim_down(source: str | Path, target: str | Path, half: bool = False) -> None:
-    """Copy a checkpoint of ours without its training state; `half` stores float16 where no value overflows."""
+    """Copy one of our checkpoints without training state; `half` stores float16 unless a value overflows."""
     checkpoint = read_checkpoint(source)
     if checkpoint.kind not in ("ours", "search"):
         raise UserError(f"{source}: found a checkpoint of the kind {checkpoint.kind}, expected one written by main.py")
@@ -33,13 +33,13 @@ def slim_down(source: str | Path, target: str | Path, half: bool = False) -> Non
             shared[identity] = halved if halved.isfinite().all() else value
         weights[key] = shared[identity]
     kept = {key: content[key] for key in (*REQUIRED, *OPTIONAL, "format", "version", "trace") if key in content}
-    # What is handed to others says nothing of the folders of the machine it was made on.
+    # A shared file should not reveal folders of this machine.
     arguments = {name: value for name, value in content["args"].items() if name not in LOCAL_ARGUMENTS}
     save_torch(target, {**kept, "args": arguments, "model": weights})
 
 
 def main() -> None:
-    """Command line of this file."""
+    """Run the command line."""
     parser = script_parser(__doc__, prog="python -m weights.slim_down")
     parser.add_argument("source", type=os.path.expanduser, metavar="IN", help="checkpoint of main.py or of a search")
     parser.add_argument("target", type=os.path.expanduser, metavar="OUT", help="file to write")

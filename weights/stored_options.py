@@ -1,4 +1,4 @@
-"""Which options come out of a checkpoint, and which of those typed contradict it."""
+"""Take options from a checkpoint, and check that typed ones agree with it."""
 
 from collections.abc import Collection
 from typing import TypeVar
@@ -12,23 +12,22 @@ from weights.formats import Checkpoint
 
 C = TypeVar("C", bound=Config)
 
-# What checkpoints mean that do not say it.
+# Values of options that a checkpoint does not store.
 OF_OLDER_CHECKPOINTS = {"anchor_eps": ANCHOR_EPS}
 
 
 def take_from_checkpoint(options: C, typed: Collection[str], checkpoint: Checkpoint, *, continuing: bool = False) -> C:
-    """`options` with what the checkpoint knows: its network, and where its training continues all that was not typed.
+    """Return `options` with the checkpoint's network and, if its training continues, all its untyped options.
 
-    `cfgs` become the widths of the model to build, None for a dense one that was not asked for by `--cfgs`.
+    `cfgs` become the widths of the model to build, or None for a dense one without `--cfgs`.
 
     Raises:
-        UserError: a typed option, or `--cfgs`, differs from what the checkpoint was made with, or its own value is none
-            that the option takes.
+        UserError: a typed option differs from what the checkpoint was made with, or a stored value is invalid.
     """
     stored = {**OF_OLDER_CHECKPOINTS, **checkpoint.arguments}
     if stored.get("modelname") == "dn_dab_deformable_detr":
-        stored["transformer_activation"] = "relu"  # it has no other, whatever the option's default was
-    # What foreign files say of themselves may be wrong, so what is typed wins; if it does not fit, the weights show it.
+        stored["transformer_activation"] = "relu"  # its only one, whatever the option's default was
+    # Options in foreign files may be wrong, so typed ones override them; loading the weights checks them.
     is_ours = checkpoint.kind in ("ours", "search")
     values, taken = options.values(), {}
     for name, field in options_of(type(options)).items():

@@ -1,4 +1,4 @@
-"""What the tensors of a file must be before anything is computed or allocated from them."""
+"""Checks of a file's tensors, before anything is computed or allocated from them."""
 
 import math
 import zipfile
@@ -15,12 +15,12 @@ WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.b
 
 
 def check_archive(path: Path) -> None:
-    """Raise `UserError` where a zip archive unpacks to more than it is: `torch.save` compresses nothing."""
+    """Raise `UserError` if a zip archive unpacks to more than its size: `torch.save` does not compress."""
     try:
         with zipfile.ZipFile(path) as archive:
             claimed = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # of an older format, or damaged: torch.load raises
+        return  # an older format, or damaged: torch.load raises
     if claimed > path.stat().st_size:
         raise UserError(
             f"{path}: found an archive of {path.stat().st_size} bytes that unpacks to {claimed}, expected a file of "
@@ -29,7 +29,7 @@ def check_archive(path: Path) -> None:
 
 
 def check_tensor(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise `UserError` for what is no block of real numbers, or claims more of them than it holds."""
+    """Raise `UserError` unless this is a dense tensor of real numbers whose storage holds them all."""
     kind = None
     if tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
         kind = "a quantized, nested or sparse tensor"
@@ -46,7 +46,7 @@ def check_tensor(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def check_finite(path: Path, weights: Mapping[str, Tensor], table: str = "model") -> None:
-    """Raise `UserError` for weights that are not finite as float32; call `check_tensor` before."""
+    """Raise `UserError` for weights that are not finite as float32; call `check_tensor` first."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool((finite := tensor.float().isfinite()).all()):
             raise UserError(
@@ -56,7 +56,7 @@ def check_finite(path: Path, weights: Mapping[str, Tensor], table: str = "model"
 
 
 def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor inside dicts, lists and tuples, with the keys that lead to it."""
+    """Yield every tensor inside dicts, lists and tuples, with the keys that lead to it."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
@@ -68,9 +68,9 @@ def tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_training(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise `UserError` unless the progress of a training run is a number, and its weights are finite.
+    """Raise `UserError` unless a training run's progress is a number and its weights are finite.
 
-    A run that continues reports what is missing.
+    Missing entries are reported when the run continues.
     """
     scheduler = content.get("lr_scheduler")
     entries = {**content, **(scheduler if isinstance(scheduler, dict) else {})}

@@ -117,7 +117,7 @@ def test_a_searchs_report_tells_what_it_found(root, searched):
     for name, width in result.widths.items():
         assert re.search(rf"\b{name}\s+32\s+{width}\s", page.text)
     assert f"before fine-tuning, by {evaluator_name()}" in page.text
-    assert QUOTED in page.text and "val2017, so the AP it reports" in page.text
+    assert QUOTED in page.text and "val2017, so its AP is measured" in page.text
     for fact in (torch.__version__, "torchvision", "seed42", "threads", "duration", f"{folder}/finetuned"):
         assert fact in page.text.replace("'\"'\"'", "'")
     assert "annotated: " in page.text and "dense: " in page.text and "slim, before fine-tuning: " in page.text
@@ -265,7 +265,7 @@ def test_what_is_gone_is_told_and_the_rest_is_there(searched, tmp_path):
     assert "Not drawn: --coco_path gone" in page.text and f"{searched[1].ap:.4f}" in page.text
     shutil.copy(searched[0] / "args.json", tmp_path)
     report_main([str(tmp_path), "--device", "cpu"])
-    assert "pruned.pth is not there any more" in read(tmp_path).text
+    assert "pruned.pth no longer exists" in read(tmp_path).text
 
 
 def fail(*_):

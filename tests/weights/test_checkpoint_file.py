@@ -150,7 +150,7 @@ def test_averaged_weights_beside_those_taken_are_told_in_the_log(tmp_path, coco,
     torch.save({"model": weights, name: {key: value + 1 for key, value in weights.items()}}, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     assert torch.equal(checkpoint.state_dict["class_embed.bias"], weights["class_embed.bias"])
-    assert f"a.pth: takes the weights under `model`, not the averaged ones under `{name}`" in checkpoint.remark
+    assert f"a.pth: loading the weights under `model`, not the averaged ones under `{name}`" in checkpoint.remark
     words = f"{NETWORK} --eval --image_size 64 --device cpu --num_workers 0 --resume {tmp_path}/a.pth"
     main.main(*options(words, "--coco_path", coco, "--output_dir", tmp_path / "out"))
     assert checkpoint.remark in (tmp_path / "out" / "run.log").read_text()
