@@ -17,7 +17,7 @@ from datasets.coco_eval import evaluator_name, shown
 from datasets.config import DataConfig
 from models.config import NETWORK_TITLE, DenoisingConfig, LossConfig, TrainedDetectorConfig
 from runs.config import DistillationConfig, MainConfig, TrainingConfig, TrainingLogConfig, TrainingOptions
-from runs.settle import refuse_unread_by_start, settle_training
+from runs.resolve_options import refuse_unread_by_start, resolve_training
 from runs.training_run import Run
 from runs.training_state import seed_everything
 from util import distributed
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
     refuse_unread_by_start(options, typed)
     device = distributed.choose_device(options.run.device)
     output_dir = check_output_dir(options.run.output_dir)
-    options, checkpoint, continuing = settle_training(options, typed)
+    options, checkpoint, continuing = resolve_training(options, typed)
     evaluating = options.run.eval
     new_parts = find_new_parts(
         options.run.finetune_ignore or (), options.detector, checkpoint, evaluating=evaluating, continuing=continuing

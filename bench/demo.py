@@ -24,7 +24,7 @@ from torch import nn
 from datasets.coco import CocoDataset, build_dataset
 from main import get_args_parser
 from runs.config import TrainingOptions
-from runs.settle import settle_training
+from runs.resolve_options import resolve_training
 from tools.draw import draw_detections, write_grid
 from util.cli import parse, script_parser, user_path, whole
 from util.environment import environment
@@ -110,7 +110,7 @@ def load_detector(checkpoint: Path, coco_path: Path) -> tuple[nn.Module, object,
         argparse.ArgumentParser(parents=[get_args_parser()]),
         ["--coco_path", str(coco_path), "--resume", str(checkpoint), "--eval"],
     )
-    options, read, _ = settle_training(TrainingOptions.from_values(vars(args)), typed)
+    options, read, _ = resolve_training(TrainingOptions.from_values(vars(args)), typed)
     model, _, postprocessors = build_detector(options.detector, read)
     return model.eval(), postprocessors["bbox"], options
 

@@ -25,7 +25,7 @@ from util.errors import UserError, run_cli
 from util.logging import table
 from weights.build import build_detector, options_for
 from weights.checkpoint_file import read_checkpoint, save_checkpoint
-from weights.slim_down import LOCAL_ARGUMENTS
+from weights.strip_optimizer import LOCAL_ARGUMENTS
 
 SIZES = ("hidden_dim", "dim_feedforward", "enc_layers", "dec_layers", "num_queries")
 SPREAD = 0.25  # standard deviation of the random shares by which the copies of a channel split its weight

@@ -22,7 +22,7 @@ from bench.subject import PAPER_BATCH_SIZE, Pruner, Subject, cut_in_order, get_s
 from pruning import budget
 from pruning.budget import BudgetSearch
 from pruning.cost import count_parameters
-from pruning.kept import all_kept
+from pruning.kept_channels import all_kept
 from pruning.method import FAST, Method
 from pruning.schedule import MGP
 from pruning.workbench import DetectorBench

@@ -23,14 +23,14 @@ from pruning.allocation import linear_costs
 from pruning.budget import BudgetSearch
 from pruning.config import CALIBRATION_IMAGES
 from pruning.cost import count_parameters, params_per_channel, step_shares
-from pruning.kept import Kept
+from pruning.kept_channels import Kept
 from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.search import Search, Units
 from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
 from pruning.workbench import DetectorBench, Passes, SearchImages
 from runs.config import TrainingOptions
-from runs.settle import build_distillation, settle_training
+from runs.resolve_options import build_distillation, resolve_training
 from runs.training_state import TrainingState, seed_everything
 from util.cli import parse, script_parser, user_path, whole
 from weights.build import build_detector
@@ -71,7 +71,7 @@ class Subject:
     ) -> None:
         words = ["--coco_path", coco_path, "--resume", checkpoint, "--num_workers", "0", *TRAINING.split()]
         args, typed = parse(argparse.ArgumentParser(parents=[get_args_parser()]), [*words, "--start_fresh"])
-        self.options, read, _ = settle_training(TrainingOptions.from_values(vars(args)), typed)
+        self.options, read, _ = resolve_training(TrainingOptions.from_values(vars(args)), typed)
         self.dense, self.criterion, postprocessors = build_detector(
             self.options.detector, read, self.options.losses, self.options.denoising
         )

@@ -12,5 +12,5 @@ torchrun --nproc_per_node 2 main.py --output_dir $OUT/run --coco_path $OUT/data 
     --num_queries 40 --num_select 100 --scalar 5 --label_noise_scale 1 --cls_loss_coef 2 --augmentation flip \
     --batch_size 6 --num_workers 1 --amp --lr 4e-4 --lr_backbone 6e-4 --lr_schedule cosine --warmup_iters 300 \
     --ema_decay 0.999 --epochs 13
-python -m weights.slim_down $OUT/run/checkpoint.pth checkpoints/demo.pth --half
+python -m weights.strip_optimizer $OUT/run/checkpoint.pth checkpoints/demo.pth --half
 cp $OUT/run/log.txt checkpoints/demo_log.txt

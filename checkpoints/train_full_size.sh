@@ -15,4 +15,4 @@ python main.py --output_dir $OUT/small --coco_path $OUT/data --resume checkpoint
 python -m bench.full_size --checkpoint $OUT/small/checkpoint.pth --output $OUT/grown.pth
 python -m datasets.demo $OUT/data_large --images 260 --val-images 40 --seed 42 --size 320
 python main.py --output_dir $OUT/large --coco_path $OUT/data_large --resume $OUT/grown.pth $LARGE
-python -m weights.slim_down $OUT/large/checkpoint.pth $OUT/full.pth --half
+python -m weights.strip_optimizer $OUT/large/checkpoint.pth $OUT/full.pth --half

@@ -3,7 +3,7 @@
     python -m datasets.demo OUT --images 5000 --seed 1
 
 Objects differ in shape more than in colour, overlap on textured backgrounds, and range from small to large. A seed
-gives the same images on every platform (see `datasets.shapes`); train and val use different random streams.
+gives the same images on every platform (see `datasets.demo_shapes`); train and val use different random streams.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.shapes import (
+from datasets.demo_shapes import (
     ASPECTS,
     CATEGORIES,
     DIRECTIONS,

@@ -17,7 +17,7 @@ from typing import Any
 from models.prunable import PrunableModule
 from pruning.allocation import Tables, allocate, between, check_affordable, sum_of
 from pruning.journal import Effort, Trial
-from pruning.kept import Kept
+from pruning.kept_channels import Kept
 from pruning.search import Workbench
 from pruning.selection import Order
 from util import distributed

@@ -14,7 +14,7 @@ from models.detector import Detector
 from models.prunable import PrunableModule
 from models.state import DetectorState
 from pruning.backward import LossGradients
-from pruning.finite import are_finite, check_everywhere, image_ids
+from pruning.finite_checks import are_finite, check_everywhere, image_ids
 from pruning.moments import TINY
 from pruning.state_cache import StateCache, Targets
 from util import distributed

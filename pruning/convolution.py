@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from pruning.fit import Surgeon, error_covariance, refit
+from pruning.least_squares import Surgeon, error_covariance, refit
 from pruning.moments import DAMPING, Moments, square_root
 
 ELIMINATION_STEPS = 32  # at most, to remove all channels of a convolution

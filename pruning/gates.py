@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.detector import Detector
 from models.prunable import PrunableModule
-from pruning.kept import Kept, check_kept, width_of
+from pruning.kept_channels import Kept, check_kept, width_of
 from util.errors import UserError
 
 

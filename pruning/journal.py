@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pruning.kept import Kept, from_lists, to_lists
+from pruning.kept_channels import Kept, from_lists, to_lists
 from pruning.state_cache import PassCounter
 from util.errors import UserError, one_line, reason_of, shorten
 from util.files import append_json_line, move_aside, write_atomic

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from models.prunable import PrunableModule
 from pruning.calibration import Calibration
-from pruning.finite import decided_on_main
-from pruning.fit import error_covariance, low_rank_products, refit, value_directions
+from pruning.finite_checks import decided_on_main
 from pruning.gates import gate_vector, set_gate
-from pruning.kept import Kept, width_of
+from pruning.kept_channels import Kept, width_of
+from pruning.least_squares import error_covariance, low_rank_products, refit, value_directions
 from pruning.moments import Moments, square_root
 from util import distributed
 

@@ -22,10 +22,10 @@ from models.criterion import Criterion
 from models.detector import Detector
 from models.prunable import PrunableModule
 from pruning.calibration import Calibration
-from pruning.finite import are_finite, check_everywhere, decided_on_main, image_ids
-from pruning.fit import Surgeon
+from pruning.finite_checks import are_finite, check_everywhere, decided_on_main, image_ids
 from pruning.gates import gate_vector, set_candidate_gates, set_gate
-from pruning.kept import Kept
+from pruning.kept_channels import Kept
+from pruning.least_squares import Surgeon
 from pruning.moments import TINY, Moments, square_root
 from pruning.reconstruction import Reconstruction
 from pruning.state_cache import StateCache, repeat_batch, split_outputs

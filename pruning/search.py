@@ -17,7 +17,7 @@ import torch
 
 from models.prunable import PrunableModule
 from pruning.journal import Decision, Effort
-from pruning.kept import Kept, add, all_kept, check_kept, missing, none_kept, unit_channels, width_of
+from pruning.kept_channels import Kept, add, all_kept, check_kept, missing, none_kept, unit_channels, width_of
 from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.scores import Ranking

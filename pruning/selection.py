@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.prunable import PrunableModule
-from pruning.kept import Kept, add, all_kept, missing, none_kept
+from pruning.kept_channels import Kept, add, all_kept, missing, none_kept
 from pruning.scores import Ranking
 
 DIRECTIONS = ("backward", "forward", "once")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.detector import Detector
 from models.prunable import ParameterSlice, PrunableModule
 from models.widths import Widths
-from pruning.kept import Kept, check_kept, width_of
+from pruning.kept_channels import Kept, check_kept, width_of
 from util.errors import UserError, one_line
 
 # The index set that cuts each part of a parameter: keys share that of the queries they are multiplied with.

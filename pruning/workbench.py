@@ -19,7 +19,7 @@ from pruning.cache_plan import Plan
 from pruning.calibration import Calibration
 from pruning.cost import count_parameters, params_per_channel
 from pruning.gates import clear_gates, set_gate
-from pruning.kept import Kept, all_kept, width_of
+from pruning.kept_channels import Kept, all_kept, width_of
 from pruning.method import Method
 from pruning.reconstruction import Reconstruction
 from pruning.scores import Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder, Ranking

@@ -13,8 +13,8 @@ from models.config import NETWORK_TITLE, DetectorConfig, LossConfig
 from pruning.config import MethodConfig, PrecisionConfig, StepConfig, TargetConfig, refuse_unread_by_search
 from pruning.schedule import Schedule
 from runs.config import LogConfig, RunConfig, SearchOptions
+from runs.resolve_options import resolve_search
 from runs.search_run import Result, SearchRun
-from runs.settle import settle_search
 from runs.training_state import seed_everything
 from util import distributed
 from util.cli import add_options, parse, script_parser
@@ -69,7 +69,7 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
     refuse_unread_by_search(options.search, typed)
     device = distributed.choose_device(options.run.device)
     output_dir = check_output_dir(options.run.output_dir)
-    options, checkpoint = settle_search(options, typed)
+    options, checkpoint = resolve_search(options, typed)
     schedule = options.search.schedule(schedule)
     distributed.start(device)
     seed_everything(options.run.seed)

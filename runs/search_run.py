@@ -27,9 +27,9 @@ from pruning.cache_plan import BatchShape, CachePlanner
 from pruning.cache_setup import batch_shapes, cache_options, cache_uses
 from pruning.checks import check_base_ap, check_targets, lowest_target_ap, warn_of_images, warn_of_low_target
 from pruning.cost import Cost, cost_of, cost_table, params_per_channel, step_shares
+from pruning.cost_tables import prices_of
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, VERSION, Decision, Journal, Trial, read_events
-from pruning.kept import Kept
-from pruning.price import prices_of
+from pruning.kept_channels import Kept
 from pruning.schedule import Schedule
 from pruning.search import Search
 from pruning.transplant import widths_after

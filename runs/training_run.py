@@ -25,7 +25,7 @@ from reports.samples import Samples
 from reports.training_page import EPOCH_COLUMNS, epoch_rows
 from runs.batch_log import BatchLog
 from runs.config import TrainingOptions
-from runs.settle import build_distillation
+from runs.resolve_options import build_distillation
 from runs.training_state import TrainingState, resume_changes
 from util import distributed
 from util.board import Board

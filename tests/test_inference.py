@@ -11,7 +11,7 @@ from PIL import Image
 import inference
 import main
 from datasets.coco import annotation_path
-from pruning.kept import all_kept
+from pruning.kept_channels import all_kept
 from pruning.transplant import widths_after
 from tests.pruning.tiny import tiny_detector
 from tests.tiny_run import TINY, options, write_self_annotated

@@ -15,12 +15,12 @@ import engine
 import main
 from models import build_model
 from models.config import DetectorConfig
-from pruning.kept import all_kept
+from pruning.kept_channels import all_kept
 from tests.tiny_run import RUN_SCRIPT, TINY, options, settled, tiny_options, write_coco, write_self_annotated
 from util.errors import UserError
 from weights.build import build_detector
 from weights.checkpoint_file import read_checkpoint, save_checkpoint
-from weights.slim_down import slim_down
+from weights.strip_optimizer import strip_optimizer
 
 ROOT = Path(main.__file__).parent
 SLOW = """
@@ -137,7 +137,7 @@ def test_a_detector_of_more_classes_than_val_names_is_evaluated_but_its_training
 
 
 def test_a_halved_checkpoint_evaluates_and_trains_from_epoch_0(coco, trained, tmp_path):
-    slim_down(trained / "checkpoint.pth", tmp_path / "half.pth", half=True)
+    strip_optimizer(trained / "checkpoint.pth", tmp_path / "half.pth", half=True)
     assert (tmp_path / "half.pth").stat().st_size < (trained / "checkpoint_best.pth").stat().st_size * 0.6
     content = train(coco, tmp_path / "on", "--epochs 1 --resume", tmp_path / "half.pth")
     assert content["epoch"] == 1 and content["model"]["class_embed.weight"].dtype == torch.float32

@@ -18,7 +18,7 @@ from torch import Tensor
 import main
 from datasets.coco import annotation_path, build_dataset
 from runs.config import TrainingOptions
-from runs.settle import settle_training
+from runs.resolve_options import resolve_training
 from tests.pruning.tiny import tiny_args, tiny_detector
 from util.checkpoint import load_weights
 from util.cli import parse
@@ -106,7 +106,7 @@ def write_self_annotated(root: Path, network: str = "", weights: Mapping[str, Te
 
 def settled(args: argparse.Namespace, typed: Collection[str] = ()) -> tuple[TrainingOptions, Checkpoint | None, bool]:
     """Options as main.py completes them, the checkpoint, and whether its training continues."""
-    return settle_training(TrainingOptions.from_values(vars(args)), typed)
+    return resolve_training(TrainingOptions.from_values(vars(args)), typed)
 
 
 def built(options: TrainingOptions, checkpoint: Checkpoint | None, new_parts: NewParts | None = None) -> tuple:

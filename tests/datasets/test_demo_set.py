@@ -10,7 +10,7 @@ from PIL import Image
 
 from datasets import demo
 from datasets.annotations import category_names
-from datasets.shapes import CATEGORIES, COSINES, DIRECTIONS, SAMPLES, coverage, erode, shape_grid
+from datasets.demo_shapes import CATEGORIES, COSINES, DIRECTIONS, SAMPLES, coverage, erode, shape_grid
 from util.errors import UserError
 from weights.checkpoint_file import read_checkpoint
 

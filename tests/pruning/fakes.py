@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.prunable import ParameterSlice, PrunableModule
-from pruning.kept import Kept, width_of
+from pruning.kept_channels import Kept, width_of
 from pruning.method import PAPER, Method
 from pruning.selection import Order
 from pruning.state_cache import PassCounter

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pruning import backward
 from pruning.backward import LossGradients, take_images
 from pruning.calibration import Calibration
-from pruning.kept import all_kept
+from pruning.kept_channels import all_kept
 from pruning.scores import GateGradient
 from pruning.state_cache import PassCounter, StateCache
 from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector

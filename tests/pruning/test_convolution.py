@@ -33,7 +33,7 @@ from pruning.convolution_moments import (
     positions_per_image,
     unknowns_of,
 )
-from pruning.fit import refit
+from pruning.least_squares import refit
 from pruning.moments import Moments
 from tests.pruning.samples import quick
 from tests.pruning.test_moments import assert_equal

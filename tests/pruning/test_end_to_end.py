@@ -16,7 +16,7 @@ from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
 from engine import evaluate
 from pruning.gates import gated
-from pruning.kept import from_lists
+from pruning.kept_channels import from_lists
 from pruning.schedule import GP, MGP, Schedule
 from pruning.state_cache import PassCounter, StateCache
 from pruning.workbench import DetectorBench

@@ -8,7 +8,7 @@ import torch
 
 from pruning.calibration import EVEN_SHARE, OUTLIER, Calibration
 from pruning.gates import set_gate
-from pruning.kept import all_kept
+from pruning.kept_channels import all_kept
 from pruning.reconstruction import LEVELS, Reconstruction
 from pruning.selection import Order
 from pruning.state_cache import PassCounter, StateCache

@@ -7,7 +7,7 @@ import torch
 
 from pruning.calibration import Calibration
 from pruning.gates import clear_gates, gate_vector
-from pruning.kept import add, all_kept, none_kept
+from pruning.kept_channels import add, all_kept, none_kept
 from pruning.moments import Moments
 from pruning.reconstruction import Reconstruction
 from pruning.scores import RANKINGS, Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.kept import add, all_kept, missing, none_kept
+from pruning.kept_channels import add, all_kept, missing, none_kept
 from pruning.selection import DIRECTIONS, Order, best_of_each_head, draw_candidates, order_channels
 from tests.pruning.fakes import equal_heads, fake_module
 from tests.pruning.samples import quick

@@ -8,7 +8,7 @@ import torch
 from models.state import Features
 from pruning.cache_plan import Storage
 from pruning.gates import clear_gates, set_gate
-from pruning.kept import add, none_kept
+from pruning.kept_channels import add, none_kept
 from pruning.state_cache import PassCounter, StateCache, _stored_after, repeat_batch, split_outputs
 from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector
 

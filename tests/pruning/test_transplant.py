@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.gates import gated
-from pruning.kept import all_kept, check_kept, width_of
+from pruning.kept_channels import all_kept, check_kept, width_of
 from pruning.transplant import cut_state_dict, paper_masks_to_kept, slices_of, slim_copy, widths_after
 from tests.pruning.tiny import VARIANTS, pictures, randomise_norms, tiny_detector
 from util.checkpoint import load_weights

@@ -113,7 +113,7 @@ MUTANTS = (
         "costs[name][widths[name]]) > rest:", "costs[name][widths[name]]) >= rest:", ALLOCATION,
     ),
     Mutant(
-        "a unit of an attention counted once, not for each head", "pruning/kept.py",
+        "a unit of an attention counted once, not for each head", "pruning/kept_channels.py",
         "attention_unit * module.nheads if", "attention_unit if", ("tests/pruning/test_selection.py", *SEARCH),
     ),
     Mutant(
@@ -146,9 +146,9 @@ MUTANTS = (
         "(gated(query, query_gate), key, value))", "(gated(query, value_gate), key, value))", TRANSPLANT,
     ),
     Mutant(
-        "bias not refitted", "pruning/fit.py",
+        "bias not refitted", "pruning/least_squares.py",
         "bias = (moments.y - fitted @ moments.x) / moments.weight", "bias = moments.y / moments.weight",
-        ("tests/pruning/test_fit.py",),
+        ("tests/pruning/test_least_squares.py",),
     ),
     Mutant(
         "candidates join the parts that they should not", "pruning/gates.py",

@@ -22,7 +22,7 @@ from tests.trust.test_fuzz_text import value_or_sentence
 from util.checkpoint import load_weights
 from util.errors import UserError
 from weights.checkpoint_file import read_checkpoint
-from weights.slim_down import slim_down
+from weights.strip_optimizer import strip_optimizer
 
 ODD_KEYS = ["transformer.encoder.layers.999999999999.x", "transformer.encoder.layers.9999.linear2.weight", "module.",
             "", 7, None, "a" * 5000, "\n", "\ud800"]  # fmt: skip
@@ -48,7 +48,7 @@ def content(trained) -> dict:
 def halved(trained, tmp_path_factory) -> Path:
     """Its weights alone, in half precision."""
     path = tmp_path_factory.mktemp("halved") / "a.pth"
-    slim_down(trained, path, half=True)
+    strip_optimizer(trained, path, half=True)
     return path
 
 
@@ -236,7 +236,7 @@ def test_no_code_in_a_checkpoint_runs(content, tmp_path, call, place):
     hostile = PLACES[place](small, CALLS[call](marker))
     for zipped in (True, False):
         torch.save(hostile, path, _use_new_zipfile_serialization=zipped)
-        for read in (lambda: read_checkpoint(path), lambda: slim_down(path, tmp_path / "b.pth")):
+        for read in (lambda: read_checkpoint(path), lambda: strip_optimizer(path, tmp_path / "b.pth")):
             with pytest.raises(UserError, match=r"a\.pth: cannot be read as a checkpoint"):
                 read()
     path.write_bytes(pickle.dumps(CALLS[call](marker)))

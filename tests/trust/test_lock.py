@@ -104,7 +104,7 @@ def test_both_searches_hold_their_folder(tmp_path, holder):
             ["--output_dir", str(tmp_path / "out"), "--resume", "x", "--device", "cpu"]
         )
         with (
-            mock.patch.object(cli, "settle_search", side_effect=lambda options, typed: (options, None)),
+            mock.patch.object(cli, "resolve_search", side_effect=lambda options, typed: (options, None)),
             pytest.raises(UserError, match=f"found process {holder.pid} on"),
         ):
             cli.search(schedule, args)

@@ -7,7 +7,7 @@ from models.widths import Widths
 from tests.pruning.tiny import tiny_args, tiny_detector
 from util.errors import UserError
 from weights.checkpoint_file import read_checkpoint, save_checkpoint
-from weights.slim_down import slim_down
+from weights.strip_optimizer import strip_optimizer
 
 FULL = Widths.dense(1, 2, 32, 32)
 NAMES = {1: "cat", 6: "dog"}
@@ -24,7 +24,7 @@ def test_names_come_back_as_written_and_stay_in_a_slimmed_copy(training, tmp_pat
     saved(tmp_path / "a.pth", categories=NAMES, training=training)
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     assert checkpoint.categories == NAMES and checkpoint.training == training
-    slim_down(tmp_path / "a.pth", tmp_path / "b.pth", half=True)
+    strip_optimizer(tmp_path / "a.pth", tmp_path / "b.pth", half=True)
     assert read_checkpoint(tmp_path / "b.pth").categories == NAMES
 
 

@@ -12,11 +12,11 @@ import torch
 import main
 from datasets.config import DataConfig
 from models import build, build_model
-from pruning.kept import all_kept
+from pruning.kept_channels import all_kept
 from pruning.schedule import MGP
 from reports.search_log import next_command
+from runs.resolve_options import build_distillation
 from runs.search_command import get_pruning_parser, search
-from runs.settle import build_distillation
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
 from tests.tiny_run import built, options, settled, tiny_options, write_self_annotated
 from util.checkpoint import rename_encoder_attention
@@ -26,7 +26,7 @@ from util.files import file_digest
 from weights.build import build_detector
 from weights.checkpoint_file import read_checkpoint, save_checkpoint
 from weights.class_heads import find_new_parts
-from weights.slim_down import slim_down
+from weights.strip_optimizer import strip_optimizer
 
 NAMES = {1: "kind 3", 2: "other", 6: "kind 1"}  # the data set's are 1: "kind 1" and 3: "kind 3"
 QUICK = "--keep 0.7 --reconstruct none --ranking magnitude --attention_unit 2 --ffn_unit 8 --calibration_images 2"
@@ -53,7 +53,7 @@ def save_of_kind(path, kind):
         save(path, kept=kept, widths=model.widths.replace("encoder.0.ffn", 20), categories=categories)
     elif kind == "slimmed copy":
         save(path.with_name("whole.pth"), training={"optimizer": {}})
-        slim_down(path.with_name("whole.pth"), path, half=True)
+        strip_optimizer(path.with_name("whole.pth"), path, half=True)
     elif kind == "release":
         torch.save({"model": model.state_dict(), **told}, path)
     elif kind == "paper_slim":

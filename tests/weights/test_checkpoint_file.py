@@ -18,8 +18,8 @@ from util.cli import parse
 from util.errors import UserError
 from weights.build import build_detector, options_for
 from weights.checkpoint_file import plain_arguments, read_checkpoint, save_checkpoint, slim_state_dict
-from weights.slim_down import slim_down
 from weights.stored_options import take_from_checkpoint
+from weights.strip_optimizer import strip_optimizer
 
 FULL = Widths.dense(1, 2, 32, 32)
 SLIM = Widths.parse([[[16, 20]], [[8, 32, 16], [32, 4, 32]]])
@@ -124,7 +124,7 @@ def test_a_cut_backbone_is_in_every_file_of_ours(tmp_path, variant, suffix, is_s
                     kept=kept if is_search else None, arguments=vars(tiny_args(words, None if is_search else widths)),
                     num_classes=7, safetensors=True)  # fmt: skip
     if suffix == ".half":
-        slim_down(tmp_path / "a.pth", tmp_path / "a.half", half=True)
+        strip_optimizer(tmp_path / "a.pth", tmp_path / "a.half", half=True)
     checkpoint = read_checkpoint(tmp_path / f"a{suffix}")
     config = options_for(DetectorConfig.from_values(vars(tiny_args(words))), checkpoint)
     assert config.cfgs == widths and config.cfgs.of("backbone.layer1.1") == 2
@@ -297,14 +297,14 @@ def test_slim_down_drops_training_state_and_keeps_what_half_precision_cannot_hol
     save_checkpoint(tmp_path / "a.pth", state_dict=weights, widths=FULL, full_widths=FULL, arguments=arguments,
                     num_classes=7, training=training)  # fmt: skip
     assert read_checkpoint(tmp_path / "a.pth").training["epoch"] == 3
-    slim_down(tmp_path / "a.pth", tmp_path / "b.pth", half=True)
+    strip_optimizer(tmp_path / "a.pth", tmp_path / "b.pth", half=True)
     checkpoint = read_checkpoint(tmp_path / "b.pth")
     assert checkpoint.training is None and checkpoint.widths == FULL and checkpoint.arguments == {"lr": 1}
     assert checkpoint.state_dict["class_embed.weight"].dtype == torch.float16
     assert checkpoint.state_dict["class_embed.bias"].dtype == torch.float32
     torch.save({"model": weights}, tmp_path / "foreign.pth")
     with pytest.raises(UserError, match="of the kind release"):
-        slim_down(tmp_path / "foreign.pth", tmp_path / "c.pth")
+        strip_optimizer(tmp_path / "foreign.pth", tmp_path / "c.pth")
 
 
 def test_arguments_are_stored_as_plain_values(tmp_path):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning import fit
-from pruning.fit import Surgeon, error_covariance, low_rank_products, refit, value_directions
+from pruning import least_squares as fit
+from pruning.least_squares import Surgeon, error_covariance, low_rank_products, refit, value_directions
 from pruning.moments import Moments, damped
 from tests.pruning.samples import least_error, quick, samples, weighted_error
 

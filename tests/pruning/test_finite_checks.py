@@ -10,8 +10,8 @@ import torch
 from pruning import reconstruction as reconstruction_module
 from pruning.backward import LossGradients
 from pruning.calibration import Calibration
-from pruning.finite import are_finite, check_everywhere, decided_on_main
-from pruning.kept import all_kept
+from pruning.finite_checks import are_finite, check_everywhere, decided_on_main
+from pruning.kept_channels import all_kept
 from pruning.reconstruction import LEVELS, Reconstruction
 from pruning.scores import Elimination, ExactLoss, GateGradient, Magnitude
 from pruning.selection import Order

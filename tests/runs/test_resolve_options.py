@@ -9,8 +9,8 @@ from main import get_args_parser
 from models.config import refuse_unread_by_network
 from pruning.schedule import GP, MGP
 from runs.config import TrainingOptions
+from runs.resolve_options import OF_TRAINING, refuse_unread_by_start, refuse_unread_by_training, resolve_training
 from runs.search_command import get_pruning_parser
-from runs.settle import OF_TRAINING, refuse_unread_by_start, refuse_unread_by_training, settle_training
 from tests.tiny_run import options, tiny_options, write_self_annotated
 from tools.cost import get_parser as get_cost_parser
 from util.cli import parse, script_parser
@@ -111,7 +111,7 @@ def test_a_whole_backbone_among_the_typed_widths_is_left_out(coco):
     ):
         words = f"{backbone} --coco_path {coco} --cfgs [[[32,2048]],[[32,32,2048]],{blocks}]"
         args, typed = parse(script_parser("a test", parents=[get_args_parser()]), words.split())
-        found = settle_training(TrainingOptions.from_values(vars(args)), typed)[0].detector.cfgs
+        found = resolve_training(TrainingOptions.from_values(vars(args)), typed)[0].detector.cfgs
         assert len(found.to_list()) == stored
 
 

@@ -1,6 +1,6 @@
 """Copy a checkpoint without training state, to share it.
 
-python -m weights.slim_down IN OUT --half
+python -m weights.strip_optimizer IN OUT --half
 """
 
 import os
@@ -18,7 +18,7 @@ LOCAL_ARGUMENTS = ("output_dir", "coco_path", "train_json", "val_json", "train_i
                    "device", "distill")  # fmt: skip
 
 
-def slim_down(source: str | Path, target: str | Path, half: bool = False) -> None:
+def strip_optimizer(source: str | Path, target: str | Path, half: bool = False) -> None:
     """Copy one of our checkpoints without training state; `half` stores float16 unless a value overflows."""
     checkpoint = read_checkpoint(source)
     if checkpoint.kind not in ("ours", "search"):
@@ -40,12 +40,12 @@ def slim_down(source: str | Path, target: str | Path, half: bool = False) -> Non
 
 def main() -> None:
     """Run the command line."""
-    parser = script_parser(__doc__, prog="python -m weights.slim_down")
+    parser = script_parser(__doc__, prog="python -m weights.strip_optimizer")
     parser.add_argument("source", type=os.path.expanduser, metavar="IN", help="checkpoint of main.py or of a search")
     parser.add_argument("target", type=os.path.expanduser, metavar="OUT", help="file to write")
     parser.add_argument("--half", action="store_true", help="store weights as float16")
     args = parser.parse_args()
-    slim_down(args.source, args.target, args.half)
+    strip_optimizer(args.source, args.target, args.half)
     print(f"{args.target}: {Path(args.target).stat().st_size / 1e6:.1f} MB")
 
 

@@ -29,7 +29,7 @@ OF_TRAINING = (
 OF_DISTILLATION = ("distill_logits_coef", "distill_boxes_coef", "distill_memory_coef")
 
 
-def settle_training(
+def resolve_training(
     options: TrainingOptions, typed: Collection[str] = ()
 ) -> tuple[TrainingOptions, Checkpoint | None, bool]:
     """Read `--resume`; return the completed options, the checkpoint, and whether its training continues.
@@ -61,7 +61,7 @@ def settle_training(
     return options, checkpoint, continuing
 
 
-def settle_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple[SearchOptions, Checkpoint]:
+def resolve_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple[SearchOptions, Checkpoint]:
     """Return the completed options of a search, and the checkpoint, read as for an evaluation.
 
     Raises:
