@@ -104,9 +104,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train `model`, which may be wrapped in DistributedDataParallel, for one epoch.
 
-    The gradient of an optimizer step is the mean over its `accumulate` batches (fewer in the last step of an epoch).
-    Each batch normalises its losses by its own number of boxes, so this equals one batch `accumulate` times as large
-    only if the batches have equally many boxes.
+    A step's gradient is the mean over `accumulate` batches (fewer in an epoch's last step). Each batch normalises its
+    losses by its own boxes, so this equals one larger batch only if all batches have equally many boxes.
 
     Args:
         scheduler: stepped after each optimizer step, even if fp16 skips that step.

@@ -18,6 +18,12 @@ READ_AHEAD = 2  # batches per worker, the default of torch's DataLoader
 BYTES_PER_PIXEL = 2 * 12  # of an image read ahead: three float32 channels, both in the worker's message and unpacked
 
 
+def batch_numbers(images: int, batch_size: int) -> list[int]:
+    """Return this process's batches: its share, preceded by the first batch, on which all score candidates."""
+    share = range(distributed.rank(), -(-images // batch_size), distributed.world_size())
+    return [0, *(number for number in share if number)]
+
+
 def batch_shapes(
     dataset: CocoDataset, batches: Sequence[Sequence[int]], image_size: int, default_hw: tuple[int, int]
 ) -> list[BatchShape]:

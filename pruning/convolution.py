@@ -45,7 +45,7 @@ def inputs_of_channels(channels: Tensor, area: int) -> Tensor:
     return (channels[:, None] * area + torch.arange(area)).flatten()
 
 
-def order_channels(weight: Tensor, moments: Moments, metric: Tensor, area: int, least: int = 0) -> Tensor:
+def elimination_order(weight: Tensor, moments: Moments, metric: Tensor, area: int, least: int = 0) -> Tensor:
     """Order the input channels of a convolution, most important first, by elimination with refits.
 
     Args:

@@ -106,6 +106,13 @@ def params_per_channel(model: Detector) -> dict[str, int]:
     return {n: sum(sizes[piece.key] for piece in m.parameter_slices()) // m.width for n, m in modules.items()}
 
 
+def transformer_params_at(model: Detector, widths: Mapping[str, int]) -> int:
+    """Return the transformer's parameters if the modules of `widths` were that wide."""
+    per_channel = params_per_channel(model)
+    gone = sum(per_channel[name] * (model.widths.of(name) - width) for name, width in widths.items())
+    return count_parameters(model.transformer) - gone
+
+
 def macs_per_channel(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, float]:
     """Return the multiply-accumulates per channel of each prunable module, for one image of that size.
 

@@ -53,7 +53,7 @@ def clear_gates(model: Detector) -> None:
 
 
 @contextmanager
-def gated(model: Detector, kept: Mapping[str, Kept]) -> Iterator[None]:
+def gates_applied(model: Detector, kept: Mapping[str, Kept]) -> Iterator[None]:
     """Gate the modules named in `kept` inside the context; afterwards no module has a gate.
 
     Raises:

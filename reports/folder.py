@@ -129,7 +129,7 @@ def cost_section(name: str, before: Cost, after: Cost | None, image_size_hw: tup
     else:
         size = " x ".join(map(str, image_size_hw))
         note = page.paragraph(f"GMACs for one image of {size} pixels, of the transformer unless noted.", "faint")
-    return page.section("Cost", page.table(header, rows), note)
+    return page.section("Cost", page.html_table(header, rows), note)
 
 
 def change(before: float, after: float) -> str:

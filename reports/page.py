@@ -44,7 +44,7 @@ def tiles(items: Iterable[tuple[str, object, str]]) -> str:
     return '<div class="tiles">\n' + "\n".join(found) + "\n</div>"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table that scrolls sideways if wider than the page; the first column is left-aligned."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(shown(cell))}</td>" for cell in row) + "</tr>" for row in rows)

@@ -220,10 +220,10 @@ def _tile(name: str, was: int, now: int) -> tuple[str, str, str]:
 def _steps(facts: SearchFacts) -> str:
     """Return the table of modules or trials, as in the log."""
     if facts.decisions:
-        return page.section("Modules", page.table(MODULE_COLUMNS, module_rows(facts.decisions)))
+        return page.section("Modules", page.html_table(MODULE_COLUMNS, module_rows(facts.decisions)))
     rows = [(name, width, facts.after.of(name)) for name, width in facts.before.items()]
-    trials = page.table(TRIAL_COLUMNS, trial_rows(facts.trials, facts.best)) if facts.trials else ""
-    modules = page.table(("module", "before", "after"), rows) if facts.end is not None else ""
+    trials = page.html_table(TRIAL_COLUMNS, trial_rows(facts.trials, facts.best)) if facts.trials else ""
+    modules = page.html_table(("module", "before", "after"), rows) if facts.end is not None else ""
     return page.section("Trials", trials) + page.section("Modules", modules)
 
 

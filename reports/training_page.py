@@ -60,7 +60,7 @@ def training_page(path: Path, samples: Samples) -> str:
         _lead(folder, epochs, best),
         _curves(epochs, measured, best),
         page.section(f"COCO figures on {SPLIT}", _coco_table(measured, best, "test_AP" in epochs[-1])),
-        page.section("Epochs", page.table(EPOCH_COLUMNS, epoch_rows(epochs))),
+        page.section("Epochs", page.html_table(EPOCH_COLUMNS, epoch_rows(epochs))),
         _costs(folder, full, widths),
         samples.section(config, folder.data, _detectors(folder, best)),
         environment_section(folder, _seconds(epochs)),
@@ -119,7 +119,7 @@ def _coco_table(measured: Sequence[Mapping[str, Any]], best: Mapping[str, Any] |
     columns = [(f"best, epoch {best['epoch']}", best), (f"last, epoch {measured[-1]['epoch']}", measured[-1])]
     columns = columns[:1] if best is measured[-1] else columns
     rows = [(name, *(shown(line.get(f"test_{name}")) for _, line in columns)) for name in STAT_NAMES]
-    return page.table(("", *(caption for caption, _ in columns)), rows)
+    return page.html_table(("", *(caption for caption, _ in columns)), rows)
 
 
 def _costs(folder: RunFolder, full: Widths, widths: Widths) -> str:

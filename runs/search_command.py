@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
@@ -35,17 +36,20 @@ def get_pruning_parser(schedule: Schedule, doc: str) -> argparse.ArgumentParser:
     add_options(parser.add_argument_group("log"), LogConfig)
     add_options(parser.add_argument_group(NETWORK_TITLE), DetectorConfig)
     add_options(parser.add_argument_group("losses that channels are ranked by"), LossConfig)
-    add_options(
-        parser.add_argument_group("targets"),
-        TargetConfig,
-        map_tol=schedule.map_tol,
-        skip_eval_converge=schedule.skip,
-        decay_points=schedule.points_per_module,
-        decay_fraction=schedule.fraction_per_module,
-    )
+    add_options(parser.add_argument_group("targets"), TargetConfig, **defaults_of(schedule))
     add_options(parser.add_argument_group("choice and reconstruction of channels"), MethodConfig)
     add_options(parser.add_argument_group("search"), StepConfig)
     return parser
+
+
+def defaults_of(schedule: Schedule) -> dict[str, Any]:
+    """Return the schedule's own values of the options of `TargetConfig`."""
+    return {
+        "map_tol": schedule.map_tol,
+        "skip_eval_converge": schedule.skip,
+        "decay_points": schedule.points_per_module,
+        "decay_fraction": schedule.fraction_per_module,
+    }
 
 
 def run(schedule: Schedule, doc: str) -> None:
@@ -65,7 +69,7 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
         RunFailedError: no trial passed, or a value is not finite.
     """
     torch.set_flush_denormal(True)
-    options = SearchOptions.from_values(vars(args))
+    options = SearchOptions.from_values({**defaults_of(schedule), **vars(args)})
     refuse_unread_by_search(options.search, typed)
     device = distributed.choose_device(options.run.device)
     output_dir = check_output_dir(options.run.output_dir)

@@ -24,9 +24,9 @@ from models.detector import Detector
 from models.widths import Widths
 from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
 from pruning.cache_plan import BatchShape, CachePlanner
-from pruning.cache_setup import batch_shapes, cache_options, cache_uses
+from pruning.cache_setup import batch_numbers, batch_shapes, cache_options, cache_uses
 from pruning.checks import check_base_ap, check_targets, lowest_target_ap, warn_of_images, warn_of_low_target
-from pruning.cost import Cost, cost_of, cost_table, params_per_channel, step_shares
+from pruning.cost import Cost, cost_of, cost_table, step_shares, transformer_params_at
 from pruning.cost_tables import prices_of
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, VERSION, Decision, Journal, Trial, read_events
 from pruning.kept_channels import Kept
@@ -34,8 +34,7 @@ from pruning.schedule import Schedule
 from pruning.search import Search
 from pruning.transplant import widths_after
 from pruning.workbench import DetectorBench, Passes, SearchImages
-from reports import plots
-from reports import search_log as report
+from reports import plots, search_log
 from reports.report import REPORT_NAME, write_report
 from reports.samples import Samples
 from runs.config import SearchOptions, TrainingOptions
@@ -239,17 +238,17 @@ class SearchRun:
         units, order = self.units, self.schedule.order(self.bench.modules)
         replayed = read_events(past, "decision", Decision, self.journal.path)
         self.decisions += replayed
-        with report.ProgressBar(list(self.bench.modules.values()), units, self.bench.method, bar_off()) as bar:
+        with search_log.ProgressBar(list(self.bench.modules.values()), units, self.bench.method, bar_off()) as bar:
             for decision in replayed:
                 bar.show(decision)
 
             def record(decision: Decision) -> None:
                 self.decisions.append(decision)
                 distributed.on_main(lambda: self.journal.decision(decision))
-                self.board.add(report.decision_scalars(decision), len(self.decisions))
+                self.board.add(search_log.decision_scalars(decision), len(self.decisions))
                 bar.show(decision)
                 if decision.accepted:
-                    self.log.info("%s", report.module_line(decision))
+                    self.log.info("%s", search_log.module_line(decision))
                     left = order[decision.visit + 1 :]
                     if left and widths_after(self.model.widths, search.kept) != self.model.widths:
                         distributed.on_main(lambda: self._save(search.kept, left))
@@ -271,9 +270,9 @@ class SearchRun:
 
             def record(trial: Trial) -> None:
                 distributed.on_main(lambda: self.journal.trial(trial))
-                self.board.add(report.trial_scalars(trial), next(numbers))
-                self.log.info("%s", report.trial_line(trial))
-                bar.set_postfix_str(report.trial_summary(trial, None if config.keep else threshold_ap))
+                self.board.add(search_log.trial_scalars(trial), next(numbers))
+                self.log.info("%s", search_log.trial_line(trial))
+                bar.set_postfix_str(search_log.trial_summary(trial, None if config.keep else threshold_ap))
                 self.stop_if_asked()
 
             def show(name: str, width: int | None) -> None:
@@ -347,7 +346,9 @@ class SearchRun:
         if self.decisions:
             points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
         else:
-            points = [(self._params_at(t.widths), t.full_ap, t is self.best_trial) for t in self.trials]
+            points = [
+                (transformer_params_at(self.model, t.widths), t.full_ap, t is self.best_trial) for t in self.trials
+            ]
         plots.plot_ap_against_parameters(
             self.output_dir / AP_PICTURE, points, result.base_ap, before.transformer_params, caption
         )
@@ -361,7 +362,7 @@ class SearchRun:
             self.log.warning("mAP fell below half: %.4f before, %.4f after", result.base_ap, result.ap)
         self._log_steps()
         if not self.decisions:
-            self.log.info("%s", report.width_table(self.model.widths, result.widths))
+            self.log.info("%s", search_log.width_table(self.model.widths, result.widths))
         effort = self.effort.so_far()
         self.log.info("%s", cost_table([("before", before), ("after", after)]))
         self.log.info(
@@ -371,10 +372,8 @@ class SearchRun:
             effort["image_passes"], effort["whole_passes"], effort["seconds"],
         )  # fmt: skip
         self.log.info("--cfgs '%s'", result.widths)
-        self.log.info("next: %s", self._next_command(result.path))
-
-    def _next_command(self, path: Path) -> str:
-        return report.next_command(self.options.detector.modelname, self.options.data, self.config.use_dn, path)
+        modelname, data = self.options.detector.modelname, self.options.data
+        self.log.info("next: %s", search_log.next_command(modelname, data, self.config.use_dn, result.path))
 
     def _write_failure(self, result: Result) -> None:
         """Write journal end and report of a search in which no trial passed; log the table of trials."""
@@ -390,22 +389,11 @@ class SearchRun:
 
     def _log_steps(self) -> None:
         if self.decisions:
-            self.log.info("%s", report.module_table(self.decisions))
+            self.log.info("%s", search_log.module_table(self.decisions))
         else:
-            self.log.info("%s", report.trial_table(self.trials, self.best_trial))
-
-    def _params_at(self, widths: Mapping[str, int]) -> int:
-        per_channel = params_per_channel(self.model)
-        gone = sum(per_channel[name] * (self.model.widths.of(name) - width) for name, width in widths.items())
-        return cost_of(self.model, self.image_size_hw).transformer_params - gone
+            self.log.info("%s", search_log.trial_table(self.trials, self.best_trial))
 
     def _costs(self, widths: Widths) -> tuple[Cost, Cost]:
         with torch.device("meta"):
             slim, _, _ = build(dataclasses.replace(self.options.detector, cfgs=widths))
         return cost_of(self.model, self.image_size_hw), cost_of(slim, self.image_size_hw)
-
-
-def batch_numbers(images: int, batch_size: int) -> list[int]:
-    """Return this process's batches: its share, preceded by the first batch, on which all score candidates."""
-    share = range(distributed.rank(), -(-images // batch_size), distributed.world_size())
-    return [0, *(number for number in share if number)]

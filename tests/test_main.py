@@ -377,12 +377,8 @@ def test_two_processes_go_on_with_a_run_as_one_and_find_the_figures_of_one(annot
     torch.save(teacher, tmp_path / "teacher.pth")
     common = [f"{SLOW} --epochs 3 --distill {tmp_path}/teacher.pth --coco_path", annotated, "--resume",
               annotated / "run" / "checkpoint.pth"]  # fmt: skip
-    command = [
-        sys.executable,
-        *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-        RUN_SCRIPT,
-        "main.py",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, RUN_SCRIPT, "main.py"]
     command += [*common[0].split(), *common[1:], "--batch_size", "1", "--output_dir", tmp_path / "two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)

@@ -80,7 +80,7 @@ class PredictionOptions(Config):
 
 
 @dataclass
-class Detector:
+class LoadedDetector:
     """A detector to run on images, and its detections so far.
 
     Attributes:
@@ -111,7 +111,7 @@ class Detector:
 
 def load_detector(
     title: str, path: str, options: PredictionOptions, typed: Collection[str], device: torch.device
-) -> Detector:
+) -> LoadedDetector:
     """Load the detector of a checkpoint of any format, in eval mode, with its own options.
 
     Raises:
@@ -122,7 +122,7 @@ def load_detector(
     model, _, postprocessors = build_detector(theirs.detector, checkpoint)
     names = checkpoint.categories or {}
     model = model.to(device).eval()
-    return Detector(
+    return LoadedDetector(
         title, checkpoint.path, model, postprocessors["bbox"], theirs.loader.image_size, checkpoint.num_classes, names,
         checkpoint.remark,
     )  # fmt: skip
@@ -227,7 +227,7 @@ class Prediction:
             if good:
                 yield good
 
-    def _detect(self, detector: Detector, batch: Sequence[Sample]) -> Sequence[dict[str, Tensor]]:
+    def _detect(self, detector: LoadedDetector, batch: Sequence[Sample]) -> Sequence[dict[str, Tensor]]:
         """Detect objects in a batch and count them."""
         sizes = torch.tensor([sample.picture.shape[1:] for sample in batch])
         inputs = [sample.inputs for sample in batch]

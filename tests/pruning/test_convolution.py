@@ -18,10 +18,10 @@ from pruning.convolution import (
     as_linear,
     damage_curve,
     damage_of,
+    elimination_order,
     inputs_of_channels,
     new_weights,
     one_sided,
-    order_channels,
     refit_channels,
 )
 from pruning.convolution_moments import (
@@ -311,7 +311,7 @@ def test_the_first_channel_to_go_is_the_one_of_least_damage(layer, seed):
     moments, (weight, _) = layer.moments(), as_linear(layer.convolution, layer.norm)
     metric, channels = random_metric(len(weight), seed), torch.arange(layer.convolution.in_channels)
     assume(len(channels) > 1 and layer.position_weights.numel() > 3 * weight.shape[1])  # damping hardly shows then
-    order = order_channels(weight, moments, metric, layer.area)
+    order = elimination_order(weight, moments, metric, layer.area)
     assert torch.equal(order.sort().values, channels)
 
     def damage(kept: Tensor) -> float:
@@ -328,9 +328,9 @@ def test_the_first_channel_to_go_is_the_one_of_least_damage(layer, seed):
 def test_an_order_stops_at_the_least_width(layer, seed, least):
     moments, (weight, _) = layer.moments(), as_linear(layer.convolution, layer.norm)
     metric = random_metric(len(weight), seed)
-    whole = order_channels(weight, moments, metric, layer.area)
+    whole = elimination_order(weight, moments, metric, layer.area)
     least = min(least, len(whole))
-    found = order_channels(weight, moments, metric, layer.area, least)
+    found = elimination_order(weight, moments, metric, layer.area, least)
     assert torch.equal(found[least:], whole[least:])
     assert torch.equal(found[:least].sort().values, whole[:least].sort().values)
 
@@ -340,7 +340,7 @@ def test_an_order_stops_at_the_least_width(layer, seed, least):
 def test_the_damage_is_the_weighted_error_of_the_cut_layer_in_the_metric(layer, seed, level):
     moments, (weight, bias) = layer.moments(), as_linear(layer.convolution, layer.norm)
     metric, channels = random_metric(len(weight), seed), layer.convolution.in_channels
-    order = order_channels(weight, moments, metric, layer.area)
+    order = elimination_order(weight, moments, metric, layer.area)
     widths = range(1, channels + 1)
     curve = damage_curve(weight, moments, order, widths, layer.area, metric, level)
     assert list(curve) == list(widths)
@@ -361,7 +361,7 @@ def test_a_curve_judged_on_other_images_is_the_error_there(layer, seed):
     fitted_on, judged_on = (layer.moments(ids=ids) for ids in (range(3), range(3, IMAGES)))
     weight, _ = as_linear(layer.convolution, layer.norm)
     metric, widths = random_metric(len(weight), seed), range(1, layer.convolution.in_channels + 1)
-    order = order_channels(weight, fitted_on, metric, layer.area)
+    order = elimination_order(weight, fitted_on, metric, layer.area)
     curve = damage_curve(weight, fitted_on, order, widths, layer.area, metric, 1.0, judged_on)
     for width, damage in curve.items():
         kept = order[:width].sort().values

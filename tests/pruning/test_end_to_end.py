@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
 from engine import evaluate
-from pruning.gates import gated
+from pruning.gates import gates_applied
 from pruning.kept_channels import from_lists
 from pruning.schedule import GP, MGP, Schedule
 from pruning.state_cache import PassCounter, StateCache
@@ -139,7 +139,7 @@ def test_a_search_writes_what_it_has_measured(variant, tmp_path, schedule, more)
     assert ap_of(slim, postprocessors["bbox"], options.data, split) == pytest.approx(result.ap, abs=1e-3)
 
     whole = tiny_detector(network)[0]
-    with gated(whole, result.kept):
+    with gates_applied(whole, result.kept):
         assert ap_of(whole, postprocessors["bbox"], args, split) == pytest.approx(result.ap, abs=1e-3)
 
     lines = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]

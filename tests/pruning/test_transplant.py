@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.gates import gated
+from pruning.gates import gates_applied
 from pruning.kept_channels import all_kept, check_kept, width_of
 from pruning.transplant import cut_state_dict, paper_masks_to_kept, slices_of, slim_copy, widths_after
 from tests.pruning.tiny import VARIANTS, pictures, randomise_norms, tiny_detector
@@ -82,7 +82,7 @@ def test_gated_and_cut_agree(variant, data, training):
     whole = WHOLE_OF[variant]
     kept = data.draw(kept_sets(whole))
     slim = cut_model(whole, kept)
-    with gated(whole, kept):
+    with gates_applied(whole, kept):
         expected = outputs_of(whole, training)
     for found, wanted in zip(outputs_of(slim, training), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
@@ -97,7 +97,7 @@ def test_backbone_and_transformer_gated_and_cut_at_once_agree(words, data):
     slim = cut_model(whole, kept, words)
     copied = slim_copy(whole, cut_state_dict(whole.state_dict(), kept, slices_of(whole.prunable_modules("detector"))),
                        slim.widths)  # fmt: skip
-    with gated(whole, kept):
+    with gates_applied(whole, kept):
         expected = outputs_of(whole, False)
     assert {name: width_of(sets) for name, sets in kept.items()} == dict(slim.widths_in("detector").items())
     for found, found_of_copy, wanted in zip(outputs_of(slim, False), outputs_of(copied, False), expected, strict=True):
@@ -112,7 +112,7 @@ def test_one_channel_of_every_block_can_be_kept(words):
     whole = whole_detector(words)
     kept = {name: {part: torch.tensor([place + 3]) for place, part in enumerate(module.parts)}
             for name, module in whole.prunable_modules("detector").items() if name.startswith("backbone.")}  # fmt: skip
-    with gated(whole, kept):
+    with gates_applied(whole, kept):
         expected = outputs_of(whole, False)
     slim = cut_model(whole, kept, words)
     assert {width for stage in slim.backbone[0].widths for width in stage} == {1}
@@ -127,7 +127,7 @@ def test_a_cut_model_can_be_cut_again(variant, data):
     slim = cut_model(WHOLE_OF[variant], data.draw(kept_sets(WHOLE_OF[variant])))
     again = _one_channel_a_head(slim)
     slimmer = cut_model(slim, again)
-    with gated(slim, again):
+    with gates_applied(slim, again):
         expected = outputs_of(slim, False)
     for found, wanted in zip(outputs_of(slimmer, False), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
@@ -141,7 +141,7 @@ def _one_channel_a_head(model):
 @pytest.mark.parametrize("whole", WHOLE_OF.values(), ids=WHOLE_OF)
 def test_gates_change_the_outputs_and_go_away(whole):
     before = outputs_of(whole, False)
-    with gated(whole, _one_channel_a_head(whole)):
+    with gates_applied(whole, _one_channel_a_head(whole)):
         between = outputs_of(whole, False)
     assert not torch.allclose(before[0], between[0], atol=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, outputs_of(whole, False), strict=True))
@@ -172,7 +172,7 @@ BAD_KEPT = {
 def test_channels_that_cannot_be_cut_are_a_users_mistake(name):
     lists, message = BAD_KEPT[name]
     kept = {m: {p: torch.tensor(i, dtype=torch.int64) for p, i in sets.items()} for m, sets in lists.items()}
-    with pytest.raises(UserError, match=message), gated(WHOLE, kept):
+    with pytest.raises(UserError, match=message), gates_applied(WHOLE, kept):
         pass
 
 
