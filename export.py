@@ -74,9 +74,9 @@ def get_export_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     add_options(parser.add_argument_group("run"), FolderConfig)
     add_options(parser.add_argument_group(NETWORK_TITLE), DetectorConfig)
-    group = parser.add_argument_group("export")
-    group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="formats to write")
-    group.add_argument(
+    export_group = parser.add_argument_group("export")
+    export_group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="formats to write")
+    export_group.add_argument(
         "--image_size_hw",
         type=whole(1, at_most=GREATEST_SIDE),
         nargs=2,
@@ -85,7 +85,7 @@ def get_export_parser() -> argparse.ArgumentParser:
         help="image size in pixels for the check, repeatable; by default the checkpoint's image size by 4/3 of it, "
         f"and 3/4 of it square; sides up to {GREATEST_SIDE}",
     )
-    add_options(group, ExportConfig)
+    add_options(export_group, ExportConfig)
     return parser
 
 
