@@ -1,4 +1,4 @@
-"""TensorBoard's files: which curves a training run and a search write, how they go on, and what is said without it."""
+"""TensorBoard files: the curves of a training run and of a search, resuming them, and the error if it is missing."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 def curves(folder: Path) -> Curves:
-    """Step and value of each point, by the curve's name, as TensorBoard would show them."""
+    """Step and value of each point, by the curve's name, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -29,7 +29,7 @@ def curves(folder: Path) -> Curves:
 
 @pytest.fixture(scope="module")
 def run(coco, tmp_path_factory) -> Path:
-    """Folder of a run of two epochs of two batches, the second epoch after a stop."""
+    """Folder of a run of two epochs with two batches each, stopped and resumed after the first epoch."""
     out = tmp_path_factory.mktemp("run")
     common = ("--coco_path", coco, "--output_dir", out, "--print_freq 1 --tensorboard")
     main.main(*tiny_options(*common, "--epochs 1"))
@@ -42,7 +42,7 @@ def run(coco, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_run_shows_its_batches_and_epochs_at_the_batches_seen(run):
+def test_curves_are_plotted_against_the_number_of_batches(run):
     found = curves(run / "tensorboard")
     lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
     assert [step for step, _ in found["batch/loss"]] == [1, 2, 3, 4]
@@ -55,7 +55,7 @@ def test_a_run_shows_its_batches_and_epochs_at_the_batches_seen(run):
     assert means == pytest.approx([line["train_loss"] for line in lines], rel=1e-5)
 
 
-def test_the_log_tells_of_each_batch(run):
+def test_each_batch_is_logged(run):
     log = (run / "run.log").read_text()
     assert log.count("images/s") == 4 and "epoch 1 [2/2]  loss " in log and "\x1b" not in log
 
@@ -84,7 +84,7 @@ def test_a_search_shows_map_and_widths_of_each_step(tmp_path, kind):
     assert expected and found["width/encoder.0.ffn"] == expected
 
 
-def test_without_the_package_one_sentence_is_said_and_nothing_written(coco, tmp_path, monkeypatch):
+def test_a_missing_package_is_an_error_and_nothing_is_written(coco, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "tensorboard" else find(name, *more)

@@ -1,4 +1,4 @@
-"""Checkpoints that we write tell the names of the categories that their detectors find."""
+"""Our checkpoints store the category names of their detectors."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def saved(path, **more) -> None:
 
 
 @pytest.mark.parametrize("training", [None, {"optimizer": {}, "epoch": 1}])
-def test_names_come_back_as_written_and_stay_in_a_slimmed_copy(training, tmp_path):
+def test_names_are_read_back_and_kept_by_strip_optimizer(training, tmp_path):
     saved(tmp_path / "a.pth", categories=NAMES, training=training)
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     assert checkpoint.categories == NAMES and checkpoint.training == training
@@ -39,7 +39,7 @@ def test_files_without_names_are_read_as_before(tmp_path):
 
 
 @pytest.mark.parametrize("categories", [[1], {}, {"1": "cat"}, {-1: "cat"}, {1: 5}, {True: "cat"}])
-def test_what_are_no_names_by_id_is_told(categories, tmp_path):
+def test_invalid_category_names_are_an_error(categories, tmp_path):
     saved(tmp_path / "a.pth")
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     torch.save({**content, "categories": categories}, tmp_path / "a.pth")

@@ -1,4 +1,4 @@
-"""Options as fields of dataclasses: parsers, what was typed, and values that an option does not take."""
+"""Options as dataclass fields: parsers, typed options, and invalid values."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from util.cli import add_options, options_of, parse, script_parser
 from util.errors import UserError
 
 
-def test_what_was_typed_and_the_defaults_of_the_rest():
+def test_typed_options_are_separate_from_defaults():
     parser = argparse.ArgumentParser()
     parser.add_argument("images", nargs="+")
     parser.add_argument("--size", type=int, action="append", nargs=2)
@@ -26,7 +26,7 @@ def test_what_was_typed_and_the_defaults_of_the_rest():
     assert parse(parser, ["a", "--seed", "7", "--fast"])[1] == {"images", "seed", "fast"}
 
 
-def test_defaults_of_a_script_stand_in_its_help_and_its_values():
+def test_a_scripts_defaults_are_in_its_help_and_its_values():
     parser = script_parser("a test")
     add_options(parser, LossConfig, focal_alpha=0.5)
     assert parse(parser, [])[0].focal_alpha == 0.5 and "(default: 0.5)" in parser.format_help()
@@ -52,7 +52,7 @@ def test_defaults_of_a_script_stand_in_its_help_and_its_values():
         (MainConfig, "amp", "fp8", "one of off, "),
     ],
 )
-def test_a_value_that_no_command_line_could_give_is_one_sentence_with_file_and_key(config, name, value, expected):
+def test_an_invalid_stored_value_is_an_error_with_file_and_key(config, name, value, expected):
     for make in (lambda: config(**{name: value}), lambda: dataclasses.replace(config(), **{name: value})):
         with pytest.raises(UserError, match=rf"^found .* under `args\.{name}`, expected {expected}"):
             make()
@@ -61,12 +61,12 @@ def test_a_value_that_no_command_line_could_give_is_one_sentence_with_file_and_k
             options.from_values({name: value}, "a.pth")
 
 
-def test_every_default_is_a_value_that_its_option_takes():
+def test_every_default_is_valid():
     assert TrainingOptions.from_values(TrainingOptions().values()) == TrainingOptions()
     assert SearchOptions.from_values(SearchOptions().values()) == SearchOptions()
 
 
-def test_values_go_to_the_group_that_has_them():
+def test_values_are_assigned_to_their_group():
     options = TrainingOptions().with_values({"lr": 2, "enc_layers": 1, "num_classes": 4, "unknown": 5})
     assert (options.training.lr, options.detector.enc_layers, options.detector.num_classes) == (2, 1, 4)
     assert "unknown" not in options.values() and options.values()["lr"] == 2
@@ -74,7 +74,7 @@ def test_values_go_to_the_group_that_has_them():
         options.training.lr = 3
 
 
-def test_widths_are_read_from_all_that_the_option_takes():
+def test_widths_are_read_from_every_form_of_the_option():
     nested = [[[152, 416]], [[8, 8, 8]]]
     for given in (nested, str(nested), str(nested).split(), Widths.parse(nested)):
         assert TrainedDetectorConfig(cfgs=given).cfgs == Widths.parse(nested)

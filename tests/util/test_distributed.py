@@ -1,4 +1,4 @@
-"""What is done in the main process alone: its result and its error reach every process."""
+"""Work of the main process only: its result or error reaches every process."""
 
 import os
 import subprocess
@@ -11,13 +11,13 @@ from util import distributed
 from util.errors import UserError
 
 
-def test_the_main_process_does_it_once_and_all_get_what_it_gave():
+def test_the_main_process_runs_it_once_and_all_get_its_result():
     calls = []
     assert distributed.on_main(lambda: calls.append(1) or "done") == "done"
     assert calls == [1]
 
 
-def test_another_process_leaves_it_to_the_main_one_and_gets_its_result_or_its_error(monkeypatch):
+def test_other_processes_receive_the_result_or_error(monkeypatch):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     sent = [("done", None)]
     monkeypatch.setattr(distributed, "from_main", lambda own: sent[0])
@@ -27,7 +27,7 @@ def test_another_process_leaves_it_to_the_main_one_and_gets_its_result_or_its_er
         distributed.on_main(lambda: pytest.fail("not the main process"))
 
 
-def test_an_error_reaches_the_caller_as_it_is():
+def test_an_error_is_raised_unchanged():
     error = UserError("one sentence")
 
     def fail():
@@ -82,7 +82,7 @@ if __name__ == "__main__":
         worker.join()
     sys.exit(max(worker.exitcode != 0 for worker in workers))
 """
-TOLD = {
+MESSAGES = {
     "pickled": ("OSError: [Errno 28] disk full", "OSError: [Errno 28] disk full"),
     "not pickled": ("OSError: [Errno 28] disk full", "RuntimeError: OSError: [Errno 28] disk full"),
     "not read back": ("Odd: disk full", "RuntimeError: Odd: disk full"),
@@ -95,8 +95,8 @@ TOLD = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
-@pytest.mark.parametrize("name", TOLD)
-def test_no_process_waits_for_an_error_that_cannot_be_pickled(tmp_path, name):
+@pytest.mark.parametrize("name", MESSAGES)
+def test_an_error_that_cannot_be_pickled_reaches_every_process(tmp_path, name):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "store"), name],
         cwd=Path(distributed.__file__).parent.parent,
@@ -108,5 +108,5 @@ def test_no_process_waits_for_an_error_that_cannot_be_pickled(tmp_path, name):
     assert done.returncode == 0, done.stderr
     lines = sorted(done.stdout.splitlines())
     assert [line[:2] for line in lines] == ["0 ", "1 "]
-    for line, told in zip(lines, TOLD[name], strict=True):
-        assert line[2:].startswith(told)
+    for line, message in zip(lines, MESSAGES[name], strict=True):
+        assert line[2:].startswith(message)

@@ -1,4 +1,4 @@
-"""What is recorded of a run: the clone's commit, the command, and each time it was started."""
+"""Run metadata: the commit, the command, and every start of the run."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import torch
 from util.environment import environment, program_commit, record_run, typed_command
 
 
-def test_the_commit_is_the_clones_own(tmp_path):
+def test_the_commit_is_that_of_the_clone(tmp_path):
     def git(*words):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
         done = subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True, text=True)
@@ -36,7 +36,7 @@ def test_a_command_can_be_pasted(monkeypatch):
     assert typed_command().startswith("torchrun --nproc_per_node 4 main.py ")
 
 
-def test_each_start_of_a_run_is_kept(tmp_path, monkeypatch):
+def test_every_start_of_a_run_is_recorded(tmp_path, monkeypatch):
     device = torch.device("cpu")
     for number, continuing in enumerate((False, True, True)):
         monkeypatch.setattr(sys, "argv", ["main.py", str(number)])

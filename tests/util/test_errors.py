@@ -1,4 +1,4 @@
-"""Errors are one line of bounded length, whatever a file holds."""
+"""Errors are one line of bounded length, whatever a file contains."""
 
 import json
 
@@ -53,15 +53,15 @@ def test_a_reason_is_the_first_line_of_an_exception_or_its_type():
         (PermissionError(13, "no", "a\nb.json"), 2),
     ],
 )
-def test_a_script_ends_with_one_line_even_if_the_error_has_more(error, code, capsys):
+def test_a_script_prints_one_line_even_if_the_error_has_more(error, code, capsys):
     def fail():
         raise error
 
     with pytest.raises(SystemExit) as end:
         run_cli(fail)
-    told = capsys.readouterr().err or f"{end.value.code}\n"
-    assert told.startswith("error: a b.json: ") and told.count("\n") == 1 and "\x1b" not in told
-    assert end.value.code in (code, told.rstrip("\n"))  # a text given to sys.exit is printed, and is code 1
+    message = capsys.readouterr().err or f"{end.value.code}\n"
+    assert message.startswith("error: a b.json: ") and message.count("\n") == 1 and "\x1b" not in message
+    assert end.value.code in (code, message.rstrip("\n"))  # a text given to sys.exit is printed, and is code 1
 
 
 LONG = "\n\x1b[2J" * 2000
@@ -80,7 +80,7 @@ TABLES = {
     ],
 )
 @pytest.mark.parametrize("value", [LONG, [LONG], {LONG: LONG}, 10**400, [None] * 5000])
-def test_annotations_that_quote_hostile_values_are_refused_in_one_short_line(tmp_path, table, key, value):
+def test_hostile_values_in_annotations_give_one_short_line(tmp_path, table, key, value):
     entry = value if key is None else {**TABLES[table][0], key: value}
     if isinstance(entry, dict) and key is None:
         entry = [entry]
@@ -88,5 +88,5 @@ def test_annotations_that_quote_hostile_values_are_refused_in_one_short_line(tmp
     path.write_text(json.dumps({**TABLES, table: [entry]}))
     with pytest.raises(UserError) as caught:
         load_annotations(path)
-    told = str(caught.value).replace(str(path), "")
-    assert len(told) < 300 and all(character.isprintable() for character in told)
+    message = str(caught.value).replace(str(path), "")
+    assert len(message) < 300 and all(character.isprintable() for character in message)

@@ -1,4 +1,4 @@
-"""Files are written wholly or not at all."""
+"""Files are written completely or not at all."""
 
 import hashlib
 import json
@@ -44,13 +44,13 @@ def test_lines_are_appended(tmp_path):
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
 
 
-def test_a_digest_is_that_of_the_bytes_whatever_their_number(tmp_path):
+def test_a_digest_depends_on_the_bytes_of_files_of_any_size(tmp_path):
     for content in (b"", b"abc", bytes(range(256)) * 5000):
         (tmp_path / "a").write_bytes(content)
         assert file_digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
-def test_an_output_folder_is_checked_but_not_made(tmp_path):
+def test_an_output_folder_is_checked_but_not_created(tmp_path):
     assert check_output_dir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
@@ -62,7 +62,7 @@ def test_an_output_folder_is_checked_but_not_made(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_probe_that_another_process_removes_meanwhile_is_no_fault(tmp_path, monkeypatch):
+def test_another_process_may_remove_the_probe(tmp_path, monkeypatch):
     listed = [tmp_path / ".probe-1-abc", tmp_path / "other"]
     iterdir = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda path: iter(listed) if path == tmp_path else iterdir(path))
@@ -94,12 +94,12 @@ def test_a_table_aligns_its_columns():
     )
 
 
-def test_a_row_of_a_table_is_one_line_whatever_its_cells():
+def test_a_row_of_a_table_is_always_one_line():
     lines = table(["name\n", "AP"], [("a\nb", 0.5), ("\x1b[2J", "1\r\n")]).split("\n")
     assert lines == ["name         AP", "-------  ------", "a b      0.5000", r"\x1b[2J       1"]
 
 
-def test_text_that_no_encoding_knows_is_escaped(tmp_path):
+def test_text_that_cannot_be_encoded_is_escaped(tmp_path):
     write_text(tmp_path / "a.html", "a\udcffb")
     assert (tmp_path / "a.html").read_text() == r"a\udcffb"
 
@@ -110,8 +110,8 @@ def test_one_gpu_is_not_shared_by_several_processes(monkeypatch):
         choose_device("cuda:0")
 
 
-def test_a_tensor_file_that_finds_the_disk_full_says_so_and_leaves_the_old_one(tmp_path):
-    """A limit on the size of files stands for the full disk."""
+def test_saving_tensors_to_a_full_disk_is_an_error_and_keeps_the_old_file(tmp_path):
+    """A limit on the file size simulates a full disk."""
     path = tmp_path / "a.pth"
     save_torch(path, {"a": torch.zeros(10)})
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)

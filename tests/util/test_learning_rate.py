@@ -1,4 +1,4 @@
-"""The learning rate as a function of the fraction of a run that is done, whatever its epochs are made of."""
+"""The learning rate depends only on the fraction of the run that is done."""
 
 import itertools
 import math
@@ -26,13 +26,13 @@ def state_of(words: str, steps_per_epoch: int) -> TrainingState:
 
 
 def means_by_epoch(state: TrainingState) -> list[float]:
-    """Mean factor of the rates in each epoch."""
+    """Mean learning-rate factor of each epoch."""
     steps = state.steps_per_epoch
     factors = [state.rate_factor(step) for step in range(state.training.epochs * steps)]
     return [mean(factors[first : first + steps]) for first in range(0, len(factors), steps)]
 
 
-def test_rates_rise_then_drop_or_fall():
+def test_rates_warm_up_then_decay():
     assert [rate(fraction, "step", drop=0.4) for fraction in (0, 0.39, 0.4, 0.79, 0.81, 1)] == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01, 0.01]
     )
@@ -40,12 +40,12 @@ def test_rates_rise_then_drop_or_fall():
     for schedule in SCHEDULES:
         assert [rate(f, schedule, warmup=0.2) for f in (0, 0.05, 0.2)] == pytest.approx([0, 0.25, 1])
     assert rate(0.6, "cosine", warmup=0.2) == pytest.approx(0.5)
-    # A warm-up as long as the run, or longer, ends with it.
+    # A warm-up as long as the run or longer ends with the run.
     assert rate(1, "cosine", warmup=1) == 1 and rate(1, "cosine", warmup=4) == 0.25
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(1, 400), st.integers(1, 40), st.integers(1, 60), st.integers(0, 9_000))
-def test_a_factor_is_in_0_to_1_and_drops_with_the_epoch_not_a_step_later(schedule, steps, epochs, drop, warmup):
+def test_factors_are_in_0_to_1_and_drop_at_the_first_step_of_an_epoch(schedule, steps, epochs, drop, warmup):
     words = f"--lr_schedule {schedule} --epochs {epochs} --lr_drop {drop} --warmup_iters {warmup}"
     state = state_of(words, steps)
     for step in {*range(0, epochs * steps, max(1, epochs * steps // 50)), epochs * steps - 1, epochs * steps}:
@@ -58,13 +58,13 @@ def test_a_factor_is_in_0_to_1_and_drops_with_the_epoch_not_a_step_later(schedul
 
 @pytest.mark.parametrize("words", ["--lr_drop 2", "--lr_schedule cosine"])
 @pytest.mark.parametrize("steps", [1, 3, 400])
-def test_an_epoch_has_the_same_mean_rate_whatever_its_number_of_steps(words, steps):
-    """A half cosine to rounding of the midpoint rule: 1 % of the full rate with one step an epoch."""
+def test_the_mean_rate_of_an_epoch_does_not_depend_on_its_number_of_steps(words, steps):
+    """The half cosine has the error of the midpoint rule: 1 % of the full rate with one step per epoch."""
     words = f"{words} --epochs 5"
     assert means_by_epoch(state_of(words, steps)) == pytest.approx(means_by_epoch(state_of(words, 40)), abs=0.02)
 
 
-def test_no_step_is_lost_to_a_rate_of_0():
+def test_no_step_has_a_rate_of_0():
     state = state_of("--lr_schedule cosine --epochs 4 --warmup_iters 2", 3)
     factors = [state.rate_factor(step) for step in range(12)]
     assert min(factors) > 0 and factors[:2] == pytest.approx([0.25, 0.75])

@@ -1,4 +1,4 @@
-"""The log: colours on terminals alone, none in files, and what a run says between two epochs."""
+"""The log: colours on terminals only, none in files, and the lines within an epoch."""
 
 import contextlib
 import io
@@ -37,14 +37,14 @@ PLAIN = (
 )
 
 
-def test_a_terminal_shows_warnings_errors_and_headings_in_colour_and_the_file_none(tmp_path):
+def test_terminals_show_colours_and_files_do_not(tmp_path):
     variables = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     ours, theirs = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", TALK, str(tmp_path / "run.log")], cwd=ROOT, stdout=theirs,
                           stderr=theirs, env=variables | {"TERM": "xterm"}):  # fmt: skip
         os.close(theirs)
         text = b""
-        with contextlib.suppress(OSError):  # Linux's way to say that nobody writes any more
+        with contextlib.suppress(OSError):  # Linux raises it when nobody writes any more
             while part := os.read(ours, 4096):
                 text += part
     os.close(ours)
@@ -59,7 +59,7 @@ def test_a_terminal_shows_warnings_errors_and_headings_in_colour_and_the_file_no
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is one."""
+    """A stream whose `isatty()` is True."""
 
     def isatty(self) -> bool:
         return True
@@ -76,7 +76,7 @@ class Terminal(io.StringIO):
         (io.StringIO, {"FORCE_COLOR": "1"}, True),
     ],
 )
-def test_colours_go_where_they_are_seen_or_asked_for(monkeypatch, stream, environment, coloured):
+def test_colours_are_used_on_terminals_or_on_request(monkeypatch, stream, environment, coloured):
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"TERM": "xterm"} | environment).items():
@@ -91,17 +91,17 @@ def test_colours_go_where_they_are_seen_or_asked_for(monkeypatch, stream, enviro
 
 @pytest.fixture
 def lines(monkeypatch) -> list[str]:
-    """What the log says."""
-    said: list[str] = []
-    monkeypatch.setattr(logging.get_logger(), "info", lambda text, *values: said.append(text % values))
-    return said
+    """The lines of the log."""
+    message: list[str] = []
+    monkeypatch.setattr(logging.get_logger(), "info", lambda text, *values: message.append(text % values))
+    return message
 
 
 def losses(value: float) -> dict[str, torch.Tensor]:
     return {"loss": torch.tensor(value), "loss_ce": torch.tensor(value / 2), "loss_xy": torch.tensor(9.0)}
 
 
-def test_a_line_holds_the_means_since_the_last_one_and_the_time_left(lines, monkeypatch):
+def test_a_line_has_the_means_since_the_last_line_and_the_time_left(lines, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("runs.batch_log.time.perf_counter", lambda: now[0])
     shown = []
@@ -116,7 +116,7 @@ def test_a_line_holds_the_means_since_the_last_one_and_the_time_left(lines, monk
     assert shown[1] == (4, {"loss": 2.5, "loss_ce": 1.25, "loss_xy": 9.0, "lr": 1e-4, "images_per_second": 0.4})
 
 
-def test_a_frequency_of_0_says_nothing(lines):
+def test_a_frequency_of_0_logs_nothing(lines):
     log = BatchLog(0, epoch=0, epochs=1, batches=1, show=None)
     log(losses(1.0), images=1, lr=1.0)
     assert lines == []

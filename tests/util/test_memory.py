@@ -1,4 +1,4 @@
-"""What is free, read from files of several systems, and what a computation takes."""
+"""Free memory as read from the files of several systems, and the peak memory of a computation."""
 
 import math
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with 10,000 kB free, whose other files are written by `write`."""
+    """A machine with 10,000 kB free; `write` creates its other files."""
 
     def write(path, content):
         target = tmp_path / path
@@ -29,7 +29,7 @@ def machine(tmp_path, monkeypatch):
     return write
 
 
-def test_without_limits_it_is_what_the_machine_has(machine):
+def test_without_limits_the_machines_free_memory_counts(machine):
     assert available_ram() == 10_000 * 1024
     machine("cgroup", "0::/user.slice\n")
     machine("groups/user.slice/memory.max", "max\n")
@@ -86,7 +86,7 @@ def test_processes_on_one_machine_share_its_memory(machine, monkeypatch):
     assert free_bytes(CPU) == 10_000 * 1024 / 4
 
 
-def test_what_torch_has_set_aside_on_a_gpu_is_free(monkeypatch):
+def test_memory_reserved_by_torch_on_a_gpu_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
@@ -98,7 +98,7 @@ def test_this_machine_has_memory():
     assert 0 < free_bytes(CPU) < math.inf
 
 
-def test_the_peak_counts_what_is_alive_at_one_time():
+def test_the_peak_counts_tensors_that_are_alive_together():
     x, weight = torch.ones(100, 100, requires_grad=True), torch.ones(100, 100)
     one = x.nbytes
     with PeakMemory() as peak, torch.no_grad():
@@ -109,7 +109,7 @@ def test_the_peak_counts_what_is_alive_at_one_time():
     with PeakMemory() as peak:
         y = x
         for _ in range(5):
-            y = (y @ weight.T).exp()  # the five results are kept for the way back
+            y = (y @ weight.T).exp()  # the five results are kept for the backward pass
     assert peak.peak_bytes == 6 * one
     with PeakMemory() as peak:
         torch.autograd.grad(y.sum(), x)
