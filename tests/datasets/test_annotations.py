@@ -1,4 +1,4 @@
-"""What is kept of an annotation file: its numbers as arrays, and nothing of its outlines."""
+"""Annotations in memory: arrays of the numbers, without the outlines."""
 
 import json
 import random
@@ -36,7 +36,7 @@ def write(path, **changes):
     return path
 
 
-def test_arrays_hold_what_the_file_says(tmp_path):
+def test_arrays_hold_the_numbers_of_the_file(tmp_path):
     found = load_annotations(write(tmp_path / "a.json"))
     assert found.image_ids.tolist() == [2, 5, 9] and list(found.file_names) == ["a.jpg", "b.jpg", "c.jpg"]
     assert found.categories == {7: "dog", 3: "3"} == category_names(tmp_path / "a.json")
@@ -54,7 +54,7 @@ def test_a_file_without_boxes_has_empty_arrays(tmp_path):
     assert found.object_counts().tolist() == [0, 0, 0]
 
 
-def test_names_alone_need_no_list_of_annotations(tmp_path):
+def test_category_names_need_no_list_of_annotations(tmp_path):
     path = write(tmp_path / "a.json", annotations=None)
     assert category_names(path, needs_boxes=False) == {7: "dog", 3: "3"}
     assert load_annotations(path, needs_boxes=False).image_ids.tolist() == [2, 5, 9]
@@ -83,7 +83,7 @@ OUTLINES = [
 
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_outlines_change_nothing_whatever_they_are_and_wherever_they_stand(tmp_path, indent, encoding):
+def test_outlines_of_any_kind_and_position_are_ignored(tmp_path, indent, encoding):
     items, plain = [], []
     for number, outline in enumerate(OUTLINES * 2, start=1):
         item = annotation(number, 9, [number, 2, 3, 4], area=number)
@@ -102,7 +102,7 @@ def test_outlines_change_nothing_whatever_they_are_and_wherever_they_stand(tmp_p
         assert np.array_equal(value, vars(wanted)[name]), name
 
 
-def test_a_file_cut_in_an_outline_is_no_json(tmp_path):
+def test_a_file_truncated_in_an_outline_is_invalid_json(tmp_path):
     content = json.dumps({"annotations": [{"segmentation": [[1, 2], [3, 4]]}]})
     for length in range(content.index("[[") + 1, len(content)):
         (tmp_path / "a.json").write_text(content[:length])

@@ -1,4 +1,4 @@
-"""Boxes that training leaves out are counted, and a file of nothing else is refused."""
+"""Boxes that training ignores are counted; a file without usable boxes is an error."""
 
 import json
 import logging
@@ -48,14 +48,14 @@ def write(path, content):
     return path
 
 
-def test_a_file_whose_boxes_are_all_left_out_is_refused_and_others_are_counted(tmp_path):
+def test_ignored_boxes_are_counted_and_a_file_without_usable_boxes_is_an_error(tmp_path):
     path = write(tmp_path / "all.json", tables(BELOW + EMPTY))
     with pytest.raises(UserError, match=r"all\.json: found no usable box among 8 \(2 without area, 6 below a pixel\)"):
         require_training_boxes(path)
     path = write(tmp_path / "some.json", tables(BELOW + GOOD))
     require_training_boxes(path)
-    said = f"{path}: training skips 6 of 12 boxes (6 below a pixel)"
-    assert training_box_notices(path) == [(logging.WARNING, said)]
+    message = f"{path}: training skips 6 of 12 boxes (6 below a pixel)"
+    assert training_box_notices(path) == [(logging.WARNING, message)]
     assert measured_box_notices(path)[0][1].startswith(f"{path}: 6 of 12 boxes are below a pixel, expected")
     path = write(tmp_path / "few.json", tables([*BELOW[:1], *GOOD * 20]))
     assert training_box_notices(path)[0][0] == logging.INFO and measured_box_notices(path) == []
@@ -63,7 +63,7 @@ def test_a_file_whose_boxes_are_all_left_out_is_refused_and_others_are_counted(t
     assert training_box_notices(path) == measured_box_notices(path) == []
 
 
-def test_a_file_without_boxes_is_said_once_and_not_refused(tmp_path):
+def test_a_file_without_boxes_is_one_warning(tmp_path):
     for number, content in enumerate((tables([]), tables(GOOD, iscrowd=1))):
         path = write(tmp_path / f"{number}.json", content)
         require_training_boxes(path)
@@ -77,13 +77,13 @@ def test_images_with_more_objects_than_queries_are_counted(tmp_path):
     content["images"].append({"id": 2, "file_name": "b.jpg"})
     path = write(tmp_path / "a.json", content)
     assert query_notices(path, 6) == []
-    said = "1 of 2 images have more objects (up to 6) than the detector has queries (5), which find at most one each"
-    assert query_notices(path, 5) == [(logging.WARNING, f"{path}: {said}")]
+    message = "1 of 2 images have more objects (up to 6) than the detector has queries (5), which find at most one each"
+    assert query_notices(path, 5) == [(logging.WARNING, f"{path}: {message}")]
 
 
 @pytest.mark.parametrize("augmentation", TRAINING_TRANSFORMS)
-def test_training_leaves_out_what_is_counted_at_any_scale(tmp_path, augmentation):
-    """Enlarged twentyfold a box below a pixel would be wide enough to pass as a target."""
+def test_training_ignores_the_counted_boxes_at_any_scale(tmp_path, augmentation):
+    """Enlarged 20 times, a box smaller than a pixel would be wide enough to be a target."""
     root = write_coco(tmp_path / "coco", images=1)
     boxes = [[0.1, 0.2, 0.8, 0.7], [9, 9, 0.9, 30], [9, 9, 30, 30]]
     content = json.loads((root / "annotations" / "instances_train2017.json").read_text())

@@ -1,4 +1,4 @@
-"""The check of a data set names every fault that was put into one, with counts, and what a run makes of them."""
+"""The data set check reports every fault, with counts and its effect on a run."""
 
 import json
 import re
@@ -21,7 +21,7 @@ SPLIT = "train2017"
 
 @pytest.fixture
 def root(tmp_path):
-    """A data set of 4 + 4 images in which only an image without objects is found, and each category occurs."""
+    """A data set of 4 + 4 images whose only finding is an image without objects; each category occurs."""
     root = write_coco(tmp_path / "coco")
     change(root, lambda tables: tables["annotations"][0].update(category_id=1), "val2017")
     return root
@@ -36,7 +36,7 @@ def change(root, edit, split=SPLIT):
 
 
 def checked(root, tmp_path, *words):
-    """Exit code, and the content of the JSON."""
+    """Exit code and the content of the JSON file."""
     code = check.main([str(root), "--json", str(tmp_path / "found.json"), "--num_workers", "0", *map(str, words)])
     return code, json.loads((tmp_path / "found.json").read_text())
 
@@ -49,7 +49,7 @@ def totals(report):
 USUAL = {"images without annotations"}
 
 
-def test_a_sound_data_set_is_counted(root, tmp_path, capsys):
+def test_a_valid_data_set_is_counted(root, tmp_path, capsys):
     code, found = checked(root, tmp_path)
     assert code == 0 and not found["stops"] and found["between"] == []
     for report in found["splits"]:
@@ -59,9 +59,11 @@ def test_a_sound_data_set_is_counted(root, tmp_path, capsys):
         for category, number in zip(report["categories"], (1, 3), strict=True):
             counted = sum(item["category_id"] == number for item in tables["annotations"])
             assert category == {"id": number, "name": f"kind {number}", "boxes": counted} and counted
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     assert (
-        "train2017: 4 images, 6 boxes" in said and "kind 3" in said and said.endswith("nothing stops a training run\n")
+        "train2017: 4 images, 6 boxes" in message
+        and "kind 3" in message
+        and message.endswith("nothing stops a training run\n")
     )
 
 
@@ -82,13 +84,13 @@ def more_of(table, *entries):
 
 
 def repeat_boxes(tables):
-    """Two annotations once more, one of them twice, with other ids; one in another category is no duplicate."""
+    """Repeats two annotations under new ids, one of them twice; one of another category is no duplicate."""
     first, second = tables["annotations"][:2]
     tables["annotations"] += [{**first, "id": 100}, {**first, "id": 101}, {**second, "id": 102}]
     tables["annotations"].append({**first, "id": 103, "category_id": 4 - first["category_id"]})
 
 
-# Of each edit: kind -> number of findings beyond the usual, and whether they stop a run.
+# For each edit: kind -> number of additional findings, and whether they stop a run.
 EDITS = {
     "boxes": (
         add_boxes(
@@ -146,15 +148,15 @@ def test_every_fault_is_found_and_counted(name, root, tmp_path, capsys):
     assert expected.keys() - USUAL <= counts.keys()
     assert (code, found["stops"]) == (int(stops), stops)
     assert all(total == len(examples) for total, examples in totals(report).values())
-    said = capsys.readouterr().out
-    assert all(kind in said for kind in expected)
-    # What the check lets pass is what the data set itself takes, and the other way round.
+    message = capsys.readouterr().out
+    assert all(kind in message for kind in expected)
+    # The check passes exactly the data sets that can be read.
     problems = [finding for finding in report["findings"] if check.KINDS[finding["kind"]] == check.STOPS]
     assert bool(problems) == stops == (not loads(root))
 
 
 def loads(root) -> bool:
-    """Whether a training run can read the split to its end."""
+    """Whether a training run can read the whole split."""
     try:
         dataset = CocoDataset(image_folder(root, SPLIT), annotation_path(root, SPLIT), eval_transforms(64))
         list(dataset)
@@ -164,7 +166,7 @@ def loads(root) -> bool:
 
 
 @pytest.mark.parametrize(("height", "is_found"), [(1, True), (2, True), (3, False)])
-def test_images_that_cannot_be_scaled_are_told(root, tmp_path, height, is_found):
+def test_images_that_cannot_be_scaled_are_reported(root, tmp_path, height, is_found):
     Image.new("RGB", (3000, height)).save(root / SPLIT / "0.jpg")
     change(root, lambda tables: tables["images"][0].update(width=3000, height=height))
     code, found = checked(root, tmp_path)
@@ -179,7 +181,7 @@ def test_images_that_cannot_be_scaled_are_told(root, tmp_path, height, is_found)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_files_are_named_and_all_others_read(workers, root, tmp_path, capsys):
+def test_broken_files_are_named_and_all_others_are_read(workers, root, tmp_path, capsys):
     whole = (root / SPLIT / "1.jpg").read_bytes()
     (root / SPLIT / "0.jpg").write_bytes(b"no picture")
     (root / SPLIT / "1.jpg").write_bytes(whole[: len(whole) // 2])
@@ -194,7 +196,7 @@ def test_broken_files_are_named_and_all_others_read(workers, root, tmp_path, cap
     assert "0.jpg cannot be read as an image" in capsys.readouterr().out
 
 
-def test_images_with_an_exif_orientation_are_counted_by_how_they_are_read(root, tmp_path, capsys):
+def test_images_with_an_exif_orientation_are_counted_by_the_rule_that_applies(root, tmp_path, capsys):
     exif = Image.Exif()
     for number, orientation in enumerate((6, 6, 3, 1)):
         exif[0x0112] = orientation
@@ -211,18 +213,18 @@ def test_images_with_an_exif_orientation_are_counted_by_how_they_are_read(root, 
     assert kinds["images with an EXIF orientation, listed as stored"] == (
         2, ["1.jpg, orientation 6", "2.jpg, orientation 3"])  # fmt: skip
     assert "images with a wrong listed size" not in kinds
-    said = capsys.readouterr().out
-    assert "turns them upright" in said and "reads them as stored" in said
+    message = capsys.readouterr().out
+    assert "turns them upright" in message and "reads them as stored" in message
 
 
-def test_a_name_in_another_unicode_normal_form_is_told_from_a_missing_one(root, tmp_path, capsys):
+def test_a_name_in_another_unicode_normal_form_is_not_reported_as_missing(root, tmp_path, capsys):
     composed, decomposed = "caf\u00e9.jpg", "cafe\u0301.jpg"
     (root / SPLIT / "0.jpg").rename(root / SPLIT / decomposed)
     change(root, lambda tables: tables["images"][0].update(file_name=composed))
-    said = r"'caf\xe9.jpg'; {} 'cafe\u0301.jpg', the same name in another Unicode normal form"
+    message = r"'caf\xe9.jpg'; {} 'cafe\u0301.jpg', the same name in another Unicode normal form"
     code, found = checked(root, tmp_path)
-    assert code == 1 and totals(found["splits"][0])["missing image files"] == (1, [said.format("the folder has")])
-    with pytest.raises(UserError, match=re.escape(f"first {said.format('it has')}")):
+    assert code == 1 and totals(found["splits"][0])["missing image files"] == (1, [message.format("the folder has")])
+    with pytest.raises(UserError, match=re.escape(f"first {message.format('it has')}")):
         CocoDataset(image_folder(root, SPLIT), annotation_path(root, SPLIT), eval_transforms(64))
 
 
@@ -245,20 +247,20 @@ def test_many_findings_of_a_kind_are_counted_and_the_first_shown(root, tmp_path,
     _, found = checked(root, tmp_path)
     total, examples = totals(found["splits"][0])["boxes wholly outside"]
     assert total == 50 and len(examples) == check.KEPT_EXAMPLES
-    said = capsys.readouterr().out
-    assert examples[check.SHOWN_EXAMPLES - 1] in said and examples[check.SHOWN_EXAMPLES] not in said
+    message = capsys.readouterr().out
+    assert examples[check.SHOWN_EXAMPLES - 1] in message and examples[check.SHOWN_EXAMPLES] not in message
 
 
-def test_splits_named_by_options(root, tmp_path, capsys):
+def test_splits_can_be_given_by_options(root, tmp_path, capsys):
     (root / "annotations" / "instances_val2017.json").rename(root / "v.json")
     words = ["--val_json", str(root / "v.json"), "--json", str(tmp_path / "a.json"), "--num_workers", "0"]
     assert check.main([str(root), *words]) == 0
     assert len(json.loads((tmp_path / "a.json").read_text())["splits"]) == 2
     assert check.main([*words, "--val_images", str(root / "val2017")]) == 0
     assert [split["name"] for split in json.loads((tmp_path / "a.json").read_text())["splits"]] == ["val2017"]
-    for wrong, said in ((words, "--val_images: found none"), ([], "COCODIR: found none"),
+    for wrong, message in ((words, "--val_images: found none"), ([], "COCODIR: found none"),
                         ([str(root)], "instances_val2017.json does not exist")):  # fmt: skip
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             check.main(wrong)
 
 

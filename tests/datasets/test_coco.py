@@ -1,4 +1,4 @@
-"""Reading COCO folders: targets, repeatable loading, and what a user gets to read when something is wrong."""
+"""Reading COCO folders: targets, repeatable loading, and error messages."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def folder(tmp_path):
             box(1, 2, 7, [6, 4, 12, 8], iscrowd=0),
             box(2, 2, 3, [0, 0, 60, 40], iscrowd=1),
             box(3, 2, 3, [10, 10, 0, 5], iscrowd=0),
-            box(4, 9, 3, [50, 30, 20, 20], iscrowd=0),  # reaches over the border
+            box(4, 9, 3, [50, 30, 20, 20], iscrowd=0),  # crosses the border
         ],
     }
     rewrite(root, content)
@@ -71,7 +71,7 @@ def edited(root, **changes):
 
 
 def options(root, image_size=20):
-    """Where the data set is, and the size of its images."""
+    """The data set's path and image size."""
     return SimpleNamespace(**{**DataConfig(coco_path=str(root)).values(), "image_size": image_size})
 
 
@@ -122,14 +122,14 @@ def same(one, other):
     )
 
 
-def test_an_epoch_depends_on_seed_and_number_alone(folder):
+def test_an_epoch_depends_only_on_seed_and_number(folder):
     reference = batches(folder, 3)
     state = torch.get_rng_state()
     torch.rand(5)
     assert same(reference, batches(folder, 3))
     torch.set_rng_state(state)
     assert same(reference, batches(folder, 3, num_workers=2))
-    assert torch.equal(torch.get_rng_state(), state)  # and touches no global generator
+    assert torch.equal(torch.get_rng_state(), state)  # and leaves the global generators unchanged
     epochs = [batches(folder, epoch) for epoch in range(6)] + [batches(folder, 3, seed=1)]
     assert sum(same(reference, other) for other in epochs) == 1
 
@@ -148,7 +148,7 @@ def test_batches_are_the_collated_samples(folder):
 
 
 def test_a_batch_survives_pinning():
-    """What pinning does to containers: tuples become lists, torch.Size too."""
+    """Pinning turns tuples and torch.Size into lists."""
     batch = [(torch.rand(3, 4, 5), {"labels": torch.tensor([1])}), (torch.rand(3, 2, 2), {"labels": torch.tensor([])})]
     flat, shapes, targets = _pack(batch)
     images, unpacked = _unpack([flat, [list(shape) for shape in shapes], targets])
@@ -157,7 +157,7 @@ def test_a_batch_survives_pinning():
 
 
 def test_boxes_follow_the_picture_through_augmentation(tmp_path):
-    """A white rectangle on black: wherever it goes, its box goes along."""
+    """The box of a white rectangle on black moves with it."""
     root = tmp_path / "coco"
     image_folder(root, SPLIT).mkdir(parents=True)
     pixels = np.zeros((80, 120, 3), np.uint8)
@@ -185,7 +185,7 @@ def test_boxes_follow_the_picture_through_augmentation(tmp_path):
     assert len(sizes) > 10
 
 
-def test_images_of_like_shape_are_neighbours_and_odd_sides_come_first(folder):
+def test_images_are_sorted_by_shape_and_odd_sides_come_first(folder):
     sizes = {1: (60, 40), 2: (40, 60), 3: (200, 100), 4: ("x", 3), 5: (0, 0), 6: (10**400, 1), 7: (80, 120), 8: (1, 1)}
     images = [{"id": n, "file_name": "a.jpg", "height": h, "width": w} for n, (h, w) in sizes.items()]
     rewrite(folder, edited(folder, images=[*images, {"id": 9, "file_name": "a.jpg"}], annotations=[]))
@@ -208,7 +208,7 @@ def test_share_of_each_process(folder, monkeypatch):
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("numbers", [[], [1], [1, 0], [0, 1, 0]])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_any_batches_of_a_pass_are_read_again_in_the_order_asked_for(folder, batch_size, numbers, num_workers):
+def test_batches_can_be_read_again_in_any_order(folder, batch_size, numbers, num_workers):
     dataset = build_dataset(SPLIT, options(folder))
     loader = build_loader(dataset, batch_size, shuffle=False, num_workers=num_workers)
     reference = list(loader)
@@ -221,7 +221,7 @@ def test_any_batches_of_a_pass_are_read_again_in_the_order_asked_for(folder, bat
 
 
 class StampProcess:
-    """A transform that puts the number of its process into every pixel, and leaves a file behind each image."""
+    """A transform that writes its process id into every pixel and creates a file for each image."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -231,7 +231,7 @@ class StampProcess:
         return torch.full_like(image, os.getpid(), dtype=torch.int64), boxes
 
 
-def test_batches_that_are_read_again_are_read_by_the_workers_before_they_are_asked_for(folder, tmp_path):
+def test_workers_prefetch_batches_that_are_read_again(folder, tmp_path):
     (tmp_path / "read").mkdir()
     dataset = build_dataset(SPLIT, options(folder))
     dataset.sample_transforms = StampProcess(tmp_path / "read")
@@ -259,7 +259,7 @@ def test_corrupt_image_is_named(folder, num_workers):
         assert "\n" not in str(caught.value)
 
 
-def test_a_workers_error_is_told_whole_even_if_a_file_name_has_a_line_end(folder):
+def test_a_workers_error_is_complete_even_if_a_file_name_has_a_line_end(folder):
     path = image_folder(folder, SPLIT) / "b.jpg"
     path.write_bytes(path.read_bytes()[:300])
     path.rename(path.with_name("b\nc.jpg"))
@@ -267,12 +267,12 @@ def test_a_workers_error_is_told_whole_even_if_a_file_name_has_a_line_end(folder
     content["images"][2]["file_name"] = "b\nc.jpg"
     rewrite(folder, content)
     dataset = build_dataset(SPLIT, options(folder))
-    told = []
+    messages = []
     for num_workers in (0, 1):
         with pytest.raises(UserError) as caught:
             list(build_loader(dataset, 1, shuffle=False, num_workers=num_workers))
-        told.append(str(caught.value))
-    assert told[0] == told[1] and str(image_folder(folder, SPLIT)) in told[1]
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and str(image_folder(folder, SPLIT)) in messages[1]
 
 
 def test_missing_files_are_named(folder, tmp_path):
@@ -327,7 +327,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", list(BROKEN))
-def test_broken_annotations_are_told_in_a_sentence(folder, message):
+def test_broken_annotations_are_a_one_line_error(folder, message):
     content = BROKEN[message]
     rewrite(folder, content if isinstance(content, str) else edited(folder, **content))
     with pytest.raises(UserError, match=message) as caught:
@@ -342,7 +342,7 @@ def test_missing_area_and_crowd_flag_are_filled_in(folder):
     assert dataset[0][1]["area"].tolist() == [12.0]
 
 
-def test_annotations_without_ids_of_their_own_are_numbered(folder):
+def test_annotations_without_ids_are_numbered(folder):
     for ids in ({}, {"id": 5}):
         items = [{**ids, "image_id": 2, "category_id": 3, "bbox": [1, 2, side, side]} for side in (3, 4)]
         rewrite(folder, edited(folder, annotations=items))

@@ -1,4 +1,4 @@
-"""All evaluators give what plain pycocotools gives, and what COCO's rules say on cases worked out by hand."""
+"""All evaluators agree with pycocotools, and with COCO's rules on cases computed by hand."""
 
 import contextlib
 import importlib.metadata
@@ -42,7 +42,7 @@ def tables(annotations, image_ids=(3, 7, 20), category_ids=CATEGORY_IDS):
 
 
 def judge(content, detections, image_ids=None, category_ids=None):
-    """The figures as pycocotools' own documentation computes them, with nothing left out."""
+    """The twelve COCO figures from pycocotools' documented calls."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = content
@@ -69,7 +69,7 @@ def check_all(content, detections, image_ids=None):
     wanted = judge(content, detections, image_ids)
     ground_truth = GroundTruth(content)
     for backend in BACKENDS:
-        for _ in range(2):  # the second call finds the ground truth prepared, and must not find it changed
+        for _ in range(2):  # the second call reuses the prepared ground truth, which the first must not change
             found = coco_stats(ground_truth, np.array(detections), image_ids, backend=backend)
             assert list(found) == list(STAT_NAMES)
             for name in STAT_NAMES:
@@ -113,7 +113,7 @@ def test_evaluators_agree_on_random_detections(annotations, detections, image_id
 
 
 def test_evaluators_agree_on_many_detections_of_one_image():
-    """More than 100 of a category: the rest must not count."""
+    """Only the best 100 detections of a category count."""
     generator = np.random.default_rng(0)
     annotations = [(3, 4, [*generator.uniform(0, 200, 2), *generator.uniform(5, 120, 2)], 0) for _ in range(60)]
     rows = [
@@ -126,7 +126,7 @@ def test_evaluators_agree_on_many_detections_of_one_image():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_worked_example(backend):
-    """Two boxes of one category, one found exactly with a false positive below it: precision 1 up to recall 1/2."""
+    """One of two boxes is found exactly, with a false positive below it: precision 1 up to recall 1/2."""
     content = tables([(3, 4, [0, 0, 50, 50], 0), (7, 4, [0, 0, 50, 50], 0)])
     rows = np.array([[3, 0, 0, 50, 50, 0.9, 4], [3, 200, 200, 50, 50, 0.8, 4]], float)
     stats = coco_stats(GroundTruth(content), rows, backend=backend)
@@ -138,14 +138,14 @@ def test_worked_example(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_crowds_swallow_detections(backend):
+def test_detections_on_crowds_are_ignored(backend):
     content = tables([(3, 4, [0, 0, 50, 50], 0), (3, 4, [100, 100, 150, 150], 1)])
     rows = np.array([[3, 110, 110, 40, 40, 0.9, 4], [3, 0, 0, 50, 50, 0.5, 4]], float)
     assert coco_stats(GroundTruth(content), rows, backend=backend)["AP"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_found_and_nothing_to_find(backend, capfd):
+def test_no_detections_and_no_annotations(backend, capfd):
     ground_truth = GroundTruth(tables([(3, 4, [0, 0, 50, 50], 0)]))
     nothing = coco_stats(ground_truth, np.empty((0, COLUMNS)), backend=backend)
     assert nothing["AP"] == 0 and nothing["AR100"] == 0 and nothing["APs"] == -1
@@ -177,7 +177,7 @@ def test_to_detections_turns_corners_into_sizes():
     assert to_detections(17, {name: value[:0] for name, value in result.items()}).shape == (0, 7)
 
 
-def test_wrong_use_is_refused():
+def test_invalid_calls_are_errors():
     ground_truth = GroundTruth(tables([(3, 4, [0, 0, 50, 50], 0)]))
     with pytest.raises(ValueError, match="backend 'fastest'"):
         coco_stats(ground_truth, np.empty((0, COLUMNS)), backend="fastest")

@@ -1,4 +1,4 @@
-"""The decoder: every mode as 8-bit RGB, and photos that lie on their side turned where the listed size asks for it."""
+"""The decoder: every mode becomes 8-bit RGB; photos are turned upright if the listed size requires it."""
 
 import io
 import struct
@@ -13,7 +13,7 @@ from datasets.decode import image_suffixes, read_listed, read_size, read_upright
 from util.errors import UserError
 
 ORIENTATION = 0x0112
-# Of an orientation: what was done to a picture for it to be stored that way.
+# EXIF orientation -> the transform that was applied to the stored picture.
 STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
@@ -53,7 +53,7 @@ def pixels(path):
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("shape", [WIDE, TALL, (8, 8)])
-def test_the_listed_size_says_how_a_photo_is_turned(tmp_path, suffix, orientation, shape):
+def test_the_listed_size_decides_how_a_photo_is_turned(tmp_path, suffix, orientation, shape):
     upright = corners(*shape)
     stored = upright.transpose(STORED[orientation]) if orientation > 1 else upright
     path = tmp_path / f"a.{suffix}"
@@ -78,13 +78,13 @@ def test_a_damaged_exif_block_leaves_the_pixels_as_they_are(colours, tmp_path, b
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 255])
-def test_an_orientation_that_does_not_exist_is_none(colours, tmp_path, orientation):
+def test_an_unknown_orientation_is_ignored(colours, tmp_path, orientation):
     colours.save(tmp_path / "a.jpg", exif=exif(orientation), quality=100)
     for found in (read_upright(tmp_path / "a.jpg"), read_listed(tmp_path / "a.jpg", TALL)):
         assert found.orientation == 1 and found.pixels.shape == (3, 8, 12)
 
 
-def test_every_mode_is_read_as_people_see_it(colours, tmp_path):
+def test_every_mode_keeps_its_colours(colours, tmp_path):
     expected = as_tensor(colours)
     colours.quantize(4).save(tmp_path / "palette.png")
     colours.convert("RGBA").save(tmp_path / "opaque.png")
@@ -105,7 +105,7 @@ def test_every_mode_is_read_as_people_see_it(colours, tmp_path):
     assert set(pixels(tmp_path / "bits.png").unique().tolist()) == {0, 255}
 
 
-RAMP = np.linspace(0, 255, 256).reshape(16, 16)  # what each of these is to become
+RAMP = np.linspace(0, 255, 256).reshape(16, 16)  # the expected colours
 SIGNED = np.array([[-(2**31)], [2**31 - 1]])
 DEEP = {
     "16 bits": (RAMP * 257).astype(np.uint16),
@@ -126,7 +126,7 @@ MADE_OF = {
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_deep_greys_and_floats_are_brought_to_8_bits_by_their_range(tmp_path, name):
+def test_16_bit_greys_and_floats_are_scaled_to_8_bits_by_their_range(tmp_path, name):
     Image.fromarray(DEEP[name]).save(tmp_path / "a.tif")
     found = pixels(tmp_path / "a.tif")
     wanted = torch.from_numpy(MADE_OF.get(name, RAMP)).expand(3, -1, -1)
@@ -136,7 +136,7 @@ def test_deep_greys_and_floats_are_brought_to_8_bits_by_their_range(tmp_path, na
         assert torch.equal(pixels(tmp_path / "a.png"), found)
 
 
-def test_a_16_bit_pgm_has_the_range_of_16_bits_however_dark_it_is(tmp_path):
+def test_a_dark_16_bit_pgm_is_scaled_by_the_range_of_16_bits(tmp_path):
     for level in (0, 257, 65535):
         (tmp_path / "a.pgm").write_bytes(b"P5\n2 1\n65535\n" + np.array([0, level], ">u2").tobytes())
         assert pixels(tmp_path / "a.pgm")[0].tolist() == [[0, round(level / 257)]]
@@ -160,7 +160,7 @@ def test_floats_that_are_not_finite_are_refused(tmp_path, wrong):
         read_upright(tmp_path / "a.tif")
 
 
-def test_what_is_transparent_is_white(colours, tmp_path):
+def test_transparent_pixels_become_white(colours, tmp_path):
     alpha = Image.new("L", colours.size, 255)
     alpha.paste(0, (0, 0, 6, 4))  # the red corner
     whitened = colours.copy()
@@ -182,7 +182,7 @@ def test_what_is_transparent_is_white(colours, tmp_path):
     Image.fromarray(deep).save(tmp_path / "deep.png")
     content, chunk = (tmp_path / "deep.png").read_bytes(), b"tRNS" + struct.pack(">H", 1000)
     chunk = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    (tmp_path / "deep.png").write_bytes(content[:33] + chunk + content[33:])  # behind the header
+    (tmp_path / "deep.png").write_bytes(content[:33] + chunk + content[33:])  # after the header
     assert pixels(tmp_path / "grey.png")[:, 0, 0].tolist() == [255] * 3
     assert pixels(tmp_path / "deep.png")[0].tolist() == [[255] * 4] + [[20] * 4] * 3
 
@@ -192,7 +192,7 @@ def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
     assert pixels(tmp_path / "a.png")[:, 0, 0].tolist() == [255, 204, 224]
 
 
-def test_bytes_that_are_no_picture_are_named_in_one_sentence(tmp_path):
+def test_a_file_that_is_no_image_is_a_one_line_error(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"a\.jpg cannot be read as an image: found no known format"):
         read_listed(tmp_path / "a.jpg", (3, 4))
@@ -208,7 +208,7 @@ def test_suffixes_are_those_of_the_formats_read(colours, tmp_path):
     if ".avif" in image_suffixes():
         colours.save(tmp_path / "a.avif", quality=100)
         found, wanted = pixels(tmp_path / "a.avif").int(), as_tensor(colours).int()
-        assert (found - wanted)[:, [0, 0, -1, -1], [0, -1, 0, -1]].abs().max() <= 3  # colours are blurred in between
+        assert (found - wanted)[:, [0, 0, -1, -1], [0, -1, 0, -1]].abs().max() <= 3  # colours blend between them
     stream = io.BytesIO()
     colours.save(stream, "JPEG", quality=100)
     (tmp_path / "a.jfif").write_bytes(stream.getvalue())

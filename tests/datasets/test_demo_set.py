@@ -1,4 +1,4 @@
-"""The demo set: the same pixels everywhere, boxes that fit, the mix of sizes, and a careful output folder."""
+"""The demo set: identical pixels on every platform, tight boxes, the mix of sizes, and a safe output folder."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ def drawn():
     return [demo.draw_image(3, 0, index, size=128) for index in range(40)]
 
 
-def test_pixels_and_annotations_are_pinned():
+def test_pixels_and_annotations_have_fixed_digests():
     digest = hashlib.sha256()
     for index in range(3):
         pixels, annotations = demo.draw_image(7, 0, index, size=64)
@@ -87,7 +87,7 @@ def test_coverage_and_erode_count_samples():
     mask[1:7, 2:8] = True
     assert coverage(mask).tolist() == [[6, 12], [6, 12]]
     assert coverage(mask).sum() == mask.sum() and coverage(np.ones((4, 4), bool)).item() == SAMPLES**2
-    assert erode(mask, 1)[2:6, 3:7].all() and erode(mask, 1).sum() == 4 * 5  # the picture's border is no edge
+    assert erode(mask, 1)[2:6, 3:7].all() and erode(mask, 1).sum() == 4 * 5  # the border is not an edge
 
 
 def test_set_has_coco_layout_with_gaps_in_ids(tmp_path):
@@ -106,7 +106,7 @@ def test_set_has_coco_layout_with_gaps_in_ids(tmp_path):
         assert ids == list(range(1, len(ids) + 1))
 
 
-def test_same_set_is_left_and_anything_else_is_refused(tmp_path):
+def test_an_identical_set_is_kept_and_any_other_folder_is_refused(tmp_path):
     out = tmp_path / "set"
     settings = {"images": 1, "val_images": 1, "seed": 0, "size": 64}
     out.mkdir()

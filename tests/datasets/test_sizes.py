@@ -1,4 +1,4 @@
-"""Images of another size than listed are counted: some by their headers, all as they are read."""
+"""Images whose size differs from the listed one are counted: a sample by their headers, all when they are read."""
 
 import json
 import logging
@@ -34,16 +34,16 @@ def dataset_of(root, edit=None):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_other_sizes_are_counted_by_headers_and_by_a_pass(root, num_workers):
+def test_differing_sizes_are_counted_from_headers_and_from_images(root, num_workers):
     dataset = dataset_of(root)
-    said = (
+    message = (
         f"{dataset.annotation_file}: 3 of 8 images read differ from their listed size, first '0.jpg' is 32 x 32, "
         "listed 64 x 64; expected boxes in the pixels of the files"
     )
-    assert header_notices(dataset) == [(logging.WARNING, said)]
+    assert header_notices(dataset) == [(logging.WARNING, message)]
     loader = build_loader(dataset, 3, shuffle=False, num_workers=num_workers)
     list(loader)
-    assert size_notices(loader) == [(logging.WARNING, said)]
+    assert size_notices(loader) == [(logging.WARNING, message)]
     list(loader)
     assert size_notices(loader) == []
 
@@ -73,7 +73,7 @@ def test_a_photo_that_is_turned_has_the_listed_size(root):
     assert header_notices(dataset) == size_notices(loader) == []
 
 
-def test_few_headers_are_read_of_a_large_set(root, monkeypatch):
+def test_only_a_sample_of_headers_is_read_from_a_large_set(root, monkeypatch):
     dataset = dataset_of(root)
     read = []
     monkeypatch.setattr("datasets.sizes.read_size", lambda path, listed: read.append(path))
