@@ -206,9 +206,9 @@ def test_it_fails_only_if_no_image_is_left(root, tmp_path, capsys, detectors):
     (tmp_path / "1.png").write_bytes((root / "val2017" / "1.jpg").read_bytes()[:300])
     with pytest.raises(SystemExit) as end:
         run_cli(lambda: detect(tmp_path / "out", tmp_path, detectors.format(root=root)))
-    told = capsys.readouterr()
-    assert end.value.code == 2 and told.out.count("cannot be read as an image") == 2
-    assert told.err.startswith("error: found no image that can be read among 2")
+    message = capsys.readouterr()
+    assert end.value.code == 2 and message.out.count("cannot be read as an image") == 2
+    assert message.err.startswith("error: found no image that can be read among 2")
 
 
 def test_a_picture_never_replaces_an_input(root, tmp_path):
@@ -240,10 +240,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_sentence_and_nothing_is_written(root, tmp_path, mistake):
-    words, told = MISTAKES[mistake]
+    words, message = MISTAKES[mistake]
     with pytest.raises(UserError) as error:
         detect(tmp_path / "out", words.format(root=root))
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

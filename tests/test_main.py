@@ -294,13 +294,13 @@ def teachers_folder(trained, annotated, tmp_path_factory) -> Path:
 def test_an_unsuitable_teacher_is_one_sentence_and_nothing_is_written(
     teacher, coco, trained, teachers_folder, tmp_path
 ):
-    path, told = TEACHERS[teacher]
+    path, message = TEACHERS[teacher]
     args, typed = tiny_options("--coco_path", coco, "--output_dir", tmp_path, "--start_fresh", "--resume",
                                trained / "checkpoint.pth")  # fmt: skip
     args.distill = path.format(tmp=teachers_folder)
     with pytest.raises(UserError) as error:
         main.main(args, {*typed, "distill"})
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith("--distill") and list(tmp_path.iterdir()) == []
 
 
@@ -333,7 +333,7 @@ def mistakes_folder(coco, trained, tmp_path_factory) -> Path:
 def test_a_mistake_is_one_sentence_and_nothing_is_written(mistake, coco, trained, mistakes_folder, tmp_path):
     if mistake == "no CUDA" and torch.cuda.is_available():
         pytest.skip("there is CUDA here")
-    words, told = MISTAKES[mistake]
+    words, message = MISTAKES[mistake]
     words = words.format(tmp=mistakes_folder, ckpt=trained / "checkpoint.pth")
     (tmp_path / "log.txt").write_text("a line of an earlier run\n")
     eval_or_train = "" if mistake == "a complete run" else "--eval"
@@ -349,7 +349,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(mistake, coco, trained
                 words,
             )
         )
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 

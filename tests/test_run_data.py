@@ -116,15 +116,15 @@ def other_sizes(root: Path, split: str, images: int) -> str:
 def test_every_run_says_that_files_have_been_resized(coco, annotated, tmp_path, capsys):
     """Before the first pass by some headers, behind it by all images; on the screen and in the log."""
     root = changed(annotated, tmp_path / "annotated", double_sizes)
-    said = other_sizes(root, "val2017", 7)
-    assert evaluate(root, tmp_path / "eval").count(said) == 2 == capsys.readouterr().out.count(said)
+    message = other_sizes(root, "val2017", 7)
+    assert evaluate(root, tmp_path / "eval").count(message) == 2 == capsys.readouterr().out.count(message)
 
     words = f"--coco_path {root} --resume {root}/dense.pth --output_dir {tmp_path}/search --search_split val2017 "
     words += "--keep 0.9 --reconstruct none --ranking magnitude --batch_size 2 --num_workers 0 --device cpu"
     args, typed = parse(get_pruning_parser(MGP, "a test"), [*words.split(), "--attention_unit", "4"])
     search(MGP, args, typed)
     log = (tmp_path / "search" / "run.log").read_text()
-    assert log.count(said) == 2 == capsys.readouterr().out.count(said)
+    assert log.count(message) == 2 == capsys.readouterr().out.count(message)
 
     root = changed(coco, tmp_path / "coco", double_sizes, ("train2017", "val2017"))
     train(root, tmp_path / "train", "--epochs 2 --lr 0")

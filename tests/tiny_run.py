@@ -128,12 +128,12 @@ def tiny_options(*more: str | Path) -> tuple:
 
 def run_script(script: str, words: str) -> tuple[int, str]:
     """Exit code and stderr of an entry script, run in this process: starting one takes six seconds."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), mock.patch.object(sys, "argv", [script, *words.split()]):
+    message = io.StringIO()
+    with contextlib.redirect_stderr(message), mock.patch.object(sys, "argv", [script, *words.split()]):
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
             if isinstance(end.code, str):  # Python prints it and ends with 1
-                return 1, f"{said.getvalue()}{end.code}\n"
-            return end.code or 0, said.getvalue()
-    return 0, said.getvalue()
+                return 1, f"{message.getvalue()}{end.code}\n"
+            return end.code or 0, message.getvalue()
+    return 0, message.getvalue()

@@ -121,7 +121,7 @@ def test_training_reaches_what_has_grown(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sizes, decoder_from, said",
+    "sizes, decoder_from, message",
     [
         ({"hidden_dim": 48}, None, "--hidden_dim 48: expected a multiple of the checkpoint's 32"),
         ({"num_queries": 4}, None, "--num_queries 4: the checkpoint has 5, expected at least as many"),
@@ -130,8 +130,8 @@ def test_training_reaches_what_has_grown(tmp_path):
         ({}, [0], "expected 2 numbers from 0 to 1, the first of them 0"),
     ],
 )
-def test_sizes_that_it_cannot_grow_to_are_refused(tmp_path, sizes, decoder_from, said):
-    with pytest.raises(UserError, match=said):
+def test_sizes_that_it_cannot_grow_to_are_refused(tmp_path, sizes, decoder_from, message):
+    with pytest.raises(UserError, match=message):
         grown(tmp_path, small_detector(), decoder_from=decoder_from, **sizes)
     assert not (tmp_path / "grown.pth").exists()
 

@@ -98,7 +98,7 @@ def test_gradients_go_through_the_padding():
 def test_the_benchmark_runs_in_every_mode(tmp_path):
     words = ["--device", "cuda", "--subjects", "demo", "--batches", "1", "2", "--repeats", "2"]
     latency.main([*words, "--modes", *latency.MODES, "--output", str(tmp_path)])
-    told = json.loads((tmp_path / "latency_cuda.json").read_text())
-    assert {case["mode"] for case in told["cases"]} == set(latency.MODES)
-    assert len(told["cases"]) == 4 * len(latency.MODES)
-    assert all(case["ms_transformer"] > 0 for case in told["cases"])
+    message = json.loads((tmp_path / "latency_cuda.json").read_text())
+    assert {case["mode"] for case in message["cases"]} == set(latency.MODES)
+    assert len(message["cases"]) == 4 * len(latency.MODES)
+    assert all(case["ms_transformer"] > 0 for case in message["cases"])

@@ -231,10 +231,10 @@ def test_a_warning_names_the_options_and_the_gigabytes(machine, capsys, monkeypa
 
     machine(free := settled.free(CPU, 1, HALF))
     settled.decide()
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"--search_images 8: features and states need {whole:.1f} GB" in said
-    assert f"{halved:.1f} of {free / 1e6:.1f} GB of free RAM may be used (--cache_gb)" in said
-    assert f"in bfloat16 ({halved:.1f} GB)" in said
+    message = " ".join(capsys.readouterr().out.split())
+    assert f"--search_images 8: features and states need {whole:.1f} GB" in message
+    assert f"{halved:.1f} of {free / 1e6:.1f} GB of free RAM may be used (--cache_gb)" in message
+    assert f"in bfloat16 ({halved:.1f} GB)" in message
 
     for share, kept in (
         (0.5, "all features, not all states, are kept in bfloat16"),
@@ -242,23 +242,23 @@ def test_a_warning_names_the_options_and_the_gigabytes(machine, capsys, monkeypa
     ):
         machine(settled.free(CPU, share, HALF))
         settled.decide()
-        said = " ".join(capsys.readouterr().out.split())
-        assert f"--search_images 8: features and states need {whole:.1f} GB" in said
-        assert kept in said and f"in bfloat16 ({halved:.1f} GB)" in said
-        assert "fewer --search_images or a larger --cache_gb" in said
+        message = " ".join(capsys.readouterr().out.split())
+        assert f"--search_images 8: features and states need {whole:.1f} GB" in message
+        assert kept in message and f"in bfloat16 ({halved:.1f} GB)" in message
+        assert "fewer --search_images or a larger --cache_gb" in message
     percent = 100 * (0.1 * settled.need.total(HALF) / 2) / settled.need.halved
-    assert f"features of about {percent:.0f} % of the images" in said
+    assert f"features of about {percent:.0f} % of the images" in message
 
 
 def test_a_search_that_cannot_run_is_refused_with_the_figures(machine, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 1)
     settled = Settled(CPU, CacheOptions(searched="--search_images all"), evaluation=16e9, reading=1e9, images=118_287)
     machine(14e9)
-    said = (
+    message = (
         r"--search_images all: found 14\.0 GB of free RAM, expected at least 21\.\d GB: 16\.0 GB for mAP of 118,287 "
         r"images, 0\.0 GB for passes through the network, 1\.0 GB for images read ahead, .* fewer --search_images"
     )
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         settled.decide()
     machine(settled.beside(CPU) / USABLE_SHARE + 1)
     settled.decide()  # runs, however little is kept

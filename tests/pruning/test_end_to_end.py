@@ -312,10 +312,10 @@ def test_the_papers_command_line_is_taken(folder, tmp_path):
         search(GP, *parse(get_pruning_parser(GP, "a test"), words.split()))
 
 
-@pytest.mark.parametrize(("base_ap", "said"), [(0.0, "found mAP 0 on val2017"), (-1.0, "found no boxes")])
-def test_a_search_needs_an_map_to_hold_on_to(folder, tmp_path, monkeypatch, base_ap, said):
+@pytest.mark.parametrize(("base_ap", "message"), [(0.0, "found mAP 0 on val2017"), (-1.0, "found no boxes")])
+def test_a_search_needs_an_map_to_hold_on_to(folder, tmp_path, monkeypatch, base_ap, message):
     monkeypatch.setattr(DetectorBench, "full_ap", lambda self, name=None: base_ap)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         run(GP, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -66,7 +66,7 @@ def test_lines_go_on_behind_those_that_are_there(path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "value", "said"),
+    ("keys", "value", "message"),
     [
         (["args", "batch_size"], 4, r"args\.batch_size 2, expected 4"),
         (["args", "keep"], 0.5, r"args\.keep None, expected 0\.5"),
@@ -78,14 +78,14 @@ def test_lines_go_on_behind_those_that_are_there(path):
         (["full_widths"], [], "full_widths"),
     ],
 )
-def test_a_search_that_depends_on_anything_else_is_refused(path, keys, value, said):
+def test_a_search_that_depends_on_anything_else_is_refused(path, keys, value, message):
     facts = copy.deepcopy(FACTS)
     inner = facts
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
     before = path.read_bytes()
-    with pytest.raises(UserError, match=rf"search\.jsonl: found a search with {said}"):
+    with pytest.raises(UserError, match=rf"search\.jsonl: found a search with {message}"):
         Journal(path).resume(facts)
     assert path.read_bytes() == before
 
@@ -135,7 +135,7 @@ def test_a_journal_that_holds_no_decision_yet_is_not_begun_twice(path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("no JSON", "line 2 is not an event"),
         ("[1, 2]", "line 2 is not an event"),
@@ -143,10 +143,10 @@ def test_a_journal_that_holds_no_decision_yet_is_not_begun_twice(path):
         ("{}", "line 2 is not an event"),
     ],
 )
-def test_a_line_that_is_no_event_is_a_users_mistake(path, line, said):
+def test_a_line_that_is_no_event_is_a_users_mistake(path, line, message):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Journal(path).resume(FACTS)
 
 

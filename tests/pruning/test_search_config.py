@@ -16,7 +16,7 @@ def read(words, schedule=MGP):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--search visit --cost macs", "--cost: --search visit does not use it, expected --search fast"),
         ("--search paper --cost macs", "--cost: --search paper does not use it"),
@@ -39,8 +39,8 @@ def read(words, schedule=MGP):
         ("--search visit --ranking random --reconstruct none --calibration_images 8", "--calibration_images"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(words, said):
-    with pytest.raises(UserError, match=said):
+def test_options_that_would_do_nothing_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
         refuse_unread_by_search(*read(words))
 
 

@@ -38,7 +38,7 @@ def test_an_evaluation_takes_no_option_of_training(name):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--eval --lr 5 --distill /nonexistent", "--lr, --distill: found with --eval, which does not train"),
         ("--eval --resume a.pth --seed 3", "--seed: found with --eval and --resume, where nothing is random"),
@@ -57,8 +57,8 @@ def test_an_evaluation_takes_no_option_of_training(name):
         (f"{DEFORMABLE} --dilation --return_layer layer3", "--dilation: found --return_layer layer3"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(words, said):
-    with pytest.raises(UserError, match=said):
+def test_options_that_would_do_nothing_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
         check(words)
 
 

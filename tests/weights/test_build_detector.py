@@ -45,7 +45,7 @@ def save_of_kind(path, kind):
     """A checkpoint of one of the formats, of a tiny detector for 7 classes."""
     model = tiny_detector(seed=1)[0]
     weights = rename_encoder_attention(model.state_dict(), slim=True)
-    told = {"args": tiny_args()}
+    message = {"args": tiny_args()}
     if kind in ("search", "search of nameless"):
         kept = {name: all_kept(module) for name, module in model.prunable_modules().items()}
         kept["encoder.0.ffn"] = {"hidden": torch.arange(3, 23)}
@@ -55,13 +55,13 @@ def save_of_kind(path, kind):
         save(path.with_name("whole.pth"), training={"optimizer": {}})
         strip_optimizer(path.with_name("whole.pth"), path, half=True)
     elif kind == "release":
-        torch.save({"model": model.state_dict(), **told}, path)
+        torch.save({"model": model.state_dict(), **message}, path)
     elif kind == "paper_slim":
-        torch.save({"model": weights, **told}, path)
+        torch.save({"model": weights, **message}, path)
     elif kind == "paper_search":
         mask = torch.zeros(1, 1, 32)
         mask[..., :12] = 1
-        torch.save({"model": {**weights, "transformer.encoder.layers.0.select2.prune_a": mask}, **told}, path)
+        torch.save({"model": {**weights, "transformer.encoder.layers.0.select2.prune_a": mask}, **message}, path)
     else:
         save(path, training={"optimizer": {}, "epoch": 1} if kind == "unfinished" else None)
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_every_format_is_trained_on_other_classes(kind, coco, tm
 
 
 @pytest.mark.parametrize(
-    ("categories", "said", "matches"),
+    ("categories", "message", "matches"),
     [
         ({1: "kind 1", 3: "kind 3"}, None, None),
         ({1: "kind 1", 2: "more", 3: "kind 3"}, None, None),
@@ -139,24 +139,24 @@ def test_a_checkpoint_of_every_format_is_trained_on_other_classes(kind, coco, tm
         ({0: "kind 1", 2: "kind 1", 3: "kind 3"}, "found no such category as category 1", {3: 3}),
     ],
 )
-def test_names_tell_other_classes_where_their_number_is_the_same(categories, said, matches, coco, tmp_path):
+def test_names_tell_other_classes_where_their_number_is_the_same(categories, message, matches, coco, tmp_path):
     model = build_model(argparse.Namespace(**{**vars(tiny_args()), "num_classes": 4}))[0]
     save_checkpoint(tmp_path / "a.pth", state_dict=model.state_dict(), widths=model.widths, full_widths=model.widths,
                     arguments=vars(tiny_args()), num_classes=4, categories=categories)  # fmt: skip
     words = ("--coco_path", coco, "--resume", tmp_path / "a.pth")
     _, _, parts = finetune(*words)
     assert (None if parts is None else parts.matches) == matches
-    if said is None:
+    if message is None:
         finetune(*words, "--eval")
     else:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             finetune(*words, "--eval")
     teaching, typed = options(*words, "--no-pretrained_backbone")
     teaching = settled(teaching, typed)[0].with_values({"distill": str(tmp_path / "a.pth")})
-    if said is None:
+    if message is None:
         assert build_distillation(teaching, model) is not None
     else:
-        with pytest.raises(UserError, match=rf"^--distill .*{said}"):
+        with pytest.raises(UserError, match=rf"^--distill .*{message}"):
             build_distillation(teaching, build(teaching.detector)[0])
 
 
@@ -180,15 +180,15 @@ def test_where_a_detector_must_know_its_classes_others_are_an_error(coco, tmp_pa
         path.write_text(path.read_text().replace('"categories": [', '"categories": [{"id": 9, "name": "ninth"}, '))
     save_of_kind(tmp_path / "a.pth", "ours")
     save_of_kind(tmp_path / "unfinished.pth", "unfinished")
-    told = "found a checkpoint for 7 classes, expected 10, the largest category id . 1 in the annotations; "
+    message = "found a checkpoint for 7 classes, expected 10, the largest category id . 1 in the annotations; "
     evaluation = ("--coco_path", wide, "--output_dir", tmp_path / "out", "--resume", tmp_path / "a.pth")
-    with pytest.raises(UserError, match=rf"a\.pth: {told}fine-tune it on them \(main\.py without --eval\)"):
+    with pytest.raises(UserError, match=rf"a\.pth: {message}fine-tune it on them \(main\.py without --eval\)"):
         main.main(*options(*evaluation, "--eval --device cpu"))
     parser = get_pruning_parser(MGP, "a test")
     for split in ("val2017", "train2017"):
-        with pytest.raises(UserError, match=f"{told}fine-tune it"):
+        with pytest.raises(UserError, match=f"{message}fine-tune it"):
             search(MGP, *parse(parser, [*map(str, evaluation), "--device", "cpu", "--search_split", split]))
-    with pytest.raises(UserError, match=rf"unfinished\.pth: {told}--start_fresh trains its weights with new class"):
+    with pytest.raises(UserError, match=rf"unfinished\.pth: {message}--start_fresh trains its weights with new class"):
         main.main(*options(*evaluation[:4], "--device cpu --resume", tmp_path / "unfinished.pth"))
     assert not (tmp_path / "out").exists()
     assert finetune(*evaluation[:4], "--start_fresh --resume", tmp_path / "unfinished.pth")[2].matches == {1: 6, 3: 1}
@@ -219,7 +219,7 @@ def test_ignored_weights_begin_anew_and_win_over_names(kind, coco, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--finetune_ignore class_embed", "found no --resume"),
         ("--resume {tmp}/a.pth --eval --finetune_ignore class_embed", "found --eval"),
@@ -230,11 +230,11 @@ def test_ignored_weights_begin_anew_and_win_over_names(kind, coco, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_ignored_is_told(words, said, tmp_path):
+def test_what_cannot_be_ignored_is_told(words, message, tmp_path):
     root = write_self_annotated(tmp_path / "coco")
     save(tmp_path / "a.pth", categories=None)
     save(tmp_path / "unfinished.pth", categories=None, training={"optimizer": {}, "epoch": 1})
-    with pytest.raises(UserError, match=f"--finetune_ignore.*{said}"):
+    with pytest.raises(UserError, match=f"--finetune_ignore.*{message}"):
         finetune("--coco_path", root, words.format(tmp=tmp_path))
 
 
@@ -283,7 +283,7 @@ def test_a_run_on_files_named_one_by_one_is_that_on_the_layout(scattered, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--val_json {tmp}/none.json --val_images {images}", r"^--val_json .*none\.json: no such file"),
         ("--val_json= --coco_path {coco}", "^--val_json : no such file"),
@@ -297,13 +297,13 @@ def test_a_run_on_files_named_one_by_one_is_that_on_the_layout(scattered, tmp_pa
         ("--val_images {images} --coco_path {tmp}/none", "^--coco_path .*none is not a readable folder"),
     ],
 )
-def test_files_that_are_not_there_are_told_with_their_option(words, said, scattered, tmp_path):
+def test_files_that_are_not_there_are_told_with_their_option(words, message, scattered, tmp_path):
     root, _ = scattered
     places = {"tmp": tmp_path, "json": root / "val.json", "images": root / "val2017", "coco": root / "coco"}
     (root / "val2017").mkdir(exist_ok=True)
     (root / "val2017" / "a.txt").touch()
     args, typed = tiny_options("--eval", words.format(**places))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         settled(args, typed)
 
 

@@ -61,9 +61,11 @@ def test_what_does_not_fit_is_told_with_file_key_and_shapes_and_changes_nothing(
     weights["input_proj.extra"] = weights.pop("input_proj.bias")
     with pytest.raises(UserError) as error:
         load_weights(model, weights, "a.pth")
-    told = str(error.value)
-    assert told.startswith("a.pth: ") and "class_embed.bias has the shape 3, expected 7" in told
-    assert "input_proj.bias is missing, expected 32" in told and "input_proj.extra (32) is not in the model" in told
+    message = str(error.value)
+    assert message.startswith("a.pth: ") and "class_embed.bias has the shape 3, expected 7" in message
+    assert (
+        "input_proj.bias is missing, expected 32" in message and "input_proj.extra (32) is not in the model" in message
+    )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -83,8 +85,8 @@ def test_dn_detrs_release_with_its_namespace(tmp_path):
 
 def test_the_deformable_release_tells_its_variant_and_widths(tmp_path):
     model = tiny_detector(VARIANTS["deformable"], cfgs=SLIM, seed=1)[0]
-    told = argparse.Namespace(num_feature_levels=3, enc_n_points=2, dec_n_points=4, nheads=4)
-    torch.save({"model": model.state_dict(), "args": told}, tmp_path / "a.pth")
+    message = argparse.Namespace(num_feature_levels=3, enc_n_points=2, dec_n_points=4, nheads=4)
+    torch.save({"model": model.state_dict(), "args": message}, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     assert (checkpoint.kind, checkpoint.widths, checkpoint.num_classes) == ("release", SLIM, 7)
     config = NetworkConfig.from_values(vars(tiny_args("--return_layer layer3")))
@@ -192,11 +194,11 @@ def test_a_mask_for_a_layer_without_weights_is_told_with_the_file(tmp_path):
 
 
 def test_a_foreign_file_tells_its_architecture_unless_it_is_typed(tmp_path):
-    told = argparse.Namespace(dilation=True, num_queries=5, pe_temperatureH=7, lr=3, modelname="other", cfgs=[1],
+    message = argparse.Namespace(dilation=True, num_queries=5, pe_temperatureH=7, lr=3, modelname="other", cfgs=[1],
                               enc_layers=1, dec_layers=2, hidden_dim=32, dim_feedforward=32, nheads=4,
                               backbone="resnet18", num_select=50)  # fmt: skip
     model = tiny_detector("--dilation --num_queries 5")[0]
-    torch.save({"model": model.state_dict(), "args": told}, tmp_path / "a.pth")
+    torch.save({"model": model.state_dict(), "args": message}, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     args, typed = parse(get_args_parser(), ["--num_select", "9"])
     options = take_from_checkpoint(TrainingOptions.from_values(vars(args)), typed, checkpoint)
@@ -222,22 +224,22 @@ def test_our_search_output_comes_back_as_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kept", "told"),
+    ("kept", "message"),
     [
         ({"decoder.0.self_attention": {"query": torch.arange(8), "value": torch.arange(8)}}, "expected equally many"),
         ({"encoder.9.ffn": {"hidden": torch.arange(8)}}, "encoder.9.ffn"),
         ({"encoder.0.ffn": {"hidden": torch.arange(99)}}, "from 0 to 31"),
     ],
 )
-def test_kept_channels_that_cannot_be_cut_are_told(tmp_path, kept, told):
+def test_kept_channels_that_cannot_be_cut_are_told(tmp_path, kept, message):
     saved(tmp_path / "a.pth", kept=kept)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         slim_state_dict(read_checkpoint(tmp_path / "a.pth"), tiny_detector()[0])
     assert "a.pth" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"version": 2}, "found format version 2, expected 1"),
         ({"widths": [[1]]}, "under `widths`"),
@@ -255,15 +257,15 @@ def test_kept_channels_that_cannot_be_cut_are_told(tmp_path, kept, told):
         ({"kept": {3: {"hidden": torch.arange(20)}}}, "found the key 3 under `kept`"),
     ],
 )
-def test_a_file_of_ours_with_wrong_entries_is_told(tmp_path, change, told):
+def test_a_file_of_ours_with_wrong_entries_is_told(tmp_path, change, message):
     saved(tmp_path / "a.pth")
     torch.save({**torch.load(tmp_path / "a.pth", weights_only=True), **change}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_checkpoint(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
-    ("stored", "told"),
+    ("stored", "message"),
     [
         ({"nheads": "4"}, "found '4' under `args.nheads`, expected a whole number"),
         ({"hidden_dim": 32.5}, "found 32.5 under `args.hidden_dim`, expected a whole number"),
@@ -275,11 +277,11 @@ def test_a_file_of_ours_with_wrong_entries_is_told(tmp_path, change, told):
         ({"distill": 5}, "found 5 under `args.distill`, expected text"),
     ],
 )
-def test_stored_options_that_no_command_line_could_give_are_told(tmp_path, stored, told):
+def test_stored_options_that_no_command_line_could_give_are_told(tmp_path, stored, message):
     saved(tmp_path / "a.pth")
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     torch.save({**content, "args": {**content["args"], **stored}}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         take_from_checkpoint(TrainingOptions(), (), read_checkpoint(tmp_path / "a.pth"), continuing=True)
     assert "a.pth" in str(error.value)
 

@@ -127,7 +127,7 @@ def test_names_in_its_config_are_the_categories(tmp_path, labels, names):
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "message"),
     [
         ({"3": "star"}, r"found the id 3 under id2label, expected ids below 3, the classes of model\.safetensors"),
         ({"one\n": "ring"}, r"found 'one\\n': 'ring' under id2label, expected names by id"),
@@ -136,8 +136,8 @@ def test_names_in_its_config_are_the_categories(tmp_path, labels, names):
         ({"9" * 5000: "ring"}, r"found '9{39}\.\.\.: 'ring' under id2label"),
     ],
 )
-def test_names_that_do_not_fit_its_classes_are_told(tmp_path, labels, told):
-    with pytest.raises(UserError, match=rf"config\.json: {told}") as error:
+def test_names_that_do_not_fit_its_classes_are_told(tmp_path, labels, message):
+    with pytest.raises(UserError, match=rf"config\.json: {message}") as error:
         read_checkpoint(saved_with(tmp_path, id2label=labels))
     assert len(str(error.value).splitlines()) == 1
 
@@ -216,7 +216,7 @@ def test_an_index_that_does_not_fit_its_files_is_told(tmp_path):
     _, parts, index = sharded(tmp_path, ".bin")
     content = json.loads(index.read_text())
     key = next(iter(content["weight_map"]))
-    for weight_map, told in (
+    for weight_map, message in (
         ({**content["weight_map"], key: "pytorch_model-2.bin"}, rf"pytorch_model-2\.bin: found no {re.escape(key)}"),
         ({**content["weight_map"], key: "gone.bin"}, r"gone\.bin: no such file"),
         ({**content["weight_map"], key: "../whole/model.safetensors"}, "expected the name of a file beside it"),
@@ -226,7 +226,7 @@ def test_an_index_that_does_not_fit_its_files_is_told(tmp_path):
         ([], r"found \[\] under weight_map"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             read_checkpoint(parts)
     index.write_text("{")
     with pytest.raises(UserError, match="found no JSON"):
@@ -269,7 +269,7 @@ def test_a_search_prunes_it_and_its_output_keeps_the_bound(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("missing", "told"),
+    ("missing", "message"),
     [
         ("model.encoder.layers.0.self_attn.k_proj.bias", "no model.encoder.layers.0.self_attn.k_proj.bias, expected"),
         ("class_embed.bias", "found no class_embed.bias"),
@@ -277,16 +277,16 @@ def test_a_search_prunes_it_and_its_output_keeps_the_bound(tmp_path):
         ("model.backbone.conv_encoder.model._backbone.layer3.0.conv1.weight", r"blocks under .*conv_encoder"),
     ],
 )
-def test_a_file_that_lacks_keys_is_told_with_their_names(tmp_path, missing, told):
+def test_a_file_that_lacks_keys_is_told_with_their_names(tmp_path, missing, message):
     weights = tiny().state_dict()
     del weights[missing]
     torch.save(weights, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=f"a.pth: .*{told}"):
+    with pytest.raises(UserError, match=f"a.pth: .*{message}"):
         read_checkpoint(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"keep_query_pos": True}, "keep_query_pos"),
         ({"model_type": "detr"}, "model type 'detr'"),
@@ -294,11 +294,11 @@ def test_a_file_that_lacks_keys_is_told_with_their_names(tmp_path, missing, told
         ({"temperature_height": "hot"}, "pe_temperatureH"),
     ],
 )
-def test_a_config_that_is_none_of_ours_is_told(tmp_path, change, told):
+def test_a_config_that_is_none_of_ours_is_told(tmp_path, change, message):
     tiny().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         detector_of(tmp_path)
 
 

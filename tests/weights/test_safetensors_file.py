@@ -62,7 +62,7 @@ def metadata(**changes) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("about", "told"),
+    ("about", "message"),
     [
         ({METADATA_KEY: "{"}, "no JSON"),
         ({METADATA_KEY: "[" * 100_000}, "no JSON"),
@@ -82,9 +82,9 @@ def metadata(**changes) -> dict[str, str]:
         ({}, "no key transformer.encoder"),
     ],
 )
-def test_hostile_metadata_are_told(tmp_path, about, told):
+def test_hostile_metadata_are_told(tmp_path, about, message):
     safetensors.save_file({"class_embed.bias": torch.zeros(7)}, tmp_path / "a.safetensors", about)
-    with pytest.raises(UserError, match=f"a.safetensors: .*{told}"):
+    with pytest.raises(UserError, match=f"a.safetensors: .*{message}"):
         read_checkpoint(tmp_path / "a.safetensors")
 
 
