@@ -28,7 +28,7 @@ def build(options: str = "", **changes):
     args = get_args_parser().parse_args(f"{TINY} {options}".split())
     torch.manual_seed(0)
     model, criterion, postprocessors = build_model(Namespace(**{**vars(args), "num_classes": 5, **changes}))
-    # Heads start at zero offsets; without noise in them every box would agree with every other.
+    # Heads start with zero offsets; without noise all boxes would be equal.
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model.eval(), criterion, postprocessors["bbox"]
@@ -56,7 +56,7 @@ def assert_same(found, expected, atol=1e-5):
 
 
 @pytest.mark.parametrize("options", ["", "--num_patterns 3", "--transformer_activation relu", DEFORMABLE])
-def test_any_split_of_the_steps_gives_the_same_outputs(options):
+def test_steps_can_be_run_in_any_number_of_parts(options):
     model, _, _ = build(options)
     images = images_of((64, 96), (80, 64))
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_matching_queries_do_not_see_denoising_ones(options):
 @each_variant
 @pytest.mark.parametrize("counts", [(0, 0), (0, 2), (3, 1)])
 def test_training_works_with_and_without_targets(options, counts):
-    """Every parameter gets a gradient, for which DistributedDataParallel would wait."""
+    """Every parameter gets a gradient; DistributedDataParallel would wait for a missing one."""
     model, criterion, _ = build(options)
     model.train()
     losses = criterion(model(images_of((64, 64), (64, 64)), targets_of(*counts)), targets_of(*counts))
@@ -170,7 +170,7 @@ def test_slots_run_group_by_group():
 
 
 def test_the_next_layers_box_loss_reaches_the_layer_before():
-    """The anchor a box is an offset of keeps its gradient; only the copy attended with is detached."""
+    """The anchor that a box is relative to keeps its gradient; only the copy used in attention is detached."""
     model, _, _ = build()
     images = images_of((64, 64))
     state = model.run_steps(model.prepare(images), stop="decoder.1.self_attention")
@@ -180,8 +180,8 @@ def test_the_next_layers_box_loss_reaches_the_layer_before():
 
 @each_variant
 @pytest.mark.parametrize("eps", [1e-3, 1e-5])
-def test_anchors_at_the_border_are_bounded_as_anchor_eps_says(options, eps):
-    """An anchor of sides near 0 whose box heads say nothing is moved to the bound."""
+def test_anchor_eps_bounds_anchors_at_the_border(options, eps):
+    """With zero box offsets, an anchor with sides near 0 is moved to the bound."""
     model, _, _ = build(f"{options} --anchor_eps {eps}")
     with torch.no_grad():
         model.refpoint_embed.weight.fill_(-20.0)
@@ -191,7 +191,7 @@ def test_anchors_at_the_border_are_bounded_as_anchor_eps_says(options, eps):
     torch.testing.assert_close(boxes, torch.full_like(boxes, eps / (1 + eps)), rtol=1e-3, atol=0)
 
 
-def test_widths_name_the_encoder_as_slim_models_do():
+def test_detectors_with_widths_use_the_names_of_slim_models():
     widths = Widths.parse("[[[8,16],[32,4]],[[4,8,32],[32,32,8]]]")
     model, _, _ = build(cfgs=widths)
     keys = model.state_dict()
@@ -206,7 +206,7 @@ def test_widths_name_the_encoder_as_slim_models_do():
     [WIDTHS, [str(WIDTHS)], str(WIDTHS), ((((8, 16), (32, 32)), ((16, 32, 8), (32, 8, 32)))), Widths.parse(WIDTHS)],
     ids=["lists", "words", "text", "tuples", "widths"],
 )
-def test_widths_may_be_anything_that_says_them(options, cfgs):
+def test_widths_may_be_lists_text_or_parsed(options, cfgs):
     model, _, _ = build(options, cfgs=cfgs)
     assert model.widths == Widths.parse(WIDTHS)
     assert model.transformer.encoder.layers[0].linear1.out_features == 16
@@ -226,7 +226,7 @@ def test_widths_may_be_anything_that_says_them(options, cfgs):
         ({}, "--cfgs: expected two lists"),
     ],
 )
-def test_widths_that_do_not_fit_are_a_users_mistake(options, cfgs, message):
+def test_widths_that_do_not_fit_are_a_user_error(options, cfgs, message):
     with pytest.raises(UserError, match=message):
         build(options, cfgs=cfgs)
 
@@ -262,7 +262,7 @@ def test_a_state_maps_its_tensors():
         ("--num_feature_levels 1", "--num_feature_levels: found 1, expected at least 2"),
     ],
 )
-def test_what_the_deformable_variant_has_not_is_a_users_mistake(options, message):
+def test_options_that_the_deformable_variant_lacks_are_a_user_error(options, message):
     with pytest.raises(UserError, match=message):
         build(f"{DEFORMABLE} {options}")
 

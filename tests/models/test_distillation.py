@@ -1,4 +1,4 @@
-"""The losses towards a teacher: nothing where both agree, and only where the teacher sees something."""
+"""Distillation losses: zero if both detectors agree, and weighted by the teacher's confidence."""
 
 import copy
 
@@ -20,7 +20,7 @@ def distillation(network: str = "") -> Distillation:
 
 
 def example(seed: int = 0) -> tuple[dict, Lesson]:
-    """Outputs of a student and what a teacher says, at random; 2 layers, 2 images, 5 queries, 3 classes, 4 pixels."""
+    """Random outputs of a student and a teacher: 2 layers, 2 images, 5 queries, 3 classes, 4 pixels."""
     generator = torch.Generator().manual_seed(seed)
     logits, taught = torch.randn(2, 2, 2, 5, 3, generator=generator)
     boxes, taught_boxes = torch.rand(2, 2, 2, 5, 4, generator=generator) * 0.3 + 0.3
@@ -31,7 +31,7 @@ def example(seed: int = 0) -> tuple[dict, Lesson]:
 
 
 @each_variant
-def test_a_student_that_equals_its_teacher_has_nothing_to_learn(network):
+def test_a_student_equal_to_its_teacher_has_zero_loss(network):
     teaching = distillation(network)
     student = copy.deepcopy(teaching.teacher).requires_grad_(True).train()
     images, targets = pictures()
@@ -53,7 +53,7 @@ def test_teacher_and_student_see_the_same_padded_images(network):
 
 
 @each_variant
-def test_another_student_learns_in_all_its_parts_and_the_teacher_stays_as_it_is(network):
+def test_gradients_reach_every_part_of_the_student_and_none_of_the_teacher(network):
     teaching = distillation(network)
     before = {key: value.clone() for key, value in teaching.teacher.state_dict().items()}
     student = tiny_detector(network, seed=1)[0].train()
@@ -85,7 +85,7 @@ def test_the_losses_are_those_of_the_equations():
         torch.testing.assert_close(losses[f"loss_distill_bbox{end}"], (weights * distance).sum() / weights.sum())
 
 
-def test_queries_in_which_the_teacher_sees_nothing_do_not_pull_boxes():
+def test_background_queries_of_the_teacher_do_not_affect_boxes():
     outputs, lesson = example()
     lesson.probabilities[:, :, 1:] = 1e-4
     lesson.probabilities[:, :, 0] = 0.9
@@ -97,7 +97,7 @@ def test_queries_in_which_the_teacher_sees_nothing_do_not_pull_boxes():
 
 
 @pytest.mark.parametrize("background", [0, 299])
-def test_much_background_weighs_little_against_one_object(background):
+def test_one_object_outweighs_many_background_queries(background):
     probabilities = torch.full((1, 1, 1 + background, 3), 0.03)
     probabilities[0, 0, 0, 0] = 0.9
     logits, boxes = torch.full((1, 1 + background, 3), -4.0), torch.full((1, 1 + background, 4), 0.4)
@@ -124,7 +124,7 @@ def test_memory_is_compared_by_direction_on_image_pixels_alone():
 
 
 @each_variant
-def test_padding_of_a_batch_reaches_the_lesson(network):
+def test_the_padding_mask_of_the_batch_is_used(network):
     lesson = distillation(network).teach(pictures(((64, 64), (64, 96)))[0])
     assert lesson.pixels.shape == lesson.memory.shape[:2]
     assert lesson.pixels[1].all()
@@ -132,13 +132,13 @@ def test_padding_of_a_batch_reaches_the_lesson(network):
 
 
 @each_variant
-def test_images_of_one_size_are_image_all_over(network):
+def test_images_of_one_size_have_no_padding(network):
     lesson = distillation(network).teach(pictures(((64, 64), (64, 64)))[0])
     assert lesson.pixels.shape == lesson.memory.shape[:2]
     assert lesson.pixels.all()
 
 
-def test_a_teacher_without_anything_to_say_gives_finite_losses():
+def test_a_teacher_without_detections_gives_finite_losses():
     outputs, lesson = example()
     lesson.probabilities.zero_()
     losses = distillation()(outputs, lesson)

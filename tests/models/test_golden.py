@@ -11,7 +11,7 @@ from models import build_model
 from models.widths import Widths
 from tests.golden import recipe
 
-# The deformable reference takes its top 100 detections, whatever --num_select says.
+# The deformable reference keeps its top 100 detections regardless of --num_select.
 NETWORKS = {
     "dense": {},
     "slim": {},
@@ -111,7 +111,7 @@ def test_training_agrees(golden):
     gradients = {key.removeprefix("grad:"): v for key, v in golden.figures.items() if key.startswith("grad:")}
     assert gradients
     for name, expected in gradients.items():
-        # in_proj_bias is badly conditioned: a key's bias has no gradient but rounding.
+        # in_proj_bias is badly conditioned: the gradient of a key's bias is only rounding.
         tolerance = 1e-2 if name.endswith("in_proj_bias") else 1e-3
         difference = np.abs(parameters[name].grad.numpy() - expected).max() / np.abs(expected).max()
         assert difference < tolerance, name

@@ -1,4 +1,4 @@
-"""Images of different sizes in one batch: each gives what it gives alone, and training pads to the same geometry."""
+"""Images of different sizes in one batch give the same outputs as alone; training pads to the same geometry."""
 
 import random
 
@@ -47,7 +47,7 @@ def ceil_padding(size_hw, map_hw, stride):
 
 @each_network
 @torch.no_grad()
-def test_an_image_gives_in_any_batch_what_it_gives_alone(options):
+def test_an_image_has_the_same_outputs_alone_and_in_any_batch(options):
     model, _, _ = build(options)
     for sizes in compositions():
         images = images_of(*sizes)
@@ -96,8 +96,8 @@ def test_training_pads_images_to_a_multiple_of_the_backbones_stride_and_evaluati
 
 @each_network
 @torch.no_grad()
-def test_a_caller_may_pad_by_any_number_of_pixels(options):
-    """The mask alone says what is valid, as in an exported graph; the convolutions see the padding."""
+def test_callers_may_pad_by_any_number_of_pixels(options):
+    """Only the mask marks valid pixels, as in an exported graph; the convolutions see the padding."""
     model, _, _ = build(options)
     for more in (0, 1, 37):
         batch = torch.zeros(1, 3, 97 + more, 64 + more)
@@ -135,7 +135,7 @@ def test_under_the_references_rule_an_image_depends_on_the_batch(options):
 
 
 @torch.no_grad()
-def test_the_references_rule_marks_a_row_valid_that_an_image_has_not():
+def test_the_references_rule_marks_a_padding_row_as_valid():
     """64 of 80 pixels at stride 32: three rows, the last of which begins at pixel 53 by nearest, at 64 in truth."""
     rows = {}
     for rule in PADDING_RULES:

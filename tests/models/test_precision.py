@@ -46,7 +46,7 @@ def test_a_detector_runs_in_float64(variant, training):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_in_float64_are_those_of_finite_differences(variant):
-    """In steps so small that one rounding to float32 between the parameters and the outputs would drown them."""
+    """The steps are so small that a single rounding to float32 would hide them."""
     model, _, _ = tiny_detector(f"{VARIANTS[variant]} --dec_layers 1")
     model.double().eval()
     images = [image.double() for image in pictures()[0]]

@@ -77,7 +77,7 @@ def test_the_widths_of_whole_blocks(name):
 
 
 @each_backbone
-def test_the_observer_sees_what_the_next_convolution_is_given(name):
+def test_the_observer_sees_the_input_of_the_next_convolution(name):
     block = build(name).residual_blocks()["layer2.0"]
     gates = [torch.rand(block.width) for _ in block.parts]
     block.gates[BLOCK] = (*gates, None)[:2]
@@ -93,7 +93,7 @@ def test_the_observer_sees_what_the_next_convolution_is_given(name):
 
 
 @each_backbone
-def test_one_gate_an_image_is_a_gate_for_each_image(name):
+def test_each_image_may_have_its_own_gate(name):
     block: ResidualBlock = build(name).residual_blocks()["layer2.1"]
     x = torch.randn(3, block.conv1.in_channels, 6, 6)
     gates = [torch.randint(0, 2, (3, 1, block.width)).float() for _ in block.parts]
@@ -104,6 +104,6 @@ def test_one_gate_an_image_is_a_gate_for_each_image(name):
         torch.testing.assert_close(block(x[index : index + 1])[0], together[index])
 
 
-def test_imagenet_weights_for_a_cut_backbone_are_a_users_mistake():
+def test_imagenet_weights_for_a_cut_backbone_are_a_user_error():
     with pytest.raises(UserError, match=r"--pretrained_backbone: found --cfgs that cut the backbone"):
         Backbone("resnet18", "layer3", False, "BatchNorm2d", pretrained=True, widths=SLIM["resnet18"])

@@ -1,4 +1,4 @@
-"""The --cfgs grammar: what it takes, and how it refuses the rest."""
+"""The --cfgs grammar: accepted forms and errors."""
 
 import json
 import shlex
@@ -31,21 +31,21 @@ def test_a_file_holds_widths(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_a_file_of_widths_as_editors_and_shells_of_windows_write_it(tmp_path, monkeypatch, encoding):
+def test_a_file_of_widths_may_be_utf16_or_have_a_byte_order_mark(tmp_path, monkeypatch, encoding):
     (tmp_path / "widths.json").write_text(json.dumps(GOOD) + "\r\n", encoding=encoding)
     assert Widths.parse([str(tmp_path / "widths.json")]).to_list() == GOOD
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Widths.parse("~/widths.json").to_list() == GOOD
 
 
-def test_a_file_in_no_encoding_is_one_sentence(tmp_path):
+def test_an_undecodable_file_is_a_one_line_error(tmp_path):
     (tmp_path / "widths.json").write_bytes(b"\xff[[[8, 16]]]")
     with pytest.raises(UserError, match=r"widths\.json: found no JSON \(.*\), expected"):
         Widths.parse(str(tmp_path / "widths.json"))
 
 
 @given(st.text(max_size=40) | st.lists(st.recursive(st.integers() | st.text(), lambda s: st.lists(s, max_size=3))))
-def test_anything_else_is_one_sentence(given_value):
+def test_invalid_widths_are_a_one_line_error(given_value):
     try:
         Widths.parse(given_value)
     except UserError as error:
@@ -53,7 +53,7 @@ def test_anything_else_is_one_sentence(given_value):
         assert "expected" in str(error)
 
 
-def test_a_file_nested_too_deep_is_one_sentence(tmp_path):
+def test_a_file_nested_too_deep_is_a_one_line_error(tmp_path):
     path = tmp_path / "widths.json"
     path.write_text("[" * 100_000)
     with pytest.raises(UserError, match="found no JSON"):
@@ -91,7 +91,7 @@ BLOCKS = ((8, 8), (16, 16, 16))
 BACKBONE = [[8, 3], [16, 1, 16]]
 
 
-def test_a_third_list_is_the_backbones():
+def test_a_third_list_gives_the_backbones_widths():
     widths = Widths.parse([*GOOD, BACKBONE])
     assert widths.check(nheads=8, full=FULL, blocks=BLOCKS) == widths
     assert widths.to_list() == [*GOOD, BACKBONE]
@@ -101,7 +101,7 @@ def test_a_third_list_is_the_backbones():
     assert widths.replace("backbone.layer2.1", 5).to_list()[2] == [[8, 3], [16, 5, 16]]
 
 
-def test_a_backbone_that_is_whole_is_not_written():
+def test_a_whole_backbone_is_omitted():
     whole = Widths.parse([*GOOD, BLOCKS]).check(nheads=8, full=FULL, blocks=BLOCKS)
     assert whole == Widths.parse(GOOD)
     assert whole.to_list() == GOOD
@@ -120,6 +120,6 @@ def test_a_backbone_that_is_whole_is_not_written():
         ([[8, 8], [16, 17, 16]], r"width 17 for backbone\.layer2\.1, expected 1 to 16"),
     ],
 )
-def test_widths_of_no_backbone_are_named(backbone, words):
+def test_invalid_backbone_widths_are_named(backbone, words):
     with pytest.raises(UserError, match=f"^--cfgs: .*{words}"):
         Widths.parse([*GOOD, backbone]).check(nheads=8, full=FULL, blocks=BLOCKS)
