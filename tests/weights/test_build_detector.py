@@ -1,4 +1,4 @@
-"""From options and files to a detector: data sets of one's own, other classes, and weights that begin anew."""
+"""Building detectors from options and files: other data sets, other classes, and weights drawn again."""
 
 import argparse
 import dataclasses
@@ -33,7 +33,7 @@ QUICK = "--keep 0.7 --reconstruct none --ranking magnitude --attention_unit 2 --
 
 
 def save(path, variant="dense", categories=NAMES, widths=None, **more):
-    """A checkpoint of ours of a tiny detector for 7 classes."""
+    """Our checkpoint of a tiny detector for 7 classes."""
     model = tiny_detector(VARIANTS[variant], seed=1)[0]
     save_checkpoint(path, state_dict=model.state_dict(), widths=widths or model.widths, full_widths=model.widths,
                     arguments=vars(tiny_args(VARIANTS[variant])), num_classes=7, categories=categories,
@@ -67,7 +67,7 @@ def save_of_kind(path, kind):
 
 
 def finetune(*words, seed=3):
-    """Detector, options and new parts, as main.py's training has them."""
+    """Detector, options and new parts, as main.py builds them for training."""
     args, typed = options("--device cpu --num_workers 0 --no-pretrained_backbone", *words)
     settings, checkpoint, continuing = settled(args, typed)
     ignore, evaluating = settings.run.finetune_ignore or (), settings.run.eval
@@ -82,7 +82,7 @@ def heads_of(state_dict) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_other_classes_get_new_heads_that_take_over_rows_by_name(variant, coco, tmp_path):
+def test_new_class_heads_keep_rows_of_categories_with_the_same_name(variant, coco, tmp_path):
     before = save(tmp_path / "a.pth", variant).state_dict()
     model, config, parts = finetune("--coco_path", coco, "--resume", tmp_path / "a.pth")
     torch.manual_seed(3)
@@ -95,7 +95,7 @@ def test_other_classes_get_new_heads_that_take_over_rows_by_name(variant, coco, 
         assert torch.equal(value[[0, 2]], initial[key][[0, 2]])
         if key.endswith("bias"):
             assert value[[0, 2]].tolist() == pytest.approx([-math.log(99)] * 2)
-    # Its last row is no class but what the matching queries start from.
+    # Its last row is the initial content of matching queries, not a class.
     assert torch.equal(found["label_enc.weight"][4], before["label_enc.weight"][7])
     rest = found.keys() - heads_of(found).keys()
     assert rest and all(torch.equal(found[key], before[key]) for key in rest)
@@ -107,7 +107,7 @@ def test_other_classes_get_new_heads_that_take_over_rows_by_name(variant, coco, 
 
 @pytest.mark.parametrize("kind", ["ours", "slimmed copy", "search", "search of nameless", "release", "paper_slim",
                                   "paper_search"])  # fmt: skip
-def test_a_checkpoint_of_every_format_is_trained_on_other_classes(kind, coco, tmp_path):
+def test_a_checkpoint_of_every_format_can_be_trained_on_other_classes(kind, coco, tmp_path):
     path = tmp_path / "a.pth"
     save_of_kind(path, kind)
     model, config, parts = finetune("--coco_path", coco, "--resume", path)
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_every_format_is_trained_on_other_classes(kind, coco, tm
         ({0: "kind 1", 2: "kind 1", 3: "kind 3"}, "found no such category as category 1", {3: 3}),
     ],
 )
-def test_names_tell_other_classes_where_their_number_is_the_same(categories, message, matches, coco, tmp_path):
+def test_names_distinguish_classes_of_equal_number(categories, message, matches, coco, tmp_path):
     model = build_model(argparse.Namespace(**{**vars(tiny_args()), "num_classes": 4}))[0]
     save_checkpoint(tmp_path / "a.pth", state_dict=model.state_dict(), widths=model.widths, full_widths=model.widths,
                     arguments=vars(tiny_args()), num_classes=4, categories=categories)  # fmt: skip
@@ -173,7 +173,7 @@ def test_a_teacher_pads_as_its_student_does(coco, tmp_path):
         assert student.padding_rule == build_distillation(settings, student).teacher.padding_rule == expected
 
 
-def test_where_a_detector_must_know_its_classes_others_are_an_error(coco, tmp_path):
+def test_other_classes_are_an_error_unless_training(coco, tmp_path):
     wide = tmp_path / "coco"
     shutil.copytree(coco, wide)
     for path in (wide / "annotations").iterdir():
@@ -195,7 +195,7 @@ def test_where_a_detector_must_know_its_classes_others_are_an_error(coco, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["ours", "search"])
-def test_ignored_weights_begin_anew_and_win_over_names(kind, coco, tmp_path):
+def test_finetune_ignore_draws_weights_again_even_where_names_match(kind, coco, tmp_path):
     save_of_kind(tmp_path / "a.pth", kind)
     words = ("--coco_path", coco, "--resume", tmp_path / "a.pth")
     usual, config, _ = finetune(*words)
@@ -210,11 +210,11 @@ def test_ignored_weights_begin_anew_and_win_over_names(kind, coco, tmp_path):
     if kind == "search":  # the whole detector that is cut draws its initial values first
         build_model(tiny_args())
     initial = build(config)[0].state_dict()
-    anew = {key for key in initial if "bbox_embed" in key or key.endswith(("class_embed.weight", "linear1.bias"))}
-    anew |= {key for key in initial if "encoder.layers.0" in key and "in_proj" in key}
-    assert len(anew) == 18 and anew <= initial.keys()
+    redrawn = {key for key in initial if "bbox_embed" in key or key.endswith(("class_embed.weight", "linear1.bias"))}
+    redrawn |= {key for key in initial if "encoder.layers.0" in key and "in_proj" in key}
+    assert len(redrawn) == 18 and redrawn <= initial.keys()
     for key, value in model.state_dict().items():
-        assert torch.equal(value, (initial if key in anew else usual.state_dict())[key]), key
+        assert torch.equal(value, (initial if key in redrawn else usual.state_dict())[key]), key
     assert parts.summary.endswith(f"; 12 weights left out by --finetune_ignore {' '.join(keys)}")
 
 
@@ -230,7 +230,7 @@ def test_ignored_weights_begin_anew_and_win_over_names(kind, coco, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_ignored_is_told(words, message, tmp_path):
+def test_invalid_finetune_ignore_is_an_error(words, message, tmp_path):
     root = write_self_annotated(tmp_path / "coco")
     save(tmp_path / "a.pth", categories=None)
     save(tmp_path / "unfinished.pth", categories=None, training={"optimizer": {}, "epoch": 1})
@@ -251,7 +251,7 @@ def scattered(tmp_path_factory):
     return root, words
 
 
-def test_a_run_on_files_named_one_by_one_is_that_on_the_layout(scattered, tmp_path):
+def test_single_file_options_give_the_same_run_as_the_layout(scattered, tmp_path):
     root, named = scattered
     common = "--epochs 1 --no-pretrained_backbone --num_workers 0 --device cpu --image_size 64 --augmentation flip"
     lines = []
@@ -267,7 +267,7 @@ def test_a_run_on_files_named_one_by_one_is_that_on_the_layout(scattered, tmp_pa
     data = settled(args, typed)[0].data
     assert (data.train_json, data.val_images, data.image_size) == (None, None, 64)
 
-    # Each option alone takes the place of one thing of the layout; an evaluation needs no training files.
+    # Each option replaces one part of the layout; an evaluation needs no training files.
     main.main(*options("--eval --num_workers 0 --device cpu --coco_path none", *named[4:], "--resume", written.path,
                        "--output_dir", tmp_path / "eval"))  # fmt: skip
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
@@ -297,7 +297,7 @@ def test_a_run_on_files_named_one_by_one_is_that_on_the_layout(scattered, tmp_pa
         ("--val_images {images} --coco_path {tmp}/none", "^--coco_path .*none is not a readable folder"),
     ],
 )
-def test_files_that_are_not_there_are_told_with_their_option(words, message, scattered, tmp_path):
+def test_a_missing_file_is_an_error_that_names_its_option(words, message, scattered, tmp_path):
     root, _ = scattered
     places = {"tmp": tmp_path, "json": root / "val.json", "images": root / "val2017", "coco": root / "coco"}
     (root / "val2017").mkdir(exist_ok=True)
@@ -307,7 +307,7 @@ def test_files_that_are_not_there_are_told_with_their_option(words, message, sca
         settled(args, typed)
 
 
-def test_splits_that_name_a_category_differently_are_told(scattered):
+def test_splits_with_different_category_names_are_an_error(scattered):
     root, _ = scattered
     (root / "renamed.json").write_text((root / "train.json").read_text().replace("kind 2", "kind two"))
     args, typed = tiny_options("--coco_path", root / "coco", "--train_json", root / "renamed.json")
@@ -317,7 +317,7 @@ def test_splits_that_name_a_category_differently_are_told(scattered):
         settled(args, typed)
 
 
-def test_a_search_on_named_files_and_its_output_on_other_classes(scattered, coco, tmp_path):
+def test_search_on_single_files_then_training_on_other_classes(scattered, coco, tmp_path):
     root, named = scattered
     words = f"{QUICK} --device cpu --num_workers 0 --image_size 64 --batch_size 4".split()
     words += ["--coco_path", "none", *map(str, named), "--resume", str(root / "coco" / "dense.pth")]

@@ -1,4 +1,4 @@
-"""Checkpoints of every format load into dense and slim detectors, or say in one sentence why not."""
+"""Checkpoints of every format load into dense and slim detectors, or give a one-line error."""
 
 import argparse
 
@@ -34,14 +34,14 @@ def outputs_of(model) -> torch.Tensor:
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("to_slim_names", [False, True])
 @pytest.mark.parametrize("from_slim_names", [False, True])
-def test_names_of_dense_and_slim_builds_serve_either(from_slim_names, to_slim_names, prefix):
+def test_dense_and_slim_builds_load_each_others_names(from_slim_names, to_slim_names, prefix):
     source = tiny_detector(cfgs=FULL if from_slim_names else None, seed=1)[0]
     target = tiny_detector(cfgs=FULL if to_slim_names else None, seed=2)[0]
     load_weights(target, {prefix + key: value for key, value in source.state_dict().items()})
     assert torch.equal(outputs_of(source), outputs_of(target))
 
 
-def test_half_precision_one_name_of_the_box_head_and_batch_counters_are_fine():
+def test_half_precision_one_name_of_the_box_head_and_batch_counters_load():
     source = tiny_detector("--batch_norm_type BatchNorm2d", seed=1)[0]
     weights = {key: value.half() if value.is_floating_point() else value for key, value in source.state_dict().items()}
     for dropped in ("bbox_embed.", "transformer.decoder.bbox_embed."):
@@ -53,7 +53,7 @@ def test_half_precision_one_name_of_the_box_head_and_batch_counters_are_fine():
     load_weights(counted, {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")})
 
 
-def test_what_does_not_fit_is_told_with_file_key_and_shapes_and_changes_nothing():
+def test_mismatched_weights_are_an_error_with_keys_and_shapes_and_change_nothing():
     model = tiny_detector()[0]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     weights = {key: value + 1 for key, value in before.items()}
@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_told_with_file_key_and_shapes_and_changes_nothing(
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_another_number_of_layers_is_told_as_such_and_the_rest_counted():
+def test_another_number_of_layers_is_named_in_the_error():
     weights = tiny_detector("--dec_layers 3")[0].state_dict()
     with pytest.raises(UserError, match=r"found 3 decoder layers, expected 2 \(--dec_layers\); .*; and \d+ more$"):
         load_weights(tiny_detector()[0], weights, "a.pth")
@@ -83,7 +83,7 @@ def test_dn_detrs_release_with_its_namespace(tmp_path):
     assert checkpoint.training is None and not checkpoint.is_search
 
 
-def test_the_deformable_release_tells_its_variant_and_widths(tmp_path):
+def test_variant_and_widths_are_read_from_the_deformable_release(tmp_path):
     model = tiny_detector(VARIANTS["deformable"], cfgs=SLIM, seed=1)[0]
     message = argparse.Namespace(num_feature_levels=3, enc_n_points=2, dec_n_points=4, nheads=4)
     torch.save({"model": model.state_dict(), "args": message}, tmp_path / "a.pth")
@@ -99,7 +99,7 @@ def test_the_deformable_release_tells_its_variant_and_widths(tmp_path):
         take_from_checkpoint(NetworkConfig(), {"modelname"}, checkpoint)
 
 
-def test_the_papers_slim_model_tells_its_widths(tmp_path):
+def test_widths_are_read_from_the_papers_slim_model(tmp_path):
     model = tiny_detector(cfgs=SLIM, seed=1)[0]
     torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
@@ -112,7 +112,7 @@ def test_the_papers_slim_model_tells_its_widths(tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".half"])
 @pytest.mark.parametrize("is_search", [False, True])
-def test_a_cut_backbone_is_in_every_file_of_ours(tmp_path, variant, suffix, is_search):
+def test_every_format_of_ours_stores_a_cut_backbone(tmp_path, variant, suffix, is_search):
     pytest.importorskip("safetensors")
     words = f"{VARIANTS[variant]} --backbone resnet18 --batch_norm_type BatchNorm2d"
     whole = tiny_detector(words, seed=1)[0]
@@ -135,7 +135,7 @@ def test_a_cut_backbone_is_in_every_file_of_ours(tmp_path, variant, suffix, is_s
     torch.testing.assert_close(outputs_of(found), outputs_of(slim), rtol=0, atol=0.1 if suffix == ".half" else 0)
 
 
-def test_channels_that_a_block_has_not_are_told_with_the_file(tmp_path):
+def test_kept_channels_beyond_a_block_are_an_error(tmp_path):
     model = tiny_detector("--backbone resnet18", seed=1)[0]
     kept = {"backbone.layer1.1": {"inner": torch.tensor([3, 64])}}
     widths = widths_after(model.widths_in("detector"), kept)
@@ -147,7 +147,7 @@ def test_channels_that_a_block_has_not_are_told_with_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ema_model", "model_ema", "ema"])
-def test_averaged_weights_beside_those_taken_are_told_in_the_log(tmp_path, coco, name):
+def test_unused_averaged_weights_are_logged(tmp_path, coco, name):
     weights = tiny_detector()[0].state_dict()
     torch.save({"model": weights, name: {key: value + 1 for key, value in weights.items()}}, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
@@ -167,7 +167,7 @@ def test_the_papers_search_output_is_cut_by_its_masks(tmp_path):
              "decoder.layers.1.select3": 20, "decoder.layers.0.select1": 32}  # fmt: skip
     for name, count in masks.items():
         mask = torch.zeros(1, 1, 32)
-        mask[..., :count] = torch.linspace(0.1, 1, count)  # all in the first heads: no equal counts
+        mask[..., :count] = torch.linspace(0.1, 1, count)  # all in the first heads, so heads have unequal counts
         weights[f"transformer.{name}.prune_a"] = mask
     torch.save({"model": weights}, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
@@ -181,7 +181,7 @@ def test_the_papers_search_output_is_cut_by_its_masks(tmp_path):
     assert outputs_of(slim).isfinite().all()
 
 
-def test_a_mask_for_a_layer_without_weights_is_told_with_the_file(tmp_path):
+def test_a_mask_for_a_layer_without_weights_is_an_error(tmp_path):
     weights = rename_encoder_attention(tiny_detector()[0].state_dict(), slim=True)
     mask = {"transformer.encoder.layers.7.select2.prune_a": torch.ones(1, 1, 32)}
     torch.save({"model": {**weights, **mask}}, tmp_path / "a.pth")
@@ -193,7 +193,7 @@ def test_a_mask_for_a_layer_without_weights_is_told_with_the_file(tmp_path):
         slim_state_dict(read_checkpoint(tmp_path / "a.pth"), tiny_detector()[0])
 
 
-def test_a_foreign_file_tells_its_architecture_unless_it_is_typed(tmp_path):
+def test_the_architecture_of_a_foreign_file_is_used_unless_typed(tmp_path):
     message = argparse.Namespace(dilation=True, num_queries=5, pe_temperatureH=7, lr=3, modelname="other", cfgs=[1],
                               enc_layers=1, dec_layers=2, hidden_dim=32, dim_feedforward=32, nheads=4,
                               backbone="resnet18", num_select=50)  # fmt: skip
@@ -215,7 +215,7 @@ def saved(path, **more) -> None:
                     full_widths=FULL, arguments=vars(args), num_classes=7, kept=kept, **more)  # fmt: skip
 
 
-def test_our_search_output_comes_back_as_written(tmp_path):
+def test_a_search_output_is_read_back_as_written(tmp_path):
     saved(tmp_path / "a.pth", trace=[{"module": "encoder.0.ffn", "ap": 0.5}])
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     assert checkpoint.kind == "search" and checkpoint.widths.of("encoder.0.ffn") == 20
@@ -231,7 +231,7 @@ def test_our_search_output_comes_back_as_written(tmp_path):
         ({"encoder.0.ffn": {"hidden": torch.arange(99)}}, "from 0 to 31"),
     ],
 )
-def test_kept_channels_that_cannot_be_cut_are_told(tmp_path, kept, message):
+def test_invalid_kept_channels_are_an_error(tmp_path, kept, message):
     saved(tmp_path / "a.pth", kept=kept)
     with pytest.raises(UserError, match=message) as error:
         slim_state_dict(read_checkpoint(tmp_path / "a.pth"), tiny_detector()[0])
@@ -257,7 +257,7 @@ def test_kept_channels_that_cannot_be_cut_are_told(tmp_path, kept, message):
         ({"kept": {3: {"hidden": torch.arange(20)}}}, "found the key 3 under `kept`"),
     ],
 )
-def test_a_file_of_ours_with_wrong_entries_is_told(tmp_path, change, message):
+def test_invalid_entries_in_our_files_are_an_error(tmp_path, change, message):
     saved(tmp_path / "a.pth")
     torch.save({**torch.load(tmp_path / "a.pth", weights_only=True), **change}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=message):
@@ -277,7 +277,7 @@ def test_a_file_of_ours_with_wrong_entries_is_told(tmp_path, change, message):
         ({"distill": 5}, "found 5 under `args.distill`, expected text"),
     ],
 )
-def test_stored_options_that_no_command_line_could_give_are_told(tmp_path, stored, message):
+def test_invalid_stored_options_are_an_error(tmp_path, stored, message):
     saved(tmp_path / "a.pth")
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     torch.save({**content, "args": {**content["args"], **stored}}, tmp_path / "a.pth")
@@ -286,12 +286,12 @@ def test_stored_options_that_no_command_line_could_give_are_told(tmp_path, store
     assert "a.pth" in str(error.value)
 
 
-def test_a_name_that_no_file_can_have_is_told():
+def test_an_invalid_file_name_is_an_error():
     with pytest.raises(UserError, match="cannot be read"):
         read_checkpoint("a" * 300)
 
 
-def test_slim_down_drops_training_state_and_keeps_what_half_precision_cannot_hold(tmp_path):
+def test_strip_optimizer_drops_training_state_and_keeps_values_beyond_half_precision(tmp_path):
     weights = dict(tiny_detector(seed=1)[0].state_dict())
     weights["class_embed.bias"] = torch.full((7,), 1e6)
     arguments = {"lr": 1, "output_dir": "here", "distill": "there"}

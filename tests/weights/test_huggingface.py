@@ -1,4 +1,4 @@
-"""DAB-DETR of transformers: the same weights compute the same here, and what does not fit is told by name."""
+"""DAB-DETR of transformers: the same weights give the same outputs, and errors name what does not fit."""
 
 import json
 import os
@@ -37,7 +37,7 @@ SIZES = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decod
 
 
 def tiny(**changes) -> torch.nn.Module:
-    """A tiny detector of transformers, everything in it drawn at random."""
+    """A tiny detector of transformers with random weights."""
     torch.manual_seed(0)
     model = transformers.DabDetrForObjectDetection(transformers.DabDetrConfig(**{**SIZES, **changes})).eval()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def tiny(**changes) -> torch.nn.Module:
                 tensor.uniform_(0.5, 2)
             elif tensor.dim() == 1:
                 tensor.normal_(1 if "norm" in name or ".bn" in name else 0, 0.2)
-        model.bbox_predictor.layers[-1].weight.normal_(0, 0.2)  # zero as built
+        model.bbox_predictor.layers[-1].weight.normal_(0, 0.2)  # zero when built
         # Anchors beyond either bound on the logits, where DN-DETR's bound and transformers' differ.
         model.model.query_refpoint_embeddings.weight[0] = torch.tensor([-9.0, 9.0, -8.0, 8.0])
     return model
@@ -86,7 +86,7 @@ def test_outputs_agree_with_transformers_on_a_padded_batch(tmp_path, changes):
     assert expected.pred_boxes.std() > 0.05 and expected.logits.std() > 0.05
 
 
-def test_every_file_of_the_same_weights_reads_alike(tmp_path):
+def test_every_file_format_gives_the_same_weights(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path / "folder")
     torch.save(model.state_dict(), tmp_path / "folder" / "pytorch_model.bin")
@@ -136,7 +136,7 @@ def test_names_in_its_config_are_the_categories(tmp_path, labels, names):
         ({"9" * 5000: "ring"}, r"found '9{39}\.\.\.: 'ring' under id2label"),
     ],
 )
-def test_names_that_do_not_fit_its_classes_are_told(tmp_path, labels, message):
+def test_names_that_do_not_fit_the_classes_are_an_error(tmp_path, labels, message):
     with pytest.raises(UserError, match=rf"config\.json: {message}") as error:
         read_checkpoint(saved_with(tmp_path, id2label=labels))
     assert len(str(error.value).splitlines()) == 1
@@ -155,7 +155,7 @@ def write_named(root, names):
     return root
 
 
-def test_annotations_that_number_its_names_otherwise_are_refused_and_their_heads_carried_over(tmp_path):
+def test_other_category_ids_are_refused_in_evaluation_and_keep_heads_by_name_in_training(tmp_path):
     theirs = saved_with(tmp_path / "theirs", id2label=NAMES)
     permuted = write_named(tmp_path / "permuted", {0: "ring", 1: "cross", 2: "crescent"})
     words = ("--resume", theirs, "--device cpu --num_workers 0 --coco_path")
@@ -212,7 +212,7 @@ def test_weights_in_several_files_are_those_of_one(tmp_path, suffix):
         assert all(torch.equal(found.state_dict[key], value) for key, value in expected.state_dict.items())
 
 
-def test_an_index_that_does_not_fit_its_files_is_told(tmp_path):
+def test_an_index_that_does_not_match_its_files_is_an_error(tmp_path):
     _, parts, index = sharded(tmp_path, ".bin")
     content = json.loads(index.read_text())
     key = next(iter(content["weight_map"]))
@@ -234,7 +234,7 @@ def test_an_index_that_does_not_fit_its_files_is_told(tmp_path):
 
 
 def test_the_digest_of_weights_in_several_files_is_that_of_all(tmp_path):
-    """A search goes on only with the weights that it began with."""
+    """A search resumes only with the same weights."""
     whole, _, index = sharded(tmp_path, ".bin")
     assert weights_digest(whole / "model.safetensors") == file_digest(whole / "model.safetensors")
     before = weights_digest(index)
@@ -245,7 +245,7 @@ def test_the_digest_of_weights_in_several_files_is_that_of_all(tmp_path):
     assert weights_digest(index) != before
 
 
-def test_a_search_prunes_it_and_its_output_keeps_the_bound(tmp_path):
+def test_the_output_of_a_search_keeps_anchor_eps(tmp_path):
     tiny().save_pretrained(tmp_path / "theirs")
     whole = read_checkpoint(tmp_path / "theirs")
     data = write_self_annotated(tmp_path / "data", "--backbone resnet18 --anchor_eps 1e-5", whole.state_dict)
@@ -277,7 +277,7 @@ def test_a_search_prunes_it_and_its_output_keeps_the_bound(tmp_path):
         ("model.backbone.conv_encoder.model._backbone.layer3.0.conv1.weight", r"blocks under .*conv_encoder"),
     ],
 )
-def test_a_file_that_lacks_keys_is_told_with_their_names(tmp_path, missing, message):
+def test_missing_keys_are_named_in_the_error(tmp_path, missing, message):
     weights = tiny().state_dict()
     del weights[missing]
     torch.save(weights, tmp_path / "a.pth")
@@ -294,7 +294,7 @@ def test_a_file_that_lacks_keys_is_told_with_their_names(tmp_path, missing, mess
         ({"temperature_height": "hot"}, "pe_temperatureH"),
     ],
 )
-def test_a_config_that_is_none_of_ours_is_told(tmp_path, change, message):
+def test_an_unsupported_config_is_an_error(tmp_path, change, message):
     tiny().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -303,14 +303,14 @@ def test_a_config_that_is_none_of_ours_is_told(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("digits", [7, 5000])
-def test_a_layer_of_a_huge_number_is_no_layer(tmp_path, digits):
+def test_a_huge_layer_number_is_an_error(tmp_path, digits):
     key = f"model.encoder.layers.{'9' * digits}.fc1.weight"
     torch.save({**tiny().state_dict(), key: torch.ones(32, 32)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"the key encoder.layers.99"):
         read_checkpoint(tmp_path / "a.pth")
 
 
-def test_another_key_and_a_folder_without_weights_are_told(tmp_path):
+def test_unknown_keys_and_folders_without_weights_are_errors(tmp_path):
     weights = {**tiny().state_dict(), "model.encoder.norm.weight": torch.ones(32)}
     torch.save(weights, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"the key encoder.norm.weight"):
@@ -319,7 +319,7 @@ def test_another_key_and_a_folder_without_weights_are_told(tmp_path):
         read_checkpoint(tmp_path)
 
 
-def test_what_was_loaded_is_saved_as_a_checkpoint_of_ours_with_its_bound(tmp_path):
+def test_a_loaded_detector_is_saved_as_our_checkpoint_with_its_anchor_eps(tmp_path):
     tiny().save_pretrained(tmp_path)
     model, config = detector_of(tmp_path)
     save_checkpoint(tmp_path / "ours.pth", state_dict=model.state_dict(), widths=model.widths,

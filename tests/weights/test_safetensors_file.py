@@ -1,4 +1,4 @@
-"""Checkpoints of ours as safetensors: what is written comes back, and hostile files are told in one sentence."""
+"""Our safetensors checkpoints: files are read back as written, and hostile files give a one-line error."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def save(path, network="", **more):
 
 
 @pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS.keys())
-def test_a_checkpoint_comes_back_without_its_training_state(tmp_path, network):
+def test_a_checkpoint_is_read_back_without_its_training_state(tmp_path, network):
     model = save(tmp_path / "a.pth", network, training={"optimizer": {}, "epoch": 3})
     found, expected = read_checkpoint(tmp_path / "a.safetensors"), read_checkpoint(tmp_path / "a.pth")
     assert found.training is None and expected.training is not None
@@ -43,7 +43,7 @@ def test_a_checkpoint_comes_back_without_its_training_state(tmp_path, network):
         assert torch.equal(again(pictures()[0])["pred_boxes"], model(pictures()[0])["pred_boxes"])
 
 
-def test_a_searchs_output_comes_back_with_its_channels_and_decisions(tmp_path):
+def test_a_search_output_is_read_back_with_its_channels_and_decisions(tmp_path):
     widths = Widths.dense(1, 2, 32, 32).replace("encoder.0.ffn", 20)
     save(tmp_path / "a.pth", widths=widths, kept=KEPT, trace=TRACE)
     found, expected = read_checkpoint(tmp_path / "a.safetensors"), read_checkpoint(tmp_path / "a.pth")
@@ -82,14 +82,14 @@ def metadata(**changes) -> dict[str, str]:
         ({}, "no key transformer.encoder"),
     ],
 )
-def test_hostile_metadata_are_told(tmp_path, about, message):
+def test_hostile_metadata_is_an_error(tmp_path, about, message):
     safetensors.save_file({"class_embed.bias": torch.zeros(7)}, tmp_path / "a.safetensors", about)
     with pytest.raises(UserError, match=f"a.safetensors: .*{message}"):
         read_checkpoint(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"\x08\0\0\0\0\0\0\0{}      "])
-def test_damaged_files_are_told(tmp_path, content):
+def test_damaged_files_are_an_error(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"a.safetensors: "):
         read_checkpoint(tmp_path / "a.safetensors")
@@ -97,7 +97,7 @@ def test_damaged_files_are_told(tmp_path, content):
         read_checkpoint(tmp_path / "b.safetensors")
 
 
-def test_without_the_package_nothing_is_begun(tmp_path, monkeypatch):
+def test_a_missing_package_is_an_error_at_the_start(tmp_path, monkeypatch):
     import main
 
     data = write_coco(tmp_path / "data", images=2)

@@ -1,4 +1,4 @@
-"""Options: names and defaults that people rely on, and which of them come out of a checkpoint."""
+"""Options: their names and defaults, and which of them a checkpoint supplies."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def read(text: str) -> tuple[TrainingOptions, set[str]]:
 
 
 def taken(text: str, checkpoint: Checkpoint, **more: bool) -> dict:
-    """All options by name after those of the checkpoint were taken."""
+    """All options by name, after the checkpoint's were applied."""
     return take_from_checkpoint(*read(text), checkpoint, **more).values()
 
 
@@ -52,7 +52,7 @@ def test_options_typed_at_their_defaults_count_as_typed():
 @pytest.mark.parametrize(
     "text", ["--batch_size 0", "--dropout 1", "--lr -1", "--backbone vgg", "--epochs 1.5", "--nope"]
 )
-def test_values_out_of_range_are_one_sentence_and_exit_code_2(text, capsys):
+def test_values_out_of_range_are_a_one_line_error_with_exit_code_2(text, capsys):
     with pytest.raises(SystemExit) as end:
         run_cli(lambda: read(text))
     lines = capsys.readouterr().err.splitlines()
@@ -66,7 +66,7 @@ def checkpoint(widths: Widths, **arguments) -> Checkpoint:
     return Checkpoint("a.pth", "ours", {}, widths, None, 4, arguments)
 
 
-def test_architecture_comes_from_the_checkpoint_and_the_rest_only_on_going_on():
+def test_the_checkpoint_supplies_the_architecture_and_all_else_only_when_resuming():
     stored = {
         "enc_layers": 1,
         "dec_layers": 1,
@@ -83,7 +83,7 @@ def test_architecture_comes_from_the_checkpoint_and_the_rest_only_on_going_on():
         assert found == {**found, **expected} and found["output_dir"] != "x"
 
 
-def test_typed_preferences_win_and_a_typed_architecture_must_agree():
+def test_typed_preferences_take_precedence_and_a_typed_architecture_must_agree():
     widths = Widths.dense(1, 6, 256, 2048)
     found = taken("--image_size 640 --enc_layers 1", checkpoint(widths, enc_layers=1, image_size=96))
     assert found["image_size"] == 640
@@ -103,7 +103,7 @@ def test_the_padding_rule_comes_with_the_checkpoint_unless_it_is_typed():
         assert found["padding_rule"] == expected
 
 
-def test_the_bound_of_anchors_comes_with_the_checkpoint_and_is_dn_detrs_where_it_tells_none():
+def test_anchor_eps_comes_from_the_checkpoint_or_is_that_of_dn_detr():
     one_layer = {"enc_layers": 1, "dec_layers": 1}
     for stored, expected in ({}, 1e-3), ({"anchor_eps": 1e-5}, 1e-5):
         source = checkpoint(Widths.dense(1, 1, 256, 2048), **one_layer, **stored)
@@ -112,7 +112,7 @@ def test_the_bound_of_anchors_comes_with_the_checkpoint_and_is_dn_detrs_where_it
             taken("--anchor_eps 1e-4", source)
 
 
-def test_a_build_with_slim_names_is_built_so_again():
+def test_slim_names_are_kept_when_a_checkpoint_is_loaded():
     full = Widths.dense(6, 6, 256, 2048)
     for stored, cfgs in ((full.to_list(), full), (None, None)):
         assert taken("", checkpoint(full, cfgs=stored))["cfgs"] == cfgs
