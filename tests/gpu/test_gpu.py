@@ -1,4 +1,4 @@
-"""The detector, training, evaluation and a search on CUDA give what they give on the CPU (`make gpu-check`)."""
+"""Detector, training, evaluation and search give the same results on CUDA as on the CPU (`make gpu-check`)."""
 
 import copy
 from argparse import Namespace
@@ -30,7 +30,7 @@ QUICK_SEARCH = "--map_tol 0.3 --skip_eval_converge 0.2 --attention_unit 4 --ffn_
 
 @pytest.fixture(autouse=True)
 def full_float32():
-    """No TF32: its products are right to three digits only."""
+    """Disables TF32, whose products have only three correct digits."""
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
     for switch in switches:

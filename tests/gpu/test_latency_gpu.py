@@ -1,4 +1,4 @@
-"""On CUDA a fused kernel takes the attention of every published width, and the latency benchmark runs."""
+"""On CUDA a fused kernel accepts attentions of every published width, and the latency benchmark runs."""
 
 import json
 import warnings
@@ -44,7 +44,7 @@ def heads(queries, keys, width, value_width, dtype):
 
 @pytest.fixture(autouse=True)
 def full_float32():
-    """No TF32: its products are right to three digits only."""
+    """Disables TF32, whose products have only three correct digits."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
@@ -68,7 +68,7 @@ def test_a_fused_kernel_takes_every_published_width(dtype, masked):
 
 
 def test_the_rules_of_the_kernels_are_those_that_the_padding_follows():
-    """The memory-efficient kernel refuses what is padded, and takes what comes of it; flash pads by itself."""
+    """The memory-efficient kernel accepts widths only after padding; flash attention pads by itself."""
     for dtype in TOLERANCE:
         for queries, keys, *widths in published():
             target = fused_widths(*widths, "cuda", dtype)

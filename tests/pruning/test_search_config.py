@@ -39,7 +39,7 @@ def read(words, schedule=MGP):
         ("--search visit --ranking random --reconstruct none --calibration_images 8", "--calibration_images"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(words, message):
+def test_options_without_effect_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         refuse_unread_by_search(*read(words))
 
@@ -62,7 +62,7 @@ def test_options_that_would_do_nothing_are_refused(words, message):
         "--selection once --index_sets shared --ranking magnitude --reconstruct none",
     ],
 )
-def test_options_that_are_read_are_taken(words):
+def test_options_that_are_read_are_accepted(words):
     refuse_unread_by_search(*read(words))
 
 

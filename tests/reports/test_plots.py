@@ -1,4 +1,4 @@
-"""The pictures show the figures that they are given."""
+"""The plots show the given figures."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Reports of a search and of a training run: their figures, that they stand alone, and that they can be made anew."""
+"""Reports of a search and of a training run: their figures, no external files, and regenerating them."""
 
 import json
 import logging
@@ -72,7 +72,7 @@ def run_search(root, out, more="", argv=COMMAND):
 
 @pytest.fixture(scope="module", autouse=True)
 def draw_reports():
-    """In place of the one for all tests: here they are drawn."""
+    """Overrides the shared fixture: these tests draw reports."""
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def trained(root, searched):
     return root / "tuned"
 
 
-def test_a_searchs_report_tells_what_it_found(root, searched):
+def test_a_search_report_shows_its_results(root, searched):
     folder, result = searched
     page = read(folder)
     assert page.headings == ["Cost", "Width of each module", "AP against parameters", "Trials", "Modules",
@@ -123,7 +123,7 @@ def test_a_searchs_report_tells_what_it_found(root, searched):
     assert "annotated: " in page.text and "dense: " in page.text and "slim, before fine-tuning: " in page.text
 
 
-def test_a_training_runs_report_tells_its_epochs(trained, searched):
+def test_a_training_report_shows_its_epochs(trained, searched):
     page = read(trained)
     assert page.headings == ["Curves", "COCO figures on val2017", "Epochs", "Cost", "Width of each module",
                              "Sample detections", "Made with"]  # fmt: skip
@@ -139,14 +139,14 @@ def test_a_training_runs_report_tells_its_epochs(trained, searched):
     figures = {name: best[f"test_{name}"] for name in ("AP75", "APs", "APm", "APl", "AR1", "ARl")}
     for name, figure in figures.items():
         assert f"{name} {'not measurable' if figure == -1 else f'{figure:.4f}'}" in page.text
-    assert figures["AP75"] > 0 and -1 in figures.values()  # objects of every size there are not
+    assert figures["AP75"] > 0 and -1 in figures.values()  # not every object size occurs
     assert f"--cfgs '{searched[1].widths}'" in page.text and "Fine-tuning of pruned.pth" in page.text
     assert "before fine-tuning: " in page.text and f"trained, epoch {best['epoch']}: " in page.text
     assert "learning rate" in page.content and "has not ended" not in page.text
 
 
 @pytest.mark.parametrize("kind", ["search", "training"])
-def test_a_report_asks_for_nothing_and_runs_nothing(searched, trained, kind):
+def test_a_report_loads_nothing_and_runs_no_scripts(searched, trained, kind):
     page = read({"search": searched[0], "training": trained}[kind])
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form", "b<"}
     assert "http:" not in page.content and "https:" not in page.content and "@import" not in page.content
@@ -164,7 +164,7 @@ def test_a_report_asks_for_nothing_and_runs_nothing(searched, trained, kind):
 
 
 @pytest.mark.parametrize("kind", ["search", "training"])
-def test_a_report_made_anew_is_the_same(searched, trained, tmp_path, kind):
+def test_a_regenerated_report_is_the_same(searched, trained, tmp_path, kind):
     source = {"search": searched[0], "training": trained}[kind]
     before = (source / "report.html").read_bytes()
     try:
@@ -190,7 +190,7 @@ def test_an_older_searchs_folder_gives_the_same_figures(searched, tmp_path):
     assert f"--cfgs '{result.widths}'" in page.text
 
 
-def test_the_trial_taken_is_known_where_the_backbone_was_cut_before(searched, tmp_path):
+def test_the_accepted_trial_is_found_if_the_backbone_was_cut_before(searched, tmp_path):
     folder, _ = searched
     lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
     lines[0]["full_widths"].append([[60, 64]])
@@ -200,7 +200,7 @@ def test_the_trial_taken_is_known_where_the_backbone_was_cut_before(searched, tm
     assert expected is not None and taken is not None and taken.widths == expected.widths
 
 
-def test_an_interrupted_search_is_reported_and_goes_on_under_another_command(root, tmp_path):
+def test_an_interrupted_search_is_reported_and_resumes_with_another_command(root, tmp_path):
     more = "--search visit --search_split train2017 --map_tol 0.5 --calibration_images 2"
     whole = run_search(root, tmp_path, more)
     journal = (tmp_path / "search.jsonl").read_text().splitlines(keepends=True)
@@ -221,7 +221,7 @@ def test_an_interrupted_search_is_reported_and_goes_on_under_another_command(roo
     assert "has not ended" not in page.text and "Trials" not in page.headings
 
 
-def test_a_search_in_which_nothing_passed_says_so_and_names_no_next_command(root, tmp_path):
+def test_a_search_without_a_passing_trial_is_reported_without_a_next_command(root, tmp_path):
     with (
         mock.patch.object(Schedule, "fast_threshold_ap", lambda *arguments: 1.1),
         pytest.raises(RunFailedError, match="no trial passed"),
@@ -255,7 +255,7 @@ def test_a_student_stands_beside_its_teacher(root, trained, tmp_path):
     assert f"with {root}/dense.pth as its teacher" in text
 
 
-def test_what_is_gone_is_told_and_the_rest_is_there(searched, tmp_path):
+def test_missing_files_are_named_and_the_rest_is_shown(searched, tmp_path):
     for name in ("search.jsonl", "args.json"):
         shutil.copy(searched[0] / name, tmp_path)
     args = json.loads((tmp_path / "args.json").read_text())
@@ -272,7 +272,7 @@ def fail(*_):
     raise RuntimeError("no pen")
 
 
-def test_a_report_that_cannot_be_drawn_loses_nothing(root, tmp_path, monkeypatch):
+def test_a_failed_report_keeps_all_other_files(root, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "render", fail)
     result = run_search(root, tmp_path / "search", "--keep 0.7")
     main.main(*options("--coco_path", root, "--output_dir", tmp_path / "run", "--resume", result.path,
@@ -284,7 +284,7 @@ def test_a_report_that_cannot_be_drawn_loses_nothing(root, tmp_path, monkeypatch
     assert json.loads((tmp_path / "search" / "search.jsonl").read_text().splitlines()[-1])["event"] == "end"
 
 
-def test_drawing_draws_nothing_at_random(trained):
+def test_drawing_is_deterministic(trained):
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     report.render(trained, "training", Samples(torch.device("cpu")))
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -303,7 +303,7 @@ def test_detections_are_kept_until_the_checkpoint_changes(trained, root, tmp_pat
         assert samples.section(*configs, [("one", tmp_path / "a.pth")]) != one and built.call_count == 2
 
 
-def test_a_folder_without_a_run_is_one_sentence(tmp_path):
+def test_a_folder_without_a_run_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match=r"found neither search\.jsonl nor log\.txt"):
         report_main([str(tmp_path)])
     (tmp_path / "log.txt").write_text("")

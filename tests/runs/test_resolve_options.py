@@ -1,4 +1,4 @@
-"""Options that a run would not read are refused, and those that people type are taken."""
+"""Options that a run would ignore are refused; all others are accepted."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def check(words: str) -> None:
 
 
 @pytest.mark.parametrize("name", OF_TRAINING)
-def test_an_evaluation_takes_no_option_of_training(name):
+def test_an_evaluation_refuses_training_options(name):
     value = "" if name in FLAGS else WORDS.get(name, "0" if name in ("dropout", "ema_decay") else "1")
     with pytest.raises(UserError, match=f"^--{name}: found with --eval, which does not train$"):
         check(f"--eval --resume a.pth --{name} {value}")
@@ -57,7 +57,7 @@ def test_an_evaluation_takes_no_option_of_training(name):
         (f"{DEFORMABLE} --dilation --return_layer layer3", "--dilation: found --return_layer layer3"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(words, message):
+def test_options_without_effect_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         check(words)
 
@@ -77,7 +77,7 @@ def test_options_that_would_do_nothing_are_refused(words, message):
         f"{DEFORMABLE} --transformer_activation relu --num_patterns 0 --enc_n_points 2 --dilation --anchor_eps 1e-5",
     ],
 )
-def test_options_that_are_read_are_taken(words):
+def test_options_that_are_read_are_accepted(words):
     check(words)
 
 
@@ -93,7 +93,7 @@ def test_options_that_are_read_are_taken(words):
         (lambda: inference.get_inference_parser(), "--eval_amp"),
         (get_cost_parser, "--num_select 4"),
         (lambda: script_parser("", parents=[get_args_parser()]), "--keep 0.5"),
-        # No beginning of a name counts as the name: `--epoch` would be one option today and another tomorrow.
+        # Abbreviations are refused: `--epoch` could become ambiguous when an option is added.
         (lambda: script_parser("", parents=[get_args_parser()]), "--epoch 5"),
         (lambda: get_pruning_parser(MGP, ""), "--map 0.1"),
     ],
@@ -115,8 +115,8 @@ def test_a_whole_backbone_among_the_typed_widths_is_left_out(coco):
         assert len(found.to_list()) == stored
 
 
-def test_what_the_checkpoint_says_decides(coco, tmp_path):
-    """The variant, and a training run's schedule, denoising and teacher, come out of it."""
+def test_the_checkpoint_supplies_options(coco, tmp_path):
+    """It supplies the variant and a training run's schedule, denoising and teacher."""
     root = write_self_annotated(tmp_path / "data", f"{DEFORMABLE} --return_layer layer3 --num_feature_levels 3")
     common = ("--num_workers 0 --device cpu --coco_path", root, "--output_dir", tmp_path / "out", "--resume")
     with pytest.raises(UserError, match=r"--transformer_activation prelu: .*dense\.pth was made with relu"):

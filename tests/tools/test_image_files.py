@@ -56,7 +56,7 @@ def test_what_is_left_out_of_folders_and_globs_is_counted(tmp_path):
 
 @pytest.fixture
 def listing(tmp_path):
-    """What an annotation file of those images, without a list of annotations, says of files in its folder."""
+    """The images of an annotation file without annotations, matched with the files in its folder."""
 
     def listed(images: list[dict], *names: str) -> list[ListedImage | None]:
         tables = {"images": images, "categories": [{"id": 1, "name": "one"}]}
@@ -66,7 +66,7 @@ def listing(tmp_path):
     return listed
 
 
-def test_listed_images_are_those_that_a_file_tells_apart(listing):
+def test_listed_images_are_matched_only_to_unambiguous_files(listing):
     images = [{"id": 5, "file_name": "1.jpg", "width": 30, "height": 20},
               {"id": 6, "file_name": "b/1.jpg", "width": 30},
               {"id": 7, "file_name": "2.jpg"}, {"id": 8, "file_name": "2.jpg"}]  # fmt: skip
