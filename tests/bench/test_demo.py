@@ -1,4 +1,4 @@
-"""The demo's commands are ones that the scripts take, and its pictures and times are of what they say."""
+"""The demo's commands parse, and its pictures and times are of the named detectors."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The latency benchmark measures what it says, and its figures follow from the seconds."""
+"""The latency benchmark: which modes it measures, and how figures follow from seconds."""
 
 import json
 
@@ -117,7 +117,7 @@ def test_unpadded_modes_pad_nothing(demo, monkeypatch):
         assert widths == expected
 
 
-def test_what_is_missing_is_told(tmp_path, monkeypatch):
+def test_missing_requirements_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: found no CUDA device"):
         latency.main(["--device", "cuda"])

@@ -22,7 +22,7 @@ def prune(widths=WIDTHS, **options):
 
 
 def states():
-    """The state in front of each step of the whole detector."""
+    """The state before each step of the whole detector."""
     with torch.no_grad():
         front = MODEL.prepare(BATCHES[0][0])
         return {name: MODEL.run_steps(front, None, name) for name in STEPS}
@@ -104,7 +104,7 @@ def test_whole_widths_leave_the_detector_as_it_is():
     ("options", "message"),
     [({"candidates_attention": 4}, "than the 4"), ({"candidates_ffn": 16}, "16 that a step adds")],
 )
-def test_no_more_candidates_than_a_step_adds_are_a_users_mistake(options, message):
+def test_no_more_candidates_than_a_step_adds_is_a_user_error(options, message):
     counts = {"candidates_attention": 8, "candidates_ffn": 18} | options
     with pytest.raises(UserError, match=message):
         prune_as_paper(MODEL, BATCHES, CRITERION, WIDTHS, **counts)

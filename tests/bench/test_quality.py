@@ -1,4 +1,4 @@
-"""The benchmarks of pruning on a tiny detector: what a row says is so, and nothing is measured twice."""
+"""The pruning benchmarks on a tiny detector: rows are correct, and nothing is measured twice."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_uniform_widths_are_one_share_of_every_module(subject, fraction):
     assert 1 - count_parameters(model.transformer) / subject.params == pytest.approx(fraction, abs=0.06)
 
 
-def test_a_row_tells_the_ap_of_the_detector_it_built(subject):
+def test_a_row_has_the_ap_of_its_detector(subject):
     found = measure(subject, uniform(subject), 0.47, epochs=0)
     model, _ = Pruner(subject, FAST).at_widths(uniform_widths(subject.dense, 0.47))
     result = engine.evaluate(
@@ -64,7 +64,7 @@ def test_fine_tuning_changes_a_copy_alone(subject):
     assert all(torch.equal(value, before[key]) for key, value in subject.dense.state_dict().items())
 
 
-def test_a_second_call_goes_on_behind_the_rows_that_are_there(folder, tmp_path, monkeypatch, capsys):
+def test_a_second_call_adds_only_missing_rows(folder, tmp_path, monkeypatch, capsys):
     words = ["tiny", "--coco_path", str(folder), "--checkpoint", str(folder / "dense.pth"), "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", *words, "--search_images", "2", "--epochs", "0"])
     monkeypatch.setattr(quality, "rows_of", lambda subject: [uniform(subject, fractions=(0.25, 0.47))])

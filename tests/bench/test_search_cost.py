@@ -1,4 +1,4 @@
-"""What a search costs, on a tiny detector: what is counted, and what a sample of steps says of a whole search."""
+"""The cost of a search on a tiny detector: what is counted, and extrapolation from a sample of steps."""
 
 import dataclasses
 

@@ -92,7 +92,7 @@ def test_a_case_that_takes_too_long_is_ended():
 
 
 @pytest.mark.parametrize("options", [{"importance": "luck"}, {"ranking": "luck"}])
-def test_unknown_ways_are_a_users_mistake(options):
+def test_unknown_ways_are_a_user_error(options):
     with pytest.raises(UserError, match="found 'luck'"):
         prune(0.3, **options)
 

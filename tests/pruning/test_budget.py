@@ -86,13 +86,13 @@ def test_every_trial_begins_with_the_whole_network_and_cuts_in_network_order():
 
 
 @pytest.mark.parametrize("aps", list(itertools.permutations((0.1, 0.2, 0.3))))
-def test_of_several_powers_the_trial_of_the_greatest_map_is_taken_and_its_cut_kept(aps):
-    class Told(BudgetSearch):
+def test_the_power_with_the_best_map_is_used_and_its_cut_kept(aps):
+    class Scripted(BudgetSearch):
         def _trial(self, keep, power, widths):
             number = POWERS.index(power)
             return Trial(keep, power, {"encoder.0.ffn": number}, aps[number], keep), number
 
-    trial, cut = search_of({"encoder.0.ffn": [1.0, 0.0]}, Told)._best_power(0.5)
+    trial, cut = search_of({"encoder.0.ffn": [1.0, 0.0]}, Scripted)._best_power(0.5)
     assert trial.full_ap == 0.3
     assert cut == aps.index(0.3)
 
@@ -182,7 +182,7 @@ def test_the_next_guess_lies_between_what_failed_and_what_passed(losses, allowed
     assert ends[0] <= guess <= ends[1]
 
 
-def test_trials_that_lose_alike_tell_no_slope():
+def test_trials_of_equal_loss_give_no_slope():
     tables = {"encoder.0.ffn": [3.0, 1.0, 0.5, 0.0]}
     search = search_of(tables)
     for losses in ({1.0: 0.0020, 10.0: 0.00202}, {1.0: 0.0, 3.0: 0.0001003}):
@@ -206,7 +206,7 @@ def test_widths_are_multiples_of_the_units_or_whole(keep, attention_unit, ffn_un
 
 
 def test_widths_that_were_measured_before_cost_no_evaluation():
-    class Told(BudgetSearch):
+    class Scripted(BudgetSearch):
         guesses = iter((0.76, 0.755, 0.752, 0.7, 0.63, 0.57, 0.51))
 
         def _guess(self, losses, allowed, fails, passes):
@@ -215,7 +215,7 @@ def test_widths_that_were_measured_before_cost_no_evaluation():
     modules = {f"encoder.{number}.ffn": fake_module(f"encoder.{number}.ffn", 4, 1, False) for number in range(4)}
     bench = FakeBench(modules, lambda widths, whole: sum(widths.values()) / 32, damage=damage)
     trials = []
-    search = search_over(bench, 1, kind=Told, on_trial=trials.append)
+    search = search_over(bench, 1, kind=Scripted, on_trial=trials.append)
     kept, best = search.run(None, 9 / 32)
     # The first three guesses come out as 12 channels.
     assert [sum(trial.widths.values()) for trial in trials] == [12, 11, 10, 9]

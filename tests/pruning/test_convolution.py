@@ -253,7 +253,7 @@ def test_a_refit_is_never_worse_than_none(kept_layer, damping, shift):
 
 @quick
 @given(kept_layer=kept_layers(), damping=st.floats(1e-9, 1))
-def test_one_sided_targets_never_raise_the_error_in_front_of_a_relu(kept_layer, damping):
+def test_one_sided_targets_never_raise_the_error_before_a_relu(kept_layer, damping):
     layer, kept = kept_layer
     targets, weight = layer.outputs, as_linear(layer.convolution, layer.norm)[0]
     inputs = inputs_of_channels(kept, layer.area)

@@ -161,7 +161,7 @@ def test_a_search_writes_what_it_has_measured(variant, tmp_path, schedule, more)
 
 
 def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
-    """The backbone sees each image once; in front of the searched module each step sees each image once a visit."""
+    """The backbone sees each image once; each step before the searched module sees each image once per visit."""
     seen, built = {"backbone": 0}, []
 
     def count(module, inputs, output):
@@ -201,7 +201,7 @@ def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
     assert sum(len(images) for key, images in passes.items() if key[2]) > len(moves) / 2
 
 
-def test_a_search_goes_on_from_its_own_output(tmp_path):
+def test_the_output_of_a_search_can_be_searched_again(tmp_path):
     folder, network = tmp_path / "data", "--backbone resnet18"  # whose detector can be searched twice
     folder.mkdir()
     write_folder(folder, network)
@@ -352,7 +352,7 @@ def test_two_processes_decide_as_one(folder, tmp_path):
     assert together.trace[-1]["full_ap"] == pytest.approx(alone.ap, abs=1e-9)
 
 
-def test_a_missing_checkpoint_is_one_sentence_and_code_2(folder, tmp_path):
+def test_a_missing_checkpoint_is_a_one_line_error_with_code_2(folder, tmp_path):
     done = command(
         "prune_greedy.py", f"{SMALL} --coco_path {folder} --resume {folder}/none.pth --output_dir {tmp_path}/out"
     )

@@ -1,4 +1,4 @@
-"""A journal goes on only with the search that it belongs to."""
+"""A journal can only be resumed by the search that wrote it."""
 
 import copy
 import json
@@ -52,7 +52,7 @@ def test_a_decision_comes_back_as_it_was(path):
     assert all(indices.dtype == torch.int64 for indices in found[0].kept.values())
 
 
-def test_lines_go_on_behind_those_that_are_there(path):
+def test_new_lines_are_appended(path):
     journal = Journal(path)
     assert [line["event"] for line in journal.resume(FACTS)[1]] == ["decision", "trial"]
     journal.decision(DECISION)
@@ -78,7 +78,7 @@ def test_lines_go_on_behind_those_that_are_there(path):
         (["full_widths"], [], "full_widths"),
     ],
 )
-def test_a_search_that_depends_on_anything_else_is_refused(path, keys, value, message):
+def test_a_journal_of_other_options_data_or_weights_is_refused(path, keys, value, message):
     facts = copy.deepcopy(FACTS)
     inner = facts
     for key in keys[:-1]:
@@ -106,7 +106,7 @@ def test_an_option_that_is_gone_is_a_difference(path):
         Journal(path).resume(facts)
 
 
-def test_a_last_line_that_is_cut_short_is_dropped(path):
+def test_an_incomplete_last_line_is_dropped(path):
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     ends = [len(b"".join(lines[:n])) for n in range(len(lines) + 1)]
@@ -115,7 +115,7 @@ def test_a_last_line_that_is_cut_short_is_dropped(path):
         complete = sum(end <= length for end in ends[1:])
         _, found = Journal(path).resume(FACTS)
         assert [line["event"] for line in found] == ["decision", "trial"][: max(0, complete - 1)]
-        # A file without one whole line is nothing to go on with: it is left as it is.
+        # A file without a complete line has nothing to resume: it is left unchanged.
         assert path.read_bytes() == (b"".join(lines[:complete]) if complete else whole[:length])
 
 
@@ -143,20 +143,20 @@ def test_a_journal_that_holds_no_decision_yet_is_not_begun_twice(path):
         ("{}", "line 2 is not an event"),
     ],
 )
-def test_a_line_that_is_no_event_is_a_users_mistake(path, line, message):
+def test_a_line_that_is_no_event_is_a_user_error(path, line, message):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
     with pytest.raises(UserError, match=message):
         Journal(path).resume(FACTS)
 
 
-def test_a_file_that_does_not_begin_with_a_search_is_a_users_mistake(path):
+def test_a_file_that_does_not_begin_with_a_search_is_a_user_error(path):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(UserError, match="line 1 is a decision, expected the start"):
         Journal(path).resume(FACTS)
 
 
-def test_bytes_that_are_no_text_are_a_users_mistake(path):
+def test_undecodable_bytes_are_a_user_error(path):
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(UserError, match="cannot be read as a journal"):
         Journal(path).resume(FACTS)
@@ -172,7 +172,7 @@ def test_bytes_that_are_no_text_are_a_users_mistake(path):
         "no module",
     ],
 )
-def test_a_damaged_decision_is_a_users_mistake(change):
+def test_a_damaged_decision_is_a_user_error(change):
     line = {"event": "decision", **DECISION.to_dict()}
     if change == "no module":
         del line["module"]

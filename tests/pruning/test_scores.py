@@ -22,7 +22,7 @@ NAMES = ("encoder.0.attention", "encoder.0.ffn", "decoder.0.cross_attention", "d
 
 
 class Setting:
-    """A tiny detector in front of which the calibration's cache can be put."""
+    """A tiny detector, with a cache of its calibration on request."""
 
     def __init__(self, network=""):
         self.model, self.criterion, _ = tiny_detector(network)
@@ -87,7 +87,7 @@ def test_every_candidate_has_a_finite_score_whatever_is_kept(setting, ranking):
 
 
 @pytest.mark.parametrize("ranking", [r for r in RANKINGS if r not in ("exact", "random")])
-def test_scores_tell_channels_and_parts_apart(setting, ranking):
+def test_scores_differ_between_channels_and_parts(setting, ranking):
     rank = setting.ranking(ranking)
     for name in ("decoder.0.cross_attention", "decoder.1.self_attention"):
         module = setting.begin(name)

@@ -100,7 +100,7 @@ def test_gp_holds_the_whole_split_against_the_target(full_ap, accepted):
     assert next(d for d in decisions if d.module == FFN).accepted is accepted
 
 
-def test_a_whole_module_hands_on_the_map_of_the_visit_before():
+def test_a_whole_module_keeps_the_map_of_the_previous_visit():
     _, _, decisions = run(lambda w, whole: 0.495 if w[FFN] == 6 else 0.0)
     assert [(d.module, d.full_ap) for d in decisions if d.accepted] == [(ATTENTION, 0.495), (FFN, 0.495)]
 
@@ -184,7 +184,7 @@ def test_a_bisection_measures_no_whole_module():
     assert all(d.width < d.full_width for d in decisions if not d.accepted)
 
 
-def test_a_bisection_tells_the_map_of_the_width_that_it_accepts():
+def test_a_bisection_reports_the_map_of_the_accepted_width():
     ap = lambda w, whole: 0.4 + 0.01 * sum(w.values()) if whole else 0.54  # noqa: E731
     _, kept, decisions = run(ap, method=VISIT, base_ap=0.54)
     accepted = [d for d in decisions if d.accepted]
@@ -226,7 +226,7 @@ HISTORIES = [
 @pytest.mark.parametrize("schedule", [GP, MGP], ids=["gp", "mgp"])
 @pytest.mark.parametrize("method", [PAPER, VISIT], ids=["grow", "bisect"])
 @pytest.mark.parametrize("ap", HISTORIES)
-def test_a_search_goes_on_from_any_decision_as_if_nothing_had_stopped_it(ap, method, schedule):
+def test_a_search_resumed_after_any_decision_ends_the_same(ap, method, schedule):
     units = dataclasses.replace(UNITS, ffn_unit=1, attention_candidates=4, ffn_candidates=3)
     scores = lambda name, candidates: (candidates * 5 % 7).double()  # noqa: E731
     whole_bench, expected, history = run(ap, schedule, units, method=method, scores=scores)
@@ -249,7 +249,7 @@ def test_a_search_goes_on_from_any_decision_as_if_nothing_had_stopped_it(ap, met
         assert len(asked(bench, "subset")) == measured
 
 
-def test_counts_go_on_from_the_last_decision():
+def test_counts_continue_from_the_last_decision():
     _, _, history = run(constant(0.5))
     past = dataclasses.replace(history[0], image_passes=70, whole_passes=1.5, seconds=9.0)
     _, _, new = run(constant(0.5), replayed=[past])
@@ -267,7 +267,7 @@ def test_decisions_of_another_search_are_refused(change):
 @pytest.mark.parametrize("method", [PAPER, VISIT], ids=["paper", "visit"])
 @pytest.mark.parametrize("needed", [1, 5, 9, 16, 21])
 def test_widths_are_multiples_of_the_units_or_whole(method, needed):
-    """So that `--attention_unit 4 --ffn_unit 8` finds head widths that every kernel likes."""
+    """With `--attention_unit 4 --ffn_unit 8`, head widths fit every kernel."""
     units = Units(attention_unit=3, ffn_unit=5, attention_candidates=5, ffn_candidates=7, seed=0)
     modules = {ATTENTION: fake_module(ATTENTION, 2 * 11, 2, True), FFN: fake_module(FFN, 22, 1, False)}
     ap = lambda w, whole: 0.5 if min(w.values()) >= needed else 0.0  # noqa: E731

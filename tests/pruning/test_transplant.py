@@ -169,7 +169,7 @@ BAD_KEPT = {
 
 
 @pytest.mark.parametrize("name", BAD_KEPT)
-def test_channels_that_cannot_be_cut_are_a_users_mistake(name):
+def test_channels_that_cannot_be_cut_are_a_user_error(name):
     lists, message = BAD_KEPT[name]
     kept = {m: {p: torch.tensor(i, dtype=torch.int64) for p, i in sets.items()} for m, sets in lists.items()}
     with pytest.raises(UserError, match=message), gates_applied(WHOLE, kept):
@@ -181,14 +181,14 @@ def test_check_kept_takes_a_whole_module():
         check_kept(module, all_kept(module))
 
 
-def test_a_parameter_too_small_for_the_kept_channels_is_a_users_mistake():
+def test_a_parameter_too_small_for_the_kept_channels_is_a_user_error():
     weights = {**WHOLE.state_dict(), "transformer.encoder.layers.0.linear1.bias": torch.zeros(8)}
     kept = {"encoder.0.ffn": {"hidden": torch.tensor([9])}}
     with pytest.raises(UserError, match=r"linear1\.bias"):
         cut_state_dict(weights, kept, slices_of(WHOLE.prunable_modules()))
 
 
-def test_a_missing_parameter_is_a_users_mistake():
+def test_a_missing_parameter_is_a_user_error():
     kept = {"encoder.0.ffn": {"hidden": torch.tensor([0])}}
     with pytest.raises(UserError, match=r"no transformer\.encoder\.layers\.0\.linear1\.weight"):
         cut_state_dict({}, kept, slices_of(WHOLE.prunable_modules()))
@@ -234,12 +234,12 @@ def test_masks_of_any_type_keep_the_same_channels(dtype):
         ("backbone.select1.prune_a", torch.ones(1, 1, 32), "found mask"),
     ],
 )
-def test_masks_that_make_no_sense_are_a_users_mistake(key, mask, message):
+def test_invalid_masks_are_a_user_error(key, mask, message):
     with pytest.raises(UserError, match=message):
         paper_masks_to_kept({key: mask})
 
 
-def test_a_slim_copy_says_its_shapes():
+def test_a_slim_copy_reports_its_shapes():
     kept = {name: all_kept(module) for name, module in WHOLE.prunable_modules().items()}
     kept["encoder.0.ffn"] = {"hidden": torch.tensor([1, 5, 7])}
     widths = WHOLE.widths.replace("encoder.0.ffn", 3)
