@@ -76,11 +76,11 @@ def test_its_gradient_has_no_share_in_the_clipping_norm(coco, tmp_path, monkeypa
     monkeypatch.setattr(nn.utils, "get_total_norm", count)
     content = train(coco, tmp_path, f"{FROZEN} --epochs 1")
     transformer, backbone = (len(group["params"]) for group in content["optimizer"]["param_groups"])
-    # `label_enc`, say, has a gradient in every batch with targets; nothing of the backbone has one.
+    # `label_enc`, for example, has a gradient in every batch with targets; the backbone has none.
     assert 0 < max(counts) <= transformer and backbone > 0
 
 
-def test_a_frozen_backbone_keeps_its_bits_and_the_run_goes_on_as_uninterrupted(coco, tmp_path):
+def test_a_frozen_backbone_is_unchanged_and_the_run_resumes_exactly(coco, tmp_path):
     start = train(coco, tmp_path / "start", f"{BATCH_NORM} --epochs 1 --lr 0 --weight_decay 0 --lr_backbone 1e-3")
     words = f"{FROZEN} --ema_decay 0.9 --start_fresh --resume {tmp_path}/start/checkpoint.pth"
     whole = train(coco, tmp_path / "whole", f"{words} --epochs 2")

@@ -1,4 +1,4 @@
-"""--help of the scripts and `make help`: themes, units, defaults said once, an example; every target is listed."""
+"""--help of the scripts and `make help`: groups, units, one mention of each default, an example; all targets."""
 
 import argparse
 import re
@@ -43,7 +43,7 @@ def script(request) -> tuple[str, argparse.ArgumentParser]:
     return request.param, PARSERS[request.param]()
 
 
-def test_help_describes_shows_an_example_and_says_each_default_once(script, monkeypatch):
+def test_help_has_an_example_and_each_default_once(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "4000")
     name, parser = script
     text = parser.format_help()

@@ -1,4 +1,4 @@
-"""inference.py on the images of a tiny data set: what it finds, draws and writes, and what it says to a mistake."""
+"""inference.py on the images of a tiny data set: detections, pictures, output files and errors."""
 
 import json
 import shutil
@@ -107,7 +107,7 @@ def test_photos_on_their_side_are_read_alike_in_evaluation_and_inference(root, t
     assert_same_results(read(tmp_path / "out" / "results.json"), wanted)
     sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in read(names)["images"]}
     assert sizes == {e["id"]: (e["width"], e["height"]) for e in read(tmp_path / "out" / "images.json")["images"]}
-    # No list says how boxes count in it: as people see it.
+    # Unlisted images are turned upright.
     detect(tmp_path / "unlisted", *words)
     sides = [(e["width"], e["height"]) for e in read(tmp_path / "unlisted" / "images.json")["images"]]
     assert sides.count((80, 64) if boxes == "upright" else (64, 80)) == len(wide) > 0
@@ -239,7 +239,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence_and_nothing_is_written(root, tmp_path, mistake):
+def test_a_mistake_is_a_one_line_error_and_nothing_is_written(root, tmp_path, mistake):
     words, message = MISTAKES[mistake]
     with pytest.raises(UserError) as error:
         detect(tmp_path / "out", words.format(root=root))

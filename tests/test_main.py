@@ -1,4 +1,4 @@
-"""Runs of main.py on a tiny data set: what it writes, how it goes on, and what it says to a mistake."""
+"""Runs of main.py on a tiny data set: output files, resuming, and errors."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_what_a_run_leaves_in_its_folder(trained):
 
 @pytest.fixture(scope="module")
 def annotated(tmp_path_factory) -> Path:
-    """A data set that its detector dense.pth knows, and in `run` two epochs of going on very slowly with it."""
+    """A data set annotated by its detector dense.pth; `run` holds two epochs of training it at a tiny rate."""
     root = write_self_annotated(tmp_path_factory.mktemp("annotated"))
     main.main(*options("--coco_path", root, "--output_dir", root / "run", "--resume", root / "dense.pth", SLOW,
                        "--epochs 2 --batch_size 2"))  # fmt: skip
@@ -119,9 +119,7 @@ def test_a_new_run_keeps_the_files_of_an_older_one(coco, trained, tmp_path):
     assert best.kind == "ours" and (tmp_path / "checkpoint_best.1.pth").read_text() == "older checkpoint_best.pth"
 
 
-def test_a_detector_of_more_classes_than_val_names_is_evaluated_but_its_training_does_not_go_on(
-    coco, trained, tmp_path
-):
+def test_more_classes_than_val_has_can_be_evaluated_but_not_resumed(coco, trained, tmp_path):
     def fewer(tables):
         tables["categories"] = [{"id": 1, "name": "kind 1"}]
         tables["annotations"] = [item for item in tables["annotations"] if item["category_id"] == 1]
@@ -179,7 +177,7 @@ def test_a_searchs_output_is_cut_trained_and_then_carries_its_widths(coco, train
         main.main(*options(*common, slim.path, "--cfgs [[[32,32]],[[32,32,32],[32,32,32]]]"))
 
 
-def test_a_distilled_run_logs_its_losses_and_goes_on_bit_by_bit(coco, trained, tmp_path):
+def test_a_distilled_run_logs_its_losses_and_resumes_bit_by_bit(coco, trained, tmp_path):
     search_output(trained, tmp_path / "pruned.pth")
     teacher = tmp_path / "teacher.pth"
     shutil.copy(trained / "checkpoint_best.pth", teacher)
@@ -270,7 +268,7 @@ TEACHERS = {
 
 @pytest.fixture(scope="module")
 def teachers_folder(trained, annotated, tmp_path_factory) -> Path:
-    """A folder with the unsuitable files that TEACHERS speak of."""
+    """A folder with the unsuitable files that TEACHERS names."""
     tmp = tmp_path_factory.mktemp("teachers")
     search_output(trained, tmp / "pruned.pth")
     shutil.copy(annotated / "dense.pth", tmp / "annotated.pth")
@@ -313,7 +311,7 @@ class Hostile:
 
 @pytest.fixture(scope="module")
 def mistakes_folder(coco, trained, tmp_path_factory) -> Path:
-    """A folder with the damaged files that MISTAKES speak of."""
+    """A folder with the damaged files that MISTAKES names."""
     tmp = tmp_path_factory.mktemp("mistakes")
     content = (trained / "checkpoint_best.pth").read_bytes()
     (tmp / "truncated.pth").write_bytes(content[: len(content) // 2])
@@ -330,7 +328,7 @@ def mistakes_folder(coco, trained, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence_and_nothing_is_written(mistake, coco, trained, mistakes_folder, tmp_path):
+def test_a_mistake_is_a_one_line_error_and_nothing_is_written(mistake, coco, trained, mistakes_folder, tmp_path):
     if mistake == "no CUDA" and torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     words, message = MISTAKES[mistake]
@@ -368,7 +366,7 @@ def test_a_corrupt_image_is_named_by_a_worker_process_too(coco, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_two_processes_go_on_with_a_run_as_one_and_find_the_figures_of_one(annotated, tmp_path):
+def test_two_processes_resume_a_run_with_the_results_of_one(annotated, tmp_path):
     """One step on a batch of two, or on a batch of one in each of two processes; one of 7 images comes twice to AP."""
     teacher = torch.load(annotated / "dense.pth", weights_only=True)
     torch.manual_seed(0)

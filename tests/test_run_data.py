@@ -1,4 +1,4 @@
-"""What runs say of data that cannot give right figures: no boxes, boxes below a pixel, images of another size."""
+"""Warnings of runs about unusable data: no boxes, boxes below a pixel, images of another size."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_without_boxes_to_measure_ap_on_the_last_epoch_is_the_best(coco, tmp_pat
     assert read_checkpoint(tmp_path / "out" / "checkpoint.pth").training["best_ap"] >= 0
 
 
-def test_without_boxes_to_learn_from_training_says_so_once(coco, tmp_path):
+def test_training_without_boxes_warns_once(coco, tmp_path):
     root = changed(coco, tmp_path / "coco", lambda tables: tables.update(annotations=[]), ("train2017",))
     train(root, tmp_path / "out", "--epochs 2")
     assert (tmp_path / "out" / "run.log").read_text().count("found no boxes, so there are no objects to learn") == 1
@@ -97,7 +97,7 @@ def test_training_on_boxes_below_a_pixel_alone_is_refused_and_some_are_counted(c
         assert f"{split}.json: 3 of 4 images have more objects (up to 2) than the detector has queries (1)" in log
 
 
-def test_an_evaluation_on_boxes_below_a_pixel_says_so(annotated, tmp_path):
+def test_an_evaluation_on_boxes_below_a_pixel_warns(annotated, tmp_path):
     root = changed(annotated, tmp_path / "coco", in_fractions)
     count = len(json.loads(annotation_path(root, "val2017").read_text())["annotations"])
     assert f"{count} of {count} boxes are below a pixel, expected x, y" in evaluate(root, tmp_path / "out")
@@ -113,7 +113,7 @@ def other_sizes(root: Path, split: str, images: int) -> str:
     return f"{annotation_path(root, split)}: {images} of {images} images read differ from their listed size, first"
 
 
-def test_every_run_says_that_files_have_been_resized(coco, annotated, tmp_path, capsys):
+def test_every_run_warns_of_resized_files(coco, annotated, tmp_path, capsys):
     """Before the first pass by some headers, behind it by all images; on the screen and in the log."""
     root = changed(annotated, tmp_path / "annotated", double_sizes)
     message = other_sizes(root, "val2017", 7)
@@ -132,7 +132,7 @@ def test_every_run_says_that_files_have_been_resized(coco, annotated, tmp_path, 
     assert log.count(other_sizes(root, "val2017", 4)) == log.count(other_sizes(root, "train2017", 4)) == 2
 
 
-def test_resized_files_are_told_from_turned_ones(annotated, tmp_path):
+def test_resized_files_are_distinguished_from_turned_ones(annotated, tmp_path):
     root = changed(annotated, tmp_path / "coco", lambda tables: None)
     path = root / "val2017" / "1.jpg"
     exif = Image.Exif()

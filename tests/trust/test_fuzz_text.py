@@ -136,7 +136,7 @@ def test_hard_annotations(set_folder, content):
     assert read_set(set_folder, content) is None or content.count(b'"."')
 
 
-def test_of_a_key_that_comes_twice_the_last_counts_and_the_set_is_read(set_folder):
+def test_the_last_of_repeated_keys_counts(set_folder):
     content = json.dumps(ANNOTATIONS).replace('"area": 96.0', '"area": "x", "area": 96.0').encode()
     assert read_set(set_folder, content)[0]["area"].tolist() == [96.0]
 

@@ -178,7 +178,7 @@ OBSTACLES = {
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
 def test_where_cuda_cannot_be_built_the_cpu_part_is(obstacle, toolkit):
-    """With one sentence that says why and how to make it an error; then with that error, which is one sentence, too."""
+    """One sentence gives the reason and how to make it an error; that error is one sentence, too."""
     make, run = toolkit
     given, reason = OBSTACLES[obstacle]
     make(**given)
