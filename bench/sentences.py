@@ -92,7 +92,7 @@ def defaults(results: Path) -> str:
     ]  # fmt: skip
     return paragraph(
         f"On the demo set with {100 * middle:.0f} % removed, every ranking of channels ends at {cut} AP as cut. "
-        f"Refitting the layer behind the cut gives {refitted}. Projecting queries, keys and values as well "
+        f"Refitting the layer after the cut gives {refitted}. Projecting queries, keys and values as well "
         f"(`--reconstruct full`) gives {_before(rows, projected, middle)} at uniform widths and "
         f"{_before(rows, ours, middle)} at searched widths; with {100 * most:.0f} % removed, "
         f"{_before(rows, projected, most)} and {_before(rows, ours, most)}. The best Torch-Pruning row with "

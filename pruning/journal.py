@@ -150,8 +150,8 @@ class Journal:
     ) -> tuple[float, list[dict[str, Any]]]:
         """Continue an existing journal; return its base mAP and its lines after the first.
 
-        A last line that a crash cut short is removed. The base mAP may differ by rounding on another machine; that of
-        the journal counts. Without a journal, return the base mAP of `facts` and no lines.
+        An incomplete last line, left by a crash, is removed. The base mAP may differ by rounding on another machine;
+        that of the journal counts. Without a journal, return the base mAP of `facts` and no lines.
 
         Args:
             facts: what the search depends on.

@@ -51,7 +51,7 @@ class MainConfig(RunConfig):
     save_results: bool = option(False, "write the detections on val2017 as COCO results JSON", stored="run")
     amp: str = option("off", "mixed precision of training; --amp alone is bf16", **PRECISIONS)
     eval_amp: str = option("off", **PRECISIONS, help="mixed precision of evaluation, also during training; off is "
-        "float32, whatever --amp says")  # fmt: skip
+        "float32, regardless of --amp")  # fmt: skip
 
 
 @dataclass(frozen=True)
