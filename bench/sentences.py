@@ -78,6 +78,18 @@ def quality(results: Path) -> str:
     )
 
 
+def backbone_baselines(results: Path) -> str:
+    """Describe the comparison of usual ways of pruning the backbone."""
+    found = read_figures(results, "backbone_baselines_demo.json")
+    rows = {row["name"]: row for row in found["rows"] if row["keep"] == 1.0}
+    seeds = max(len(row["ap_seeds"]) for row in found["rows"])
+    return paragraph(
+        f"The dense detector has {points(rows['dense']['ap'])} AP. Gradients and batch norms are those of "
+        f"{found['search_images']:,} training images. Random: the mean of {seeds} seeds and half their range (±). "
+        f"{measured_with(found)}"
+    )
+
+
 def defaults(results: Path) -> str:
     """Give the reasons for the search's defaults."""
     rows = read_figures(results, "quality_demo.json")["rows"]
@@ -210,6 +222,7 @@ TEXTS: dict[str, Callable[[Path], str]] = {
         speed,
         demo,
         quality,
+        backbone_baselines,
         defaults,
         search_cost,
         search_cost_full_size,

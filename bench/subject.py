@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import engine
 from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import GroundTruth
 from main import get_args_parser
+from models.state import DetectorState
 from models.widths import Widths
 from pruning.allocation import linear_costs
 from pruning.budget import BudgetSearch
@@ -91,9 +92,13 @@ class Subject:
         self.image_size_hw = tuple(seen[0][0].shape[-2:])
         self.val = build_loader(build_dataset("val2017", data), BATCH_SIZE, shuffle=False)
         self.val_truth = GroundTruth(split_of(data, "val2017").annotation_file)
-        with torch.no_grad():
-            self.val_states = [(self.dense.prepare(images), targets) for images, targets in self.val]
         self.params = count_parameters(self.dense.transformer)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def val_states(self) -> list[tuple[DetectorState, list[dict[str, Tensor]]]]:
+        """The transformer's input for each batch of val2017, and the targets."""
+        return [(self.dense.prepare(images), targets) for images, targets in self.val]
 
     def ap_before_tuning(self, model: nn.Module) -> float:
         """Return AP on val2017 of a detector with the backbone and queries, and so the features, of the dense one."""

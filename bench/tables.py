@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.backbone_baselines import REESTIMATED
 from bench.latency import COCO_IMAGE_HW
 from bench.published import PAPER_AP_POINTS
 from bench.quality import FRACTIONS
@@ -114,10 +115,37 @@ def _quality_cell(rows: Sequence[dict[str, Any]], name: str, fraction: float) ->
     row = next((r for r in rows if r["name"] == name and r["asked"] == fraction), None)
     if row is None:
         return ""
-    seeds = row["ap_before_seeds"]
-    spread = f" ± {50 * (max(seeds) - min(seeds)):.1f}" if len(seeds) > 1 else ""
     after = [points(row[key]) for key in ("ap_after", "ap_distilled") if key in row]
-    return " / ".join([points(row["ap_before"]) + spread, *after])
+    return " / ".join([points(row["ap_before"]) + _spread(row["ap_before_seeds"]), *after])
+
+
+def _spread(aps: Sequence[float]) -> str:
+    return f" ± {50 * (max(aps) - min(aps)):.1f}" if len(aps) > 1 else ""
+
+
+def backbone_baselines(results: Path) -> str:
+    """Compare AP of usual ways of pruning the backbone, as cut / with re-estimated batch norms.
+
+    Includes BCCD if its figures exist.
+    """
+    files = {name: f"backbone_baselines_{name}.json" for name in QUALITY_SETS}
+    sets = {
+        name: read_figures(results, file)["rows"]
+        for name, file in files.items()
+        if name == "demo" or (results / file).exists()
+    }
+    all_rows = [row for rows in sets.values() for row in rows]
+    budgets = sorted({row["keep"] for row in all_rows} - {1.0}, reverse=True)
+    names = dict.fromkeys(row["name"].removesuffix(REESTIMATED) for row in all_rows)
+
+    def cell(rows: Sequence[dict[str, Any]], name: str, budget: float) -> str:
+        keep = 1.0 if name == "dense" else budget
+        found = {row["name"]: row for row in rows if row["keep"] == keep}
+        ways = [found[way] for way in (name, name + REESTIMATED) if way in found]
+        return " / ".join(points(row["ap"]) + _spread(row["ap_seeds"]) for row in ways)
+
+    titles = ["", *(f"{name}, {100 * budget:.0f} %" for name in sets for budget in budgets)]
+    return markdown(titles, [[n, *(cell(rows, n, b) for rows in sets.values() for b in budgets)] for n in names])
 
 
 def search_cost(results: Path) -> str:
@@ -222,6 +250,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         summary,
         demo,
         quality,
+        backbone_baselines,
         search_cost,
         search_cost_full_size,
         search_parts,

@@ -132,10 +132,10 @@ def prune_with_torch_pruning(
     Raises:
         UserError: torch-pruning is not installed, or an unknown importance or ranking.
     """
-    tp = _import_torch_pruning()
+    tp = import_torch_pruning()
     gradients = {}
     if importance == "taylor":
-        gradients = _gradients(model, batches, criterion)
+        gradients = loss_gradients(model, batches, criterion)
     elif importance != "magnitude":
         raise UserError(f"importance: found {importance!r}, expected magnitude or taylor")
     if ranking not in ("uniform", "global"):
@@ -204,7 +204,7 @@ def _prune(
     roots = {layer for kind in ratios for layer in kind}
     score = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}
     x = torch.randn(1, TOKENS, model.hidden_dim, generator=torch.Generator().manual_seed(0))
-    with torch.enable_grad(), _quietly():
+    with torch.enable_grad(), quietly():
         pruner = tp.pruner.BasePruner(
             blocks,
             x.to(next(model.parameters()).device),
@@ -242,7 +242,7 @@ def try_alone(
     Raises:
         UserError: torch-pruning is not installed.
     """
-    _import_torch_pruning()
+    import_torch_pruning()
     found = {}
     # A forked process inherits model and imports; torch must not start threads in it.
     context = multiprocessing.get_context("fork")
@@ -270,11 +270,11 @@ def _try_case(case: str, model: nn.Module, image: Tensor, sender: Any) -> None:
 
 def _alone(choose: Callable[[nn.Module], tuple], model: nn.Module, image: Tensor) -> dict[str, Any]:
     """Run the pruner on a copy of the whole detector, then run the pruned copy."""
-    tp = _import_torch_pruning()
+    tp = import_torch_pruning()
     slim = copy.deepcopy(model).cpu().eval().requires_grad_(True)
     roots, heads, unwrapped = choose(slim)
     ignored = [layer for layer in slim.modules() if isinstance(layer, nn.Linear | nn.Conv2d) and layer not in roots]
-    with torch.enable_grad(), _quietly():
+    with torch.enable_grad(), quietly():
         pruner = tp.pruner.BasePruner(
             slim,
             [image.cpu()],
@@ -349,15 +349,17 @@ def _tensors(outputs: Mapping[str, Any]) -> list[Tensor]:
     return [layer[key] for layer in (outputs, *outputs["aux_outputs"]) for key in ("pred_logits", "pred_boxes")]
 
 
-def _gradients(model: nn.Module, batches: Iterable[Batch], criterion: nn.Module) -> dict[str, Tensor]:
-    """Return the gradient of the eval-mode weighted loss by the transformer's parameters, summed over the batches."""
+def loss_gradients(
+    model: nn.Module, batches: Iterable[Batch], criterion: nn.Module, part: str = "transformer"
+) -> dict[str, Tensor]:
+    """Return the gradient of the eval-mode weighted loss by the parameters of `part`, summed over the batches."""
     device = next(model.parameters()).device
-    model, criterion = copy.deepcopy(model).eval(), criterion.eval()
+    model, criterion = copy.deepcopy(model).eval().requires_grad_(True), criterion.eval()
     for images, targets in batches:
         outputs = model([image.to(device) for image in images])
         targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
         criterion.weighted_sum(criterion(outputs, targets)).backward()
-    named = model.transformer.named_parameters(prefix="transformer")
+    named = model.get_submodule(part).named_parameters(prefix=part)
     return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
 
@@ -371,7 +373,12 @@ def _widths_of(model: nn.Module) -> Widths:
     return widths
 
 
-def _import_torch_pruning() -> ModuleType:
+def import_torch_pruning() -> ModuleType:
+    """Return the package.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import torch_pruning
     except ImportError:
@@ -380,7 +387,7 @@ def _import_torch_pruning() -> ModuleType:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Suppress the package's warnings about parameters that it handles automatically."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
