@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from datasets.coco import CocoLoader
@@ -69,13 +70,7 @@ class Means:
 
 def move_to(value: Any, device: torch.device) -> Any:
     """Move the tensors inside lists, tuples and dicts to `device`; other values are unchanged."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: move_to(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(move_to(item, device) for item in value)
-    return value
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
@@ -330,13 +325,7 @@ def _image_ids(targets: Sequence[Mapping[str, Tensor]]) -> list[int]:
 
 def _to_float32(value: Any) -> Any:
     """Convert floating tensors inside dicts and lists to float32, in which losses and boxes are computed."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _to_float32(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_float32(item) for item in value)
-    return value
+    return tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, value)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from tools.export_formats import (
     export,
     require_packages,
 )
-from util.cli import Config, add_options, group, option, parse, refuse, script_parser, whole
+from util.cli import Config, add_groups, group, option, parse, refuse, script_parser, whole
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
@@ -50,8 +50,11 @@ from weights.huggingface import INDEX_SUFFIX
 class ExportConfig(Config):
     """Options of an export and its check."""
 
-    format: Sequence[str] = FORMATS
-    image_size_hw: Sequence[Sequence[int]] | None = None
+    format: Sequence[str] = option(FORMATS, "formats to write", nargs="+", choices=FORMATS, stored="run")
+    image_size_hw: Sequence[Sequence[int]] | None = option(None, type=whole(1, at_most=GREATEST_SIDE), nargs=2,
+        action="append", metavar=("HEIGHT", "WIDTH"), stored="run", help="image size in pixels for the check, "
+        "repeatable; by default the checkpoint's image size by 4/3 of it, and 3/4 of it square; sides up to "
+        f"{GREATEST_SIDE}")  # fmt: skip
     opset: int = option(LEAST_OPSET, type=whole(LEAST_OPSET, at_most=GREATEST_OPSET), help="ONNX opset, up "
         f"to {GREATEST_OPSET}")  # fmt: skip
     mask: bool = option(True, "add the padding mask as a second input")
@@ -63,29 +66,16 @@ class ExportConfig(Config):
 class ExportOptions(Config):
     """All options of export.py; the image size comes from the checkpoint."""
 
-    run: FolderConfig = group(FolderConfig)
-    detector: DetectorConfig = group(DetectorConfig)
-    loader: LoaderConfig = group(LoaderConfig)
-    export: ExportConfig = group(ExportConfig)
+    run: FolderConfig = group(FolderConfig, "run")
+    detector: DetectorConfig = group(DetectorConfig, NETWORK_TITLE)
+    loader: LoaderConfig = group(LoaderConfig, None)
+    export: ExportConfig = group(ExportConfig, "export")
 
 
 def get_export_parser() -> argparse.ArgumentParser:
     """Return the parser: options of an export, and those of `main.py` that describe a checkpoint's network."""
     parser = script_parser(__doc__)
-    add_options(parser.add_argument_group("run"), FolderConfig)
-    add_options(parser.add_argument_group(NETWORK_TITLE), DetectorConfig)
-    export_group = parser.add_argument_group("export")
-    export_group.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="formats to write")
-    export_group.add_argument(
-        "--image_size_hw",
-        type=whole(1, at_most=GREATEST_SIDE),
-        nargs=2,
-        action="append",
-        metavar=("HEIGHT", "WIDTH"),
-        help="image size in pixels for the check, repeatable; by default the checkpoint's image size by 4/3 of it, "
-        f"and 3/4 of it square; sides up to {GREATEST_SIDE}",
-    )
-    add_options(export_group, ExportConfig)
+    add_groups(parser, ExportOptions)
     return parser
 
 

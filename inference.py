@@ -11,12 +11,10 @@ from collections.abc import Collection
 
 import torch
 
-from datasets.config import LoaderConfig
-from models.config import NETWORK_TITLE, DetectorConfig
 from runs.config import DeviceConfig
-from tools.prediction import Prediction, PredictionConfig, PredictionOptions
+from tools.prediction import Prediction, PredictionOptions
 from util import distributed
-from util.cli import add_options, parse, script_parser
+from util.cli import add_groups, add_options, parse, script_parser
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
@@ -28,12 +26,7 @@ def get_inference_parser() -> argparse.ArgumentParser:
     usage = "%(prog)s IMAGES [IMAGES ...] (--resume FILE | --compare DENSE SLIM) [options]"
     parser = script_parser(__doc__, usage=usage)
     add_options(parser.add_argument_group("run"), DeviceConfig)
-    add_options(parser.add_argument_group("data"), LoaderConfig)
-    add_options(parser.add_argument_group(NETWORK_TITLE), DetectorConfig)
-    group = parser.add_argument_group("images and pictures")
-    group.add_argument("inputs", type=os.path.expanduser, nargs="+", metavar="IMAGES",
-                       help="images, folders of images, or quoted globs (** includes subfolders)")  # fmt: skip
-    add_options(group, PredictionConfig)
+    add_groups(parser, PredictionOptions)
     return parser
 
 

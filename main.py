@@ -14,14 +14,12 @@ from collections.abc import Collection
 import torch
 
 from datasets.coco_eval import evaluator_name, shown
-from datasets.config import DataConfig
-from models.config import NETWORK_TITLE, DenoisingConfig, LossConfig, TrainedDetectorConfig
-from runs.config import DistillationConfig, MainConfig, TrainingConfig, TrainingLogConfig, TrainingOptions
+from runs.config import TrainingOptions
 from runs.resolve_options import refuse_unread_by_start, resolve_training
 from runs.training_run import Run
 from runs.training_state import seed_everything
 from util import distributed
-from util.cli import add_options, parse, script_parser
+from util.cli import add_groups, parse, script_parser
 from util.errors import run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
@@ -34,15 +32,7 @@ from weights.formats import Checkpoint
 def get_args_parser() -> argparse.ArgumentParser:
     """Return a parser with the options of main.py, without --help."""
     parser = argparse.ArgumentParser("DN-DETR", add_help=False, allow_abbrev=False)
-    add_options(parser.add_argument_group("run"), MainConfig)
-    add_options(parser.add_argument_group("data"), DataConfig)
-    add_options(parser.add_argument_group("log"), TrainingLogConfig)
-    add_options(parser.add_argument_group(NETWORK_TITLE), TrainedDetectorConfig)
-    losses = parser.add_argument_group("denoising and losses")
-    add_options(losses, DenoisingConfig)
-    add_options(losses, LossConfig)
-    add_options(parser.add_argument_group("training"), TrainingConfig)
-    add_options(parser.add_argument_group("distillation"), DistillationConfig)
+    add_groups(parser, TrainingOptions)
     return parser
 
 

@@ -23,7 +23,7 @@ from datasets.check_images import Facts, ImageFacts, check_images, file_name, re
 from datasets.coco import SPLITS, Split, split_of
 from datasets.config import DataConfig, SplitConfig
 from datasets.transforms import scaled
-from util.cli import add_options, script_parser, whole
+from util.cli import add_options, parse, script_parser, whole
 from util.errors import UserError, one_line, run_cli, shorten
 from util.files import write_json
 from util.logging import table
@@ -235,14 +235,14 @@ def splits_to_check(coco_path: str | None, options: SplitConfig) -> list[Split]:
     return [split_of(DataConfig.from_values(named), name) for name in splits]
 
 
-def show(report: SplitReport) -> str:
+def split_text(report: SplitReport) -> str:
     """Return the tables of one split as text."""
     title = f"{report.name}: {report.images} images, {report.boxes} boxes ({report.annotation_file})"
     rows = [(category["name"], category["id"], category["boxes"]) for category in report.categories]
-    return "\n\n".join([title, table(("category", "id", "boxes"), rows), show_findings(report.findings)])
+    return "\n\n".join([title, table(("category", "id", "boxes"), rows), findings_text(report.findings)])
 
 
-def show_findings(findings: Sequence[Finding]) -> str:
+def findings_text(findings: Sequence[Finding]) -> str:
     """Return the table of findings, those that stop a run first, followed by examples of each."""
     if not findings:
         return "nothing found"
@@ -254,7 +254,7 @@ def show_findings(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_check_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = script_parser(__doc__, prog="python -m datasets.check")
     parser.add_argument(
@@ -272,7 +272,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the data set named on the command line and return the exit code."""
-    args = get_args_parser().parse_args(argv)
+    args, _ = parse(get_check_parser(), argv)
     reports = []
     for split in splits_to_check(args.coco_path, SplitConfig.from_values(vars(args))):
         reports.append(check_split(split, args.num_workers, args.image_size))
@@ -283,9 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         content = {"stops": stopping > 0, "splits": [asdict(report) for report in reports]}
         write_json(args.json, {**content, "between": [asdict(finding) for finding in between]})
     for report in reports:
-        print(f"{show(report)}\n")
+        print(f"{split_text(report)}\n")
     if between:
-        print(f"between the splits:\n\n{show_findings(between)}\n")
+        print(f"between the splits:\n\n{findings_text(between)}\n")
     print(f"{stopping} findings stop a training run" if stopping else "nothing stops a training run")
     return 1 if stopping else 0
 

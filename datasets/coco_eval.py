@@ -164,8 +164,11 @@ def _evaluate(
     if not len(categories):
         return None, []
     counted = np.isin(detections[:, 0], images) & np.isin(detections[:, 6], categories)
-    run = _BACKENDS[backend]
-    return run(ground_truth, detections[counted], images.tolist(), categories.tolist()), categories.tolist()
+    with contextlib.redirect_stdout(io.StringIO()):  # evaluators print
+        evaluator = _BACKENDS[backend](ground_truth, detections[counted])
+        evaluator.params.imgIds, evaluator.params.catIds = images.tolist(), categories.tolist()
+        evaluator.run()
+    return evaluator, categories.tolist()
 
 
 def default_backend() -> str:
@@ -200,22 +203,14 @@ def _result_tables(ground_truth: GroundTruth, detections: np.ndarray) -> dict[st
     return {"images": ground_truth.images, "annotations": annotations, "categories": ground_truth.categories}
 
 
-def _run_faster(
-    ground_truth: GroundTruth, detections: np.ndarray, image_ids: list[int], category_ids: list[int]
-) -> Any:
+def _faster(ground_truth: GroundTruth, detections: np.ndarray) -> Any:
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truth = ground_truth.prepared("faster", COCO)
     found = COCO(_result_tables(ground_truth, detections))
-    evaluator = COCOeval_faster(truth, found, "bbox", print_function=lambda *_: None)
-    evaluator.params.imgIds, evaluator.params.catIds = image_ids, category_ids
-    evaluator.run()
-    return evaluator
+    return COCOeval_faster(ground_truth.prepared("faster", COCO), found, "bbox", print_function=lambda *_: None)
 
 
-def _run_pycocotools(
-    ground_truth: GroundTruth, detections: np.ndarray, image_ids: list[int], category_ids: list[int]
-) -> Any:
+def _pycocotools(ground_truth: GroundTruth, detections: np.ndarray) -> Any:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -225,27 +220,21 @@ def _run_pycocotools(
         coco.createIndex()
         return coco
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = index(_result_tables(ground_truth, detections))
-        evaluator = COCOeval(ground_truth.prepared("pycocotools", index), found, "bbox")
-        evaluator.params.imgIds, evaluator.params.catIds = image_ids, category_ids
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return evaluator
+    class Evaluator(COCOeval):
+        def run(self) -> None:
+            self.evaluate()
+            self.accumulate()
+            self.summarize()
+
+    found = index(_result_tables(ground_truth, detections))
+    return Evaluator(ground_truth.prepared("pycocotools", index), found, "bbox")
 
 
-def _run_hotcoco(
-    ground_truth: GroundTruth, detections: np.ndarray, image_ids: list[int], category_ids: list[int]
-) -> Any:
+def _hotcoco(ground_truth: GroundTruth, detections: np.ndarray) -> Any:
     from hotcoco import COCO, COCOeval
 
     truth = ground_truth.prepared("hotcoco", COCO)
-    evaluator = COCOeval(truth, truth.load_res(detections), "bbox")
-    evaluator.params.imgIds, evaluator.params.catIds = image_ids, category_ids
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator.run()
-    return evaluator
+    return COCOeval(truth, truth.load_res(detections), "bbox")
 
 
-_BACKENDS = {"faster": _run_faster, "pycocotools": _run_pycocotools, "hotcoco": _run_hotcoco}
+_BACKENDS = {"faster": _faster, "pycocotools": _pycocotools, "hotcoco": _hotcoco}

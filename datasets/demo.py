@@ -9,6 +9,7 @@ gives the same images on every platform (see `datasets.demo_shapes`); train and 
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from datasets.demo_shapes import (
     object_colours,
     shape_grid,
 )
-from util.cli import script_parser, user_path
+from util.cli import parse, script_parser, user_path, whole
 from util.errors import UserError, run_cli
 from util.files import naming, temporary_of
 from util.lock import hold_name
@@ -224,26 +225,22 @@ def _refuse_other_content(out: Path, settings: dict[str, int]) -> None:
         raise UserError(f"{out} holds a demo set drawn with {found}, expected {settings} or another folder")
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_demo_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = script_parser(__doc__, prog="python -m datasets.demo")
     parser.add_argument("out", type=user_path, help="folder to write, new or empty")
-    parser.add_argument("--images", type=int, default=5000, help="training images")
-    parser.add_argument("--val-images", type=int, help="validation images, by default a tenth of --images, at least 1")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+    parser.add_argument("--images", type=whole(1), default=5000, help="training images")
+    parser.add_argument("--val-images", type=whole(1), help="validation images, by default a tenth of --images, at "
+                        "least 1")  # fmt: skip
+    parser.add_argument("--seed", type=whole(0), default=0, help="random seed")
+    parser.add_argument("--size", type=whole(64, at_most=1024), default=256, help="side of the images in pixels")
     return parser
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Draw the set described on the command line."""
-    args = get_args_parser().parse_args()
+    args, _ = parse(get_demo_parser(), argv)
     val_images = max(1, args.images // 10) if args.val_images is None else args.val_images
-    for option, value, least in (("images", args.images, 1), ("val-images", val_images, 1), ("seed", args.seed, 0)):
-        if value < least:
-            raise UserError(f"--{option} is {value}, expected at least {least}")
-    if not 64 <= args.size <= 1024:
-        raise UserError(f"--size is {args.size}, expected 64 to 1024 pixels")
     drawn = draw_set(args.out, images=args.images, val_images=val_images, seed=args.seed, size=args.size)
     result = f"{args.images} + {val_images} images" if drawn else "the same demo set already exists, not changed"
     print(f"{args.out}: {result}")

@@ -15,7 +15,10 @@ DECODER_BLOCKS = ("self_attention", "cross_attention", "ffn")
 BACKBONE = "backbone"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 LARGEST_FILE = 1 << 20  # bytes
-GRAMMAR = "[[[attention, ffn], ...], [[self_attention, cross_attention, ffn], ...]]"
+GRAMMAR = (
+    "[[[attention, ffn], ...], [[self_attention, cross_attention, ffn], ...]], or with a third list, [[block, ...], "
+    "...], for the backbone's stages"
+)
 
 
 @dataclass(frozen=True)
@@ -117,16 +120,30 @@ class Widths:
                     yield f"{stack}.{index}.{block}", width
 
     def of(self, module_name: str) -> int:
-        """Return the width of a module."""
-        stack, index, position = _locate(module_name)
+        """Return the width of a module.
+
+        Raises:
+            ValueError: there is no such module, or it is a backbone's block and `backbone` is None.
+        """
+        stack, index, position = self._locate(module_name)
         return getattr(self, stack)[index][position]
 
     def replace(self, module_name: str, width: int) -> Widths:
-        """Return a copy with another width of a module."""
-        stack, index, position = _locate(module_name)
+        """Return a copy with another width of a module; errors as for `of`."""
+        stack, index, position = self._locate(module_name)
         layers = [list(layer) for layer in getattr(self, stack)]
         layers[index][position] = width
         return replace(self, **{stack: tuple(map(tuple, layers))})
+
+    def _locate(self, module_name: str) -> tuple[str, int, int]:
+        """Return the stack of a module, its layer's index and its own index in the layer."""
+        if module_name not in self.names():
+            needed = ", expected a third list, with the backbone's" if module_name.startswith(f"{BACKBONE}.") else ""
+            raise ValueError(f"found no width of {shorten(module_name, 80)} in {one_line(str(self), 200)}{needed}")
+        stack, index, block = module_name.split(".")
+        if stack == BACKBONE:
+            return stack, STAGES.index(index), int(block)
+        return stack, int(index), {"encoder": ENCODER_BLOCKS, "decoder": DECODER_BLOCKS}[stack].index(block)
 
     def to_list(self) -> list:
         """Return the nested list of the `--cfgs` grammar: two lists, or three if `backbone` is set."""
@@ -135,13 +152,6 @@ class Widths:
 
     def __str__(self) -> str:
         return json.dumps(self.to_list(), separators=(",", ":"))
-
-
-def _locate(module_name: str) -> tuple[str, int, int]:
-    stack, index, block = module_name.split(".")
-    if stack == BACKBONE:
-        return stack, STAGES.index(index), int(block)
-    return stack, int(index), {"encoder": ENCODER_BLOCKS, "decoder": DECODER_BLOCKS}[stack].index(block)
 
 
 def _read_file(path: str) -> bytes:
@@ -160,9 +170,7 @@ def _read_file(path: str) -> bytes:
 
 def _stacks(nested: object, shown: str) -> list[tuple[tuple[int, ...], ...]]:
     if not (isinstance(nested, list | tuple) and len(nested) in (2, 3)):
-        raise UserError(
-            f"{shown}: expected two lists, [encoder, decoder], as {GRAMMAR}, or three with a [backbone] after them"
-        )
+        raise UserError(f"{shown}: expected two or three lists, {GRAMMAR}")
     stacks = []
     for stack, blocks, layers in zip(("encoder", "decoder"), (ENCODER_BLOCKS, DECODER_BLOCKS), nested, strict=False):
         if not isinstance(layers, list | tuple):

@@ -8,7 +8,6 @@ data set and checkpoints; without these, they are left out.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from pruning.journal import JOURNAL_NAME
 from reports.folder import LOG_NAME
 from reports.report import REPORT_NAME, render
 from reports.samples import Samples
-from util.cli import parse, user_path
+from util.cli import parse, script_parser, user_path
 from util.distributed import choose_device
 from util.errors import UserError, run_cli
 from util.files import write_text
@@ -33,13 +32,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         UserError: the folder holds no run, or it cannot be read.
     """
     torch.set_flush_denormal(True)
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        "python -m reports",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser(__doc__, prog="python -m reports")
     parser.add_argument(
         "output_dir", type=user_path, metavar="OUTPUT_DIR",
         help="--output_dir of the run; of a search and a training run in one folder, the latest is reported",

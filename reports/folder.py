@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from datasets.coco import build_dataset
-from datasets.config import DataConfig
+from datasets.config import DataConfig, SplitConfig
 from models import build
 from models.config import DetectorConfig
 from models.widths import Widths
-from pruning.config import SearchConfig
 from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost, cost_of, cost_rows
 from reports import page
+from util.cli import Config, options_of
 from util.environment import ARGUMENTS_NAME
 from util.errors import UserError, reason_of
 
+C = TypeVar("C", bound=Config)
+
 LOG_NAME = "log.txt"
+DATA_OPTIONS = (*options_of(SplitConfig), "coco_path", "image_size", "batch_size")
 NOT_RECORDED = "not recorded: the run was made by an older version"
 
 
@@ -32,16 +35,17 @@ class RunFolder:
 
     Attributes:
         path: its folder.
+        source: the file of the options, or the folder without one.
         options: the recorded options by name.
-        detector, data, search: the options as configs, completed by current defaults.
+        detector, data: the options as configs, completed by current defaults.
         runs: a record of each start, see `util.environment.record_run`; empty for a run of an older version.
     """
 
     path: Path
+    source: Path
     options: Mapping[str, Any]
     detector: DetectorConfig
     data: DataConfig
-    search: SearchConfig
     runs: list[dict[str, Any]]
 
     @property
@@ -78,8 +82,17 @@ def read_folder(path: Path, options: Mapping[str, Any]) -> RunFolder:
             raise UserError(f"{file}: found a {type(found).__name__}, expected the options of a run as JSON")
     runs = found.pop("runs", [])
     values, source = {**options, **found}, file if file.exists() else path
-    configs = (DetectorConfig, DataConfig, SearchConfig)
-    return RunFolder(path, values, *(config.from_values(values, source) for config in configs), runs)
+    detector = DetectorConfig.from_values(values, source)
+    return RunFolder(path, source, values, detector, config_of(DataConfig, DATA_OPTIONS, values, source), runs)
+
+
+def config_of(config_class: type[C], names: Collection[str], options: Mapping[str, Any], source: Path) -> C:
+    """Return a config with the options `names`, those a page reads; a wrong value of another one does not matter.
+
+    Raises:
+        UserError: one of them has a wrong value; names `source`, the options' file.
+    """
+    return config_class.from_values({name: options[name] for name in names if name in options}, source)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def paragraph(text: str, kind: str = "") -> str:
 def tiles(items: Iterable[tuple[str, object, str]]) -> str:
     """Return tiles of the main figures, each with name and note."""
     found = [
-        f'<div class="tile"><span>{escape(name)}</span><b>{escape(shown(value))}</b><span>{escape(note)}</span></div>'
+        f'<div class="tile"><span>{escape(name)}</span><b>{escape(as_text(value))}</b><span>{escape(note)}</span></div>'
         for name, value, note in items
     ]
     return '<div class="tiles">\n' + "\n".join(found) + "\n</div>"
@@ -47,7 +47,7 @@ def tiles(items: Iterable[tuple[str, object, str]]) -> str:
 def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table that scrolls sideways if wider than the page; the first column is left-aligned."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(shown(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(as_text(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return (
         f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
@@ -56,7 +56,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def facts(pairs: Iterable[tuple[str, object]]) -> str:
     """Return a list of names and values."""
-    found = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(shown(value))}</dd>" for name, value in pairs)
+    found = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(as_text(value))}</dd>" for name, value in pairs)
     return f"<dl>\n{found}\n</dl>"
 
 
@@ -88,7 +88,7 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def shown(value: object) -> str:
+def as_text(value: object) -> str:
     """Return a cell's text: whole numbers with thousands separators, others with four decimals, None empty."""
     if value is None:
         return ""

@@ -30,8 +30,7 @@ def render(folder: Path, kind: str, samples: Samples) -> str:
     Raises:
         UserError: the folder lacks files of such a run, or they cannot be read.
     """
-    pages = {"search": search_page, "training": training_page}
-    return pages[kind](folder, samples)
+    return {"search": search_page, "training": training_page}[kind](folder, samples)
 
 
 def write_report(folder: Path, kind: str, samples: Samples) -> None:

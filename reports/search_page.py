@@ -10,12 +10,14 @@ from typing import Any
 from datasets.annotations import load_annotations
 from datasets.coco import split_of
 from models.widths import Widths
+from pruning.config import SearchConfig
 from pruning.cost import Cost
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
 from reports import charts, page
 from reports.folder import (
     RunFolder,
     change,
+    config_of,
     cost_at,
     cost_section,
     duration,
@@ -29,6 +31,7 @@ from util.environment import ARGUMENTS_NAME
 from util.errors import UserError, shorten
 from weights.checkpoint_file import read_checkpoint
 
+SEARCH_OPTIONS = ("search", "search_split", "search_images", "keep", "cost", "map_tol", "use_dn")
 VAL_WARNING = (
     "This search used val2017, so its AP is measured on the images that it chose channels on. "
     "For a fair AP, search on train2017 (--search_split train2017) and report val2017."
@@ -41,6 +44,7 @@ class SearchFacts:
 
     Attributes:
         folder: options and starts of the run.
+        config: options of the search.
         start: first line of its journal.
         end: last line of its journal if the search has ended, else None.
         decisions: steps of a search by visits.
@@ -53,6 +57,7 @@ class SearchFacts:
     """
 
     folder: RunFolder
+    config: SearchConfig
     start: Mapping[str, Any]
     end: Mapping[str, Any] | None
     decisions: list[Decision]
@@ -66,7 +71,7 @@ class SearchFacts:
     @property
     def split(self) -> str:
         """Split that was searched on."""
-        return self.folder.search.split
+        return self.config.split
 
     @property
     def ap(self) -> float:
@@ -108,6 +113,7 @@ def read_search(path: Path) -> SearchFacts:
         if not (path / ARGUMENTS_NAME).exists() and (path / OUTPUT_NAME).exists():
             options = {**read_checkpoint(path / OUTPUT_NAME).arguments, **options}
         folder = read_folder(path, options)
+        config = config_of(SearchConfig, SEARCH_OPTIONS, folder.options, folder.source)
         end = others[-1] if others and others[-1]["event"] == "end" else None
         decisions = read_events(others, "decision", Decision, journal)
         trials = read_events(others, "trial", Trial, journal)
@@ -115,13 +121,13 @@ def read_search(path: Path) -> SearchFacts:
         if end is None:
             for decision in decisions:
                 after = after.replace(decision.module, decision.width) if decision.accepted else after
-        size = (end or {}).get("image_size_hw") or image_size_of(folder.data, folder.search.split)
+        size = (end or {}).get("image_size_hw") or image_size_of(folder.data, config.split)
         taken = []
         if end is not None:  # a trial lists the modules that its search may cut
             taken = [t for t in trials if all(after.of(name) == width for name, width in t.widths.items())]
         return SearchFacts(
-            folder, start, end, decisions, trials, taken[-1] if taken else None,
-            (end or {}).get("images") or _count_images(folder), size and tuple(size), before, after,
+            folder, config, start, end, decisions, trials, taken[-1] if taken else None,
+            (end or {}).get("images") or _count_images(folder, config), size and tuple(size), before, after,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -160,13 +166,13 @@ def _next_steps(facts: SearchFacts, output: Path) -> str:
         page.paragraph("Widths found:"),
         page.code(f"--cfgs '{facts.after}'"),
         page.paragraph("Transplant and fine-tune:"),
-        page.code(next_command(folder.detector.modelname, folder.data, folder.search.use_dn, output)),
+        page.code(next_command(folder.detector.modelname, folder.data, facts.config.use_dn, output)),
     )
 
 
 def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
     """Return a summary of the search, warnings, and the main figures."""
-    folder, config, effort = facts.folder, facts.folder.search, facts.effort
+    folder, config, effort = facts.folder, facts.config, facts.effort
     count = "an unknown number of" if facts.images is None else f"{facts.images:,}"
     asked = (
         f"kept {100 * config.keep:g} % of its cost ({config.cost})" if config.keep else f"--map_tol {config.map_tol:g}"
@@ -242,11 +248,11 @@ def _ap_plot(facts: SearchFacts, base_params: int) -> str:
     return page.plots([(caption, charts.ap_plot(points, facts.start["base_ap"], base_params))])
 
 
-def _count_images(folder: RunFolder) -> int | None:
+def _count_images(folder: RunFolder, config: SearchConfig) -> int | None:
     """Return the number of images of a search by an older version: the whole split or the first ones."""
-    asked = folder.search.search_images
+    asked = config.search_images
     try:
-        there = len(load_annotations(split_of(folder.data, folder.search.split).annotation_file).image_ids)
+        there = len(load_annotations(split_of(folder.data, config.split).annotation_file).image_ids)
     except UserError:
         return asked if isinstance(asked, int) else None
     return min(asked, there) if isinstance(asked, int) else there

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from datasets.config import DataConfig
 from datasets.transforms import TRAINING_TRANSFORMS
-from models.config import DenoisingConfig, DetectorConfig, LossConfig, TrainedDetectorConfig
+from models.config import NETWORK_TITLE, DenoisingConfig, DetectorConfig, LossConfig, TrainedDetectorConfig
 from pruning.config import PRECISIONS, SearchConfig
 from util.cli import Config, group, option, real, whole
 from util.learning_rate import SCHEDULES
@@ -106,23 +106,23 @@ class DistillationConfig(Config):
 class TrainingOptions(Config):
     """All options of main.py."""
 
-    run: MainConfig = group(MainConfig)
-    data: DataConfig = group(DataConfig)
-    log: TrainingLogConfig = group(TrainingLogConfig)
-    detector: TrainedDetectorConfig = group(TrainedDetectorConfig)
-    denoising: DenoisingConfig = group(DenoisingConfig)
-    losses: LossConfig = group(LossConfig)
-    training: TrainingConfig = group(TrainingConfig)
-    distillation: DistillationConfig = group(DistillationConfig)
+    run: MainConfig = group(MainConfig, "run")
+    data: DataConfig = group(DataConfig, "data")
+    log: TrainingLogConfig = group(TrainingLogConfig, "log")
+    detector: TrainedDetectorConfig = group(TrainedDetectorConfig, NETWORK_TITLE)
+    denoising: DenoisingConfig = group(DenoisingConfig, "denoising and losses")
+    losses: LossConfig = group(LossConfig, "denoising and losses")
+    training: TrainingConfig = group(TrainingConfig, "training")
+    distillation: DistillationConfig = group(DistillationConfig, "distillation")
 
 
 @dataclass(frozen=True)
 class SearchOptions(Config):
     """All options of a search."""
 
-    run: RunConfig = group(RunConfig)
-    data: DataConfig = group(DataConfig)
-    log: LogConfig = group(LogConfig)
-    detector: DetectorConfig = group(DetectorConfig)
-    losses: LossConfig = group(LossConfig)
-    search: SearchConfig = group(SearchConfig)
+    run: RunConfig = group(RunConfig, "run")
+    data: DataConfig = group(DataConfig, "data")
+    log: LogConfig = group(LogConfig, "log")
+    detector: DetectorConfig = group(DetectorConfig, NETWORK_TITLE)
+    losses: LossConfig = group(LossConfig, "losses that channels are ranked by")
+    search: SearchConfig = group(SearchConfig, "search")

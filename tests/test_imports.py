@@ -77,6 +77,27 @@ def test_files_have_no_import_cycle():
         pytest.fail(" -> ".join(error.args[1]))
 
 
+# The two detectors are built of the same parts, which share their names; likewise their modules.
+VARIANTS = {"models.dn_dab_detr", "models.dn_dab_deformable_detr"}
+# `main` is the entry point of each command.
+SHARED_NAMES = {"main"}
+
+
+def test_public_classes_and_functions_mean_one_thing():
+    """No two modules define the same public name, but benchmarks, which are scripts of their own."""
+    places: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            is_definition = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            if is_definition and not node.name.startswith("_") and room_of(name) != "bench":
+                places.setdefault(node.name, set()).add(name)
+    shared = {name: where for name, where in places.items() if len(where) > 1 and name not in SHARED_NAMES}
+    of_variants = {
+        name for name, where in shared.items() if {module.rpartition(".")[0] for module in where} == VARIANTS
+    }
+    assert {name: where for name, where in shared.items() if name not in of_variants} == {}
+
+
 def test_module_names_mean_one_thing():
     """No two modules of different rooms share a name, but the few that each room may have."""
     rooms: dict[str, set[str]] = {}
@@ -84,6 +105,6 @@ def test_module_names_mean_one_thing():
         if "." in name and room_of(name) != "bench":  # a benchmark is called what it measures
             rooms.setdefault(name.split(".")[-1], set()).add(".".join(name.split(".")[:-1]))
     shared = {leaf: where for leaf, where in rooms.items() if len(where) > 1}
-    variants = {"models", "models.dn_dab_detr", "models.dn_dab_deformable_detr"}  # a part of each variant
+    variants = {"models", *VARIANTS}  # a part of each variant
     allowed = {"__main__", "config", "cost"}  # tools.cost prints what pruning.cost counts
     assert {leaf: where for leaf, where in shared.items() if leaf not in allowed and not where <= variants} == {}

@@ -20,7 +20,7 @@ from util.cli import add_options, parse, script_parser, whole
 from util.errors import run_cli
 
 
-def get_parser() -> argparse.ArgumentParser:
+def get_cost_parser() -> argparse.ArgumentParser:
     """Return the parser: the options of `main.py` that shape a network, and the image size."""
     parser = script_parser(__doc__, prog="python -m tools.cost")
     add_options(parser.add_argument_group(NETWORK_TITLE), NetworkConfig)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: widths do not fit the network, or an option has no effect on the cost.
     """
-    args, typed = parse(get_parser(), argv)
+    args, typed = parse(get_cost_parser(), argv)
     config = DetectorConfig.from_values(vars(args))
     refuse_unread_by_network(config, typed)
     height, width = args.image_size_hw

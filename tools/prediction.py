@@ -23,7 +23,7 @@ from datasets.coco_eval import to_detections
 from datasets.config import LoaderConfig
 from datasets.sizes import size_warning
 from datasets.transforms import eval_transforms
-from models.config import DetectorConfig
+from models.config import NETWORK_TITLE, DetectorConfig
 from models.post_process import PostProcess
 from pruning.config import PRECISIONS
 from pruning.cost import count_parameters
@@ -55,9 +55,10 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class PredictionConfig(Config):
-    """Options of detection and drawing; `inputs` are images, folders of images, or globs."""
+    """Options of detection and drawing."""
 
-    inputs: Sequence[str] = ()
+    inputs: Sequence[str] = option((), type=os.path.expanduser, nargs="+", metavar="IMAGES", positional=True,
+        help="images, folders of images, or quoted globs (** includes subfolders)")  # fmt: skip
     amp: str = option("off", "mixed precision; --amp alone is bf16", **PRECISIONS)
     compare: Sequence[str] | None = option(None, type=os.path.expanduser, nargs=2, metavar=("DENSE", "SLIM"), help="in "
         "place of --resume: checkpoints of two detectors to draw side by side, with the median milliseconds for a "
@@ -74,9 +75,9 @@ class PredictionConfig(Config):
 class PredictionOptions(Config):
     """All options that affect what is detected and drawn."""
 
-    loader: LoaderConfig = group(LoaderConfig)
-    detector: DetectorConfig = group(DetectorConfig)
-    prediction: PredictionConfig = group(PredictionConfig)
+    loader: LoaderConfig = group(LoaderConfig, "data")
+    detector: DetectorConfig = group(DetectorConfig, NETWORK_TITLE)
+    prediction: PredictionConfig = group(PredictionConfig, "images and pictures")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from util.errors import UserError, shorten
 
 C = TypeVar("C", bound="Config")
+OWN_KEYWORDS = ("stored", "short", "positional", "read")  # of `option`, not of `add_argument`
 
 
 def option(default: Any, help: str, *, stored: str = "training", **keywords: Any) -> Any:
@@ -20,15 +21,15 @@ def option(default: Any, help: str, *, stored: str = "training", **keywords: Any
     Args:
         stored: when a checkpoint's value replaces the default. `network`: always, and a typed value must agree with it;
         `preferred`: always; `training`: if its training continues; `run`: never.
-        keywords: `short`, a second name such as `-m`; `read`, a function that converts a given value; and keywords of
-        `add_argument`.
+        keywords: `short`, a second name such as `-m`; `positional`, to be given without a name; `read`, a function that
+        converts a given value; and keywords of `add_argument`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "stored": stored, **keywords})
 
 
-def group(config_class: type[C]) -> Any:
-    """Define a field of a `Config` that is another config."""
-    return dataclasses.field(default_factory=config_class, metadata={"config": config_class})
+def group(config_class: type[C], title: str | None) -> Any:
+    """Define a field of a `Config` that is another config, with options under `title` or, if None, without options."""
+    return dataclasses.field(default_factory=config_class, metadata={"config": config_class, "title": title})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Config:
             value = getattr(self, field.name)
             if "read" in field.metadata:
                 object.__setattr__(self, field.name, None if value is None else field.metadata["read"](value))
-            elif "help" in field.metadata and (expected := _expected(field, value)):
+            elif "help" in field.metadata and (expected := _expected(field.metadata, field.default, value)):
                 raise UserError(f"found {shorten(value)} under `args.{field.name}`, expected {expected}")
 
     @classmethod
@@ -89,12 +90,22 @@ def options_of(*config_classes: type[Config]) -> dict[str, dataclasses.Field]:
 def add_options(parser: argparse._ActionsContainer, config_class: type[Config], **changed_defaults: Any) -> None:
     """Add a config's options to a parser or to one of its groups."""
     for name, field in options_of(config_class).items():
-        keywords = {key: value for key, value in field.metadata.items() if key not in ("stored", "short", "read")}
+        keywords = {key: value for key, value in field.metadata.items() if key not in OWN_KEYWORDS}
         if isinstance(field.default, bool):
             keywords["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         names = [field.metadata["short"]] if "short" in field.metadata else []
-        default = changed_defaults.get(name, field.default)
-        parser.add_argument(*names, f"--{name}", default=default, **keywords)
+        names.append(name if field.metadata.get("positional") else f"--{name}")
+        parser.add_argument(*names, default=changed_defaults.get(name, field.default), **keywords)
+
+
+def add_groups(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
+    """Add the options of a config's groups to a parser under the groups' titles; groups may share one."""
+    parts: dict[str, argparse._ActionsContainer] = {}
+    for about in (field.metadata for field in dataclasses.fields(config_class)):
+        title = about["title"]
+        if title is not None:
+            parts[title] = parts.get(title) or parser.add_argument_group(title)
+            add_options(parts[title], about["config"])
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
@@ -130,20 +141,21 @@ def refuse(names: Iterable[str], typed: Collection[str], reason: str) -> None:
         raise UserError(f"{', '.join(found)}: {reason}")
 
 
-def _expected(field: dataclasses.Field, value: Any) -> str | None:
-    """Return None if `value` is valid for an option, else a text of what is."""
-    about, default = field.metadata, field.default
+def _expected(about: Mapping[str, Any], default: Any, value: Any) -> str | None:
+    """Return None if `value` is valid for an option with the metadata `about`, else a text of what is."""
     if value is None and default is None:
         return None
+    nargs = about.get("nargs")
+    if about.get("action") == "append":
+        return _expected_list({**about, "action": None}, None, value)
+    if nargs not in (None, "?"):
+        return _expected_list({**about, "nargs": None}, nargs, value)
     if "choices" in about:
         return None if value in about["choices"] else f"one of {', '.join(map(str, about['choices']))}"
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "True or False"
     kind = about.get("type", str)
     if kind in (str, os.path.expanduser):
-        if about.get("nargs") not in (None, "?"):
-            is_list = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
-            return None if is_list else "a list of texts"
         return None if isinstance(value, str) else "text"
     try:
         return None if kind(str(value)) == value else f"a {kind.__name__}"
@@ -151,6 +163,16 @@ def _expected(field: dataclasses.Field, value: Any) -> str | None:
         return str(error).partition("expected ")[2]
     except ValueError:
         return f"a {kind.__name__}"
+
+
+def _expected_list(about: Mapping[str, Any], length: object, value: Any) -> str | None:
+    """Return None if `value` is a list of valid entries, and of `length` if that is a number; else what is expected."""
+    is_list = isinstance(value, list | tuple)
+    faults = [_expected(about, ..., entry) for entry in (value if is_list else [None])]
+    if is_list and not any(faults) and (not isinstance(length, int) or len(value) == length):
+        return None
+    count = f" of {length}" if isinstance(length, int) else ""
+    return f"a list{count}, each {next(filter(None, faults), 'valid')}"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

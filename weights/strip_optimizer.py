@@ -4,11 +4,12 @@ python -m weights.strip_optimizer IN OUT --half
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from util.cli import script_parser
+from util.cli import parse, script_parser
 from util.errors import UserError, run_cli
 from util.files import save_torch
 from weights.checkpoint_file import load_content, read_checkpoint
@@ -38,13 +39,13 @@ def strip_optimizer(source: str | Path, target: str | Path, half: bool = False) 
     save_torch(target, {**kept, "args": arguments, "model": weights})
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = script_parser(__doc__, prog="python -m weights.strip_optimizer")
     parser.add_argument("source", type=os.path.expanduser, metavar="IN", help="checkpoint of main.py or of a search")
     parser.add_argument("target", type=os.path.expanduser, metavar="OUT", help="file to write")
     parser.add_argument("--half", action="store_true", help="store weights as float16")
-    args = parser.parse_args()
+    args, _ = parse(parser, argv)
     strip_optimizer(args.source, args.target, args.half)
     print(f"{args.target}: {Path(args.target).stat().st_size / 1e6:.1f} MB")
 

@@ -222,8 +222,8 @@ def test_widths_may_be_lists_text_or_parsed(options, cfgs):
         ([[[6, 16], [32, 32]], WIDTHS[1]], "width 6 for encoder.0.attention, expected a multiple"),
         ([[[8.0, 16], [32, 32]], WIDTHS[1]], "expected whole numbers"),
         ([], "--cfgs: found"),
-        (5, "--cfgs: expected two lists"),
-        ({}, "--cfgs: expected two lists"),
+        (5, "--cfgs: expected two or three lists"),
+        ({}, "--cfgs: expected two or three lists"),
     ],
 )
 def test_widths_that_do_not_fit_are_a_user_error(options, cfgs, message):

@@ -123,3 +123,18 @@ def test_a_whole_backbone_is_omitted():
 def test_invalid_backbone_widths_are_named(backbone, words):
     with pytest.raises(UserError, match=f"^--cfgs: .*{words}"):
         Widths.parse([*GOOD, backbone]).check(nheads=8, full=FULL, blocks=BLOCKS)
+
+
+def test_a_module_that_the_widths_lack_is_named():
+    """Without the backbone's list, its blocks have no widths."""
+    for name in ("backbone.layer1.0", "encoder.2.ffn", "encoder.0.cross_attention", "decoder.-1.ffn", "ffn"):
+        for use in (FULL.of, lambda name: FULL.replace(name, 8)):
+            with pytest.raises(ValueError, match=rf"^found no width of '{name}' in \[\[\["):
+                use(name)
+    with pytest.raises(ValueError, match=", expected a third list, with the backbone's"):
+        FULL.of("backbone.layer1.0")
+
+
+def test_errors_show_all_three_lists():
+    with pytest.raises(UserError, match=r"attention, ffn.*self_attention, cross_attention, ffn.*third list.*block"):
+        Widths.parse("[[1")

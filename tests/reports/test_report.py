@@ -268,6 +268,23 @@ def test_missing_files_are_named_and_the_rest_is_shown(searched, tmp_path):
     assert "pruned.pth no longer exists" in read(tmp_path).text
 
 
+def test_a_wrong_value_that_a_page_does_not_use_is_no_error(trained, searched, tmp_path):
+    wrong = {"trained": {"map_tol": 7, "num_workers": -1, "batch_size": 2},
+             "searched": {"cache_gb": -1, "num_workers": -1, "lr": -5, "attention_unit": 0}}  # fmt: skip
+    for name, folder in (("trained", trained), ("searched", searched[0])):
+        shutil.copytree(folder, tmp_path / name)
+        path = tmp_path / name / "args.json"
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps(values | wrong[name]))
+        report_main([str(tmp_path / name)])
+        path.write_text(json.dumps(values | {"hidden_dim": 0}))
+        with pytest.raises(UserError, match=r"args\.json: found 0 under `args\.hidden_dim`"):
+            report_main([str(tmp_path / name)])
+    path.write_text(json.dumps(values | {"map_tol": 7}))
+    with pytest.raises(UserError, match=r"args\.json: found 7 under `args\.map_tol`"):
+        report_main([str(path.parent)])
+
+
 def fail(*_):
     raise RuntimeError("no pen")
 

@@ -12,7 +12,7 @@ from runs.config import TrainingOptions
 from runs.resolve_options import OF_TRAINING, refuse_unread_by_start, refuse_unread_by_training, resolve_training
 from runs.search_command import get_pruning_parser
 from tests.tiny_run import options, tiny_options, write_self_annotated
-from tools.cost import get_parser as get_cost_parser
+from tools.cost import get_cost_parser
 from util.cli import parse, script_parser
 from util.errors import UserError
 

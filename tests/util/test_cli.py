@@ -2,16 +2,25 @@
 
 import argparse
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from datasets.config import DataConfig
+from datasets.config import DataConfig, LoaderConfig
+from export import ExportConfig, ExportOptions, get_export_parser
+from inference import get_inference_parser
 from main import get_args_parser
 from models.config import LossConfig, NetworkConfig, TrainedDetectorConfig
 from models.widths import Widths
-from runs.config import MainConfig, SearchOptions, TrainingOptions
+from runs.config import DeviceConfig, MainConfig, SearchOptions, TrainingOptions
+from tools.prediction import PredictionConfig, PredictionOptions
 from util.cli import add_options, options_of, parse, script_parser
 from util.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = {ExportConfig: ExportOptions, PredictionConfig: PredictionOptions}
 
 
 def test_typed_options_are_separate_from_defaults():
@@ -47,16 +56,22 @@ def test_a_scripts_defaults_are_in_its_help_and_its_values():
         (LossConfig, "focal_alpha", "0.5", "a number"),
         (DataConfig, "coco_path", None, "text"),
         (DataConfig, "val_json", 5, "text"),
-        (MainConfig, "finetune_ignore", ["a", 5], "a list of texts"),
-        (MainConfig, "finetune_ignore", "class_embed", "a list of texts"),
+        (MainConfig, "finetune_ignore", ["a", 5], "a list, each text"),
+        (MainConfig, "finetune_ignore", "class_embed", "a list, each text"),
         (MainConfig, "amp", "fp8", "one of off, "),
+        (ExportConfig, "format", ["onnx", "tflite"], "a list, each one of onnx, pt2"),
+        (ExportConfig, "format", "onnx", "a list, each one of onnx, pt2"),
+        (ExportConfig, "image_size_hw", [[96, 0]], "a list, each a list of 2, each a whole number from 1 to 4096"),
+        (ExportConfig, "image_size_hw", [[96]], "a list, each a list of 2"),
+        (ExportConfig, "image_size_hw", [96, 96], "a list, each a list of 2, each a whole number"),
+        (PredictionConfig, "inputs", "a.jpg", "a list, each text"),
     ],
 )
 def test_an_invalid_stored_value_is_an_error_with_file_and_key(config, name, value, expected):
     for make in (lambda: config(**{name: value}), lambda: dataclasses.replace(config(), **{name: value})):
         with pytest.raises(UserError, match=rf"^found .* under `args\.{name}`, expected {expected}"):
             make()
-    for options in (config, TrainingOptions):
+    for options in (config, OPTIONS.get(config, TrainingOptions)):
         with pytest.raises(UserError, match=rf"^a\.pth: found .* under `args\.{name}`, expected {expected}"):
             options.from_values({name: value}, "a.pth")
 
@@ -83,8 +98,34 @@ def test_widths_are_read_from_every_form_of_the_option():
 
 
 def test_one_option_has_one_definition():
-    parser_names = set(vars(get_args_parser().parse_args([])))
-    assert parser_names == set(options_of(TrainingOptions))
+    scripts = (
+        (get_args_parser(), (TrainingOptions,)),
+        (get_inference_parser(), (DeviceConfig, PredictionOptions)),
+        (get_export_parser(), (ExportOptions,)),
+    )
+    for parser, configs in scripts:
+        names = {action.dest for action in parser._actions} - {"help"}
+        left_out = set(options_of(LoaderConfig)) if ExportOptions in configs else set()  # the checkpoint's image size
+        assert names == set(options_of(*configs)) - left_out
     assert {field.metadata["stored"] for field in options_of(TrainingOptions).values()} == {
         "network", "preferred", "training", "run"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "found"),
+    [
+        ("weights.strip_optimizer", "a.pth", "the following arguments are required: OUT"),
+        ("datasets.check", "set --num_workers -1", "-1: expected a whole number from 0 up"),
+        ("datasets.demo", "set --images 0", "0: expected a whole number from 1 up"),
+        ("reports", "", "the following arguments are required: OUTPUT_DIR"),
+        ("tools.cost", "--image-size 0 1", "0: expected a whole number from 1 up"),
+    ],
+)
+def test_a_mistake_in_a_commands_words_is_one_sentence(module, words, found):
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words.split()], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and found in line and line.endswith("; see --help")
