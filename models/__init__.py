@@ -3,19 +3,20 @@
 from argparse import Namespace
 from collections.abc import Callable
 
-from models import dn_dab_deformable_detr, dn_dab_detr
 from models.backbone import Backbone
 from models.config import DenoisingConfig, DetectorConfig, LossConfig, TrainedDetectorConfig
 from models.criterion import Criterion
 from models.denoising import DenoisingSettings
 from models.detector import Detector
+from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
+from models.dn_dab_detr.detector import DnDabDetr
 from models.matcher import HungarianMatcher
 from models.post_process import PostProcess
 from util.errors import UserError, shorten
 
 MODELS: dict[str, Callable[[DetectorConfig, Backbone, DenoisingSettings | None], Detector]] = {
-    "dn_dab_detr": dn_dab_detr.build,
-    "dn_dab_deformable_detr": dn_dab_deformable_detr.build,
+    "dn_dab_detr": DnDabDetr,
+    "dn_dab_deformable_detr": DnDabDeformableDetr,
 }
 # For the log; releases of the deformable variant never had them.
 LOGS_BOX_PARTS = ("dn_dab_detr",)

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from models.denoising import slot_indices
 from models.layers import at_least_float32
-from models.matcher import HungarianMatcher, Matches
+from models.matcher import HungarianMatcher, Matches, giou_loss
 
 LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
 
@@ -22,6 +22,18 @@ LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
 def layer_suffix(layer: int, num_layers: int) -> str:
     """Return the suffix of a decoder layer's loss names: empty for the last layer, else `_` and its index."""
     return "" if layer == num_layers - 1 else f"_{layer}"
+
+
+def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """Return the sum of the losses that have a weight."""
+    return reduce(torch.add, (losses[name] * weight for name, weight in weights.items()))
+
+
+def stacked_layers(outputs: dict) -> tuple[Tensor, Tensor]:
+    """Return the logits (L x B x Q x C) and boxes (L x B x Q x 4) of all layers, in float32 or wider."""
+    layers = [*outputs["aux_outputs"], outputs]
+    logits, boxes = (torch.stack([layer[name] for layer in layers]) for name in ("pred_logits", "pred_boxes"))
+    return at_least_float32(logits), at_least_float32(boxes)
 
 
 class Criterion(nn.Module):
@@ -59,7 +71,7 @@ class Criterion(nn.Module):
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """Return the scalar that training minimises; the paper's search scores channels by it, too."""
-        return reduce(torch.add, (losses[name] * weight for name, weight in self.weight_dict.items()))
+        return weighted_sum(losses, self.weight_dict)
 
     @contextmanager
     def normalised_by(self, num_boxes: int) -> Iterator[None]:
@@ -85,9 +97,7 @@ class Criterion(nn.Module):
             `loss_ce`, `loss_bbox`, `loss_giou`, `class_error` of the denoising queries (0 without them), with the
             suffix `_i` for each layer but the last; `class_error` of the last layer.
         """
-        layers = [*outputs["aux_outputs"], outputs]
-        logits = at_least_float32(torch.stack([layer["pred_logits"] for layer in layers]))
-        boxes = at_least_float32(torch.stack([layer["pred_boxes"] for layer in layers]))
+        logits, boxes = stacked_layers(outputs)
         labels = torch.cat([target["labels"] for target in targets])
         target_boxes = torch.cat([target["boxes"] for target in targets])
         matches = self.matcher(logits, boxes, targets)
@@ -127,10 +137,7 @@ class Criterion(nn.Module):
         """Return L1 (with `log_box_parts` also split into centre and size) and GIoU losses of each layer (L)."""
         predicted = boxes[matches.layer, matches.image, matches.query]
         distance = (predicted - matched_boxes).abs()
-        giou = generalized_box_iou_loss(
-            box_convert(predicted, "cxcywh", "xyxy"), box_convert(matched_boxes, "cxcywh", "xyxy")
-        )
-        parts = {"loss_bbox": distance.sum(1), "loss_giou": giou}
+        parts = {"loss_bbox": distance.sum(1), "loss_giou": giou_loss(predicted, matched_boxes)}
         if self.log_box_parts:
             parts |= {"loss_xy": distance[:, :2].sum(1).detach(), "loss_hw": distance[:, 2:].sum(1).detach()}
         zeros = boxes.new_zeros(len(boxes))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou_loss
 
-from models.criterion import layer_suffix
+from models.criterion import layer_suffix, stacked_layers, weighted_sum
 from models.detector import Detector
 from models.layers import at_least_float32
+from models.matcher import giou_loss
 from models.padding import PaddedImages
 from util import distributed
 
@@ -70,7 +69,7 @@ class Distillation:
         if isinstance(images, list):
             images = self.teacher.pad(images)
         state = self.teacher.run_steps(self.teacher.prepare(images))
-        logits, boxes = _stacked(self.teacher.outputs(state))
+        logits, boxes = stacked_layers(self.teacher.outputs(state))
         return Lesson(logits.sigmoid(), boxes, at_least_float32(state.memory), state.pixels.float())
 
     def __call__(self, outputs: dict, lesson: Lesson) -> dict[str, Tensor]:
@@ -81,7 +80,7 @@ class Distillation:
             outputs: the student's outputs in training mode; see `Detector.forward`.
             lesson: the teacher's outputs for the same images.
         """
-        logits, boxes = _stacked(outputs)
+        logits, boxes = stacked_layers(outputs)
         weights = lesson.probabilities.amax(-1).square()
         totals = {str(layer): total for layer, total in enumerate(weights.sum((1, 2)))}
         # Gradients are averaged over the processes, so each process divides by the mean total.
@@ -90,7 +89,7 @@ class Distillation:
         per_layer = {
             "loss_distill_logits": _quality_focal(logits, lesson.probabilities).sum((1, 2, 3)),
             "loss_distill_bbox": (weights * (boxes - lesson.boxes_cxcywh).abs().sum(-1)).sum((1, 2)),
-            "loss_distill_giou": (weights * _giou_loss(boxes, lesson.boxes_cxcywh)).sum((1, 2)),
+            "loss_distill_giou": (weights * giou_loss(boxes, lesson.boxes_cxcywh)).sum((1, 2)),
         }
         total = torch.stack([totals[str(layer)] for layer in range(len(totals))]).clamp(min=1)
         losses = {
@@ -104,27 +103,13 @@ class Distillation:
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """Return the scalar that training adds to the losses against the targets."""
-        return reduce(torch.add, (losses[name] * weight for name, weight in self.weight_dict.items()))
-
-
-def _stacked(outputs: dict) -> tuple[Tensor, Tensor]:
-    """Return the logits (L x B x Q x C) and boxes (L x B x Q x 4) of all layers, in float32 or wider."""
-    layers = [*outputs["aux_outputs"], outputs]
-    logits = at_least_float32(torch.stack([layer["pred_logits"] for layer in layers]))
-    return logits, at_least_float32(torch.stack([layer["pred_boxes"] for layer in layers]))
+        return weighted_sum(losses, self.weight_dict)
 
 
 def _quality_focal(logits: Tensor, probabilities: Tensor) -> Tensor:
     """Compute the quality focal loss (arXiv 2006.04388, equation 3, beta = 2) against soft targets."""
     entropy = F.binary_cross_entropy_with_logits(logits, probabilities, reduction="none")
     return (probabilities - logits.sigmoid()).square() * entropy
-
-
-def _giou_loss(boxes_cxcywh: Tensor, others_cxcywh: Tensor) -> Tensor:
-    """Return 1 - GIoU of the boxes at the same index of two tensors (... x 4)."""
-    return generalized_box_iou_loss(
-        box_convert(boxes_cxcywh, "cxcywh", "xyxy"), box_convert(others_cxcywh, "cxcywh", "xyxy")
-    )
 
 
 def _normalised(memory: Tensor) -> Tensor:

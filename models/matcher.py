@@ -28,6 +28,12 @@ class Matches:
     target: Tensor
 
 
+def giou_loss(boxes_cxcywh: Tensor, others_cxcywh: Tensor) -> Tensor:
+    """Return 1 - GIoU of the boxes at the same index of two tensors (... x 4), which are broadcast."""
+    corners = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (boxes_cxcywh, others_cxcywh))
+    return generalized_box_iou_loss(*torch.broadcast_tensors(*corners))
+
+
 @dataclass(frozen=True)
 class HungarianMatcher:
     """Hungarian matcher with weights for the focal class cost, L1 and GIoU of the boxes.
@@ -74,10 +80,7 @@ class HungarianMatcher:
         queries = boxes.unsqueeze(3)
         columns = target_boxes[None, :, None]
         bbox_cost = (queries - columns).abs().sum(-1)
-        shape = (*bbox_cost.shape, 4)
-        giou_cost = generalized_box_iou_loss(
-            box_convert(queries, "cxcywh", "xyxy").expand(shape), box_convert(columns, "cxcywh", "xyxy").expand(shape)
-        )
+        giou_cost = giou_loss(queries, columns)
         cost = self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost
         # The assignment rejects NaN; the training loop reports losses that are not finite.
         return cost.nan_to_num(nan=UNMATCHABLE_COST, posinf=UNMATCHABLE_COST, neginf=UNMATCHABLE_COST)

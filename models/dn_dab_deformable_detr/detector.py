@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
+from models.config import DetectorConfig
 from models.denoising import DenoisingSettings
 from models.detector import Detector
 from models.dn_dab_deformable_detr.attention import DeformableAttention
@@ -13,11 +14,11 @@ from models.dn_dab_deformable_detr.decoder import Decoder, DecoderLayer, decoder
 from models.dn_dab_deformable_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
 from models.dn_dab_deformable_detr.state import DeformableState, LevelSizes
 from models.initialisation import initialise_detector
-from models.layers import ANCHOR_EPS, MLP, module_list
+from models.layers import MLP, module_list
 from models.position_encoding import pixel_encoding
 from models.prunable import ParameterSlice
 from models.state import Features, QueryFields
-from models.widths import Widths
+from util.errors import UserError
 
 NORM_GROUPS = 32
 TEMPERATURE = 10000
@@ -49,70 +50,57 @@ class DnDabDeformableDetr(Detector):
     """The deformable variant of DN-DETR (arXiv 2203.01305, 2010.04159) with any widths.
 
     Args:
+        config: options that affect its outputs. Convolutions of stride 2 compute the feature levels beyond those of the
+            backbone.
         backbone: the backbone; each stage from layer2 to its last is a feature level.
-        widths: channels of each attention (value channels of deformable attention) and FFN.
-        num_classes: largest category id + 1.
-        num_levels: number of feature levels; convolutions of stride 2 compute those beyond the backbone's.
-        encoder_points, decoder_points: number of points that a head samples on each level.
-        anchor_eps: lower bound of an anchor coordinate and of its distance from 1 when its logit is computed.
         denoising: noise on targets in training; None trains without denoising queries.
-        padding_rule: one of `models.padding.PADDING_RULES`.
+
+    Raises:
+        UserError: an option has an unsupported value.
     """
 
     transformer: Transformer
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        widths: Widths,
-        *,
-        num_classes: int,
-        hidden_dim: int = 256,
-        nheads: int = 8,
-        num_queries: int = 300,
-        num_levels: int = 4,
-        encoder_points: int = 4,
-        decoder_points: int = 4,
-        dropout: float = 0.0,
-        anchor_eps: float = ANCHOR_EPS,
-        denoising: DenoisingSettings | None = None,
-        padding_rule: str = "exact",
-    ) -> None:
+    def __init__(self, config: DetectorConfig, backbone: Backbone, denoising: DenoisingSettings | None) -> None:
+        _check_options(config)
+        widths, hidden_dim, num_levels = config.widths, config.hidden_dim, config.num_feature_levels
         stages = [stage for stage in backbone.channels if stage != "layer1"]
         strides = [backbone.strides[stage] for stage in stages]
         super().__init__(
             widths,
-            num_classes=num_classes,
+            num_classes=config.num_classes,
             hidden_dim=hidden_dim,
-            nheads=nheads,
-            num_queries=num_queries,
+            nheads=config.nheads,
+            num_queries=config.num_queries,
             num_patterns=0,
             denoising=denoising,
             strides=[*strides, *(strides[-1] * 2**level for level in range(1, num_levels - len(stages) + 1))],
             image_multiple=strides[-1],
-            padding_rule=padding_rule,
+            padding_rule=config.padding_rule,
         )
         self.num_levels = num_levels
-        self.points = {"encoder": encoder_points, "decoder": decoder_points}
+        self.points = {"encoder": config.enc_n_points, "decoder": config.dec_n_points}
         self.stages = stages
-        common = (nheads, num_levels)
+        common = (config.nheads, num_levels)
         self.bbox_embed = module_list(MLP(hidden_dim, hidden_dim, hidden_dim, 4) for _ in widths.decoder)
         self.transformer = Transformer(
-            Encoder([EncoderLayer(hidden_dim, w, *common, encoder_points, dropout) for w in widths.encoder]),
+            Encoder(
+                [EncoderLayer(hidden_dim, w, *common, config.enc_n_points, config.dropout) for w in widths.encoder]
+            ),
             Decoder(
-                [DecoderLayer(hidden_dim, w, *common, decoder_points, dropout) for w in widths.decoder],
+                [DecoderLayer(hidden_dim, w, *common, config.dec_n_points, config.dropout) for w in widths.decoder],
                 hidden_dim,
                 self.bbox_embed,
-                anchor_eps,
-                anchors_on_padded_map=padding_rule == "reference",
+                config.anchor_eps,
+                anchors_on_padded_map=config.padding_rule == "reference",
             ),
             num_levels,
             hidden_dim,
         )
-        self.class_embed = module_list(nn.Linear(hidden_dim, num_classes) for _ in widths.decoder)
-        self.label_enc = nn.Embedding(num_classes + 1, hidden_dim - 1)
-        self.tgt_embed = nn.Embedding(num_queries, hidden_dim - 1)
-        self.refpoint_embed = nn.Embedding(num_queries, 4)
+        self.class_embed = module_list(nn.Linear(hidden_dim, config.num_classes) for _ in widths.decoder)
+        self.label_enc = nn.Embedding(config.num_classes + 1, hidden_dim - 1)
+        self.tgt_embed = nn.Embedding(config.num_queries, hidden_dim - 1)
+        self.refpoint_embed = nn.Embedding(config.num_queries, 4)
         self.input_proj = nn.ModuleList(
             _projections([backbone.channels[s] for s in self.stages], num_levels, hidden_dim)
         )
@@ -177,6 +165,19 @@ class DnDabDeformableDetr(Detector):
         """Return, by block, the parameter slices of a layer that shrink with the block."""
         slices = encoder_layer_slices if stack == "encoder" else decoder_layer_slices
         return slices(f"transformer.{stack}.layers.{index}")
+
+
+def _check_options(config: DetectorConfig) -> None:
+    if config.hidden_dim % NORM_GROUPS:
+        raise UserError(f"--hidden_dim: found {config.hidden_dim}, expected a multiple of {NORM_GROUPS}")
+    if config.num_patterns:
+        raise UserError(f"--num_patterns: found {config.num_patterns}, expected 0 for {config.modelname}")
+    stages = int(config.return_layer.removeprefix("layer")) - 1
+    if config.num_feature_levels < stages:
+        raise UserError(
+            f"--num_feature_levels: found {config.num_feature_levels}, expected at least {stages}, one for each stage "
+            f"from layer2 to {config.return_layer} (--return_layer)"
+        )
 
 
 def _projections(channels: list[int], num_levels: int, hidden_dim: int) -> list[nn.Sequential]:

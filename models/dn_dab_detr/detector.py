@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
+from models.config import DetectorConfig
 from models.denoising import DenoisingSettings
 from models.detector import Detector
 from models.dn_dab_detr.decoder import Decoder, DecoderLayer, decoder_layer_slices
 from models.dn_dab_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
 from models.initialisation import initialise_detector
-from models.layers import ANCHOR_EPS, MLP, module_list
+from models.layers import MLP, module_list
 from models.position_encoding import pixel_encoding
 from models.prunable import ParameterSlice
 from models.state import DetectorState, Features
-from models.widths import Widths
 
 
 class Transformer(nn.Module):
@@ -32,67 +32,48 @@ class Transformer(nn.Module):
 class DnDabDetr(Detector):
     """The dense variant of DN-DETR (arXiv 2203.01305) with any widths.
 
+    With `cfgs`, the encoder's attention has the names of the paper's slim models.
+
     Args:
+        config: options that affect its outputs.
         backbone: the backbone.
-        widths: channels of each attention and FFN.
-        num_classes: largest category id + 1.
-        slim_names: name the encoder's attention as the paper's slim models do.
-        temperatures: temperatures of the pixel encoding, for height and width.
-        anchor_eps: lower bound of an anchor coordinate and of its distance from 1 when its logit is computed.
         denoising: noise on targets in training; None trains without denoising queries.
-        padding_rule: one of `models.padding.PADDING_RULES`.
     """
 
     transformer: Transformer
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        widths: Widths,
-        *,
-        num_classes: int,
-        hidden_dim: int = 256,
-        nheads: int = 8,
-        num_queries: int = 300,
-        num_patterns: int = 0,
-        activation: str = "prelu",
-        dropout: float = 0.0,
-        anchor_eps: float = ANCHOR_EPS,
-        slim_names: bool = False,
-        temperatures: tuple[float, float] = (20, 20),
-        denoising: DenoisingSettings | None = None,
-        padding_rule: str = "exact",
-    ) -> None:
+    def __init__(self, config: DetectorConfig, backbone: Backbone, denoising: DenoisingSettings | None) -> None:
         (*_, stride) = backbone.strides.values()
+        widths, hidden_dim = config.widths, config.hidden_dim
         super().__init__(
             widths,
-            num_classes=num_classes,
+            num_classes=config.num_classes,
             hidden_dim=hidden_dim,
-            nheads=nheads,
-            num_queries=num_queries,
-            num_patterns=num_patterns,
+            nheads=config.nheads,
+            num_queries=config.num_queries,
+            num_patterns=config.num_patterns,
             denoising=denoising,
             strides=[stride],
             image_multiple=stride,
-            padding_rule=padding_rule,
+            padding_rule=config.padding_rule,
         )
         self.stages = list(backbone.channels)[-1:]
-        self.slim_names = slim_names
-        self.temperatures = temperatures
+        self.slim_names = config.cfgs is not None
+        self.temperatures = (config.pe_temperatureH, config.pe_temperatureW)
 
-        common = (nheads, activation, dropout)
+        common = (config.nheads, config.transformer_activation, config.dropout)
         self.bbox_embed = MLP(hidden_dim, hidden_dim, hidden_dim, 4)
-        encoder_layers = [EncoderLayer(hidden_dim, layer, *common, slim_names) for layer in widths.encoder]
+        encoder_layers = [EncoderLayer(hidden_dim, layer, *common, self.slim_names) for layer in widths.encoder]
         decoder_layers = [DecoderLayer(hidden_dim, w, *common, is_first=i == 0) for i, w in enumerate(widths.decoder)]
         self.transformer = Transformer(
             Encoder(encoder_layers, hidden_dim),
-            Decoder(decoder_layers, hidden_dim, self.bbox_embed, anchor_eps),
-            num_patterns,
+            Decoder(decoder_layers, hidden_dim, self.bbox_embed, config.anchor_eps),
+            config.num_patterns,
             hidden_dim,
         )
-        self.class_embed = nn.Linear(hidden_dim, num_classes)
-        self.label_enc = nn.Embedding(num_classes + 1, hidden_dim - 1)
-        self.refpoint_embed = nn.Embedding(num_queries, 4)
+        self.class_embed = nn.Linear(hidden_dim, config.num_classes)
+        self.label_enc = nn.Embedding(config.num_classes + 1, hidden_dim - 1)
+        self.refpoint_embed = nn.Embedding(config.num_queries, 4)
         self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
         # A list of one, because the keys in checkpoints begin with `backbone.0.body`.
         self.backbone = module_list([backbone])
