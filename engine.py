@@ -191,8 +191,7 @@ def evaluate(
     if not np.isfinite(detections).all():
         bad = sorted({int(row[0]) for row in detections[~np.isfinite(detections).all(axis=1)]})
         raise NonFiniteLossError(f"evaluation: scores or boxes are not finite, on the images {bad}")
-    options = {} if backend is None else {"backend": backend}
-    stats = coco_stats(ground_truth, detections, image_ids=image_ids, **options)
+    stats = coco_stats(ground_truth, detections, image_ids=image_ids, backend=backend)
     return EvalResult(stats, means.read(), detections, image_ids)
 
 

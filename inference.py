@@ -23,8 +23,7 @@ from util.logging import log_to_file, stop_logging_to_file
 
 def get_inference_parser() -> argparse.ArgumentParser:
     """Return the parser: options of inference, and those of `main.py` that describe a checkpoint's network."""
-    usage = "%(prog)s IMAGES [IMAGES ...] (--resume FILE | --compare DENSE SLIM) [options]"
-    parser = script_parser(__doc__, usage=usage)
+    parser = script_parser(__doc__, "IMAGES [IMAGES ...] (--resume FILE | --compare DENSE SLIM) [options]")
     add_options(parser.add_argument_group("run"), DeviceConfig)
     add_groups(parser, PredictionOptions)
     return parser

@@ -256,7 +256,7 @@ def findings_text(findings: Sequence[Finding]) -> str:
 
 def get_check_parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parser = script_parser(__doc__, prog="python -m datasets.check")
+    parser = script_parser(__doc__, "[COCODIR] [options]", prog="python -m datasets.check")
     parser.add_argument(
         "coco_path", type=os.path.expanduser, metavar="COCODIR", nargs="?", help="folder of a data set in COCO layout"
     )

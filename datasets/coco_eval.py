@@ -59,19 +59,22 @@ class GroundTruth:
     def prepared(self, backend: str, prepare: Callable[[dict[str, Any]], Any]) -> Any:
         """Return the ground truth in the evaluator's form, which is built once."""
         if backend not in self._prepared:
-            tables = {"images": self.images, "annotations": self._annotations(), "categories": self.categories}
+            boxes = _entries(
+                image_id=self.image_of,
+                category_id=self.category_of,
+                bbox=self.boxes_xywh,
+                area=self.areas,
+                iscrowd=self.are_crowds.astype(int),
+            )
+            tables = {"images": self.images, "annotations": boxes, "categories": self.categories}
             self._prepared[backend] = prepare(tables)
         return self._prepared[backend]
 
-    def _annotations(self) -> list[dict[str, Any]]:
-        """Return the boxes as a table with ids from 1, since evaluators mark unmatched boxes with id 0."""
-        columns = (self.image_of, self.category_of, self.boxes_xywh, self.areas, self.are_crowds.astype(int))
-        return [
-            {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}
-            for number, (image, category, box, area, crowd) in enumerate(
-                zip(*(column.tolist() for column in columns), strict=True), start=1
-            )
-        ]
+
+def _entries(**columns: np.ndarray) -> list[dict[str, Any]]:
+    """Return rows as a table with ids from 1, since evaluators mark unmatched boxes with id 0."""
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [{"id": number, **dict(zip(columns, row, strict=True))} for number, row in enumerate(rows, start=1)]
 
 
 def to_detections(image_id: int, result: dict[str, Tensor]) -> np.ndarray:
@@ -187,19 +190,14 @@ def evaluator_name() -> str:
 
 def _result_tables(ground_truth: GroundTruth, detections: np.ndarray) -> dict[str, Any]:
     """Return detections as COCO result tables, with the fields that `loadRes` would add but without its copies."""
-    areas = detections[:, 3] * detections[:, 4]
-    annotations = [
-        {
-            "id": number,
-            "image_id": int(row[0]),
-            "category_id": int(row[6]),
-            "bbox": row[1:5],
-            "score": row[5],
-            "area": area,
-            "iscrowd": 0,
-        }
-        for number, (row, area) in enumerate(zip(detections.tolist(), areas.tolist(), strict=True), start=1)
-    ]
+    annotations = _entries(
+        image_id=detections[:, 0].astype(int),
+        category_id=detections[:, 6].astype(int),
+        bbox=detections[:, 1:5],
+        score=detections[:, 5],
+        area=detections[:, 3] * detections[:, 4],
+        iscrowd=np.zeros(len(detections), int),
+    )
     return {"images": ground_truth.images, "annotations": annotations, "categories": ground_truth.categories}
 
 

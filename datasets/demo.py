@@ -227,8 +227,8 @@ def _refuse_other_content(out: Path, settings: dict[str, int]) -> None:
 
 def get_demo_parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parser = script_parser(__doc__, prog="python -m datasets.demo")
-    parser.add_argument("out", type=user_path, help="folder to write, new or empty")
+    parser = script_parser(__doc__, "OUT [options]", prog="python -m datasets.demo")
+    parser.add_argument("out", type=user_path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--images", type=whole(1), default=5000, help="training images")
     parser.add_argument("--val-images", type=whole(1), help="validation images, by default a tenth of --images, at "
                         "least 1")  # fmt: skip

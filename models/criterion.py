@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import reduce
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
@@ -15,6 +14,7 @@ from torchvision.ops import sigmoid_focal_loss
 from models.denoising import slot_indices
 from models.layers import at_least_float32
 from models.matcher import HungarianMatcher, Matches, giou_loss
+from util import distributed
 
 LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
 
@@ -120,10 +120,7 @@ class Criterion(nn.Module):
 
     def _mean_over_processes(self, count: int, device: torch.device) -> Tensor:
         total = torch.tensor(float(count if self._num_boxes is None else self._num_boxes), device=device)
-        if self._num_boxes is None and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-            total /= dist.get_world_size()
-        return total
+        return distributed.average({"boxes": total})["boxes"] if self._num_boxes is None else total
 
     def _focal(self, logits: Tensor, matches: Matches, classes: Tensor) -> Tensor:
         """Sum the focal loss of each layer (L); logits are L x B x Q x C, unmatched queries are background."""

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         UserError: the folder holds no run, or it cannot be read.
     """
     torch.set_flush_denormal(True)
-    parser = script_parser(__doc__, prog="python -m reports")
+    parser = script_parser(__doc__, "OUTPUT_DIR [options]", prog="python -m reports")
     parser.add_argument(
         "output_dir", type=user_path, metavar="OUTPUT_DIR",
         help="--output_dir of the run; of a search and a training run in one folder, the latest is reported",

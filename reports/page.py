@@ -41,7 +41,7 @@ def tiles(items: Iterable[tuple[str, object, str]]) -> str:
         f'<div class="tile"><span>{escape(name)}</span><b>{escape(as_text(value))}</b><span>{escape(note)}</span></div>'
         for name, value, note in items
     ]
-    return '<div class="tiles">\n' + "\n".join(found) + "\n</div>"
+    return _box("tiles", found)
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -68,7 +68,7 @@ def code(text: str) -> str:
 def plots(items: Iterable[tuple[str, str]]) -> str:
     """Return SVGs of `reports.charts` side by side if they fit, each under its caption."""
     found = [f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>" for caption, svg in items]
-    return '<div class="plots">\n' + "\n".join(found) + "\n</div>"
+    return _box("plots", found)
 
 
 def pictures(items: Iterable[tuple[str, Image.Image]]) -> str:
@@ -78,7 +78,11 @@ def pictures(items: Iterable[tuple[str, Image.Image]]) -> str:
         f'alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
         for caption, picture in items
     ]
-    return '<div class="pictures">\n' + "\n".join(found) + "\n</div>"
+    return _box("pictures", found)
+
+
+def _box(kind: str, parts: Iterable[str]) -> str:
+    return f'<div class="{kind}">\n' + "\n".join(parts) + "\n</div>"
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional
 
 from datasets.annotations import category_names
@@ -105,8 +106,7 @@ def _choose(dataset: CocoDataset) -> list[int]:
 def _annotated(dataset: CocoDataset, index: int) -> Result:
     """Return the annotated objects of an image as detections without scores."""
     _, target = dataset[index]
-    centres, sides = target["boxes"].split(2, dim=1)
-    corners = torch.cat((centres - sides / 2, centres + sides / 2), dim=1)
+    corners = box_convert(target["boxes"], "cxcywh", "xyxy")
     return {"labels": target["labels"], "boxes": corners * target["orig_size"].flip(0).repeat(2)}
 
 

@@ -33,9 +33,6 @@ class BatchLog:
     ) -> None:
         self.every, self.epoch, self.epochs, self.batches, self.show = every, epoch, epochs, batches, show
         self._done = 0
-        self._start()
-
-    def _start(self) -> None:
         self._means, self._images, self._since = Means(), 0, time.perf_counter()
 
     def __call__(self, losses: Mapping[str, Tensor], images: int, lr: float) -> None:
@@ -57,20 +54,13 @@ class BatchLog:
         seconds = time.perf_counter() - self._since
         rate = self._images * distributed.world_size() / seconds
         counted = (self._done - 1) % self.every + 1
-        left = [seconds / counted * n for n in (self.batches - self._done, self._batches_of_run_left())]
-        get_logger().info("%s", self._line(means, lr, rate, *left))
-        self.show({**means, "lr": lr, "images_per_second": rate}, self._done)
-        self._start()
-
-    def _batches_of_run_left(self) -> int:
-        return (self.epochs - self.epoch) * self.batches - self._done
-
-    def _line(self, means: Mapping[str, float], lr: float, rate: float, left: float, left_of_run: float) -> str:
+        ahead = (self.epochs - self.epoch) * self.batches - self._done
+        left, left_of_run = (
+            timedelta(seconds=round(seconds / counted * n)) for n in (self.batches - self._done, ahead)
+        )
         done = f"epoch {self.epoch} [{self._done:{len(str(self.batches))}}/{self.batches}]"
-        losses = [f"{name} {means[name]:.4f}" for name in SHOWN if name in means]
-        times = f"{_time(left)} left, of all epochs {_time(left_of_run)}"
-        return "  ".join([done, *losses, f"lr {lr:.2e}", f"{rate:.1f} images/s", times])
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+        shown = [f"{name} {means[name]:.4f}" for name in SHOWN if name in means]
+        times = f"{left} left, of all epochs {left_of_run}"
+        get_logger().info("  ".join([done, *shown, f"lr {lr:.2e}", f"{rate:.1f} images/s", times]))
+        self.show({**means, "lr": lr, "images_per_second": rate}, self._done)
+        self._means, self._images, self._since = Means(), 0, time.perf_counter()

@@ -186,7 +186,7 @@ class Run:
             self._save(lines[-1])
             self.board.add(_epoch_scalars(line), state.batches)
         self.board.close()
-        self.log.info("%s", _summary(lines))
+        self.log.info("%s", table(EPOCH_COLUMNS, epoch_rows(lines)))
         return stats
 
     def _train_epoch(self) -> dict[str, Any]:
@@ -195,9 +195,11 @@ class Run:
         start = time.perf_counter()
         self.train_loader.set_epoch(state.epoch)
         rates: list[Sequence[float]] = []
-        log = BatchLog(
-            self.options.log.print_freq, state.epoch, training.epochs, len(self.train_loader), self._show_batches
-        )
+
+        def show_batches(scalars: Mapping[str, float], done: int) -> None:
+            self.board.add({f"batch/{name}": value for name, value in scalars.items()}, state.batches + done)
+
+        log = BatchLog(self.options.log.print_freq, state.epoch, training.epochs, len(self.train_loader), show_batches)
 
         def on_batch(losses: Mapping[str, Tensor], images: int, batch_rates: Sequence[float]) -> None:
             rates.append(batch_rates)
@@ -224,10 +226,6 @@ class Run:
         named = {f"train_{name}": value for name, value in losses.items()}
         lr, lr_backbone = (statistics.mean(group) for group in zip(*rates, strict=True))
         return {"lr": lr, "lr_backbone": lr_backbone, **named, "train_seconds": seconds}
-
-    def _show_batches(self, scalars: Mapping[str, float], done: int) -> None:
-        """Log losses and rates of the last batches; `done` counts the batches of the epoch."""
-        self.board.add({f"batch/{name}": value for name, value in scalars.items()}, self.state.batches + done)
 
     def _save(self, line: dict[str, Any]) -> None:
         """Write the checkpoints and a line of log.txt, from which training can continue."""
@@ -330,8 +328,3 @@ def _epoch_of(line: bytes) -> float:
         return float(json.loads(line)["epoch"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return -math.inf
-
-
-def _summary(lines: list[dict[str, Any]]) -> str:
-    """Return the table of a run's epochs."""
-    return table(EPOCH_COLUMNS, epoch_rows(lines))

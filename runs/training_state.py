@@ -131,7 +131,8 @@ class TrainingState:
         for group, own in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(own, lr=own["initial_lr"] * factor)
         if self.weight_average is not None and "raw_model" in state:
-            self.weight_average.load_state_dict({"model": averaged, "steps": state["average_steps"]})
+            self.weight_average.model.load_state_dict(averaged)
+            self.weight_average.steps = state["average_steps"]
         if "raw_model" in state:
             self.model.load_state_dict(state["raw_model"])
         if self.scaler is not None and state["scaler"] is not None:

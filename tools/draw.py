@@ -36,7 +36,6 @@ def draw_detections(
     *,
     threshold: float = 0.5,
     scale: int = 1,
-    font_size: int | None = None,
 ) -> Image.Image:
     """Return a picture of `image` with boxes, names and scores.
 
@@ -50,7 +49,6 @@ def draw_detections(
         names: category name by id; an id without a name is shown as a number.
         threshold: lowest score to draw.
         scale: integer factor to enlarge the picture by, to make small ones readable.
-        font_size: height of the names in pixels of the picture; None for a small one.
     """
     height, width = image.shape[1:]
     canvas = to_pil_image(image).resize((width * scale, height * scale), Image.Resampling.LANCZOS)

@@ -12,7 +12,7 @@ from util.errors import UserError, one_line
 T = TypeVar("T")
 
 ENCODER_ATTENTION = re.compile(r"(.*encoder\.layers\.\d+\.)(?:self_attn\.)?((?:in_proj_|out_proj\.)(?:weight|bias))$")
-LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d{1,4})\.")  # few digits: callers loop over layers
+LAYER = re.compile(r"(?:transformer\.)?(encoder|decoder)\.layers\.(\d{1,4})\.")  # few digits: callers loop over layers
 SHOWN_KEYS = 3
 BOX_HEADS = ("bbox_embed.", "transformer.decoder.bbox_embed.")
 

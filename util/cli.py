@@ -176,25 +176,10 @@ def _expected_list(about: Mapping[str, Any], length: object, value: Any) -> str 
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Short usage and names of values, defaults if there are any, and examples verbatim."""
+    """Short names of values, defaults if there are any, and examples verbatim."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **{"max_help_position": 34, **options})
-
-    def add_usage(
-        self, usage: str | None, actions: Iterable[argparse.Action], groups: Iterable[Any], prefix: str | None = None
-    ) -> None:
-        """Only show required arguments in the usage; the many options are listed below it."""
-        if usage is None:
-            words = []
-            for action in actions:
-                if not action.option_strings:
-                    words.append(self._format_args(action, self._get_default_metavar_for_positional(action)))
-                elif action.required:
-                    value = self._format_args(action, self._get_default_metavar_for_optional(action))
-                    words.append(f"{action.option_strings[0]} {value}")
-            usage = " ".join(["%(prog)s", *words, "[options]"])
-        super().add_usage(usage, actions, groups, prefix)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         short = {"whole number": "N", "int": "N", "number": "X", "float": "X", "Path": "PATH"}
@@ -207,19 +192,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if nothing_to_tell else super()._get_help_string(action)
 
 
-def script_parser(doc: str, **options: Any) -> argparse.ArgumentParser:
+def script_parser(doc: str, words: str = "[options]", **options: Any) -> argparse.ArgumentParser:
     """Return a script's parser: the docstring's first line is the description, its command lines the examples.
 
     Args:
         doc: the docstring.
+        words: what follows the script's name in the usage; the many options are only listed below it.
         options: arguments of `argparse.ArgumentParser`.
     """
     title, *lines = doc.strip().splitlines() or [""]
     examples = [f"  {line.strip()}" for line in lines if line.split(maxsplit=1)[:1] in (["python"], ["torchrun"])]
     epilog = "\n".join(["examples:", *examples]) if examples else None
     return argparse.ArgumentParser(
-        description=title, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False, **options
-    )
+        usage=f"%(prog)s {words}", description=title, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False,
+        **options,
+    )  # fmt: skip
 
 
 def user_path(text: str) -> Path:

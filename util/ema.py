@@ -1,7 +1,6 @@
 """Exponential moving average of a model's weights."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ class WeightAverage:
 
     Attributes:
         model: the averaged copy, in eval mode, for evaluation and for saving.
+        steps: optimizer steps so far.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -36,15 +36,6 @@ class WeightAverage:
             else:
                 mine.copy_(theirs)
         torch._foreach_lerp_(averaged, trained, weight)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the averaged weights and the number of steps."""
-        return {"model": self.model.state_dict(), "steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-        self.model.load_state_dict(state["model"])
-        self.steps = state["steps"]
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util.checkpoint import count_layers
 from util.errors import UserError, one_line, plain_name, reason_of, shorten
 from util.files import file_digest
 
@@ -158,7 +159,7 @@ def convert(
     weights = {key.removeprefix("model."): value for key, value in state_dict.items()}
     config = _read_config(path)
     _check_config(path, config)
-    layers = _count_layers(weights)
+    layers = {stack: count_layers(weights, stack) for stack in ("encoder", "decoder")}
     _check_complete(path, weights, layers)
     found = {_our_name(path, key): value for key, value in weights.items()}
     for index in range(layers["encoder"]):
@@ -227,14 +228,6 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
                 f"{path.parent / 'config.json'}: found {shorten(config[name])} under {name}, expected "
                 f"{' or '.join(map(repr, values))}, as DN-DETR has it"
             )
-
-
-def _count_layers(weights: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of encoder and decoder layers, by the keys."""
-    numbers = {"encoder": [-1], "decoder": [-1]}
-    for match in filter(None, map(LAYER.match, weights)):
-        numbers[match[1]].append(int(match[2]))
-    return {stack: max(found) + 1 for stack, found in numbers.items()}
 
 
 def _names_in_layer(stack: str, index: int, with_activation: bool) -> dict[str, str]:

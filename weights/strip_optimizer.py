@@ -41,7 +41,7 @@ def strip_optimizer(source: str | Path, target: str | Path, half: bool = False) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = script_parser(__doc__, prog="python -m weights.strip_optimizer")
+    parser = script_parser(__doc__, "IN OUT [options]", prog="python -m weights.strip_optimizer")
     parser.add_argument("source", type=os.path.expanduser, metavar="IN", help="checkpoint of main.py or of a search")
     parser.add_argument("target", type=os.path.expanduser, metavar="OUT", help="file to write")
     parser.add_argument("--half", action="store_true", help="store weights as float16")
