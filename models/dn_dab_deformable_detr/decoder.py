@@ -56,6 +56,14 @@ class DecoderLayer(GatedLayer):
         """Return the queries after the FFN, B x Q x hidden_dim."""
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
+    def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
+        """Return, by block, the parameter slices that shrink with the block; `prefix` is the layer's key."""
+        return {
+            "self_attention": packed_attention_slices(f"{prefix}.self_attn"),
+            "cross_attention": deformable_attention_slices(f"{prefix}.cross_attn"),
+            "ffn": ffn_slices(prefix),
+        }
+
 
 class Decoder(nn.Module):
     """A stack of decoder layers that refine anchors.
@@ -110,12 +118,3 @@ class Decoder(nn.Module):
         boxes = (self.bbox_embed[index](x) + inverse_sigmoid(state.anchors, self.anchor_eps)).sigmoid()
         state = state.replace(hidden=(*state.hidden, x), boxes=(*state.boxes, boxes))
         return state if index == len(self.layers) - 1 else state.replace(anchors=boxes.detach())
-
-
-def decoder_layer_slices(prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
-    """Return, by block, the parameter slices of the decoder layer at `prefix` that shrink with the block."""
-    return {
-        "self_attention": packed_attention_slices(f"{prefix}.self_attn"),
-        "cross_attention": deformable_attention_slices(f"{prefix}.cross_attn"),
-        "ffn": ffn_slices(prefix),
-    }

@@ -10,8 +10,8 @@ from models.config import DetectorConfig
 from models.denoising import DenoisingSettings
 from models.detector import Detector
 from models.dn_dab_deformable_detr.attention import DeformableAttention
-from models.dn_dab_deformable_detr.decoder import Decoder, DecoderLayer, decoder_layer_slices
-from models.dn_dab_deformable_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
+from models.dn_dab_deformable_detr.decoder import Decoder, DecoderLayer
+from models.dn_dab_deformable_detr.encoder import Encoder, EncoderLayer
 from models.dn_dab_deformable_detr.state import DeformableState, LevelSizes
 from models.initialisation import initialise_detector
 from models.layers import MLP, module_list
@@ -163,8 +163,7 @@ class DnDabDeformableDetr(Detector):
 
     def layer_slices(self, stack: str, index: int) -> dict[str, tuple[ParameterSlice, ...]]:
         """Return, by block, the parameter slices of a layer that shrink with the block."""
-        slices = encoder_layer_slices if stack == "encoder" else decoder_layer_slices
-        return slices(f"transformer.{stack}.layers.{index}")
+        return getattr(self.transformer, stack).layers[index].slices(f"transformer.{stack}.layers.{index}")
 
 
 def _check_options(config: DetectorConfig) -> None:

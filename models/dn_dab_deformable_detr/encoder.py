@@ -43,6 +43,10 @@ class EncoderLayer(GatedLayer):
         """Return x after the FFN, B x S x hidden_dim."""
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
+    def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
+        """Return, by block, the parameter slices that shrink with the block; `prefix` is the layer's key."""
+        return {"attention": deformable_attention_slices(f"{prefix}.self_attn"), "ffn": ffn_slices(prefix)}
+
 
 class Encoder(nn.Module):
     """A stack of encoder layers."""
@@ -78,8 +82,3 @@ def reference_points(levels: LevelSizes, valid_ratios: Tensor) -> Tensor:
         size_wh = torch.tensor((width, height), device=valid_ratios.device)
         points.append(centres / (valid_ratios[:, index, None] * size_wh))
     return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]
-
-
-def encoder_layer_slices(prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
-    """Return, by block, the parameter slices of the encoder layer at `prefix` that shrink with the block."""
-    return {"attention": deformable_attention_slices(f"{prefix}.self_attn"), "ffn": ffn_slices(prefix)}

@@ -92,6 +92,34 @@ class DecoderLayer(GatedLayer):
         """Return the queries after the FFN, B x Q x hidden_dim."""
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
+    def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
+        """Return, by block, the parameter slices that shrink with the block; `prefix` is the layer's key."""
+        self_slices, cross_slices = [], []
+        for name in ("sa_qcontent_proj", "sa_qpos_proj"):
+            self_slices += rows_and_bias(f"{prefix}.{name}", "query", fold=True)
+        for name in ("sa_kcontent_proj", "sa_kpos_proj"):
+            self_slices += rows_and_bias(f"{prefix}.{name}", "key")
+        self_slices += [
+            *rows_and_bias(f"{prefix}.sa_v_proj", "value"),
+            columns(f"{prefix}.self_attn.out_proj", "value"),
+        ]
+
+        content_queries = ("ca_qcontent_proj", *(("ca_qpos_proj",) if self.is_first else ()))
+        for name in content_queries:
+            cross_slices += rows_and_bias(f"{prefix}.{name}", "query", fold=True)
+        cross_slices += rows_and_bias(f"{prefix}.ca_qpos_sine_proj", "position_query", fold=True)
+        cross_slices += rows_and_bias(f"{prefix}.ca_kcontent_proj", "key")
+        cross_slices += rows_and_bias(f"{prefix}.ca_kpos_proj", "common_key" if self.is_first else "position_key")
+        cross_slices += [
+            *rows_and_bias(f"{prefix}.ca_v_proj", "value"),
+            columns(f"{prefix}.cross_attn.out_proj", "value"),
+        ]
+        return {
+            "self_attention": tuple(self_slices),
+            "cross_attention": tuple(cross_slices),
+            "ffn": ffn_slices(prefix),
+        }
+
 
 class Decoder(nn.Module):
     """A stack of decoder layers that refine anchors.
@@ -147,26 +175,3 @@ class Decoder(nn.Module):
             return state
         refined = (self.bbox_embed(x) + inverse_sigmoid(state.anchors, self.anchor_eps)).sigmoid()
         return state.replace(anchors=refined.detach(), live_anchors=refined)
-
-
-def decoder_layer_slices(prefix: str, is_first: bool) -> dict[str, tuple[ParameterSlice, ...]]:
-    """Return, by block, the parameter slices of the decoder layer at `prefix` that shrink with the block."""
-    self_slices, cross_slices = [], []
-    for name in ("sa_qcontent_proj", "sa_qpos_proj"):
-        self_slices += rows_and_bias(f"{prefix}.{name}", "query", fold=True)
-    for name in ("sa_kcontent_proj", "sa_kpos_proj"):
-        self_slices += rows_and_bias(f"{prefix}.{name}", "key")
-    self_slices += [*rows_and_bias(f"{prefix}.sa_v_proj", "value"), columns(f"{prefix}.self_attn.out_proj", "value")]
-
-    content_queries = ("ca_qcontent_proj", *(("ca_qpos_proj",) if is_first else ()))
-    for name in content_queries:
-        cross_slices += rows_and_bias(f"{prefix}.{name}", "query", fold=True)
-    cross_slices += rows_and_bias(f"{prefix}.ca_qpos_sine_proj", "position_query", fold=True)
-    cross_slices += rows_and_bias(f"{prefix}.ca_kcontent_proj", "key")
-    cross_slices += rows_and_bias(f"{prefix}.ca_kpos_proj", "common_key" if is_first else "position_key")
-    cross_slices += [*rows_and_bias(f"{prefix}.ca_v_proj", "value"), columns(f"{prefix}.cross_attn.out_proj", "value")]
-    return {
-        "self_attention": tuple(self_slices),
-        "cross_attention": tuple(cross_slices),
-        "ffn": ffn_slices(prefix),
-    }

@@ -9,8 +9,8 @@ from models.backbone import Backbone
 from models.config import DetectorConfig
 from models.denoising import DenoisingSettings
 from models.detector import Detector
-from models.dn_dab_detr.decoder import Decoder, DecoderLayer, decoder_layer_slices
-from models.dn_dab_detr.encoder import Encoder, EncoderLayer, encoder_layer_slices
+from models.dn_dab_detr.decoder import Decoder, DecoderLayer
+from models.dn_dab_detr.encoder import Encoder, EncoderLayer
 from models.initialisation import initialise_detector
 from models.layers import MLP, module_list
 from models.position_encoding import pixel_encoding
@@ -58,12 +58,11 @@ class DnDabDetr(Detector):
             padding_rule=config.padding_rule,
         )
         self.stages = list(backbone.channels)[-1:]
-        self.slim_names = config.cfgs is not None
         self.temperatures = (config.pe_temperatureH, config.pe_temperatureW)
 
         common = (config.nheads, config.transformer_activation, config.dropout)
         self.bbox_embed = MLP(hidden_dim, hidden_dim, hidden_dim, 4)
-        encoder_layers = [EncoderLayer(hidden_dim, layer, *common, self.slim_names) for layer in widths.encoder]
+        encoder_layers = [EncoderLayer(hidden_dim, layer, *common, config.cfgs is not None) for layer in widths.encoder]
         decoder_layers = [DecoderLayer(hidden_dim, w, *common, is_first=i == 0) for i, w in enumerate(widths.decoder)]
         self.transformer = Transformer(
             Encoder(encoder_layers, hidden_dim),
@@ -107,7 +106,4 @@ class DnDabDetr(Detector):
 
     def layer_slices(self, stack: str, index: int) -> dict[str, tuple[ParameterSlice, ...]]:
         """Return, by block, the parameter slices of a layer that shrink with the block."""
-        prefix = f"transformer.{stack}.layers.{index}"
-        if stack == "encoder":
-            return encoder_layer_slices(prefix, self.slim_names)
-        return decoder_layer_slices(prefix, is_first=index == 0)
+        return getattr(self.transformer, stack).layers[index].slices(f"transformer.{stack}.layers.{index}")

@@ -58,6 +58,11 @@ class EncoderLayer(GatedLayer):
         """Return x after the FFN, B x S x hidden_dim."""
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
+    def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
+        """Return, by block, the parameter slices that shrink with the block; `prefix` is the layer's key."""
+        holder = prefix if self.projections is self else f"{prefix}.self_attn"
+        return {"attention": packed_attention_slices(holder), "ffn": ffn_slices(prefix)}
+
 
 class Encoder(nn.Module):
     """A stack of encoder layers; each adds `pos * query_scale(x)` to its queries and keys."""
@@ -74,9 +79,3 @@ class Encoder(nn.Module):
             pos = state.memory_pos * self.query_scale(x)
             return state.replace(memory=layer.attention(x, pos, state.memory_mask))
         return state.replace(memory=layer.ffn(x))
-
-
-def encoder_layer_slices(prefix: str, slim_names: bool) -> dict[str, tuple[ParameterSlice, ...]]:
-    """Return, by block, the parameter slices of the encoder layer at `prefix` that shrink with the block."""
-    holder = prefix if slim_names else f"{prefix}.self_attn"
-    return {"attention": packed_attention_slices(holder), "ffn": ffn_slices(prefix)}
