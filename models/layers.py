@@ -94,6 +94,8 @@ class GatedLayer(GatedModule):
     """
 
     nheads: int
+    norm2: nn.LayerNorm
+    norm3: nn.LayerNorm  # of decoder layers
 
     def __init__(self, hidden_dim: int, ffn_width: int, activation: str, dropout: float) -> None:
         super().__init__()
@@ -106,6 +108,11 @@ class GatedLayer(GatedModule):
     def attention_dropout(self) -> float:
         """Dropout probability of the attention weights; 0 in eval mode."""
         return self.dropout.p if self.training else 0.0
+
+    def ffn(self, x: Tensor) -> Tensor:
+        """Return x after the FFN, its residual and the layer's last norm, B x L x hidden_dim."""
+        last_norm = self.norm3 if hasattr(self, "norm3") else self.norm2
+        return last_norm(x + self.dropout(self.feed_forward(x)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Return linear2(gate * activation(linear1(x))), without residual or norm; x is B x L x hidden_dim."""

@@ -105,10 +105,6 @@ class LoadedDetector:
     rows: list[np.ndarray] = field(default_factory=list)
     drawn: Counter[int] = field(default_factory=Counter)
 
-    def results(self) -> list[dict[str, Any]]:
-        """Return all detections as entries of a COCO results file."""
-        return engine.to_coco_results(np.concatenate(self.rows))
-
 
 def load_detector(
     title: str, path: str, options: PredictionOptions, typed: Collection[str], device: torch.device
@@ -191,10 +187,7 @@ class Prediction:
             if detector.remark:
                 self.log.info("%s", detector.remark)
         if self.config.names is not None and self.are_places:
-            self.log.info(
-                "--names %s has no id for some of these images: they are numbered from 1",
-                self.config.names,
-            )
+            self.log.info("--names %s has no id for some of these images: they are numbered from 1", self.config.names)
         if self.left_out:
             self.log.info("skipped %s without an image suffix", count_suffixes(self.left_out))
         captions = [""]
@@ -320,7 +313,8 @@ class Prediction:
         single = self.config.compare is None
         for detector in self.detectors:
             name = "results.json" if single else f"results_{detector.title}.json"
-            write_json(self.output_dir / name, detector.results(), indent=None)
+            results = engine.to_coco_results(np.concatenate(detector.rows))
+            write_json(self.output_dir / name, results, indent=None)
         found = set().union(*(detector.drawn for detector in self.detectors))
         rows = [
             (names.get(label, label), *(detector.drawn[label] for detector in self.detectors))

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from util import distributed
-from util.errors import UserError
+from util.errors import UserError, one_line
 from util.files import naming, remove_leftovers
 from util.logging import get_logger
 
@@ -139,7 +139,5 @@ def _name_owner(owner: dict[str, Any]) -> str:
     if not owner:
         return "another process"
     command = owner.get("command")
-    line = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
-    line = line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]}..."
-    text = f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('started')} ({line})"
-    return " ".join(text.split())
+    line = one_line(shlex.join(map(str, command)) if isinstance(command, list) else str(command), LONGEST_SHOWN)
+    return one_line(f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('started')} ({line})")

@@ -65,7 +65,7 @@ def load_safetensors(path: Path) -> dict[str, Any]:
     """
     package = require_safetensors()
     try:
-        with importlib.import_module("safetensors").safe_open(path, framework="pt") as stream:
+        with package.safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
         weights = package.load_file(path)
     except (OSError, ValueError, RuntimeError, importlib.import_module("safetensors").SafetensorError) as error:

@@ -52,10 +52,6 @@ class DecoderLayer(GatedLayer):
         self.observe("cross_attention", attended=attended)
         return self.norm1(x + self.dropout(self.cross_attn.output_proj(attended)))
 
-    def ffn(self, x: Tensor) -> Tensor:
-        """Return the queries after the FFN, B x Q x hidden_dim."""
-        return self.norm3(x + self.dropout(self.feed_forward(x)))
-
     def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
         """Return, by block, the parameter slices that shrink with the block; `prefix` is the layer's key."""
         return {

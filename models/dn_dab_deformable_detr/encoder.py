@@ -39,10 +39,6 @@ class EncoderLayer(GatedLayer):
         self.observe("attention", attended=attended)
         return self.norm1(x + self.dropout(self.self_attn.output_proj(attended)))
 
-    def ffn(self, x: Tensor) -> Tensor:
-        """Return x after the FFN, B x S x hidden_dim."""
-        return self.norm2(x + self.dropout(self.feed_forward(x)))
-
     def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
         """Return, by block, the parameter slices that shrink with the block; `prefix` is the layer's key."""
         return {"attention": deformable_attention_slices(f"{prefix}.self_attn"), "ffn": ffn_slices(prefix)}

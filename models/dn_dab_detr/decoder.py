@@ -88,10 +88,6 @@ class DecoderLayer(GatedLayer):
         content, position = split_heads(content, self.nheads), split_heads(position, self.nheads)
         return torch.cat((content, position.expand(content.shape)), dim=-1)
 
-    def ffn(self, x: Tensor) -> Tensor:
-        """Return the queries after the FFN, B x Q x hidden_dim."""
-        return self.norm3(x + self.dropout(self.feed_forward(x)))
-
     def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
         """Return, by block, the parameter slices that shrink with the block; `prefix` is the layer's key."""
         self_slices, cross_slices = [], []

@@ -54,10 +54,6 @@ class EncoderLayer(GatedLayer):
         attended = packed_self_attention(self, "attention", self.projections, x, pos, mask)
         return self.norm1(x + self.dropout(self.projections.out_proj(attended)))
 
-    def ffn(self, x: Tensor) -> Tensor:
-        """Return x after the FFN, B x S x hidden_dim."""
-        return self.norm2(x + self.dropout(self.feed_forward(x)))
-
     def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
         """Return, by block, the parameter slices that shrink with the block; `prefix` is the layer's key."""
         holder = prefix if self.projections is self else f"{prefix}.self_attn"
