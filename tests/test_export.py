@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models.dn_dab_deformable_detr.ops import sampling
 from models.padding import PaddedImages, pad_images
 from models.widths import Widths
 from tests.pruning.tiny import VARIANTS, pictures, tiny_args, tiny_detector
+from tests.soak import rest_in_soak
 from tools import export_formats as exporting
 from tools.export_check import Case, check_export, greatest_difference
 from util.cli import parse
@@ -19,6 +21,9 @@ from weights.checkpoint_file import save_checkpoint
 
 FULL = Widths.dense(1, 2, 32, 32)
 SLIM = Widths.parse([[[16, 20]], [[8, 32, 16], [32, 4, 32]]])
+# A deformable detector, and how many attentions to how many levels it has.
+DEFORMABLE = {"small": (f"{VARIANTS['deformable']} --dec_layers 1 --num_feature_levels 2", 2, 2),
+              "larger": (VARIANTS["deformable"], 3, 3)}  # fmt: skip
 
 
 def run_script(*words):
@@ -39,7 +44,8 @@ def test_onnx_of_a_slim_detector_takes_other_sizes_and_batches_and_selects_detec
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    model, postprocess = save(tmp_path / "slim.pth", cfgs=SLIM)
+    cfgs = Widths.parse([*SLIM.to_list(), [[5], [16], [9]]])
+    model, postprocess = save(tmp_path / "slim.pth", "--return_layer layer3", cfgs=cfgs)
     (result,) = run_script("--resume", tmp_path / "slim.pth", "--output_dir", tmp_path, "--format", "onnx",
                            "--image_size_hw", "130", "97", "--detections")  # fmt: skip
     assert result.passed and [case.size_hw for case in result.cases] == [(96, 128)] * 2 + [(130, 97)] * 2
@@ -48,7 +54,9 @@ def test_onnx_of_a_slim_detector_takes_other_sizes_and_batches_and_selects_detec
     onnx.checker.check_model(graph)
     assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 20)]
     facts = {entry.key: entry.value for entry in graph.metadata_props}
-    assert json.loads(facts["widths"]) == SLIM.to_list() and facts["opset"] == "20"
+    assert json.loads(facts["widths"]) == cfgs.to_list() and facts["opset"] == "20"
+    shapes = [list(weight.dims) for weight in graph.graph.initializer]
+    assert [5, 64, 3, 3] in shapes and [32, 9, 3, 3] in shapes  # the backbone is cut, too
     assert json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
     axes = {
         value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
@@ -73,6 +81,7 @@ def test_onnx_of_a_slim_detector_takes_other_sizes_and_batches_and_selects_detec
         torch.testing.assert_close(found[key], torch.stack([d[key] for d in expected]), rtol=0, atol=1e-4)
 
 
+@pytest.mark.soak
 def test_a_cut_backbone_is_exported_cut(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
@@ -88,19 +97,22 @@ def test_a_cut_backbone_is_exported_cut(tmp_path):
     assert [5, 64, 3, 3] in shapes and [256, 99, 3, 3] in shapes
 
 
-def test_a_deformable_searchs_output_is_cut_and_exported_without_the_operator(tmp_path):
+@pytest.mark.parametrize("network", rest_in_soak([*DEFORMABLE], ["small"]))
+def test_a_deformable_searchs_output_is_cut_and_exported_without_the_operator(tmp_path, network):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     kept = {"encoder.0.ffn": {"hidden": torch.arange(20)}}
-    save(tmp_path / "pruned.pth", VARIANTS["deformable"], kept=kept, widths=FULL.replace("encoder.0.ffn", 20))
+    words, attentions, levels = DEFORMABLE[network]
+    full = Widths.dense(1, attentions - 1, 32, 32)
+    save(tmp_path / "pruned.pth", words, kept=kept, full_widths=full, widths=full.replace("encoder.0.ffn", 20))
     before = sampling._compiled_for
     results = run_script("--resume", tmp_path / "pruned.pth", "--output_dir", tmp_path)
     assert sampling._compiled_for == before or before is None
     assert [(result.path.name, result.passed) for result in results] == [("pruned.onnx", True), ("pruned.pt2", True)]
     assert all(case.difference < 1e-4 for result in results for case in result.cases)
     graph = onnx.load(tmp_path / "pruned.onnx")
-    assert sum(node.op_type == "GridSample" for node in graph.graph.node) == 9  # three attentions to three levels
+    assert sum(node.op_type == "GridSample" for node in graph.graph.node) == attentions * levels
     facts = {"metadata.json": ""}
     program = torch.export.load(tmp_path / "pruned.pt2", extra_files=facts)
     assert json.loads(json.loads(facts["metadata.json"])["widths"])[0] == [[32, 20]]
@@ -184,8 +196,10 @@ def test_a_graph_whose_shapes_depend_on_values_or_with_foreign_operators_is_refu
     exporting.check_graph(helper.make_model(helper.make_graph([helper.make_node("Add", ["a"], ["b"])], "g", [], [])))
 
 
-@pytest.mark.parametrize("mask", ["--mask", "--no-mask"])
-@pytest.mark.parametrize("opset", range(exporting.LEAST_OPSET + 1, exporting.GREATEST_OPSET + 1))
+OPSETS = list(product(range(exporting.LEAST_OPSET + 1, exporting.GREATEST_OPSET + 1), ("--mask", "--no-mask")))
+
+
+@pytest.mark.parametrize(("opset", "mask"), rest_in_soak(OPSETS, OPSETS[-1:]))
 def test_every_opset_that_is_offered_works(tmp_path, checkpoint, opset, mask):
     pytest.importorskip("onnxruntime")
     (result,) = run_script("--resume", checkpoint[0], "--output_dir", tmp_path, "--format", "onnx",

@@ -11,8 +11,8 @@ import main
 from runs.training_state import parameter_groups
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 from tests.tiny_run import options, tiny_options
+from tests.trust.forked import job, run_jobs
 from tests.trust.test_exact import differing
-from tests.trust.test_processes import job, run_jobs
 
 BATCH_NORM = "--batch_norm_type BatchNorm2d"
 FROZEN = f"{BATCH_NORM} --lr_backbone 0"

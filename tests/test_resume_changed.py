@@ -10,8 +10,8 @@ import torch
 import main
 from runs.training_run import Run
 from tests.tiny_run import options, tiny_options, write_coco
+from tests.trust.forked import job, run_jobs
 from tests.trust.test_exact import differing
-from tests.trust.test_processes import job, run_jobs
 from util.errors import UserError
 from util.learning_rate import rate
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from pruning.state_cache import PassCounter, StateCache
 from runs.search_command import get_pruning_parser, search
 from tests.pruning.test_end_to_end import SMALL, write_folder
 from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_args, tiny_detector
+from tests.soak import rest_in_soak
 from util import distributed
 from util.cli import parse
 from util.errors import UserError
@@ -79,9 +81,11 @@ def variant(request, tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("variant"), words), words
 
 
-@pytest.mark.parametrize("words", SEARCHES.values(), ids=SEARCHES)
-@pytest.mark.parametrize("more", ["", "--cache_dtype bfloat16"])
-def test_the_estimate_is_what_a_search_holds_at_its_largest(variant, tmp_path, monkeypatch, words, more):
+ESTIMATED = list(product(SEARCHES, ("", "--cache_dtype bfloat16")))
+
+
+@pytest.mark.parametrize(("kind", "more"), rest_in_soak(ESTIMATED, [ESTIMATED[0], ESTIMATED[3]]))
+def test_the_estimate_is_what_a_search_holds_at_its_largest(variant, tmp_path, monkeypatch, kind, more):
     folder, network = variant
     found, held = [], []
     measure, keep_state = CachePlanner.measure, StateCache._keep_state
@@ -96,7 +100,7 @@ def test_the_estimate_is_what_a_search_holds_at_its_largest(variant, tmp_path, m
 
     monkeypatch.setattr(CachePlanner, "measure", measured)
     monkeypatch.setattr(StateCache, "_keep_state", kept)
-    run(GP, folder, tmp_path, f"{network} {words} {more}")
+    run(GP, folder, tmp_path, f"{network} {SEARCHES[kind]} {more}")
     (need, _) = found[0]
     assert need.total(torch.bfloat16 if more else None) == pytest.approx(max(held), rel=0.05)
 
@@ -312,6 +316,7 @@ def test_shapes_are_those_of_the_batches_without_reading_images(variant):
     assert {shape.is_padded for shape in read} == {True}
 
 
+@pytest.mark.parametrize("variant", rest_in_soak([*VARIANTS], ["dense"]), indirect=True)
 def test_searches_give_the_same_with_any_memory_and_are_refused_without(variant, tmp_path, monkeypatch):
     folder, network = variant
     words = f"{network} --search visit --ranking random --reconstruct none {UNITS}"
@@ -336,6 +341,7 @@ def test_searches_give_the_same_with_any_memory_and_are_refused_without(variant,
     assert not (tmp_path / "none" / "search.jsonl").exists()
 
 
+@pytest.mark.parametrize("variant", rest_in_soak([*VARIANTS], ["deformable"]), indirect=True)
 def test_a_search_is_resumed_in_the_precision_that_it_began_with(variant, tmp_path, monkeypatch):
     folder, network = variant
     words = f"{network} {SEARCHES['fast']}"

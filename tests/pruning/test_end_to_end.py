@@ -1,8 +1,6 @@
 """Both searches on a tiny detector and a data set of its own detections, from the options to the output file."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,8 @@ from pruning.workbench import DetectorBench
 from runs import search_command
 from runs.search_command import get_pruning_parser, search
 from tests.pruning.tiny import NETWORK, VARIANTS, tiny_args, tiny_detector
-from tests.tiny_run import RUN_SCRIPT, built, settled
+from tests.tiny_run import built, run_script, settled
+from tests.trust.forked import job, run_jobs
 from util.cli import parse
 from util.errors import UserError, run_cli
 from weights.build import build_detector
@@ -327,24 +326,11 @@ def test_a_search_needs_a_checkpoint(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def command(script, *words):
-    """Run an entry script as a user does; returns the finished process."""
-    return subprocess.run(
-        [sys.executable, *words[: len(words) - 1], RUN_SCRIPT, script, *words[-1].split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_two_processes_decide_as_one(folder, tmp_path):
     more = "--map_tol 0.3 --skip_eval_converge 0.1 --attention_unit 4 --ffn_unit 16"
-    options = f"{SMALL} {FEW} --coco_path {folder} --resume {folder}/dense.pth {more}"
+    words = f"{SMALL} {FEW} --coco_path {folder} --resume {folder}/dense.pth {more} --output_dir {tmp_path}/two"
     alone = run(MGP, folder, tmp_path / "one", more)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = command("prune_greedy_ad.py", *launcher, f"{options} --output_dir {tmp_path}/two")
-    assert done.returncode == 0, done.stderr
+    run_jobs(tmp_path / "jobs.json", [job(2, "mgp", words)])
     together = read_checkpoint(tmp_path / "two" / "pruned.pth")
     assert together.widths == alone.widths
     for name, kept in alone.kept.items():
@@ -353,10 +339,9 @@ def test_two_processes_decide_as_one(folder, tmp_path):
 
 
 def test_a_missing_checkpoint_is_a_one_line_error_with_code_2(folder, tmp_path):
-    done = command(
-        "prune_greedy.py", f"{SMALL} --coco_path {folder} --resume {folder}/none.pth --output_dir {tmp_path}/out"
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "none.pth" in done.stderr
+    words = f"{SMALL} --coco_path {folder} --resume {folder}/none.pth --output_dir {tmp_path}/out"
+    code, error = run_script("prune_greedy.py", words)
+    assert code == 2
+    assert len(error.strip().splitlines()) == 1
+    assert "none.pth" in error
     assert not (tmp_path / "out").exists()

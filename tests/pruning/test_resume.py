@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,11 @@ from pruning.schedule import GP, MGP, Schedule
 from reports import plots
 from runs.search_command import get_pruning_parser, search
 from runs.search_run import NOT_DECIDING, SearchRun
-from tests.pruning.test_end_to_end import ROOT, SMALL, ap_of, command, folder, write_folder  # noqa: F401
+from tests.pruning.test_end_to_end import ROOT, SMALL, ap_of, folder, write_folder  # noqa: F401
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
-from tests.tiny_run import RUN_SCRIPT, built, settled
+from tests.soak import rest_in_soak
+from tests.tiny_run import RUN_SCRIPT, built, run_script, settled
+from tests.trust.forked import job, run_jobs
 from util.cli import parse
 from util.errors import UserError, run_cli
 from weights.checkpoint_file import plain_arguments, read_checkpoint
@@ -50,6 +53,8 @@ SEARCHES = [
     *(("dense", kind) for kind in KINDS),
     *(("deformable", kind) for kind in ("fast", "keep macs", "visit", "visit output", "magnitude", "random")),
 ]
+# Each differs from another search only by a ranking that tests/pruning/test_scores.py checks on both variants.
+RARE = [("dense", "random"), ("dense", "paper fisher"), ("deformable", "visit output"), ("deformable", "random")]
 
 
 def words(root, out, kind, more=""):
@@ -88,7 +93,7 @@ def assert_same_file(one, other):
     assert all(torch.equal(value, second.state_dict[key]) for key, value in first.state_dict.items())
 
 
-@pytest.mark.parametrize(("variant", "kind"), SEARCHES)
+@pytest.mark.parametrize(("variant", "kind"), rest_in_soak(SEARCHES, set(SEARCHES) - set(RARE)))
 def test_the_map_that_a_search_tells_is_that_of_the_cut_detector(folders, searched, variant, kind):
     result = searched(kind, variant)
     args = tiny_args(f"{SMALL} --coco_path {folders[variant]} --resume {result.path} --eval")
@@ -137,13 +142,15 @@ def test_a_global_search_draws_what_it_tried(folder, tmp_path):  # noqa: F811
         assert Image.open(tmp_path / name).size > (500, 400)
 
 
+RESUMED = [
+    *(("dense", kind) for kind in ("fast", "keep", "visit", "paper")),
+    ("deformable", "fast"),
+    ("deformable", "visit"),
+]
+
+
 @pytest.mark.parametrize(
-    ("variant", "kind"),
-    [
-        *(("dense", kind) for kind in ("fast", "keep", "visit", "paper")),
-        ("deformable", "fast"),
-        ("deformable", "visit"),
-    ],
+    ("variant", "kind"), rest_in_soak(RESUMED, [("dense", "fast"), ("dense", "paper"), ("deformable", "visit")])
 )
 def test_a_search_that_goes_on_ends_as_it_would_have(folders, searched, tmp_path, variant, kind):
     lines = lines_of(searched(kind, variant))
@@ -169,6 +176,7 @@ def wait_for_lines(process, journal, count):
         time.sleep(0.01)
 
 
+@pytest.mark.soak  # in `make test`, tests/trust/test_crash.py kills searches that are started more quickly
 def test_a_search_that_was_killed_twice_goes_on(folder, searched, tmp_path):  # noqa: F811
     journal, last = tmp_path / "search.jsonl", len(lines_of(searched("visit")))
     draw = random.Random(5)
@@ -205,19 +213,15 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_journal_goes_on(folder, sea
     fitting = next(n for n in range(1, len(lines)) if len(b"".join(lines[:n])) > arguments + 500)
     assert b'"trial"' in lines[fitting]  # the journal is what first outgrows the limit
     most = len(b"".join(lines[:fitting])) + 10
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, resource.RLIM_INFINITY)); "
-    line = words(folder, tmp_path, "fast", "--resume_search").split()
-    script = (
-        f"{limit}import sys; import tests.tiny_backbone; sys.argv = {['prune_greedy_ad.py', *line]}; import runpy; "
-    )
-    script += "runpy.run_path('prune_greedy_ad.py', run_name='__main__')"
-    # Nor would the limit let a measurement of coverage write its file.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-    line = [sys.executable, "-c", script]
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert f"error: {journal}: File too large" in done.stderr
-    assert "Traceback" not in done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        code, said = run_script("prune_greedy_ad.py", words(folder, tmp_path, "fast", "--resume_search"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2
+    assert f"error: {journal}: File too large" in said
+    assert "Traceback" not in said
     run(folder, tmp_path, "fast", "--resume_search")
     assert_same_file(searched("fast").path.parent, tmp_path)
 
@@ -283,15 +287,16 @@ def test_a_journal_of_an_older_version_is_continued(folder, searched, tmp_path):
     assert_same_file(searched("exact").path.parent, tmp_path)
 
 
-@pytest.mark.parametrize("images", [512, 2], ids=["a share each", "one has none"])
-def test_two_processes_find_the_widths_of_one(folder, tmp_path, images):  # noqa: F811
-    more = f"--calibration_images {images}"
-    alone = run(folder, tmp_path / "one", "keep", more)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = command("prune_greedy_ad.py", *launcher, words(folder, tmp_path / "two", "keep", more))
-    assert done.returncode == 0, done.stderr
-    together = read_checkpoint(tmp_path / "two" / "pruned.pth")
-    assert together.widths == alone.widths
+def test_two_processes_find_the_widths_of_one(folder, tmp_path):  # noqa: F811
+    """Also where the second process has no image to calibrate on."""
+    more = {"shared": "--calibration_images 512", "first_alone": "--calibration_images 2"}
+    run_jobs(
+        tmp_path / "jobs.json",
+        [job(2, "mgp", words(folder, tmp_path / "two" / name, "keep", text)) for name, text in more.items()],
+    )
+    for name, text in more.items():
+        alone = run(folder, tmp_path / "one" / name, "keep", text)
+        assert read_checkpoint(tmp_path / "two" / name / "pruned.pth").widths == alone.widths, name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -146,6 +147,30 @@ def run(processes: int, script: str, words: Sequence[str]) -> None:
         raise RuntimeError(f"{processes} processes of {script} ended with {codes}")
 
 
+def start_jobs(path: Path, jobs: list[dict]) -> subprocess.CompletedProcess:
+    """Do jobs in one new process and its forks; returns that process, finished."""
+    path.write_text(json.dumps(jobs))
+    return subprocess.run(
+        [sys.executable, "-m", "tests.trust.forked", path],
+        cwd=Path(main.__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def run_jobs(path: Path, jobs: list[dict]) -> None:
+    """Do jobs, none of which may fail."""
+    done = start_jobs(path, jobs)
+    assert done.returncode == 0, done.stderr
+
+
+def job(processes: int, script: str, words: str) -> dict:
+    """One of `run_jobs`."""
+    return {"processes": processes, "script": script, "words": words.split()}
+
+
 if __name__ == "__main__":
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        run(**job)
+    for given in json.loads(Path(sys.argv[1]).read_text()):
+        run(**given)

@@ -1,7 +1,7 @@
 """Runs that tests start as processes of their own, to kill them: what they do, and what must be whole afterwards.
 
 The processes are forked from a server that has imported everything, so that one takes a second and not six.
-Their detector has a resnet18, so that its files are large enough to be caught half written.
+In `make soak` their detector has a resnet18, so that more kills fall into the middle of writing a file.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.trust.jobs"])
 WRITING = os.O_WRONLY | os.O_RDWR
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+SOAK = bool(os.environ.get("SOAK"))
+BACKBONE = f"--backbone {'resnet18' if SOAK else 'resnet_tiny'}"
 SEARCH = (
-    "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 --dim_feedforward 32 "
+    f"{BACKBONE} --enc_layers 1 --dec_layers 2 --hidden_dim 32 --nheads 4 --dim_feedforward 32 "
     "--num_queries 5 --image_size 64 --batch_size 2 --num_workers 0 --device cpu --attention_unit 4 --ffn_unit 8 "
     "--search visit --map_tol 0.1 --skip_eval_converge 0.01 --resume_search"
 )
@@ -48,9 +50,7 @@ def train(data: Path, out: Path) -> None:
         files = ("--coco_path", data, "--output_dir", out, "--resume", out / "checkpoint.pth")
         main.main(*options(*files, "--epochs 2 --num_workers 0 --device cpu"))
     else:
-        main.main(
-            *tiny_options("--coco_path", data, "--output_dir", out, "--backbone resnet18 --epochs 2 --ema_decay 0.9")
-        )
+        main.main(*tiny_options("--coco_path", data, "--output_dir", out, BACKBONE, "--epochs 2 --ema_decay 0.9"))
 
 
 def prune(data: Path, out: Path) -> None:

@@ -14,9 +14,8 @@ import torch
 from runs.training_run import continue_log
 from tests.pruning.test_end_to_end import write_folder
 from tests.test_main import differing
-from tests.trust.jobs import Job, Kill, assert_whole, draw, prune, train
+from tests.trust.jobs import BACKBONE, SOAK, Job, Kill, assert_whole, draw, prune, train
 
-SOAK = bool(os.environ.get("SOAK"))
 JOBS = {"training": train, "search": prune, "demo set": draw}
 KILLS = {"training": 42, "search": 42, "demo set": 24} if SOAK else {"training": 4, "search": 3, "demo set": 3}
 KILLS_IN_A_ROW = 3
@@ -34,7 +33,7 @@ def data(coco, tmp_path_factory) -> dict[str, Path]:
     """What each job reads."""
     return {
         "training": coco,
-        "search": write_folder(tmp_path_factory.mktemp("data"), "--backbone resnet18"),
+        "search": write_folder(tmp_path_factory.mktemp("data"), BACKBONE),
         "demo set": coco,
     }
 
@@ -115,7 +114,7 @@ def moments(generator, touches, seconds):
 def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(name, data, references, tmp_path):
     reference, touches = references(name)
     generator, left, round_number = random.Random(7), KILLS[name], 0
-    when = moments(generator, touches, 0.3 if name == "demo set" else 2.0)
+    when = moments(generator, touches, 0.3 if name == "demo set" else 2.0 if SOAK else 1.0)
     while left:
         round_number += 1
         out, before, in_a_row = tmp_path / str(round_number), 0, 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.pruning.test_end_to_end import write_folder
-from tests.trust.jobs import Job, assert_whole, draw, prune, train
+from tests.trust.jobs import BACKBONE, Job, assert_whole, draw, prune, train
 
 MEGABYTE = 1 << 20
 
@@ -17,7 +17,7 @@ MEGABYTE = 1 << 20
 @pytest.fixture(scope="module")
 def data(coco, tmp_path_factory):
     """What each job reads."""
-    return {train: coco, prune: write_folder(tmp_path_factory.mktemp("data"), "--backbone resnet18"), draw: coco}
+    return {train: coco, prune: write_folder(tmp_path_factory.mktemp("data"), BACKBONE), draw: coco}
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def assert_refused(job, said_of):
 @pytest.mark.parametrize("what", [train, draw])
 def test_a_limit_on_the_size_of_files_is_one_sentence(data, tmp_path, what):
     """Journals under such a limit: tests/pruning/test_resume.py."""
-    largest = {train: MEGABYTE, draw: 1000}[what]
+    largest = {train: MEGABYTE // 8, draw: 1000}[what]
     assert_refused(Job(what, data[what], tmp_path / "out", largest_file=largest), "File too large")
     assert not list(tmp_path.rglob("*.pth")) and not list(tmp_path.rglob("*.jpg"))
 

@@ -1,18 +1,17 @@
 """Two processes train like one on as many images; a search finds the same on one, two and four, and in all of them."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import main
 from tests.pruning.test_end_to_end import SMALL, write_folder
+from tests.soak import rest_in_soak
 from tests.tiny_run import TINY, write_split
+from tests.trust.forked import job, run_jobs, start_jobs
 from weights.checkpoint_file import read_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
@@ -26,6 +25,7 @@ SEARCHES = {
     "visit": "--search visit --map_tol 0.1 --skip_eval_converge 0.05 --attention_unit 4 --ffn_unit 16",
 }
 
+COUNTS = {"one, two": (1, 2), "one, two, four": (1, 2, 4)}
 UNITS = "--attention_unit 2 --ffn_unit 8"
 # Each decides by other sums: all modules at once and one after another, by several rankings and levels.
 DECIDING = {
@@ -36,30 +36,6 @@ DECIDING = {
     "paper": "--search paper --map_tol 0.3 --skip_eval_converge 0.1 --ranking elimination --attention_unit 4 "
     "--ffn_unit 16 --num_candidates_attention 8 --num_candidates_ffn 4",
 }
-
-
-def start_jobs(path: Path, jobs: list[dict]) -> subprocess.CompletedProcess:
-    """Do the jobs of `tests.trust.forked` in a process of their own; returns that, done."""
-    path.write_text(json.dumps(jobs))
-    return subprocess.run(
-        [sys.executable, "-m", "tests.trust.forked", path],
-        cwd=Path(main.__file__).parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def run_jobs(path: Path, jobs: list[dict]) -> None:
-    """`start_jobs`, none of which may fail."""
-    done = start_jobs(path, jobs)
-    assert done.returncode == 0, done.stderr
-
-
-def job(processes: int, script: str, words: str) -> dict:
-    """One of `run_jobs`."""
-    return {"processes": processes, "script": script, "words": words.split()}
 
 
 def moved(out: Path, start: Path) -> torch.Tensor:
@@ -97,48 +73,47 @@ def test_two_processes_train_like_one_on_the_same_batches(tmp_path):
     assert float((alone - together).norm()) < WEIGHT_TOLERANCE * float(alone.norm())
 
 
-def test_a_search_finds_the_same_widths_and_channels_on_one_two_and_four_processes(tmp_path):
+@pytest.mark.parametrize("counts", rest_in_soak([*COUNTS], ["one, two"]))
+def test_a_search_finds_the_same_widths_and_channels_on_one_two_and_four_processes(tmp_path, counts):
     folder = write_folder(tmp_path / "data", "")
     common = f"{SMALL} --coco_path {folder} --resume {folder}/dense.pth"
     jobs = [
         job(processes, "mgp", f"{common} {words} --output_dir {tmp_path}/{kind}{processes}")
-        for processes in (1, 2, 4)
+        for processes in COUNTS[counts]
         for kind, words in SEARCHES.items()
     ]
     run_jobs(tmp_path / "jobs.json", jobs)
     for kind in SEARCHES:
         alone = read_checkpoint(tmp_path / f"{kind}1" / "pruned.pth")
         assert alone.widths != alone.full_widths
-        for processes in (2, 4):
+        for processes in COUNTS[counts][1:]:
             together = read_checkpoint(tmp_path / f"{kind}{processes}" / "pruned.pth")
             assert together.widths == alone.widths, (kind, processes)
             for name, kept in alone.kept.items():
                 assert all(torch.equal(indices, together.kept[name][part]) for part, indices in kept.items())
 
 
-def test_processes_that_round_differently_come_to_the_decisions_and_weights_of_the_first(tmp_path):
+@pytest.mark.parametrize("kind", rest_in_soak([*DECIDING], ["fast"]))
+def test_processes_that_round_differently_come_to_the_decisions_and_weights_of_the_first(tmp_path, kind):
     """The other's fits, rankings, mAP, targets and guesses are off, by 1e-7 or far."""
     folder = write_folder(tmp_path / "data", "")
     common = f"{SMALL} --coco_path {folder} --resume {folder}/dense.pth"
-    runs = [(kind, script) for kind in DECIDING for script in ("mgp alike", "mgp far askew")] + [("fast", "mgp askew")]
-
-    def out(kind, script):
-        return tmp_path / kind / script.replace(" ", "_")
-
+    scripts = ["mgp alike", "mgp far askew", *(["mgp askew"] if kind == "fast" else [])]
+    out = {script: tmp_path / script.replace(" ", "_") for script in scripts}
     run_jobs(
         tmp_path / "jobs.json",
-        [job(2, script, f"{common} {DECIDING[kind]} --output_dir {out(kind, script)}") for kind, script in runs],
+        [job(2, script, f"{common} {DECIDING[kind]} --output_dir {out[script]}") for script in scripts],
     )
-    for kind, script in runs:
-        alike = torch.load(out(kind, "mgp alike") / "rank0.pth")
-        assert any(len(sets[next(iter(sets))]) < 32 for sets in alike["kept"].values())
+    alike = torch.load(out["mgp alike"] / "rank0.pth")
+    assert any(len(sets[next(iter(sets))]) < 32 for sets in alike["kept"].values())
+    for script in scripts:
         for rank in range(2):
-            found = torch.load(out(kind, script) / f"rank{rank}.pth")
-            assert found["ap"] == alike["ap"], (kind, script, rank)
+            found = torch.load(out[script] / f"rank{rank}.pth")
+            assert found["ap"] == alike["ap"], (script, rank)
             for name, sets in alike["kept"].items():
                 assert all(torch.equal(indices, found["kept"][name][part]) for part, indices in sets.items())
             for key, value in alike["model"].items():
-                assert torch.equal(value, found["model"][key]), (kind, script, rank, key)
+                assert torch.equal(value, found["model"][key]), (script, rank, key)
 
 
 @pytest.mark.parametrize(

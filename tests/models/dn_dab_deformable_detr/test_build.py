@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from models.dn_dab_deformable_detr.ops import sampling
+from tests.soak import rest_in_soak
 
 OPS = Path(sampling.__file__).parent
 ROOT = OPS.parents[2]
@@ -44,10 +45,12 @@ def _kernels_in_ptx(source, capability, folder):
 
 
 @pytest.mark.skipif(NVCC is None, reason="no CUDA compiler")
-def test_the_cuda_sources_compile_for_all_gpus(tmp_path):
+@pytest.mark.parametrize("choice", rest_in_soak(["the oldest GPU", "all GPUs"], ["the oldest GPU"]))
+def test_the_cuda_sources_compile(tmp_path, choice):
     """The kernels for each compute capability that setup.py builds for by default; what has no such code for one."""
     listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     capabilities = setup.architectures(listed).removesuffix("+PTX").split(";")
+    capabilities = capabilities if choice == "all GPUs" else capabilities[:1]
     kernels = (OPS / "src/forward.cu", OPS / "src/backward.cu")
     expected = {(source, capability): KERNELS for source in kernels for capability in capabilities}
     expected |= {(OPS / "src/cuda.cu", capabilities[0]): 0, (ROOT / "bench/original_sampling.cu", capabilities[0]): 2}
@@ -176,7 +179,7 @@ OBSTACLES = {
 }
 
 
-@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("obstacle", rest_in_soak([*OBSTACLES], ["a compile error", "another version of CUDA"]))
 def test_where_cuda_cannot_be_built_the_cpu_part_is(obstacle, toolkit):
     """One sentence gives the reason and how to make it an error; that error is one sentence, too."""
     make, run = toolkit
