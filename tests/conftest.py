@@ -11,12 +11,15 @@ from tests.tiny_run import write_coco
 
 # The files that take longest, in the order in which two workers take them: both then end at about the same time.
 SLOW_FILES = (
-    "test_resume.py",
     "test_export.py",
+    "test_resume.py",
     "test_processes.py",
-    "test_end_to_end.py",
-    "test_cache_plan.py",
+    "test_ops.py",
+    "test_build.py",
     "test_batches.py",
+    "test_end_to_end.py",
+    "test_main.py",
+    "test_crash.py",
 )
 
 
