@@ -151,7 +151,7 @@ class Pruner:
         self.model = copy.deepcopy(subject.dense)
         count, size = len(subject.seen), subject.seen.batch_size
         attention, ffn = subset_batches or (count, count)
-        self.units = Units(1, 4 * self.model.nheads, 100, 200, seed)
+        self.units = Units(1, 4 * self.model.nheads, 8, 100, 200, seed)
         images = SearchImages(
             subject.seen, range(count), subject.seen_truth, attention, ffn, -(-calibration_images // size)
         )

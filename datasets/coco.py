@@ -346,7 +346,7 @@ class CocoLoader(DataLoader):
 
 def build_loader(
     dataset: CocoDataset | Subset,
-    batch_size: int,
+    batch_size: int | Sequence[Sequence[int]],
     *,
     shuffle: bool,
     num_workers: int = 0,
@@ -359,7 +359,7 @@ def build_loader(
 
     Args:
         dataset: the data set.
-        batch_size: images per batch and process.
+        batch_size: images per batch and process, or the indices of the images of each batch.
         shuffle: use a new order each epoch instead of the order of the data set.
         num_workers: processes that decode and transform.
         seed: seed of the order.
@@ -368,15 +368,14 @@ def build_loader(
             repeated at the end; callers that gather results keep one per image id.
         pin_memory: put batches in page-locked memory, for copies to a GPU.
     """
+    common = {
+        "num_workers": num_workers,
+        "collate_fn": _pack,
+        "pin_memory": pin_memory,
+        "generator": torch.Generator().manual_seed(seed),  # leaves the global generator unchanged
+    }
+    if not isinstance(batch_size, int):
+        return CocoLoader(dataset, batch_sampler=batch_size, **common)
     shares = {} if distributed else {"num_replicas": 1, "rank": 0}
     sampler = DistributedSampler(dataset, shuffle=shuffle, seed=seed, drop_last=drop_last and distributed, **shares)
-    return CocoLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_pack,
-        drop_last=drop_last,
-        pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(seed),  # leaves the global generator unchanged
-    )
+    return CocoLoader(dataset, batch_size, sampler=sampler, drop_last=drop_last, **common)

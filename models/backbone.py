@@ -99,6 +99,11 @@ class Backbone(nn.Module):
         """Return the blocks by name, such as `layer3.1`, in network order."""
         return {name: block for name, block in self.body.named_modules() if isinstance(block, ResidualBlock)}
 
+    def stage_ended_by(self, module_name: str) -> str | None:
+        """Return the stage, such as `layer2`, whose last block is `backbone.STAGE.INDEX`, or None."""
+        _, stage, index = module_name.split(".")
+        return stage if int(index) == len(self.widths[self._stages().index(stage)]) - 1 else None
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that train unless the whole backbone is frozen.
 
@@ -115,12 +120,19 @@ class Backbone(nn.Module):
 
         h is ceil(H / stride), w is ceil(W / stride).
         """
-        x, found = images, []
-        for name, stage in self.body.items():
-            x = stage(x)
+        x, found = self.stem(images), []
+        for name in self._stages():
+            x = self.body[name](x)
             if name in stages:
                 found.append(x)
         return found
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Images B x 3 x H x W -> the input of the first residual block, B x C x h x w."""
+        x = images
+        for name, layer in self.body.items():
+            x = x if name.startswith("layer") else layer(x)
+        return x
 
 
 def _output_channels(stage: nn.Module) -> int:

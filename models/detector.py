@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from models.padding import (
     resize_padding,
 )
 from models.prunable import KINDS, ParameterSlice, PrunableModule, residual_block_module
-from models.state import DetectorState, Features, QueryFields
+from models.state import BackboneState, DetectorState, Features, QueryFields, State
 from models.widths import BACKBONE, Widths
+from util.errors import UserError
 
 
 class Detector(nn.Module, ABC):
@@ -46,6 +48,7 @@ class Detector(nn.Module, ABC):
     widths: Widths
     backbone: Sequence[Backbone]
     transformer: nn.Module
+    stages: Sequence[str]  # of the backbone, that the transformer reads
     label_enc: nn.Embedding
     refpoint_embed: nn.Embedding
 
@@ -76,9 +79,22 @@ class Detector(nn.Module, ABC):
         self.padding_rule = padding_rule
         self.step_names = tuple(name for name in widths.names() if not name.startswith(f"{BACKBONE}."))
 
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the backbone's residual blocks, such as `backbone.layer3.1`, in network order."""
+        return tuple(f"{BACKBONE}.{name}" for name in self.backbone[0].residual_blocks())
+
+    def steps_in(self, scope: str) -> tuple[str, ...]:
+        """Return the names of the steps of a scope, in network order."""
+        return (*self.block_names, *self.step_names) if scope == "detector" else self.step_names
+
     @abstractmethod
+    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Project the outputs of the stages `stages` to B x hidden_dim x h x w for each level, finest first."""
+
     def feature_maps(self, batch: Tensor) -> list[Tensor]:
         """Project the features of images (B x 3 x H x W) to B x hidden_dim x h x w for each level, finest first."""
+        return self.project(self.backbone[0](batch, self.stages))
 
     @abstractmethod
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
@@ -142,18 +158,20 @@ class Detector(nn.Module, ABC):
         return pad_images(images, 1 if self.padding_rule == "reference" else self.image_multiple)
 
     def _features_of_batch(self, images: PaddedImages) -> Features:
-        maps = self.feature_maps(images.batch)
+        return self._as_features(self.feature_maps(images.batch), images.padding)
+
+    def _as_features(self, maps: Sequence[Tensor], padding_of_images: Tensor | None) -> Features:
         paddings = []
         for level, stride in zip(maps, self.strides, strict=True):
             rows, columns = level.shape[-2:]
-            if images.padding is None:
+            if padding_of_images is None:
                 padding = level.new_zeros(1, rows, columns, dtype=torch.bool)
             elif self.padding_rule == "reference":
-                padding = resize_padding(images.padding, (rows, columns))
+                padding = resize_padding(padding_of_images, (rows, columns))
             else:
-                padding = padding_of_map(images.padding, (rows, columns), stride)
+                padding = padding_of_map(padding_of_images, (rows, columns), stride)
             paddings.append(padding)
-        return Features(_pixels(maps), tuple(paddings), is_padded=images.padding is not None)
+        return Features(_pixels(maps), tuple(paddings), is_padded=padding_of_images is not None)
 
     def prepare(
         self, images: list[Tensor] | Tensor | PaddedImages, targets: list[dict[str, Tensor]] | None = None
@@ -180,14 +198,53 @@ class Detector(nn.Module, ABC):
         anchors = anchor_logits.sigmoid()
         return QueryFields(queries=content, query_mask=mask, anchors=anchors, live_anchors=anchors, denoising=layout)
 
-    def run_steps(self, state: DetectorState, start: str | None = None, stop: str | None = None) -> DetectorState:
-        """Run the steps from `start` (inclusive, None for the first) to `stop` (exclusive, None for the end)."""
-        first = 0 if start is None else self.step_names.index(start)
-        last = len(self.step_names) if stop is None else self.step_names.index(stop)
-        for name in self.step_names[first:last]:
-            stack, index, block = name.split(".")
-            state = getattr(self.transformer, stack).step(int(index), block, state)
+    def stem_state(self, images: list[Tensor]) -> BackboneState:
+        """Return the input state of the first residual block.
+
+        Args:
+            images: each 3 x H x W, normalised; of one size, unless the padding rule is the reference's.
+        """
+        if self.padding_rule != "reference" and len({image.shape for image in images}) > 1:
+            found = ", ".join(sorted({f"{image.shape[1]} x {image.shape[2]}" for image in images}))
+            raise UserError(
+                f"--scope detector: found images of {found} pixels in one batch, expected one size: their width and "
+                "height in the annotation file are wrong"
+            )
+        padded = self.pad(images) if self.padding_rule == "reference" else PaddedImages(torch.stack(images), None)
+        return BackboneState(self.backbone[0].stem(padded.batch), padding=padded.padding)
+
+    def front(self, images: list[Tensor], scope: str) -> Features | BackboneState:
+        """Run everything before the first step of a scope; see `features` and `stem_state`."""
+        return self.stem_state(images) if scope == "detector" else self.features(images)
+
+    def start(self, front: Features | BackboneState) -> DetectorState | BackboneState:
+        """Return the input state of the first step of a scope, given the result of `front`."""
+        return self.first_state(front) if isinstance(front, Features) else front
+
+    def run_steps(self, state: State, start: str | None = None, stop: str | None = None) -> Any:
+        """Run the steps from `start` (inclusive, None for the first) to `stop` (exclusive, None for the end).
+
+        The steps of a `BackboneState` begin with the residual blocks. After the last block its features are projected,
+        and the result is the input state of the first step after the backbone.
+        """
+        names = self.steps_in("detector" if isinstance(state, BackboneState) else "transformer")
+        first = 0 if start is None else names.index(start)
+        last = len(names) if stop is None else names.index(stop)
+        for name in names[first:last]:
+            if isinstance(state, BackboneState):
+                state = self._run_block(name, state)
+            else:
+                stack, index, block = name.split(".")
+                state = getattr(self.transformer, stack).step(int(index), block, state)
         return state
+
+    def _run_block(self, name: str, state: BackboneState) -> DetectorState | BackboneState:
+        maps = self.backbone[0].residual_blocks()[name.removeprefix(f"{BACKBONE}.")](state.maps)
+        stage = self.backbone[0].stage_ended_by(name)
+        levels = (*state.levels, maps) if stage in self.stages else state.levels
+        if name != self.block_names[-1]:
+            return state.replace(maps=maps, levels=levels)
+        return self.first_state(self._as_features(self.project(levels), state.padding))
 
     def outputs(self, state: DetectorState) -> dict:
         """Return the outputs of a state after the last step; see `forward`."""

@@ -64,6 +64,27 @@ class ResidualBlock(GatedModule):
         """Inner channels."""
         return self.conv1.out_channels
 
+    def convolutions(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """Return the convolutions of the main path, each with its batch norm."""
+        pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+        return pairs if self.conv3 is None else [*pairs, (self.conv3, self.bn3)]
+
+    def identity(self, x: Tensor) -> Tensor:
+        """Return what is added to the main path, B x C' x h x w."""
+        return x if self.downsample is None else self.downsample(x)
+
+    def pre_activation(self, number: int, x: Tensor) -> Tensor:
+        """Return the output of the batch norm after convolution `number`; x is the block's input."""
+        convolution, norm = self.convolutions()[number - 1]
+        out: Tensor = norm(convolution(self.input_of(number, x)))
+        return out
+
+    def input_of(self, number: int, x: Tensor) -> Tensor:
+        """Return the input of convolution `number` (1, 2 or 3), of which gates are part; x is the block's input."""
+        for (convolution, norm), gate in zip(self.convolutions()[: number - 1], self.gate(BLOCK), strict=False):
+            x = _gated_map(self.relu(norm(convolution(x))), gate)
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
         """Map B x C x H x W to B x C' x h x w."""
         first_gate, second_gate = self.gate(BLOCK)
@@ -75,7 +96,7 @@ class ResidualBlock(GatedModule):
             second = _gated_map(self.relu(self.bn2(self.conv2(first))), second_gate)
             self.observe(BLOCK, inner1=first, inner2=second)
             out = self.bn3(self.conv3(second))
-        out += x if self.downsample is None else self.downsample(x)
+        out += self.identity(x)
         return self.relu(out)
 
 

@@ -1,37 +1,14 @@
-"""The state of a detector between two of its steps, which a search can cache and resume from."""
+"""The states of a detector before and between its steps, which a search can cache and resume from."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Features:
-    """The projected backbone features of a batch of images, from which the first state is computed.
-
-    Attributes:
-        memory: B x S x D, projected features.
-        paddings: bool for each feature level, True on padding; B x h x w, or 1 x h x w without padding.
-        is_padded: whether the batch has padding.
-    """
-
-    memory: Tensor
-    paddings: tuple[Tensor, ...]
-    is_padded: bool
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Features:
-        """Return a copy on `device`, with the memory in `dtype` if given."""
-        return replace(self, memory=self.memory.to(device, dtype), paddings=tuple(p.to(device) for p in self.paddings))
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes of the tensors."""
-        return sum(tensor.nbytes for tensor in (self.memory, *self.paddings))
 
 
 @dataclass(frozen=True)
@@ -57,11 +34,113 @@ class QueryFields(TypedDict):
     denoising: DenoisingQueries | None
 
 
-StateT = TypeVar("StateT", bound="DetectorState")
+StateT = TypeVar("StateT", bound="State")
 
 
 @dataclass(frozen=True)
-class DetectorState:
+class State:
+    """Base class of the states: dataclasses of tensors, tuples of tensors and other values."""
+
+    def replace(self: StateT, **changes: Any) -> StateT:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)
+
+    def map(self: StateT, function: Callable[[Tensor], Tensor]) -> StateT:
+        """Return a copy with `function` applied to every tensor."""
+
+        def apply(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return function(value)
+            return tuple(function(t) for t in value) if isinstance(value, tuple) else value
+
+        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self: StateT, device: torch.device | str, dtype: torch.dtype | None = None) -> StateT:
+        """Return a copy on another device, with floating-point tensors in `dtype` if given."""
+        return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors of the state."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, tuple):
+                yield from value
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
+    @abstractmethod
+    def content(self) -> Tensor:
+        """The tensor that the next step changes, one row for each image."""
+
+    @property
+    @abstractmethod
+    def pixels_of_image(self) -> int:
+        """Feature pixels of an image, padding included."""
+
+    @property
+    def num_images(self) -> int:
+        """Number of images."""
+        return len(self.content)
+
+
+@dataclass(frozen=True)
+class Features(State):
+    """The projected backbone features of a batch of images, from which the first state is computed.
+
+    Attributes:
+        memory: B x S x D, projected features.
+        paddings: bool for each feature level, True on padding; B x h x w, or 1 x h x w without padding.
+        is_padded: whether the batch has padding.
+    """
+
+    memory: Tensor
+    paddings: tuple[Tensor, ...]
+    is_padded: bool
+
+    @property
+    def content(self) -> Tensor:
+        """The features."""
+        return self.memory
+
+    @property
+    def pixels_of_image(self) -> int:
+        """Feature pixels of an image of all levels, padding included."""
+        return self.memory.shape[1]
+
+
+@dataclass(frozen=True)
+class BackboneState(State):
+    """The tensors at the input of a residual block, for a batch of images of one size or padded to one size.
+
+    Attributes:
+        maps: B x C x H x W, the block's input.
+        levels: finished feature levels that the transformer reads, each B x C x H x W.
+        padding: B x H x W bool of the images, True on padding; None without padding.
+    """
+
+    maps: Tensor
+    levels: tuple[Tensor, ...] = ()
+    padding: Tensor | None = None
+
+    @property
+    def content(self) -> Tensor:
+        """The block's input."""
+        return self.maps
+
+    @property
+    def pixels_of_image(self) -> int:
+        """Pixels of the map, padding included."""
+        return self.maps[0, 0].numel()
+
+
+@dataclass(frozen=True)
+class DetectorState(State):
     """The tensors between two steps; B images, S feature pixels, Q queries, D channels.
 
     Attributes:
@@ -91,23 +170,15 @@ class DetectorState:
     boxes: tuple[Tensor, ...] = ()
     denoising: DenoisingQueries | None = None
 
-    def replace(self: StateT, **changes: Any) -> StateT:
-        """Return a copy with some fields changed."""
-        return replace(self, **changes)
+    @property
+    def content(self) -> Tensor:
+        """Content of the queries."""
+        return self.queries
 
-    def map(self: StateT, function: Callable[[Tensor], Tensor]) -> StateT:
-        """Return a copy with `function` applied to every tensor."""
-
-        def apply(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return function(value)
-            return tuple(function(t) for t in value) if isinstance(value, tuple) else value
-
-        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
-
-    def to(self: StateT, device: torch.device | str) -> StateT:
-        """Return a copy on another device."""
-        return self.map(lambda tensor: tensor.to(device))
+    @property
+    def pixels_of_image(self) -> int:
+        """Feature pixels of an image, padding included."""
+        return self.memory.shape[1]
 
     @property
     def pixels(self) -> Tensor:
@@ -115,12 +186,3 @@ class DetectorState:
         if self.memory_mask is None:
             return self.memory.new_ones(self.memory.shape[:2])
         return self.memory_mask[:, 0, 0].to(self.memory)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield all tensors of the state."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, tuple):
-                yield from value

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine import autocast, move_to
 from models.criterion import Criterion
 from models.detector import Detector
-from models.state import DetectorState
+from models.state import BackboneState, DetectorState, State, StateT
 from pruning.state_cache import Targets
 from util.errors import UserError
 from util.memory import USABLE_SHARE, PeakMemory, free_bytes
@@ -25,7 +25,12 @@ class LossGradients:
 
     Each piece is normalised by the boxes of the whole batch, so that losses and gradients of the pieces add up to those
     of the batch. An image larger than all before is a piece by itself, to measure the memory that it takes.
+
+    Attributes:
+        pixels: of the last piece, B x S, 1 on image pixels of the encoder and 0 on padding.
     """
+
+    pixels: Tensor
 
     def __init__(self, model: Detector, criterion: Criterion, device: torch.device, amp: str = "off") -> None:
         """`amp` is off, bf16 or fp16, for the forward pass; gradients are float32."""
@@ -39,7 +44,7 @@ class LossGradients:
 
     def of_batch(
         self,
-        state: DetectorState,
+        state: State,
         targets: Targets,
         start: str,
         wanted: Callable[[], Sequence[Tensor]],
@@ -61,7 +66,7 @@ class LossGradients:
         targets, done = move_to(targets, self._device), 0
         num_boxes = sum(len(target["labels"]) for target in targets)
         while done < len(targets):
-            pixels = state.memory.shape[1]
+            pixels = state.pixels_of_image
             memory = PeakMemory() if pixels > self._largest_pixels else None
             images = 1 if memory else self._images_at_once(len(targets) - done)
             part = slice(done, done + images)
@@ -95,7 +100,7 @@ class LossGradients:
 
     def _go_backward(
         self,
-        state: DetectorState,
+        state: State,
         targets: Targets,
         start: str,
         wanted: Callable[[], Sequence[Tensor]],
@@ -105,7 +110,12 @@ class LossGradients:
         try:
             with torch.enable_grad():
                 with autocast(self._device, self._amp):
-                    outputs = self._model.outputs(self._model.run_steps(_with_graph(state), start))
+                    state, first = _with_graph(state), self._model.step_names[0]
+                    if isinstance(state, BackboneState):
+                        state, start = self._model.run_steps(state, start, first), first
+                    assert isinstance(state, DetectorState)
+                    self.pixels = state.pixels
+                    outputs = self._model.outputs(self._model.run_steps(state, start))
                 loss = images_of_batch * self._criterion.weighted_sum(self._criterion(outputs, targets))
             return loss.detach(), self._gradients(loss, list(wanted()))
         except torch.OutOfMemoryError:
@@ -121,14 +131,17 @@ class LossGradients:
         return [gradient.float() for gradient in torch.autograd.grad(loss, wanted)]
 
 
-def take_images(state: DetectorState, part: slice) -> DetectorState:
+def take_images(state: StateT, part: slice) -> StateT:
     """Take the images `part` of a batch; tensors that all images share are unchanged."""
-    images = len(state.queries)
+    images = state.num_images
     return state.map(lambda tensor: tensor[part] if len(tensor) == images else tensor)
 
 
-def _with_graph(state: DetectorState) -> DetectorState:
+def _with_graph(state: State) -> State:
     """Make gradients flow from a state even if all parameters are frozen."""
+    if isinstance(state, BackboneState):
+        return state.replace(maps=state.maps.detach().clone().requires_grad_())
+    assert isinstance(state, DetectorState)
     return state.replace(
         memory=state.memory.detach().clone().requires_grad_(), queries=state.queries.detach().clone().requires_grad_()
     )

@@ -1,4 +1,4 @@
-"""Search by budget: choose the widths of all modules at once for a fraction of the transformer's cost.
+"""Search by budget: choose the widths of all modules at once for a fraction of the cost of the transformer or detector.
 
 Calibration moments and gradients predict each module's damage at each width while all others are whole. The widths
 minimise the sum of damages within the budget. The detector is then cut and reconstructed module by module in network
@@ -25,6 +25,8 @@ from util.errors import UserError
 
 # Small damages add up. When much is cut they compound, and their roots predict better. mAP decides between the powers.
 POWERS = (0.5, 1.0, 0.25)
+# Residual blocks are less redundant, and their damages are measured on images that the fits have not seen.
+DETECTOR_POWERS = (1.0, 1.5, 0.75)
 EVALUATIONS = 4  # most mAP evaluations when searching for the least budget; known widths need none
 PRECISION = 0.01  # of that budget, as a fraction of the whole cost
 # Measuring the damage of queries takes a forward for each width, so few are measured and the rest interpolated.
@@ -54,8 +56,9 @@ class BudgetSearch:
     Attributes:
         bench: the whole network, without gates.
         costs: of each module at each of its widths, in parameters or multiply-accumulates; see `pruning.allocation`.
-        total_cost: of the whole transformer.
+        total_cost: of the whole transformer or detector.
         base_ap: mAP in [0, 1] of the whole split before the search.
+        powers: of the damages, in the order in which they are tried.
         on_trial: called with each new trial.
         replayed: earlier trials of a resumed search, in order; they are not measured again.
         progress: called after each module with its name and cut width (None after predicting its damage).
@@ -67,6 +70,7 @@ class BudgetSearch:
     costs: Tables
     total_cost: float
     base_ap: float
+    powers: Sequence[float] = POWERS
     on_trial: Callable[[Trial], None] = lambda trial: None
     replayed: Sequence[Trial] = ()
     progress: Callable[[str, int | None], Any] = lambda name, width: None
@@ -98,10 +102,10 @@ class BudgetSearch:
         return {name: module.width for name, module in self.bench.modules.items()}
 
     def _best_power(self, keep: float) -> tuple[Trial | None, Cut | None]:
-        """Return the trial with the greatest mAP among `POWERS`, and its cut."""
+        """Return the trial with the greatest mAP among `powers`, and its cut."""
         best: Trial | None = None
         best_cut: Cut | None = None
-        for power in POWERS:
+        for power in self.powers:
             widths = distributed.on_main(functools.partial(self._allocate, keep, power))
             trial, cut = self._trial(keep, power, widths)
             if best is None or trial.full_ap > best.full_ap:
@@ -129,7 +133,7 @@ class BudgetSearch:
                 continue
             trial, cut = self._trial_of(widths), None
             if trial is None:
-                trial, cut = self._trial(keep, POWERS[0], widths)
+                trial, cut = self._trial(keep, self.powers[0], widths)
                 keep, evaluations = trial.keep, evaluations + 1
             losses[sum_of(self.damages, trial.widths)] = self.base_ap - trial.full_ap
             if trial.full_ap >= threshold_ap:
@@ -146,7 +150,7 @@ class BudgetSearch:
         self, losses: Mapping[float, float], allowed: float, fails: float, passes: float
     ) -> tuple[float, dict[str, int]]:
         keep = self._guess(losses, allowed, fails, passes)
-        return keep, self._allocate(keep, POWERS[0])
+        return keep, self._allocate(keep, self.powers[0])
 
     def _guess(self, losses: Mapping[float, float], allowed: float, fails: float, passes: float) -> float:
         """Return the kept fraction between `fails` and `passes` that should lose just under the allowed mAP.
@@ -177,7 +181,7 @@ class BudgetSearch:
         low, high = fails + margin, passes - margin
         while high - low > PRECISION / 8:
             keep = (low + high) / 2
-            if sum_of(self.damages, self._allocate(keep, POWERS[0])) > target:
+            if sum_of(self.damages, self._allocate(keep, self.powers[0])) > target:
                 low = keep
             else:
                 high = keep
@@ -247,9 +251,7 @@ class BudgetSearch:
             order = orders[name] = self.bench.rank(name)
             widths = list(self.costs[name])
             to_measure = widths_to_measure(module, widths, attention_widths)
-            damages[name] = between({w: self.bench.set_kept(name, order.kept(w)) for w in to_measure}, widths)
-            # The next module is measured with this one whole.
-            self.bench.set_kept(name, order.kept(module.width))
+            damages[name] = between(self.bench.damages(name, order, to_measure), widths)
             self.progress(name, None)
         return orders, damages
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 
 from engine import autocast
 from models.detector import Detector
-from models.state import DetectorState, Features
+from models.state import BackboneState, DetectorState, Features, State
 from util import distributed
 from util.errors import UserError
 from util.logging import Notice, show
@@ -79,7 +80,7 @@ class Storage:
 
 
 # Called with the features of the first batch and the peak bytes of computing them.
-Plan = Callable[[Features, int], Storage]
+Plan = Callable[[Features | BackboneState, int], Storage]
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class CachePlanner:
         self._model, self._uses, self._options, self._device = model, uses, options, device
         self.notices: list[Notice] = []
 
-    def __call__(self, features: Features, front_bytes: int) -> Storage:
+    def __call__(self, features: Features | BackboneState, front_bytes: int) -> Storage:
         """Choose the storage; all processes use the same precision.
 
         Args:
@@ -191,21 +192,26 @@ class CachePlanner:
         return storage
 
     @torch.no_grad()
-    def measure(self, features: Features, front_bytes: int) -> tuple[Need, Work]:
+    def measure(self, features: Features | BackboneState, front_bytes: int) -> tuple[Need, Work]:
         """Measure the memory of cache and passes with one image of the first batch."""
         uses, model = self._uses, self._model
-        one = Features(features.memory[:1].clone(), tuple(p[:1] for p in features.paddings), features.is_padded)
-        last = model.step_names[-1]
+        one = features.map(lambda tensor: tensor[:1].clone())
         with autocast(self._device, uses.eval_amp), PeakMemory() as forward:
-            state = model.run_steps(model.first_state(one), stop=last)
-            model.outputs(model.run_steps(state, last))
+            state, backbone_bytes = self._run(model.start(one))
+            model.outputs(model.run_steps(state, model.step_names[-1]))
         backward = self._backward_bytes(one) if uses.calibrated_batches else 0
         first = uses.shapes[0]
         scales = [shape.pixels / first.pixels for shape in uses.shapes]
         images = [shape.images for shape in uses.shapes]
         pixels = sum(n * scale for n, scale in zip(images, scales, strict=True))
-        halved = one.memory.numel() * torch.bfloat16.itemsize + one.nbytes - one.memory.nbytes
-        need = Need(pixels * one.nbytes, pixels * halved, self._state_bytes(state, scales))
+        halved = one.content.numel() * torch.bfloat16.itemsize + one.nbytes - one.content.nbytes
+        # Calibration keeps the states of the unpruned backbone beside those of the pruned one.
+        in_backbone = backbone_bytes * sum(
+            shape.images * scale * (1 + (batch in uses.calibrated_batches))
+            for batch, (shape, scale) in enumerate(zip(uses.shapes, scales, strict=True))
+            if batch in uses.kept_batches
+        )
+        need = Need(pixels * one.nbytes, pixels * halved, max(self._state_bytes(state, scales), in_backbone))
 
         calibrated = sum(images[batch] * scales[batch] for batch in uses.calibrated_batches)
         passes = max(
@@ -213,8 +219,17 @@ class CachePlanner:
             forward.peak_bytes * max(max(n, uses.images_at_once) * s for n, s in zip(images, scales, strict=True)),
             backward * max(scales),
         )
-        passes += CALIBRATION_SHARE * calibrated * one.memory.numel() * torch.float32.itemsize
+        passes += CALIBRATION_SHARE * calibrated * one.content.numel() * torch.float32.itemsize
         return need, Work(passes, uses.reading, uses.evaluation)
+
+    def _run(self, state: State) -> tuple[DetectorState, int]:
+        """Run one image up to the last step; return its state there, and the most bytes of a residual block's input."""
+        names, most = self._model.steps_in("detector" if isinstance(state, BackboneState) else "transformer"), 0
+        for name, following in itertools.pairwise(names):
+            most = max(most, state.nbytes if isinstance(state, BackboneState) else 0)
+            state = self._model.run_steps(state, name, following)
+        assert isinstance(state, DetectorState)
+        return state, most
 
     def _state_bytes(self, state: DetectorState, scales: Sequence[float]) -> float:
         """Return the bytes of all kept states at the last step's input, from the state of one image (`state`)."""
@@ -228,14 +243,13 @@ class CachePlanner:
             total += positions * scale * (shape.images if shape.is_padded else 1)  # images of equal size share them
         return total
 
-    def _backward_bytes(self, one: Features) -> int:
+    def _backward_bytes(self, one: Features | BackboneState) -> int:
         """Return the peak bytes of a forward and backward pass of one image."""
         with torch.enable_grad(), PeakMemory() as memory:
             with autocast(self._device, self._uses.amp):
-                leaf = one.memory.float().requires_grad_()
-                outputs = self._model.outputs(
-                    self._model.run_steps(self._model.first_state(Features(leaf, one.paddings, one.is_padded)))
-                )
+                leaf = one.content.float().requires_grad_()
+                start = one.map(lambda tensor: leaf if tensor is one.content else tensor)
+                outputs = self._model.outputs(self._model.run_steps(self._model.start(start)))
             layers = [outputs, *outputs["aux_outputs"]]
             loss = sum(layer[key].float().sum() for layer in layers for key in ("pred_logits", "pred_boxes"))
             torch.autograd.grad(loss, leaf)
@@ -247,11 +261,11 @@ class CachePlanner:
             return [CPU]
         return [self._device, CPU]
 
-    def _dtypes(self, features: Features) -> list[torch.dtype | None]:
+    def _dtypes(self, features: Features | BackboneState) -> list[torch.dtype | None]:
         """Return the allowed precisions, the preferred one first."""
         if self._options.dtype is not None:
             return [torch.bfloat16 if self._options.dtype == "bfloat16" else None]
-        return [None] if features.memory.itemsize <= torch.bfloat16.itemsize else [None, torch.bfloat16]
+        return [None] if features.content.itemsize <= torch.bfloat16.itemsize else [None, torch.bfloat16]
 
     def _limit(self, device: torch.device, free: float, work: Work) -> float:
         """Return the most bytes that the cache may take on a device."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from datasets.coco import CocoDataset
 from datasets.coco_eval import BYTES_PER_DETECTION, default_backend
 from datasets.transforms import eval_transforms, transformed_size
-from pruning.cache_plan import CPU, BatchShape, CacheOptions, Uses, shape_of
+from pruning.cache_plan import CPU, BatchShape, CacheOptions, Uses
 from pruning.config import CACHE_DTYPES, SearchConfig
 from pruning.journal import Journal
 from util import distributed
@@ -24,10 +24,8 @@ def batch_numbers(images: int, batch_size: int) -> list[int]:
     return [0, *(number for number in share if number)]
 
 
-def batch_shapes(
-    dataset: CocoDataset, batches: Sequence[Sequence[int]], image_size: int, default_hw: tuple[int, int]
-) -> list[BatchShape]:
-    """Return the shapes of batches of image indices by the listed sizes, without reading images.
+def sizes_of(dataset: CocoDataset, image_size: int, default_hw: tuple[int, int]) -> Callable[[int], tuple[int, int]]:
+    """Return a function from an image's index to its transformed height and width by its listed size.
 
     Args:
         image_size: short side in pixels, as for `eval_transforms`.
@@ -40,7 +38,22 @@ def batch_shapes(
         listed = dataset.annotations.listed_size_wh(index)
         return default_hw if listed is None else resized((listed[1], listed[0]))
 
-    return [shape_of([size_hw(index) for index in batch]) for batch in batches]
+    return size_hw
+
+
+def split_by_size(
+    batches: Sequence[Sequence[int]], numbers: Sequence[int], size_hw: Callable[[int], tuple[int, int]]
+) -> tuple[list[list[int]], list[int]]:
+    """Split batches of image indices into batches of one size, each with the number of the batch that it is from."""
+    split: list[list[int]] = []
+    of_batch: list[int] = []
+    for batch, number in zip(batches, numbers, strict=True):
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index in batch:
+            groups.setdefault(size_hw(index), []).append(index)
+        split += groups.values()
+        of_batch += [number] * len(groups)
+    return split, of_batch
 
 
 def cache_uses(

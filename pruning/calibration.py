@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +13,10 @@ from torch import Tensor
 
 from models.criterion import Criterion
 from models.detector import Detector
+from models.padding import resize_padding
 from models.prunable import PrunableModule
-from models.state import DetectorState
+from models.residual import BLOCK
+from models.state import BackboneState, State
 from pruning.backward import LossGradients
 from pruning.finite_checks import are_finite, check_everywhere, image_ids
 from pruning.moments import TINY
@@ -28,10 +32,11 @@ OUTLIER = 50.0
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Sensitivity of the loss to errors in one module's output.
+    """Sensitivity of the loss to errors in one output: of a module's output layer, or of a block's batch norm.
 
     Attributes:
-        token_weights: for each calibration batch B x L, 0 on padding; see `token_weights`.
+        token_weights: for each calibration batch B x L, 0 on padding; see `token_weights`. L counts tokens, or pixels
+            of a batch norm's output.
         metric: D x D second moment of the gradient's direction, with trace 1.
         level: sum over the tokens of an image of the squared norm of the gradient, mean over images.
     """
@@ -45,7 +50,9 @@ class Calibration:
     """The calibration images of a search: those of its cached batches that this process holds.
 
     Attributes:
-        sensitivities: of each module.
+        model: the detector, with gates and fitted weights.
+        sensitivities: of each attention and FFN by name, and of each batch norm of the residual blocks on the main
+            path as `backbone.layer3.1.bn2`.
         loss: of the whole detector, mean over the calibration images of all processes.
     """
 
@@ -69,7 +76,7 @@ class Calibration:
         self.batches = batches
         self.device = device
         self._backward = LossGradients(model, criterion, device, amp)
-        self._modules = model.prunable_modules()
+        self._modules = model.prunable_modules(cache.scope)
         self.sensitivities = self._measure_sensitivities()
 
     def activations(self, module: PrunableModule) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -81,7 +88,7 @@ class Calibration:
             NonFiniteLossError: an activation is not finite; raised in every process after the last batch.
         """
         bad: set[int] = set()
-        names = self.model.step_names
+        names = self.cache.steps
         following = names.index(module.name) + 1
         stop = names[following] if following < len(names) else None
         block = module.block
@@ -93,7 +100,7 @@ class Calibration:
                     self.model.run_steps(state, module.name, stop)
             finally:
                 module.layer.observer = None
-            self.cache.counter.add(module.name, stop, len(state.queries))
+            self.cache.counter.add(module.name, stop, state.num_images)
             if not are_finite(tensor for value in seen.values() for tensor in _as_list(value)):
                 bad.update(self.image_ids(place))
             yield place, seen
@@ -104,7 +111,7 @@ class Calibration:
         start: str,
         wanted: Callable[[], Sequence[Tensor]],
         before: Callable[[int], None] = lambda images: None,
-    ) -> Iterator[tuple[int, DetectorState, Tensor, list[Tensor]]]:
+    ) -> Iterator[tuple[int, State, Tensor, list[Tensor]]]:
         """Compute gradients of the loss of the calibration images, running from the input of module `start`.
 
         Yields for each piece of a batch the index of the calibration batch, its state, and the piece's loss and
@@ -127,67 +134,99 @@ class Calibration:
         """Return the image ids of a calibration batch."""
         return image_ids(self.cache.targets[self.batches[place]])
 
-    def _states(self) -> Iterator[tuple[DetectorState, Targets]]:
+    def _states(self) -> Iterator[tuple[State, Targets]]:
         """Yield the cached states on the device, in float32 for the fits."""
         for state, targets in self.cache.states(self.batches):
             yield state.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor), targets
 
     def _measure_sensitivities(self) -> dict[str, Sensitivity]:
+        names = {key: name for module in self._modules.values() for key, name in outputs_of(module).items()}
         outputs: dict[str, Tensor] = {}
-        pieces: dict[str, list[list[Tensor]]] = {name: [[] for _ in self.batches] for name in self._modules}
-        metrics: dict[str, Tensor | float] = dict.fromkeys(self._modules, 0.0)
+        squares: dict[str, list[list[Tensor]]] = {key: [[] for _ in self.batches] for key in names}
+        real: dict[str, list[list[Tensor]]] = {key: [[] for _ in self.batches] for key in names}
+        metrics: dict[str, Tensor] = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
+        loss_sum = 0.0
+        bad: dict[str, set[int]] = {key: set() for key in names}
+
+        def keep(key: str, output: Tensor) -> Tensor:
+            outputs[key] = output
+            return output.clone()  # what follows may change it in place
 
         hooks = [
-            self.model.get_submodule(module.output_name).register_forward_hook(
-                lambda _, inputs, output, name=name: outputs.update({name: output})
-            )
-            for name, module in self._modules.items()
+            self.model.get_submodule(name).register_forward_hook(lambda _, inputs, output, key=key: keep(key, output))
+            for key, name in names.items()
         ]
-        loss_sum = 0.0
-        pixels: dict[int, Tensor] = {}
-        bad: dict[str, set[int]] = {name: set() for name in self._modules}
         try:
             for place, state, loss, gradients in self.gradients(
-                self.model.step_names[0], lambda: list(outputs.values()), lambda images: outputs.clear()
+                self.cache.steps[0], lambda: list(outputs.values()), lambda images: outputs.clear()
             ):
                 loss_sum += float(loss)
-                pixels[place] = state.pixels.cpu()
-                for name, gradient in zip(outputs, gradients, strict=True):
+                for key, gradient in zip(outputs, gradients, strict=True):
                     if not are_finite([gradient]):
-                        bad[name].update(self.image_ids(place))
-                    gradient = gradient.double()
-                    pieces[name][place].append(gradient.square().sum(-1).cpu())
+                        bad[key].update(self.image_ids(place))
+                    real[key][place].append(self._real_tokens(key, gradient, state, sum(map(len, squares[key][place]))))
+                    gradient = _rows(gradient).double()
+                    squares[key][place].append(gradient.square().sum(-1).cpu())
                     self.cache.counter.moment_macs += gradient.numel() * gradient.shape[-1]
-                    metrics[name] = metrics[name] + torch.einsum("bli,blj->ij", gradient, gradient).cpu()
+                    metrics[key] = metrics[key] + torch.einsum("bli,blj->ij", gradient, gradient).cpu()
         finally:
             for hook in hooks:
                 hook.remove()
         # A gradient that is not finite spoils those of all earlier modules, so the error names the last module.
-        check_everywhere({f"the loss's gradient at {name} is": bad[name] for name in reversed(bad)})
-        squares = {name: [torch.cat(batch) for batch in batches] for name, batches in pieces.items()}
-        own_images = sum(map(len, squares[next(iter(squares))]))
-        gathered = distributed.gather_objects((squares, metrics, [*pixels.values()], own_images))
-        images = sum(count for *_, count in gathered)
+        check_everywhere({f"the loss's gradient at {key} is": bad[key] for key in reversed(bad)})
+        found = {key: ([*map(torch.cat, squares[key])], [*map(torch.cat, real[key])], metrics[key]) for key in names}
+        own_images = sum(len(batch) for pieces in squares[next(iter(squares))] for batch in pieces)
+        gathered = distributed.gather_objects((found, own_images))
+        images = sum(count for _, count in gathered)
         self.loss = sum(distributed.gather_objects(loss_sum)) / images
         return {
-            name: self._sensitivity(name, squares[name], [*pixels.values()], gathered, images) for name in self._modules
+            key: _sensitivity(found[key], [part[key] for part, count in gathered if count], images) for key in names
         }
 
-    def _sensitivity(
-        self, name: str, squares: list[Tensor], pixels: list[Tensor], gathered: list[tuple], images: int
-    ) -> Sensitivity:
-        """Return the sensitivity with token weights of this process; means are over all processes."""
-        all_squares = [batch for part, *_ in gathered for batch in part[name]]
-        all_pixels = [batch for *_, part, _ in gathered for batch in part]
-        if not name.startswith("encoder."):  # queries have no padding
-            pixels, all_pixels = ([torch.ones_like(b) for b in batches] for batches in (squares, all_squares))
-        weights = token_weights(squares, pixels, all_squares, all_pixels)
-        total = _sum_of_products(all_squares, all_pixels)
-        metric = sum(metrics[name] for _, metrics, _, count in gathered if count)
-        width = len(metric)
-        trace = metric.diagonal().sum()
-        metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / width
-        return Sensitivity(weights, metric, total / images)
+    def _real_tokens(self, key: str, gradient: Tensor, state: State, done: int) -> Tensor:
+        """Return B x L of a piece's gradient, 1 on tokens and 0 on padding; `done` images precede it in the batch."""
+        if gradient.dim() == 4:
+            images, _, *size_hw = gradient.shape
+            if not isinstance(state, BackboneState) or state.padding is None:
+                return torch.ones(images, math.prod(size_hw))
+            return (~resize_padding(state.padding[done : done + images], size_hw)).flatten(1).float().cpu()
+        if key.startswith("encoder."):
+            return self._backward.pixels.cpu()
+        return torch.ones(gradient.shape[:2])  # queries have no padding
+
+
+def outputs_of(module: PrunableModule) -> dict[str, str]:
+    """Return the layers at whose output a module's sensitivity is measured, by key of `Calibration.sensitivities`."""
+    if module.kind != BLOCK:
+        return {module.name: module.output_name}
+    prefix = module.output_name.rpartition(".")[0]
+    return {f"{module.name}.bn{number}": f"{prefix}.bn{number}" for number in range(1, len(module.parts) + 2)}
+
+
+def _sensitivity(
+    own: tuple[list[Tensor], list[Tensor], Tensor],
+    gathered: list[tuple[list[Tensor], list[Tensor], Tensor]],
+    images: int,
+) -> Sensitivity:
+    """Return the sensitivity with token weights of this process; means are over all processes.
+
+    Args:
+        own, gathered: squared norms of gradients, real tokens and sum of second moments of this and of all processes.
+        images: of all processes.
+    """
+    all_squares = [batch for squares, _, _ in gathered for batch in squares]
+    all_real = [batch for _, real, _ in gathered for batch in real]
+    weights = token_weights(own[0], own[1], all_squares, all_real)
+    metric = functools.reduce(torch.add, (metric for *_, metric in gathered))
+    width = len(metric)
+    trace = metric.diagonal().sum()
+    metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / width
+    return Sensitivity(weights, metric, _sum_of_products(all_squares, all_real) / images)
+
+
+def _rows(gradient: Tensor) -> Tensor:
+    """Return a gradient of shape B x D x h x w as B x (h * w) x D, one of shape B x L x D unchanged."""
+    return gradient.flatten(2).transpose(1, 2) if gradient.dim() == 4 else gradient
 
 
 def _as_list(value: Any) -> Sequence[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import engine
 from models.config import LossConfig
+from models.prunable import SCOPES
 from pruning.method import FAST, METHODS, Method
 from pruning.reconstruction import LEVELS
 from pruning.schedule import MGP, Schedule
@@ -67,10 +68,13 @@ class TargetConfig(Config):
     decay_fraction: float | None = option(MGP.fraction_per_module, type=real(0, 1), help="fraction by which the target "
         "falls from visit to visit (--search visit and paper); prune_greedy_ad.py takes --skip_eval_converge by "
         "default")  # fmt: skip
-    keep: float | None = option(None, type=real(0.001, at_most=1), help="fraction of the transformer's cost to keep, "
+    scope: str = option("transformer", choices=SCOPES, help="what is pruned: attentions and FFNs (transformer, the "
+        "paper's scope), or also the backbone's residual blocks (detector)")  # fmt: skip
+    keep: float | None = option(None, type=real(0.001, at_most=1), help="fraction of the scope's cost to keep, "
         "such as 0.5, whatever the mAP; by default as little as --map_tol allows")  # fmt: skip
-    cost: str = option("params", choices=("params", "macs"), help="cost that the fast search reduces: parameters, or "
-        "multiply-accumulates at the size of the first image")  # fmt: skip
+    cost: str | None = option(None, choices=("params", "macs"), help="cost that the fast search reduces: parameters "
+        "or multiply-accumulates at the size of the first image; by default params for --scope transformer, macs for "
+        "--scope detector")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class StepConfig(Config):
         "padding")  # fmt: skip
     ffn_unit: int | None = option(None, type=whole(1), help="step of FFN widths in channels: a multiple of it, "
         "or unpruned; by default 4 * nheads")  # fmt: skip
+    block_unit: int = option(8, type=whole(1), help="step of the inner width of residual blocks in channels: a "
+        "multiple of it, or unpruned (--scope detector)")  # fmt: skip
     num_candidates_attention: int = option(100, "most attention channels scored in a step", type=whole(1))
     num_candidates_ffn: int = option(200, "most FFN channels scored in a step", type=whole(1))
     subset_batches_attention: int = option(40, "batches of the subset for an attention", type=whole(1))
@@ -132,6 +138,11 @@ class StepConfig(Config):
 @dataclass(frozen=True)
 class SearchConfig(PrecisionConfig, TargetConfig, MethodConfig, StepConfig):
     """How to search."""
+
+    @property
+    def cost_unit(self) -> str:
+        """Cost that the fast search reduces, params or macs."""
+        return self.cost or ("macs" if self.scope == "detector" else "params")
 
     @property
     def split(self) -> str:
@@ -167,7 +178,8 @@ class SearchConfig(PrecisionConfig, TargetConfig, MethodConfig, StepConfig):
     def units(self, nheads: int, seed: int) -> Units:
         """Return the step sizes for a detector with `nheads` heads."""
         ffn_unit = 4 * nheads if self.ffn_unit is None else self.ffn_unit
-        return Units(self.attention_unit, ffn_unit, self.num_candidates_attention, self.num_candidates_ffn, seed)
+        candidates = self.num_candidates_attention, self.num_candidates_ffn
+        return Units(self.attention_unit, ffn_unit, self.block_unit, *candidates, seed)
 
 
 def refuse_unread_by_search(config: SearchConfig, typed: Collection[str]) -> None:
@@ -178,6 +190,8 @@ def refuse_unread_by_search(config: SearchConfig, typed: Collection[str]) -> Non
     if config.keep is not None:
         for name in TARGETS:
             refuse([name], typed, "found --keep as well, which ignores mAP")
+    if config.scope == "transformer":
+        refuse(["block_unit"], typed, "--scope transformer does not use it, expected --scope detector")
     if config.search == "paper" and config.reconstruct not in (None, "none"):
         raise UserError(
             f"--reconstruct {config.reconstruct}: --search paper scores channels as they are, expected none"

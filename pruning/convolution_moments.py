@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,11 @@ def outputs_at(outputs: Tensor, positions: Tensor) -> Tensor:
 
 
 def moments_at(
-    inputs: Tensor, outputs: Tensor, position_weights: Tensor, convolution: nn.Conv2d, positions: Tensor
+    sources: Sequence[tuple[Tensor, nn.Conv2d]],
+    outputs: Tensor,
+    position_weights: Tensor,
+    positions: Tensor,
+    change_targets: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Moments:
     """Return the weighted sums of a batch over drawn positions, scaled to estimate those over all positions.
 
@@ -98,16 +102,23 @@ def moments_at(
     below the damping. Their sums over portions and batches are float64.
 
     Args:
-        inputs: B x C x H x W, inputs of the convolution.
+        sources: inputs B x C x H x W of convolutions with equal output sizes; their patches are put side by side.
         outputs: B x D x h x w, target outputs.
         position_weights: B x (h * w), not negative.
         positions: B x P, see `draw_positions`.
+        change_targets: maps targets B x p x D, their patches B x p x inputs and B x p positions to other targets; the
+            moments then have no second moments of the inputs.
     """
     weights = position_weights.gather(1, positions) * (position_weights.shape[1] / positions.shape[1])
-    at_once = max(1, ROW_BYTES_AT_ONCE // (inputs.element_size() * unknowns_of(convolution) * len(inputs)))
+    unknowns = sum(inputs.shape[1] * math.prod(convolution.kernel_size) for inputs, convolution in sources)
+    at_once = max(1, ROW_BYTES_AT_ONCE // (outputs.element_size() * unknowns * len(outputs)))
     total: Moments | None = None
     for part, part_weights in zip(positions.split(at_once, 1), weights.split(at_once, 1), strict=True):
-        rows = Moments.of(patches_at(inputs, convolution, part), outputs_at(outputs, part), part_weights, inputs.dtype)
+        x = torch.cat([patches_at(inputs, convolution, part) for inputs, convolution in sources], 2)
+        y = outputs_at(outputs, part)
+        if change_targets is not None:
+            y = change_targets(y, x, part)
+        rows = Moments.of(x, y, part_weights, x.dtype, has_xx=change_targets is None)
         total = rows if total is None else total + rows
     assert total is not None
     return total

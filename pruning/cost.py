@@ -20,6 +20,7 @@ Denoising queries are not counted: there are none at inference.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -92,11 +93,17 @@ def cost_of(model: Detector, image_size_hw: tuple[int, int] = PAPER_IMAGE_SIZE_H
     )
 
 
-def step_shares(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, float]:
-    """Return the share of each step in the multiply-accumulates after the backbone, in network order."""
-    products = products_of(model, image_size_hw)
-    total = sum(product.macs for product in products)
-    return {name: sum(p.macs for p in products if p.step == name) / total for name in model.step_names}
+def step_shares(model: Detector, image_size_hw: tuple[int, int], scope: str = "transformer") -> dict[str, float]:
+    """Return the share of each step of a scope in the multiply-accumulates of all its steps, in network order."""
+    macs = dict.fromkeys(model.steps_in(scope), 0.0)
+    for product in (*convolutions_of(model, image_size_hw), *products_of(model, image_size_hw)):
+        name = product.step
+        if match := re.fullmatch(r"backbone\.0\.body\.(layer\d\.\d+)\..*", name):
+            name = f"backbone.{match[1]}"
+        if name in macs:
+            macs[name] += product.macs
+    total = sum(macs.values())
+    return {name: of_step / total for name, of_step in macs.items()}
 
 
 def params_per_channel(model: Detector) -> dict[str, int]:
@@ -109,7 +116,7 @@ def params_per_channel(model: Detector) -> dict[str, int]:
 def transformer_params_at(model: Detector, widths: Mapping[str, int]) -> int:
     """Return the transformer's parameters if the modules of `widths` were that wide."""
     per_channel = params_per_channel(model)
-    gone = sum(per_channel[name] * (model.widths.of(name) - width) for name, width in widths.items())
+    gone = sum(of_channel * (model.widths.of(name) - widths[name]) for name, of_channel in per_channel.items())
     return count_parameters(model.transformer) - gone
 
 

@@ -1,13 +1,13 @@
-"""Costs of the transformer and of each module's widths, for a search by budget."""
+"""Costs of the transformer or detector and of each module's widths, for a search by budget."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from models.detector import Detector
-from pruning.allocation import Tables, check_affordable, linear_costs
+from pruning.allocation import Tables, check_affordable, linear_costs, widths_tried
 from pruning.config import SearchConfig
-from pruning.cost import cost_of, macs_per_channel, params_per_channel
+from pruning.cost import block_macs, block_params, cost_of, macs_per_channel, params_per_channel
 from pruning.search import Units
 
 
@@ -16,7 +16,7 @@ class Prices:
     """Costs in parameters or multiply-accumulates.
 
     Attributes:
-        total: cost of the whole transformer.
+        total: cost of the whole transformer, or of the whole detector for that scope.
         costs: cost of each module at each of its widths; see `pruning.allocation`.
     """
 
@@ -32,10 +32,21 @@ def prices_of(config: SearchConfig, steps: Units, model: Detector, image_size_hw
     """
     cost, modules = cost_of(model, image_size_hw), model.prunable_modules()
     units = {name: steps.channels(module) for name, module in modules.items()}
-    if config.cost == "params":
-        prices = Prices(cost.transformer_params, linear_costs(modules, params_per_channel(model), units))
+    is_params, is_detector = config.cost_unit == "params", config.scope == "detector"
+    per_channel = params_per_channel(model) if is_params else macs_per_channel(model, image_size_hw)
+    costs: dict[str, dict[int, float]] = {}
+    if is_detector:
+        tables = block_params(model) if is_params else block_macs(model, image_size_hw)
+        for name, module in model.prunable_modules("detector").items():
+            if name in tables:
+                widths = widths_tried(module.width, steps.channels(module))
+                costs[name] = {width: tables[name][width] for width in widths}
+    costs |= linear_costs(modules, per_channel, units)
+    if is_params:
+        total: float = cost.params if is_detector else cost.transformer_params
     else:
-        prices = Prices(1e9 * cost.gmacs, linear_costs(modules, macs_per_channel(model, image_size_hw), units))
+        total = 1e9 * (cost.detector_gmacs if is_detector else cost.gmacs)
+    prices = Prices(total, costs)
     if config.keep is not None:
         check_affordable(config.keep, prices.costs, prices.total)
     return prices

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pruning.kept_channels import Kept, from_lists, to_lists
@@ -146,7 +147,10 @@ class Journal:
         self._write("end", facts)
 
     def resume(
-        self, facts: Mapping[str, Any], ignored_args: Collection[str] = ()
+        self,
+        facts: Mapping[str, Any],
+        ignored_args: Collection[str] = (),
+        added: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> tuple[float, list[dict[str, Any]]]:
         """Continue an existing journal; return its base mAP and its lines after the first.
 
@@ -156,6 +160,7 @@ class Journal:
         Args:
             facts: what the search depends on.
             ignored_args: options that older versions wrote under `args` and that no search reads.
+            added: facts that older versions did not write, with the values that they had.
 
         Raises:
             UserError: the file is not a journal, its search depends on other `facts`, or it has ended.
@@ -172,6 +177,9 @@ class Journal:
             wanted["base_ap"] = base_ap
         if isinstance(start.get("args"), dict):
             start = {**start, "args": {k: v for k, v in start["args"].items() if k not in ignored_args}}
+        for name, values in added.items():
+            if isinstance(start.get(name), dict):
+                start = {**start, name: {**values, **start[name]}}
         different = _differences(start, wanted)
         if different:
             name, found, expected = different[0]

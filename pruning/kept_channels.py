@@ -47,11 +47,6 @@ def missing(module: PrunableModule, kept: Kept) -> torch.Tensor:
     return free.nonzero().flatten()
 
 
-def unit_channels(module: PrunableModule, attention_unit: int, ffn_unit: int) -> int:
-    """Return the channels that one step adds: `attention_unit` for each head of an attention, `ffn_unit` for an FFN."""
-    return attention_unit * module.nheads if module.is_attention else ffn_unit
-
-
 def to_lists(kept: Kept) -> dict[str, list[int]]:
     """Convert a kept set to plain lists for JSON."""
     return {part: indices.tolist() for part, indices in kept.items()}

@@ -10,6 +10,7 @@ gives the best ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -106,6 +107,23 @@ def value_directions(weight: Tensor, covariance: Tensor, rank: int, damping: flo
     if len(right) < rank:  # fewer outputs than channels: add arbitrary directions
         right = torch.linalg.qr(torch.cat((right, torch.eye(len(root), dtype=right.dtype))).T)[0].T[:rank]
     return torch.linalg.qr((right @ inverse).T)[0].T
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The layer after channels that can be pruned, with what an elimination needs.
+
+    Attributes:
+        weight: D x inputs, before any cut.
+        moments: of its inputs and outputs while the module is unpruned.
+        metric: D x D, metric of errors of its output.
+        inputs_per_channel: kh * kw for a convolution.
+    """
+
+    weight: Tensor
+    moments: Moments
+    metric: Tensor
+    inputs_per_channel: int = 1
 
 
 class Surgeon:

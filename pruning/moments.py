@@ -29,22 +29,34 @@ class Moments:
     yy: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, weights: Tensor, dtype: torch.dtype = torch.float64) -> Moments:
+    def of(
+        cls, x: Tensor, y: Tensor, weights: Tensor, dtype: torch.dtype = torch.float64, *, has_xx: bool = True
+    ) -> Moments:
         """Compute the sums of one batch, multiplied in `dtype`.
 
         Args:
             x: ... x C.
             y: ... x D.
             weights: shape of the leading axes of x, not negative.
+            has_xx: False leaves out the inputs' second moments, for `with_targets_of`.
         """
         x, y = (t.detach().flatten(0, -2).to(dtype) for t in (x, y))
         weights = weights.flatten().to(x)
         weighted_x, weighted_y = x * weights[:, None], y * weights[:, None]
-        sums = weights.sum(), weighted_x.sum(0), weighted_y.sum(0), weighted_x.T @ x, weighted_y.T @ x, weighted_y.T @ y
+        xx = weighted_x.T @ x if has_xx else x.new_zeros(0, 0)
+        sums = weights.sum(), weighted_x.sum(0), weighted_y.sum(0), xx, weighted_y.T @ x, weighted_y.T @ y
         return cls(*(t.double().cpu() for t in sums))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(a + b for a, b in zip(self._sums(), other._sums(), strict=True)))
+
+    def scaled(self, factor: float) -> Moments:
+        """Return the moments with all weights times `factor`."""
+        return Moments(*(factor * part for part in self._sums()))
+
+    def with_targets_of(self, other: Moments) -> Moments:
+        """Return the moments with the targets of `other`, of the same inputs."""
+        return Moments(self.weight, self.x, other.y, self.xx, other.yx, other.yy)
 
     def of_linear(self, weight: Tensor, bias: Tensor) -> Moments:
         """Return the moments with the targets y = weight x + bias (D x C and D)."""

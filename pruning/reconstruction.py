@@ -7,6 +7,8 @@ Levels:
 - `full`: also, queries, keys and values of an attention are projected onto their most important directions before the
   cut, so that each kept channel holds one of those directions.
 
+Residual blocks are refitted by `pruning.block_reconstruction`.
+
 The whole layers store the result in the rows and columns of the kept channels, so the gated and the cut detector still
 compute the same function and the file formats do not change.
 """
@@ -22,11 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.prunable import PrunableModule
+from models.residual import BLOCK, ResidualBlock
+from pruning.block_reconstruction import BlockReconstruction
 from pruning.calibration import Calibration
 from pruning.finite_checks import decided_on_main
 from pruning.gates import gate_vector, set_gate
 from pruning.kept_channels import Kept, width_of
-from pruning.least_squares import error_covariance, low_rank_products, refit, value_directions
+from pruning.least_squares import OutputLayer, error_covariance, low_rank_products, refit, value_directions
 from pruning.moments import Moments, square_root
 from util import distributed
 
@@ -59,8 +63,9 @@ class Reconstruction:
         """`level` is one of `LEVELS`; fits use the images of `calibration`."""
         self.level = level
         self._calibration = calibration
-        self._parameters = dict(calibration.model.named_parameters(remove_duplicate=False))
-        self._modules: Mapping[str, PrunableModule] = calibration.model.prunable_modules()
+        self._parameters = calibration.model.state_dict(keep_vars=True)
+        self._modules: Mapping[str, PrunableModule] = calibration.model.prunable_modules(calibration.cache.scope)
+        self._blocks = BlockReconstruction(calibration, level)
         keys = {key for module in self._modules.values() for key in _keys(module)}
         self.original = {key: self._parameters[key].detach().clone() for key in keys}
         self._name = ""
@@ -71,6 +76,11 @@ class Reconstruction:
         self._hidden: Moments | None = None
         self._outputs: list[Tensor] | None = None
         self._second_moments: tuple[list[Tensor], list[Tensor]] | None = None
+        if self._is_block(name):
+            self._blocks.begin(self._modules[name])
+
+    def _is_block(self, name: str) -> bool:
+        return self._modules[name].kind == BLOCK
 
     def restore(self, name: str) -> None:
         """Restore a module's original weights and remove its gate."""
@@ -78,6 +88,8 @@ class Reconstruction:
             for key in _keys(self._modules[name]):
                 self._parameters[key].copy_(self.original[key])
         self._modules[name].set_gate(None)
+        if self._is_block(name):
+            self._blocks.restored(name)
 
     @torch.no_grad()
     def apply(self, kept: Kept) -> float:
@@ -93,6 +105,8 @@ class Reconstruction:
         """
         module = self._modules[self._name]
         self.restore(module.name)
+        if module.kind == BLOCK:
+            return self._blocks.apply(kept)
         if width_of(kept) == module.width:
             return 0.0
         if module.has_logits:
@@ -105,6 +119,15 @@ class Reconstruction:
         damage = self._install(module, lambda: fit(module, kept, moments))
         set_gate(module, kept, self._calibration.device)
         return damage
+
+    @torch.no_grad()
+    def damages(self, kept_sets: Mapping[int, Kept]) -> dict[int, float]:
+        """Return the damage of each kept set of the current module by width; `apply` has to be called afterwards."""
+        module = self._modules[self._name]
+        if module.kind != BLOCK:
+            return {width: self.apply(kept) for width, kept in kept_sets.items()}
+        self.restore(module.name)
+        return self._blocks.damages(kept_sets)
 
     def _install(self, module: PrunableModule, fit: Callable[[], Fit]) -> float:
         """Run `fit` in the main process, set its weights in every process and return its damage."""
@@ -144,8 +167,18 @@ class Reconstruction:
         assert self._second_moments is not None
         return self._second_moments
 
+    @torch.no_grad()
+    def layer_after(self, part: str) -> OutputLayer:
+        """Return the layer after a part of the current module, while it is unpruned."""
+        module = self._modules[self._name]
+        if module.kind == BLOCK:
+            self.restore(module.name)
+            return self._blocks.layer_after(part)
+        weight = self.original[f"{module.output_name}.weight"].double().cpu()
+        return OutputLayer(weight, self.hidden_moments(), self.metric())
+
     def metric(self) -> Tensor:
-        """Return the D x D metric for errors of the module's output."""
+        """Return the D x D metric for errors of the output of an attention or FFN."""
         return self._calibration.sensitivities[self._name].metric
 
     def _output_layer(self, module: PrunableModule) -> tuple[Tensor, Tensor]:
@@ -274,7 +307,13 @@ class Reconstruction:
 
 
 def _keys(module: PrunableModule) -> list[str]:
-    """Return the keys of the parameters that reconstructing the module may change."""
+    """Return the keys of the parameters and buffers that reconstructing the module may change."""
+    if isinstance(module.layer, ResidualBlock):
+        prefix = module.output_name.rpartition(".")[0]
+        fitted = [f"conv{number}.weight" for number in range(1, len(module.parts) + 2)]
+        fitted += [f"bn{number}.bias" for number in range(1, len(module.parts) + 2)]
+        fitted += [] if module.layer.downsample is None else ["downsample.0.weight"]
+        return [f"{prefix}.{leaf}" for leaf in fitted]
     return [*(piece.key for piece in module.parameter_slices()), f"{module.output_name}.bias"]
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from models.widths import BACKBONE
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -65,14 +67,15 @@ class Schedule:
 
 
 def role_of(module_name: str) -> str:
-    """Return the role of a module: `encoder.ffn` for `encoder.3.ffn`."""
+    """Return the role of a module: `encoder.ffn` for `encoder.3.ffn`, `backbone` for a residual block."""
     stack, _, block = module_name.split(".")
-    return f"{stack}.{block}"
+    return stack if stack == BACKBONE else f"{stack}.{block}"
 
 
 GP = Schedule(
     name="gp",
     groups=(
+        (BACKBONE,),
         ("encoder.attention", "encoder.ffn"),
         ("decoder.self_attention", "decoder.cross_attention", "decoder.ffn"),
     ),
@@ -86,6 +89,7 @@ GP = Schedule(
 MGP = Schedule(
     name="mgp",
     groups=(
+        (BACKBONE,),
         ("encoder.attention",),
         ("decoder.self_attention",),
         ("decoder.cross_attention",),

@@ -21,11 +21,12 @@ from engine import move_to
 from models.criterion import Criterion
 from models.detector import Detector
 from models.prunable import PrunableModule
+from models.residual import BLOCK
 from pruning.calibration import Calibration
 from pruning.finite_checks import are_finite, check_everywhere, decided_on_main, image_ids
 from pruning.gates import gate_vector, set_candidate_gates, set_gate
 from pruning.kept_channels import Kept
-from pruning.least_squares import Surgeon
+from pruning.least_squares import OutputLayer, Surgeon
 from pruning.moments import TINY, Moments, square_root
 from pruning.reconstruction import Reconstruction
 from pruning.state_cache import StateCache, repeat_batch, split_outputs
@@ -62,11 +63,16 @@ class Magnitude:
     def _scores(self, module: PrunableModule, joined: Sequence[str]) -> Tensor:
         squares: dict[tuple[str, int], Tensor] = {}
         for piece in module.parameter_slices():
+            if ".bn" in piece.key:
+                continue  # of a residual block, only the convolutions
             for part, block in piece.blocks(self._reconstruction.original[piece.key].double().cpu()):
                 across = [axis for axis in range(block.dim()) if axis != piece.axis]
                 norms = block.square().sum(across) if across else block.square()
                 key = (part, piece.axis)
                 squares[key] = squares.get(key, 0) + norms
+        if module.kind == BLOCK:
+            chosen = [value for (part, _), value in squares.items() if part in joined]
+            return -reduce(torch.mul, chosen)
         logits = [value for (part, _), value in squares.items() if part not in ("value", "hidden")]
         others = [value for (part, _), value in squares.items() if part in ("value", "hidden")]
         score = torch.ones(module.width, dtype=torch.float64)
@@ -170,7 +176,7 @@ class Elimination:
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """Return the scores of `candidates`; those to be added are scored as if all of them were kept."""
         # All processes sum their moments, the main one computes the scores.
-        moments = self._reconstruction.hidden_moments() if set(joined) - {"query"} else None
+        layers = {part: self._reconstruction.layer_after(part) for part in joined if part != "query"}
         logits = self._reconstruction.logit_moments() if "query" in joined else None
 
         def judge() -> Tensor:
@@ -180,29 +186,29 @@ class Elimination:
                     assert logits is not None
                     one = _logit_energy(*logits)
                 else:
-                    assert moments is not None
-                    one = self._output_error(module, kept[part], candidates, moments)
+                    one = self._output_error(module.width, kept[part], candidates, layers[part])
                 score += one / one[candidates].sum().clamp(min=TINY)
             return -score[candidates]
 
         return decided_on_main(f"the ranking of {module.name}", judge, lambda scores: [scores])
 
-    def _output_error(self, module: PrunableModule, kept: Tensor, candidates: Tensor, moments: Moments) -> Tensor:
+    def _output_error(self, width: int, kept: Tensor, candidates: Tensor, layer: OutputLayer) -> Tensor:
         channels = torch.cat((kept, candidates)).unique()
-        surgeon = self._surgeon_of(module, channels, moments)
+        surgeon = self._surgeon_of(layer, channels)
         surgeon.remove(surgeon.channels[~torch.isin(surgeon.channels, channels)])
-        score = torch.zeros(module.width, dtype=torch.float64)
+        score = torch.zeros(width, dtype=torch.float64)
         score[channels] = surgeon.scores()
         return score
 
-    def _surgeon_of(self, module: PrunableModule, channels: Tensor, moments: Moments) -> Surgeon:
+    def _surgeon_of(self, layer: OutputLayer, channels: Tensor) -> Surgeon:
         """Return the surgeon of the previous call if it has the same moments and all these channels, or a new one."""
         surgeon = self._surgeon
-        if surgeon is None or moments is not self._moments or not torch.isin(channels, surgeon.channels).all():
-            root, _ = square_root(self._reconstruction.metric())
-            weight = root @ self._reconstruction.original[f"{module.output_name}.weight"].double().cpu()
-            surgeon = Surgeon(weight, moments.covariance_xx)
-            self._moments, self._surgeon = moments, surgeon
+        if surgeon is None or layer.moments is not self._moments or not torch.isin(channels, surgeon.channels).all():
+            root, _ = square_root(layer.metric)
+            surgeon = Surgeon(
+                root @ layer.weight, layer.moments.covariance_xx, inputs_per_channel=layer.inputs_per_channel
+            )
+            self._moments, self._surgeon = layer.moments, surgeon
         return surgeon
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from models.prunable import PrunableModule
+from models.residual import BLOCK
 from pruning.journal import Decision, Effort
-from pruning.kept_channels import Kept, add, all_kept, check_kept, missing, none_kept, unit_channels, width_of
+from pruning.kept_channels import Kept, add, all_kept, check_kept, missing, none_kept, width_of
 from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.scores import Ranking
@@ -51,6 +52,9 @@ class Workbench(Protocol):
     def set_kept(self, name: str, kept: Kept) -> float:
         """Gate the current module to `kept`; return the predicted damage."""
 
+    def damages(self, name: str, order: Order, widths: Sequence[int]) -> dict[int, float]:
+        """Return the predicted damage at each width; the current module is unpruned afterwards."""
+
     def save(self) -> Any:
         """Return the state of the network, for `load`."""
 
@@ -74,6 +78,7 @@ class Units:
     Attributes:
         attention_unit: channels added to each head of an attention.
         ffn_unit: channels added to an FFN.
+        block_unit: channels added to a residual block.
         attention_candidates: most channels of an attention scored in a step.
         ffn_candidates: most channels of an FFN scored in a step.
         seed: of the random candidates.
@@ -81,13 +86,16 @@ class Units:
 
     attention_unit: int
     ffn_unit: int
+    block_unit: int
     attention_candidates: int
     ffn_candidates: int
     seed: int
 
     def channels(self, module: PrunableModule) -> int:
         """Return the number of channels that a step adds to a module."""
-        return unit_channels(module, self.attention_unit, self.ffn_unit)
+        if module.is_attention:
+            return self.attention_unit * module.nheads
+        return self.block_unit if module.kind == BLOCK else self.ffn_unit
 
     def candidates(self, module: PrunableModule) -> int:
         """Return the largest number of channels that a step scores."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,7 +15,7 @@ from torch import Tensor
 from datasets.coco import CocoLoader
 from engine import autocast
 from models.detector import Detector
-from models.state import DetectorState, Features
+from models.state import BackboneState, Features, State, StateT
 from pruning.cache_plan import Plan, Storage
 from util.memory import PeakMemory, storage_bytes
 
@@ -25,8 +27,9 @@ class PassCounter:
     """Count the images that pass through each part of a network.
 
     Attributes:
-        step_shares: cost of each step as a share of a whole pass after the backbone; sums to 1.
-        backbone_images: images through the backbone and everything before the first step.
+        step_shares: cost of each step as a share of a whole pass after `backbone_images`; sums to 1.
+        backbone_images: images through everything before the first step: the backbone, or its stem if the steps begin
+            with residual blocks.
         moment_macs: multiply-accumulates for the moments that fits use.
         images_by_range: images through the steps from one name to another (excluded; None for the end).
     """
@@ -48,7 +51,7 @@ class PassCounter:
 
     @property
     def whole_passes(self) -> float:
-        """Images through the network after the backbone; a part of it counts as its share of the cost."""
+        """Images through all steps; a part of them counts as its share of the cost."""
         return sum(images * self._share(*key) for key, images in self.images_by_range.items())
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,17 +76,18 @@ class StoredState:
     """State of a batch at the input of module `position`, on the storage device, and its size."""
 
     position: str
-    state: DetectorState
+    state: State
     nbytes: int
 
 
 class StateCache:
     """Cached states of all images at the input of the module being searched (`position`).
 
-    Everything before the first step runs once for each image, in the constructor. `state` runs a batch from its last
-    cached position to the current one, with the current gates and weights of the modules between, which must not change
-    after the search has left them. What does not fit `storage.max_bytes` is not cached: states are recomputed from the
-    features, and features from the images.
+    Everything before the first step of the scope runs once for each image, in the constructor. What it gives is called
+    features here: those of the backbone, or for the scope `detector` those of its stem. `state` runs a batch from its
+    last cached position to the current one, with the current gates and weights of the modules between, which must not
+    change after the search has left them. What does not fit `storage.max_bytes` is not cached: states are recomputed
+    from the features, and features from the images.
     """
 
     def __init__(
@@ -93,13 +97,16 @@ class StateCache:
         counter: PassCounter,
         *,
         device: torch.device,
+        scope: str = "transformer",
         plan: Plan | None = None,
         amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
-        """Compute the features (`model.features`) of all `batches`.
+        """Compute the features (`model.front`) of all `batches`.
 
         Args:
+            scope: one of `models.prunable.SCOPES`; for `detector` the images of a batch have one size, unless the
+                padding rule is the reference's.
             plan: chooses the storage, given the features of the first batch and the peak bytes of computing them;
                 None keeps everything unchanged on `device`.
             progress: wraps `batches` to show a bar.
@@ -111,14 +118,28 @@ class StateCache:
         self.storage = Storage(device)
         self._plan = plan
         self._amp = amp
-        self._features: list[Features | None] = []
+        self.scope = scope
+        self._features: list[Features | BackboneState | None] = []
         self._stored: dict[int, StoredState] = {}
         self.nbytes = 0
         self.targets: list[Targets] = []
-        self.position: str = model.step_names[0]
+        self.steps = model.steps_in(scope)
+        self.position: str = self.steps[0]
         for images, targets in progress(batches):
             self._keep_features(self._first_features(images) if not self._features else self._run_front(images))
             self.targets.append([_without_images(target) for target in targets])
+
+    def twin(self, model: Detector) -> StateCache:
+        """Return a cache of the states of `model`, which has the same weights before its first step.
+
+        Both share images and features, and half of the memory that is left each.
+        """
+        other = copy.copy(self)
+        other._model, other._stored = model, {}
+        left = self.storage.max_bytes - self.nbytes
+        self.storage = other.storage = dataclasses.replace(self.storage, max_bytes=self.nbytes + left / 2)
+        other.forget()
+        return other
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -133,9 +154,7 @@ class StateCache:
         """Number of images whose features do not fit, so that the backbone runs each time."""
         return sum(len(t) for t, kept in zip(self.targets, self._features, strict=True) if kept is None)
 
-    def states(
-        self, batches: Sequence[int] | None = None, is_kept: bool = True
-    ) -> Iterator[tuple[DetectorState, Targets]]:
+    def states(self, batches: Sequence[int] | None = None, is_kept: bool = True) -> Iterator[tuple[Any, Targets]]:
         """Yield the state and targets of all or the given batches, as a loader for `engine.evaluate`; see `state`.
 
         Images whose features are not cached are prefetched in one pass.
@@ -147,7 +166,7 @@ class StateCache:
             yield self.state(batch, is_kept, next(images)[0] if batch in unread else None), self.targets[batch]
 
     @torch.no_grad()
-    def state(self, batch: int, is_kept: bool = True, images: list[Tensor] | None = None) -> DetectorState:
+    def state(self, batch: int, is_kept: bool = True, images: list[Tensor] | None = None) -> Any:
         """Return the state of one batch at the input of the module being searched, on the device.
 
         Args:
@@ -156,21 +175,22 @@ class StateCache:
         """
         with autocast(self._device, self._amp):
             stored = self._stored.get(batch)
+            before: State
             if stored is None:
-                start, before = self._model.step_names[0], self._model.first_state(self._features_of(batch, images))
+                start, before = self.steps[0], self._model.start(self._features_of(batch, images))
             else:
                 start, before = stored.position, stored.state.to(self._device)
             if start == self.position:
                 return before
-            self.counter.add(start, self.position, len(before.queries))
+            self.counter.add(start, self.position, before.num_images)
             after = self._model.run_steps(before, start, self.position)
         if is_kept:
             self._keep_state(batch, before, after)
         return after
 
-    def predict(self, state: DetectorState) -> dict[str, Any]:
+    def predict(self, state: State) -> dict[str, Any]:
         """Return the detector's outputs from a state at the input of the module being searched."""
-        self.counter.add(self.position, None, len(state.queries))
+        self.counter.add(self.position, None, state.num_images)
         with autocast(self._device, self._amp):
             return self._model.outputs(self._model.run_steps(state, self.position))
 
@@ -178,31 +198,31 @@ class StateCache:
         """Drop all states, which other weights or gates made, and go back to the features."""
         self.nbytes -= sum(stored.nbytes for stored in self._stored.values())
         self._stored.clear()
-        self.position = self._model.step_names[0]
+        self.position = self.steps[0]
 
     def move_to(self, name: str) -> None:
         """Set the position to the input of module `name`; states are computed on demand."""
-        order = self._model.step_names
+        order = self.steps
         if order.index(name) < order.index(self.position):
             self.forget()
         self.position = name
 
     @torch.no_grad()
-    def _run_front(self, images: list[Tensor]) -> Features:
+    def _run_front(self, images: list[Tensor]) -> Features | BackboneState:
         self.counter.backbone_images += len(images)
         with autocast(self._device, self._amp):
-            return self._model.features([image.to(self._device) for image in images])
+            return self._model.front([image.to(self._device) for image in images], self.scope)
 
-    def _first_features(self, images: list[Tensor]) -> Features:
+    def _first_features(self, images: list[Tensor]) -> Features | BackboneState:
         """Compute the features of the first batch and choose the storage by them."""
         with PeakMemory() as memory:
             features = self._run_front(images)
         if self._plan is not None:
             self.storage = self._plan(features, memory.peak_bytes)
-        self._made_dtype = features.memory.dtype
+        self._made_dtype = features.content.dtype
         return features
 
-    def _keep_features(self, features: Features) -> None:
+    def _keep_features(self, features: Features | BackboneState) -> None:
         max_bytes = self.storage.max_bytes
         if max_bytes < math.inf:
             max_bytes -= min(self.storage.state_bytes, max_bytes / 2)
@@ -211,7 +231,7 @@ class StateCache:
         self._features.append(kept if fits else None)
         self.nbytes += kept.nbytes if fits else 0
 
-    def _features_of(self, batch: int, images: list[Tensor] | None) -> Features:
+    def _features_of(self, batch: int, images: list[Tensor] | None) -> Features | BackboneState:
         features = self._features[batch]
         if features is None:
             images = next(self._batches.read([batch]))[0] if images is None else images
@@ -219,7 +239,7 @@ class StateCache:
             features = self._run_front(images).to(self._device, self.storage.dtype)
         return features.to(self._device, self._made_dtype)
 
-    def _keep_state(self, batch: int, before: DetectorState, after: DetectorState) -> None:
+    def _keep_state(self, batch: int, before: State, after: State) -> None:
         """Replace the cached state `before` by `after` if it fits."""
         stored, device = self._stored.get(batch), self.storage.device
         state = after.to(device) if stored is None else _stored_after(stored.state, before, after, device)
@@ -230,9 +250,9 @@ class StateCache:
             self.nbytes += more
 
 
-def repeat_batch(state: DetectorState, copies: int) -> DetectorState:
+def repeat_batch(state: StateT, copies: int) -> StateT:
     """Repeat the batch of a state, copy-major; tensors that all images share are unchanged."""
-    images = len(state.queries)
+    images = state.num_images
 
     def repeat(tensor: Tensor) -> Tensor:
         return tensor if len(tensor) != images else tensor.repeat(copies, *[1] * (tensor.dim() - 1))
@@ -257,10 +277,10 @@ def _without_images(target: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in target.items() if isinstance(value, Tensor)}
 
 
-def _stored_after(
-    stored: DetectorState, before: DetectorState, after: DetectorState, device: torch.device
-) -> DetectorState:
+def _stored_after(stored: State, before: State, after: State, device: torch.device) -> State:
     """Move `after` to `device`, reusing tensors of `stored` (the state `before` on that device) where unchanged."""
+    if type(after) is not type(before):  # the features of a `BackboneState` became a `DetectorState`
+        return after.to(device)
 
     def store(kept: Any, old: Any, new: Any) -> Any:
         if new is old:

@@ -34,7 +34,8 @@ class SearchImages:
 
     Attributes:
         batches: batches of this process.
-        numbers: index of each of `batches` in the whole split; the first is 0, which every process has.
+        numbers: index of each of `batches` in the whole split; the first is 0, which every process has. Several batches
+            have the same number if one of the split is divided by image size.
         ground_truth: annotations of the whole split.
         subset_batches_attention, subset_batches_ffn: size of the subset, in batches of the whole split.
         calibration_batches: how many of the split's first batches serve for moments and gradients.
@@ -50,8 +51,8 @@ class SearchImages:
     def own(self, stop: float = math.inf) -> list[int]:
         """Return the indices in `batches` of this process's share of the split's first `stop` batches."""
         world, rank = distributed.world_size(), distributed.rank()
-        shared = {number: place for place, number in enumerate(self.numbers) if number % world == rank}
-        return [place for number, place in sorted(shared.items()) if number < stop]
+        shared = sorted((number, place) for place, number in enumerate(self.numbers) if number % world == rank)
+        return [place for number, place in shared if number < stop]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class DetectorBench:
         images: SearchImages,
         step_shares: Mapping[str, float],
         *,
+        scope: str = "transformer",
         method: Method,
         passes: Passes,
         seed: int = 0,
@@ -96,12 +98,13 @@ class DetectorBench:
 
         Args:
             step_shares: each step's share of the network's cost, see `pruning.cost.step_shares`.
+            scope: one of `models.prunable.SCOPES`, whose modules are pruned.
             seed: of a random ranking.
             cache_plan: maps the batches whose states are kept and the calibration batches to the `plan` of
                 `StateCache`.
             progress: see `StateCache`.
         """
-        self.modules = model.prunable_modules()
+        self.modules = model.prunable_modules(scope)
         self.counter = PassCounter(step_shares)
         self.method = method
         self._postprocess = postprocess
@@ -113,7 +116,8 @@ class DetectorBench:
         kept = {*(calibrated if method.search == "global" else images.own())}
         kept |= {0} if method.ranking == "exact" else set()
         self.cache = StateCache(
-            model, images.batches, self.counter, device=passes.device, amp=passes.eval_amp, progress=progress,
+            model, images.batches, self.counter, device=passes.device, scope=scope, amp=passes.eval_amp,
+            progress=progress,
             plan=None if cache_plan is None else cache_plan(kept, calibrated),
         )  # fmt: skip
         self._num_batches = max(map(max, distributed.gather_objects(list(images.numbers)))) + 1
@@ -179,6 +183,14 @@ class DetectorBench:
         set_gate(self.modules[name], kept, self._device)
         return 0.0
 
+    def damages(self, name: str, order: Order, widths: Sequence[int]) -> dict[int, float]:
+        """Return the predicted damage at each width; the current module is unpruned afterwards."""
+        kept_sets = {width: order.kept(width) for width in widths}
+        assert self._reconstruction is not None
+        damages = self._reconstruction.damages(kept_sets)
+        self.set_kept(name, all_kept(self.modules[name]))
+        return damages
+
     def save(self) -> Any:
         """Return the gates and weights of all modules, for `load`."""
         gates = {name: dict(module.layer.gates) for name, module in self.modules.items()}
@@ -204,7 +216,10 @@ class DetectorBench:
 
     def transformer_params(self, kept: Mapping[str, Kept]) -> int:
         """Return the number of parameters of the transformer cut to `kept`."""
-        gone = (self._params_per_channel[n] * (m.width - width_of(kept[n])) for n, m in self.modules.items())
+        gone = (
+            per_channel * (self.modules[name].width - width_of(kept[name]))
+            for name, per_channel in self._params_per_channel.items()
+        )
         return self._transformer_params - sum(gone)
 
     def _ap(self, batches: int | None = None) -> float:

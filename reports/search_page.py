@@ -175,7 +175,9 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
     folder, config, effort = facts.folder, facts.config, facts.effort
     count = "an unknown number of" if facts.images is None else f"{facts.images:,}"
     asked = (
-        f"kept {100 * config.keep:g} % of its cost ({config.cost})" if config.keep else f"--map_tol {config.map_tol:g}"
+        f"kept {100 * config.keep:g} % of its cost ({config.cost_unit})"
+        if config.keep
+        else f"--map_tol {config.map_tol:g}"
     )
     text = f"{folder.detector.modelname}, {asked}, on {count} images of {facts.split} in {folder.data.coco_path}."
     base_ap = facts.start["base_ap"]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from datasets.coco import build_dataset, build_loader, split_of
@@ -22,9 +21,9 @@ from models import build
 from models.criterion import Criterion
 from models.detector import Detector
 from models.widths import Widths
-from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
-from pruning.cache_plan import BatchShape, CachePlanner
-from pruning.cache_setup import batch_numbers, batch_shapes, cache_options, cache_uses
+from pruning.budget import DETECTOR_POWERS, EVALUATIONS, POWERS, BudgetSearch
+from pruning.cache_plan import BatchShape, CachePlanner, shape_of
+from pruning.cache_setup import batch_numbers, cache_options, cache_uses, sizes_of, split_by_size
 from pruning.checks import check_base_ap, check_targets, lowest_target_ap, warn_of_images, warn_of_low_target
 from pruning.cost import Cost, cost_of, cost_table, step_shares, transformer_params_at
 from pruning.cost_tables import prices_of
@@ -57,6 +56,8 @@ OPTIONS = options_of(SearchOptions)
 NOT_DECIDING = {name for name, field in OPTIONS.items() if field.metadata["stored"] == "run"} - {"cfgs"}
 # Options in the journals of older versions that a search does not read.
 UNREAD = {*options_of(TrainingOptions)} - {*OPTIONS}
+# Facts that journals of older versions lack.
+ADDED: dict[str, dict[str, Any]] = {"args": {"scope": "transformer", "block_unit": 8}, "units": {"block_unit": 8}}
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class SearchRun:
         self.decisions: list[Decision] = []
         self.trials: list[Trial] = []
         self.notices: list[Notice] = []  # log lines about the data from before the log file was opened
+        self.full_widths = model.widths_in(self.config.scope)
         self.board = Board(output_dir, options.log.tensorboard)
 
     def prepare(self, criterion: Criterion, postprocess: Any) -> None:
@@ -96,12 +98,16 @@ class SearchRun:
         ground_truth = GroundTruth(dataset.annotation_file, dataset.ids[: self.num_images])
         # The split's order defines the first images, the first batch and the subset, so images are not sorted by shape.
         numbers = batch_numbers(self.num_images, data.batch_size)
-        batches = [range(n * data.batch_size, min((n + 1) * data.batch_size, self.num_images)) for n in numbers]
-        own_images: Subset = Subset(dataset, [index for batch in batches for index in batch])
-        loader = build_loader(own_images, data.batch_size, shuffle=False, num_workers=data.num_workers, seed=seed)
+        batches: Sequence[Sequence[int]] = [
+            range(n * data.batch_size, min((n + 1) * data.batch_size, self.num_images)) for n in numbers
+        ]
         height, width = dataset[0][0].shape[-2:]
         self.image_size_hw = (height, width)
-        shapes = batch_shapes(dataset, batches, data.image_size, self.image_size_hw)
+        size_hw = sizes_of(dataset, data.image_size, self.image_size_hw)
+        if config.scope == "detector" and self.model.padding_rule != "reference":
+            batches, numbers = split_by_size(batches, numbers, size_hw)
+        loader = build_loader(dataset, batches, shuffle=False, num_workers=data.num_workers, seed=seed)
+        shapes = [shape_of([size_hw(index) for index in batch]) for batch in batches]
         self.prices = prices_of(config, self.units, self.model, self.image_size_hw)
         self.bench = DetectorBench(
             self.model,
@@ -115,7 +121,8 @@ class SearchRun:
                 config.subset_batches_ffn,
                 calibration_batches=-(-config.calibration_images // data.batch_size),
             ),
-            step_shares(self.model, self.image_size_hw),
+            step_shares(self.model, self.image_size_hw, config.scope),
+            scope=config.scope,
             method=config.method,
             passes=Passes(self.device, config.images_at_once, config.amp, config.eval_amp),
             seed=seed,
@@ -181,8 +188,8 @@ class SearchRun:
         with stop_after_step(hint) as self.stop_if_asked:
             kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
             self.stop_if_asked()
-        result = Result(base_ap, ap, kept, widths_after(self.model.widths, kept), self.output_dir / OUTPUT_NAME)
-        passed = self.config.keep is not None or result.widths != self.model.widths
+        result = Result(base_ap, ap, kept, widths_after(self.full_widths, kept), self.output_dir / OUTPUT_NAME)
+        passed = self.config.keep is not None or result.widths != self.full_widths
         distributed.on_main(lambda: self._write(result) if passed else self._write_failure(result))
         self.board.close()
         if not passed:
@@ -212,7 +219,7 @@ class SearchRun:
             base_ap: float = facts["base_ap"]
             past: list[dict[str, Any]] = []
             if self.config.resume_search:
-                base_ap, past = self.journal.resume(facts, UNREAD)
+                base_ap, past = self.journal.resume(facts, UNREAD, ADDED)
             if not past:
                 self._move_results_aside()
                 if not self.journal.begun:
@@ -250,7 +257,7 @@ class SearchRun:
                 if decision.accepted:
                     self.log.info("%s", search_log.module_line(decision))
                     left = order[decision.visit + 1 :]
-                    if left and widths_after(self.model.widths, search.kept) != self.model.widths:
+                    if left and widths_after(self.full_widths, search.kept) != self.full_widths:
                         distributed.on_main(lambda: self._save(search.kept, left))
                 self.stop_if_asked()
 
@@ -263,6 +270,8 @@ class SearchRun:
         """Price all modules at once; return the kept sets and mAP of the whole split."""
         config, prices = self.config, self.prices
         search = BudgetSearch(self.bench, prices.costs, prices.total, base_ap)
+        if config.scope == "detector":
+            search.powers = DETECTOR_POWERS
         sweeps = 1 + (EVALUATIONS if config.keep is None else len(POWERS))
         threshold_ap = self.schedule.fast_threshold_ap(base_ap)
         with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
@@ -293,6 +302,7 @@ class SearchRun:
             "version": VERSION,
             "args": {
                 **{name: value for name, value in args.items() if name not in NOT_DECIDING | UNREAD},
+                "cost": self.config.cost_unit,
                 "cache_dtype": "same" if self.bench.cache.storage.dtype is None else "bfloat16",
             },
             "weights": weights_digest(Path(self.options.run.resume or "")),
@@ -301,7 +311,7 @@ class SearchRun:
             "method": dataclasses.asdict(self.bench.method),
             "units": dataclasses.asdict(self.units),
             "base_ap": base_ap,
-            "full_widths": self.model.widths.to_list(),
+            "full_widths": self.full_widths.to_list(),
         }
 
     def _outcome(self, result: Result, passed: bool) -> dict[str, Any]:
@@ -327,8 +337,8 @@ class SearchRun:
         save_checkpoint(
             self.output_dir / OUTPUT_NAME,
             state_dict=self.model.state_dict(),
-            widths=widths_after(self.model.widths, kept),
-            full_widths=self.model.widths,
+            widths=widths_after(self.full_widths, kept),
+            full_widths=self.full_widths,
             arguments=self.options.values(),
             num_classes=self.options.detector.num_classes,
             categories=self.options.detector.categories,
@@ -342,7 +352,7 @@ class SearchRun:
         self._save(result.kept)
         before, after = self._costs(result.widths)
         caption = f"{self.schedule.name.upper()} searching on {self.split}"
-        plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.model.widths, result.widths)
+        plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.full_widths, result.widths)
         if self.decisions:
             points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
         else:
@@ -362,7 +372,7 @@ class SearchRun:
             self.log.warning("mAP fell below half: %.4f before, %.4f after", result.base_ap, result.ap)
         self._log_steps()
         if not self.decisions:
-            self.log.info("%s", search_log.width_table(self.model.widths, result.widths))
+            self.log.info("%s", search_log.width_table(self.full_widths, result.widths))
         effort = self.effort.so_far()
         self.log.info("%s", cost_table([("before", before), ("after", after)]))
         self.log.info(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -137,9 +139,8 @@ class DnDabDeformableDetr(Detector):
             **self._queries(features.memory.shape[0], targets),
         )
 
-    def feature_maps(self, batch: Tensor) -> list[Tensor]:
-        """Project the features of images (B x 3 x H x W) to B x hidden_dim x h x w for each level, finest first."""
-        features = self.backbone[0](batch, self.stages)
+    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Project the stages' outputs to B x hidden_dim x h x w for each level, finest first."""
         maps: list[Tensor] = []
         for index, projection in enumerate(self.input_proj):
             last = len(features) - 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -78,10 +80,10 @@ class DnDabDetr(Detector):
         self.backbone = module_list([backbone])
         initialise_detector(self.transformer, [self.class_embed], [self.bbox_embed])
 
-    def feature_maps(self, batch: Tensor) -> list[Tensor]:
-        """Project the features of images (B x 3 x H x W) to one level, B x hidden_dim x h x w."""
-        (features,) = self.backbone[0](batch, self.stages)
-        return [self.input_proj(features)]
+    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Project the last stage's output to one level, B x hidden_dim x h x w."""
+        (last,) = features
+        return [self.input_proj(last)]
 
     def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
         """Add positions and queries to the features and return the input state of the first step."""

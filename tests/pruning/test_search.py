@@ -12,7 +12,7 @@ from pruning.search import Search, Units
 from tests.pruning.fakes import FakeBench, constant, equal_heads, fake_module, fake_modules
 from util.errors import UserError
 
-UNITS = Units(attention_unit=1, ffn_unit=4, attention_candidates=100, ffn_candidates=200, seed=0)
+UNITS = Units(attention_unit=1, ffn_unit=4, block_unit=8, attention_candidates=100, ffn_candidates=200, seed=0)
 ATTENTION, FFN = "encoder.0.attention", "encoder.0.ffn"
 
 
@@ -268,7 +268,7 @@ def test_decisions_of_another_search_are_refused(change):
 @pytest.mark.parametrize("needed", [1, 5, 9, 16, 21])
 def test_widths_are_multiples_of_the_units_or_whole(method, needed):
     """With `--attention_unit 4 --ffn_unit 8`, head widths fit every kernel."""
-    units = Units(attention_unit=3, ffn_unit=5, attention_candidates=5, ffn_candidates=7, seed=0)
+    units = Units(attention_unit=3, ffn_unit=5, block_unit=8, attention_candidates=5, ffn_candidates=7, seed=0)
     modules = {ATTENTION: fake_module(ATTENTION, 2 * 11, 2, True), FFN: fake_module(FFN, 22, 1, False)}
     ap = lambda w, whole: 0.5 if min(w.values()) >= needed else 0.0  # noqa: E731
     _, kept, decisions = run(ap, units=units, modules=modules, method=method)
