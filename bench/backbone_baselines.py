@@ -25,12 +25,13 @@ from torch import Tensor
 import engine
 from bench.backbone_torch_pruning import TOLERANCE, Setting, prune_backbone
 from bench.batch_norms import with_norms_reestimated
-from bench.subject import CPU, Subject, get_subject_parser
+from bench.subject import CPU, Pruner, Subject, cut_in_order, get_subject_parser
 from bench.torch_pruning_baseline import loss_gradients
 from models.detector import Detector
 from models.prunable import PrunableModule
 from pruning.cost import GIGA, block_macs, cost_of
 from pruning.kept_channels import Kept
+from pruning.method import FAST
 from pruning.scores import RandomOrder
 from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
 from util.cli import real
@@ -41,7 +42,7 @@ from util.logging import table
 
 BUDGETS = (0.65, 0.5, 0.35)
 REESTIMATED = ", norms re-estimated"
-SEARCH_IMAGES = 200
+SEARCH_IMAGES = 600
 BATCH_SIZE = 20
 RANDOM_SEEDS = 3
 SHARES = 4000  # steps in which a common share of all blocks is tried
@@ -127,11 +128,13 @@ class Row:
         name: in the table.
         build: maps the share of MACs to keep and a seed to the smaller detector.
         seeds: number of seeds; 1 if deterministic.
+        repairs: whether there is a row with re-estimated batch norms, too.
     """
 
     name: str
     build: Callable[[float, int], Detector]
     seeds: int = 1
+    repairs: bool = True
 
 
 def rows_of(subject: Subject) -> list[Row]:
@@ -149,6 +152,8 @@ def rows_of(subject: Subject) -> list[Row]:
         )
 
     rows = [
+        Row("ours, whole detector", lambda keep, _: detector_pruner(subject).searched(1 - keep)[0], repairs=False),
+        Row("ours, uniform widths", lambda keep, _: uniform_detector(subject, keep), repairs=False),
         Row("uniform, magnitude", uniform(lambda _: functools.partial(magnitude, dense.state_dict()))),
         Row("uniform, random", uniform(random_scores), RANDOM_SEEDS),
     ]
@@ -158,6 +163,29 @@ def rows_of(subject: Subject) -> list[Row]:
                 name = f"Torch-Pruning, {importance}, {words}, {ranking}"
                 rows.append(Row(name, torch_pruning(Setting(importance, groups, ranking))))
     return rows
+
+
+def detector_pruner(subject: Subject) -> Pruner:
+    """Return a pruner of the whole detector that calibrates on all images of the search."""
+    return Pruner(subject, FAST, calibration_images=len(subject.seen.dataset), scope="detector")
+
+
+def uniform_detector(subject: Subject, keep: float) -> Detector:
+    """Cut all modules to the same share of their channels, `keep` of the detector's MACs, with the same refit."""
+    pruner = detector_pruner(subject)
+    costs, total = pruner.budget.costs, pruner.budget.total_cost
+    rest = total - sum(max(table.values()) for table in costs.values())
+
+    def at(share: float) -> tuple[float, dict[str, int]]:
+        widths = {
+            name: min(table, key=lambda width, full=max(table): abs(width - share * full))
+            for name, table in costs.items()
+        }
+        return (rest + sum(costs[name][width] for name, width in widths.items())) / total, widths
+
+    fitting = [at(step / SHARES) for step in range(1, SHARES + 1)]
+    _, widths = max((pair for pair in fitting if pair[0] <= keep * (1 + TOLERANCE)), key=lambda pair: pair[0])
+    return pruner.cut(cut_in_order(pruner.bench, widths))[0]
 
 
 def uniform_blocks(model: Detector, image_size_hw: tuple[int, int], keep: float) -> dict[str, int]:
@@ -221,11 +249,14 @@ def cut_blocks(model: Detector, kept: Mapping[str, Kept]) -> Detector:
 
 def measure(results: Results, subject: Subject, row: Row, keep: float) -> None:
     """Measure a row as cut and with re-estimated batch norms, unless the results have both."""
-    if results.has(row.name, keep) and results.has(row.name + REESTIMATED, keep):
+    if results.has(row.name, keep) and (not row.repairs or results.has(row.name + REESTIMATED, keep)):
         return
     start = time.perf_counter()
     detectors = [row.build(keep, seed) for seed in range(row.seeds)]
     cut = time.perf_counter() - start
+    if not row.repairs:
+        results.add(row.name, keep, *detectors, seconds=cut / row.seeds)
+        return
     repaired = [with_norms_reestimated(detector, subject.seen) for detector in detectors]
     both = time.perf_counter() - start
     if not results.has(row.name, keep):

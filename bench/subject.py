@@ -20,10 +20,10 @@ from datasets.coco_eval import GroundTruth
 from main import get_args_parser
 from models.state import DetectorState
 from models.widths import Widths
-from pruning.allocation import linear_costs
-from pruning.budget import BudgetSearch
-from pruning.config import CALIBRATION_IMAGES
+from pruning.budget import DETECTOR_POWERS, POWERS, BudgetSearch
+from pruning.config import CALIBRATION_IMAGES, SearchConfig
 from pruning.cost import count_parameters, params_per_channel, step_shares
+from pruning.cost_tables import prices_of
 from pruning.kept_channels import Kept
 from pruning.method import Method
 from pruning.schedule import Schedule
@@ -145,9 +145,12 @@ class Pruner:
         bench: type[DetectorBench] = DetectorBench,
         calibration_images: int = CALIBRATION_IMAGES,
         search: type[BudgetSearch] = BudgetSearch,
+        scope: str = "transformer",
     ) -> None:
         """`subset_batches`: subset sizes for an attention and an FFN, in batches; None for all."""
         self._search = search
+        self.scope = scope
+        self._image_size_hw = subject.image_size_hw
         self.model = copy.deepcopy(subject.dense)
         count, size = len(subject.seen), subject.seen.batch_size
         attention, ffn = subset_batches or (count, count)
@@ -156,8 +159,9 @@ class Pruner:
             subject.seen, range(count), subject.seen_truth, attention, ffn, -(-calibration_images // size)
         )
         self.bench = bench(
-            self.model, subject.criterion, subject.postprocess, images, step_shares(self.model, subject.image_size_hw),
-            method=method, passes=Passes(CPU, images_at_once), seed=seed,
+            self.model, subject.criterion, subject.postprocess, images,
+            step_shares(self.model, subject.image_size_hw, scope),
+            scope=scope, method=method, passes=Passes(CPU, images_at_once), seed=seed,
         )  # fmt: skip
         self.whole = copy.deepcopy(self.model)
 
@@ -167,20 +171,19 @@ class Pruner:
 
     def cut(self, kept: Mapping[str, Kept]) -> Built:
         """Cut the detector with its current weights to `kept`."""
-        widths = widths_after(self.model.widths, kept)
+        widths = widths_after(self.model.widths_in(self.scope), kept)
         slim = cut_state_dict(self.model.state_dict(), kept, slices_of(self.bench.modules))
         return slim_copy(self.whole, slim, widths), {"widths": widths.to_list()}
 
     @functools.cached_property
     def budget(self) -> BudgetSearch:
         """The search by budget over this detector."""
-        units = {name: self.units.channels(module) for name, module in self.bench.modules.items()}
-        params = count_parameters(self.model.transformer)
-        costs = linear_costs(self.bench.modules, params_per_channel(self.whole), units)
-        return self._search(self.bench, costs, params, self.bench.full_ap())
+        prices = prices_of(SearchConfig(scope=self.scope), self.units, self.whole, self._image_size_hw)
+        powers = DETECTOR_POWERS if self.scope == "detector" else POWERS
+        return self._search(self.bench, prices.costs, prices.total, self.bench.full_ap(), powers)
 
     def searched(self, fraction: float) -> Built:
-        """Cut the detector to widths from a search by budget that removes `fraction` of the parameters."""
+        """Cut the detector to widths from a search by budget that removes `fraction` of parameters or, in all, MACs."""
         kept, trial = self.budget.run(1 - fraction)
         model, info = self.cut(kept)
         return model, {**info, "power": trial.power, "search_ap": trial.full_ap}
