@@ -178,14 +178,17 @@ def uniform_detector(subject: Subject, keep: float) -> Detector:
 
     def at(share: float) -> tuple[float, dict[str, int]]:
         widths = {
-            name: min(table, key=lambda width, full=max(table): abs(width - share * full))
-            for name, table in costs.items()
+            name: min(table, key=functools.partial(_distance, share * max(table))) for name, table in costs.items()
         }
         return (rest + sum(costs[name][width] for name, width in widths.items())) / total, widths
 
     fitting = [at(step / SHARES) for step in range(1, SHARES + 1)]
     _, widths = max((pair for pair in fitting if pair[0] <= keep * (1 + TOLERANCE)), key=lambda pair: pair[0])
     return pruner.cut(cut_in_order(pruner.bench, widths))[0]
+
+
+def _distance(wanted: float, width: int) -> float:
+    return abs(width - wanted)
 
 
 def uniform_blocks(model: Detector, image_size_hw: tuple[int, int], keep: float) -> dict[str, int]:
