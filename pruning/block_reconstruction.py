@@ -64,6 +64,7 @@ class BlockReconstruction:
         """Make `module` the current block."""
         self._module = module
         self._halves: dict[str, tuple[Moments, Moments]] = {}
+        self._layers: dict[str, OutputLayer] = {}
         if self._follows_a_cut:
             self._unpruned_cache.move_to(module.name)
 
@@ -96,10 +97,14 @@ class BlockReconstruction:
 
     def layer_after(self, part: str) -> OutputLayer:
         """Return the convolution after a part of the unpruned block, as a linear layer over patches."""
-        number = self._number_after(part)
-        first, second = self._halves_of(part)
-        weight, _ = as_linear(*self._block.convolutions()[number - 1])
-        return OutputLayer(weight, first + second, self._sensitivity(number).metric, self._area(number))
+        if part not in self._layers:
+            number = self._number_after(part)
+            first, second = self._halves_of(part)
+            weight, _ = as_linear(*self._block.convolutions()[number - 1])
+            self._layers[part] = OutputLayer(
+                weight, first + second, self._sensitivity(number).metric, self._area(number)
+            )
+        return self._layers[part]
 
     def damages(self, kept_sets: Mapping[int, Kept]) -> dict[int, float]:
         """Return the damage of each kept set while the other blocks are unpruned.
