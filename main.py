@@ -15,7 +15,7 @@ import torch
 
 from datasets.coco_eval import evaluator_name, shown
 from runs.config import TrainingOptions
-from runs.resolve_options import refuse_unread_by_start, resolve_training
+from runs.resolve_options import refuse_unused_by_start, resolve_training
 from runs.training_run import Run
 from runs.training_state import seed_everything
 from util import distributed
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
     """
     torch.set_flush_denormal(True)
     options = TrainingOptions.from_values(vars(args))
-    refuse_unread_by_start(options, typed)
+    refuse_unused_by_start(options, typed)
     device = distributed.choose_device(options.run.device)
     output_dir = check_output_dir(options.run.output_dir)
     options, checkpoint, continuing = resolve_training(options, typed)

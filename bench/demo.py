@@ -1,4 +1,4 @@
-"""Run all scripts on the built-in demo set: evaluate, prune, transplant, fine-tune, evaluate.
+"""Run all scripts on the built-in demo set: evaluate, prune the transformer or all, transplant, fine-tune, evaluate.
 
     python -m bench.demo --output output/demo
 
@@ -37,7 +37,12 @@ from weights.build import build_detector
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "demo.pth"
-ROWS = {"dense": "dense", "pruned": "pruned, before fine-tuning", "fine-tuned": "pruned, fine-tuned"}
+ROWS = {
+    "dense": "dense",
+    "transformer": "transformer pruned",
+    "detector": "whole detector pruned",
+    "fine-tuned": "whole detector pruned, fine-tuned",
+}
 PICTURES = 6
 
 T = TypeVar("T")
@@ -52,7 +57,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--images", type=whole(1), default=1000, help="training images to draw")
     add("--val_images", type=whole(1), default=400, help="validation images to draw")
     add("--seed", type=whole(0), default=42, help="seed of the drawn images")
-    add("--epochs", type=whole(1), default=4, help="epochs of fine-tuning")
+    add("--epochs", type=whole(1), default=3, help="epochs of fine-tuning")
     return parser
 
 
@@ -60,8 +65,8 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Return the title and command of each stage."""
     data, output = str(args.output / "data"), args.output
     drawn = ["--images", str(args.images), "--val-images", str(args.val_images), "--seed", str(args.seed)]
-    search = ["--search_split", "train2017", "--search_images", "400", "--batch_size", "16", "--map_tol", "0.02"]
-    search += ["--attention_unit", "2"]
+    search = ["--search_split", "train2017", "--search_images", "400", "--batch_size", "16", "--attention_unit", "2"]
+    of_detector = ["--scope", "detector", "--keep", "0.6", "--calibration_images", "256"]
     training = ["--epochs", str(args.epochs), "--batch_size", "16", "--amp", "--lr", "1e-4", "--lr_backbone", "1e-5"]
     training += ["--lr_schedule", "cosine", "--ema_decay", "0.99", "--augmentation", "flip"]
     training += ["--cls_loss_coef", "2", "--num_workers", "1", "--distill", str(args.checkpoint)]
@@ -69,13 +74,24 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
         ("draw the demo set", ["-m", "datasets.demo", data, *drawn]),
         ("evaluate the dense detector", _main(output / "dense", data, args.checkpoint, "--eval")),
         (
-            "search: how few channels does each layer need?",
-            _script("prune_greedy_ad.py", output / "search", data, args.checkpoint, *search),
+            "search: how few channels does each layer of the transformer need?",
+            _script("prune_greedy_ad.py", output / "search", data, args.checkpoint, *search, "--map_tol", "0.02"),
         ),
-        ("evaluate what the search found", _main(output / "pruned", data, output / "search" / "pruned.pth", "--eval")),
+        (
+            "evaluate the pruned transformer",
+            _main(output / "transformer", data, output / "search" / "pruned.pth", "--eval"),
+        ),
+        (
+            "search: the whole detector at 60 % of its multiply-accumulates",
+            _script("prune_greedy_ad.py", output / "search_detector", data, args.checkpoint, *search, *of_detector),
+        ),
+        (
+            "evaluate the pruned detector",
+            _main(output / "detector", data, output / "search_detector" / "pruned.pth", "--eval"),
+        ),
         (
             "transplant and fine-tune",
-            _main(output / "training", data, output / "search" / "pruned.pth", *training),
+            _main(output / "training", data, output / "search_detector" / "pruned.pth", *training),
         ),
         (
             "evaluate the fine-tuned detector",
@@ -119,7 +135,8 @@ def summarise(output: Path, checkpoint: Path) -> list[dict]:
     """Return the rows of the table from the evaluations' files, with timings; write the pictures."""
     paths = {
         "dense": checkpoint,
-        "pruned": output / "search" / "pruned.pth",
+        "transformer": output / "search" / "pruned.pth",
+        "detector": output / "search_detector" / "pruned.pth",
         "fine-tuned": output / "training" / "checkpoint.pth",
     }
     detectors = {name: load_detector(path, output / "data") for name, path in paths.items()}
@@ -144,7 +161,7 @@ def summarise(output: Path, checkpoint: Path) -> list[dict]:
             }
         )
     for picture in ("widths.png", "ap_params.png"):
-        copy_file(output / "search" / picture, output / picture)
+        copy_file(output / "search_detector" / picture, output / picture)
     _write_detections(output, dataset, {name: detectors[name] for name in ("dense", "fine-tuned")})
     return rows
 

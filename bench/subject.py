@@ -38,6 +38,7 @@ from weights.build import build_detector
 
 BATCH_SIZE = 16
 PAPER_BATCH_SIZE = 8  # size of the one batch on which the paper's candidates are scored
+BLOCK_UNIT = 8
 CPU = torch.device("cpu")
 TRAINING = (
     "--batch_size 16 --amp --lr 1e-4 --lr_backbone 1e-5 --lr_schedule cosine --ema_decay 0.99 --augmentation flip "
@@ -154,7 +155,7 @@ class Pruner:
         self.model = copy.deepcopy(subject.dense)
         count, size = len(subject.seen), subject.seen.batch_size
         attention, ffn = subset_batches or (count, count)
-        self.units = Units(1, 4 * self.model.nheads, 8, 100, 200, seed)
+        self.units = Units(1, 4 * self.model.nheads, BLOCK_UNIT, 100, 200, seed)
         images = SearchImages(
             subject.seen, range(count), subject.seen_truth, attention, ffn, -(-calibration_images // size)
         )

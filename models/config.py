@@ -136,7 +136,7 @@ class DenoisingConfig(NoiseConfig):
     use_dn: bool = option(True, "train with denoising queries")
 
 
-def refuse_unread_by_network(config: NetworkConfig, typed: Collection[str]) -> None:
+def refuse_unused_by_network(config: NetworkConfig, typed: Collection[str]) -> None:
     """Raise a `UserError` for typed options that the variant does not use."""
     if config.modelname == "dn_dab_detr":
         refuse(OF_DEFORMABLE, typed, "dn_dab_detr has one level and no points, expected dn_dab_deformable_detr (-m)")

@@ -182,7 +182,7 @@ class SearchConfig(PrecisionConfig, TargetConfig, MethodConfig, StepConfig):
         return Units(self.attention_unit, ffn_unit, self.block_unit, *candidates, seed)
 
 
-def refuse_unread_by_search(config: SearchConfig, typed: Collection[str]) -> None:
+def refuse_unused_by_search(config: SearchConfig, typed: Collection[str]) -> None:
     """Raise a `UserError` for a typed option that the search does not use."""
     for name in sorted({name for names in READ_BY.values() for name in names} - set(READ_BY[config.search])):
         readers = " or ".join(search for search, names in READ_BY.items() if name in names)

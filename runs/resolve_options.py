@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 
-from models.config import LossConfig, NoiseConfig, refuse_unread_by_network
+from models.config import LossConfig, NoiseConfig, refuse_unused_by_network
 from models.detector import Detector
 from models.distillation import Distillation
 from runs.config import (
@@ -45,8 +45,8 @@ def resolve_training(
         options = options.with_values({"resume": str(checkpoint.path), "pretrained_backbone": False})
     elif options.detector.cfgs is not None:
         options = options.with_values({"cfgs": options.detector.widths})  # drops the list of a backbone that is whole
-    refuse_unread_by_network(options.detector, typed)
-    refuse_unread_by_training(options, typed)
+    refuse_unused_by_network(options.detector, typed)
+    refuse_unused_by_training(options, typed)
     splits = ["val2017"] if run.eval else ["val2017", "train2017"]
     detector = with_classes(
         with_relu(options.detector), options.data, splits, checkpoint, training=not run.eval, continuing=continuing
@@ -71,7 +71,7 @@ def resolve_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple
     if checkpoint is None:
         raise UserError("--resume: found none, expected the checkpoint of the detector to prune")
     options = take_from_checkpoint(options, typed, checkpoint)
-    refuse_unread_by_network(options.detector, typed)
+    refuse_unused_by_network(options.detector, typed)
     search = options.search.with_images()
     splits = ["val2017"] if search.split == "val2017" else ["val2017", "train2017"]
     return dataclasses.replace(
@@ -82,7 +82,7 @@ def resolve_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple
     ), checkpoint  # fmt: skip
 
 
-def refuse_unread_by_start(options: TrainingOptions, typed: Collection[str]) -> None:
+def refuse_unused_by_start(options: TrainingOptions, typed: Collection[str]) -> None:
     """Raise a `UserError` for typed options that --eval, or a run without --resume, does not use."""
     run = options.run
     if run.eval:
@@ -96,7 +96,7 @@ def refuse_unread_by_start(options: TrainingOptions, typed: Collection[str]) -> 
         refuse(["pretrained_backbone"], typed, "found with --resume, which has the backbone's weights")
 
 
-def refuse_unread_by_training(options: TrainingOptions, typed: Collection[str]) -> None:
+def refuse_unused_by_training(options: TrainingOptions, typed: Collection[str]) -> None:
     """Raise a `UserError` for typed options that the training, completed from the checkpoint, does not use."""
     if options.training.lr_schedule != "step":
         refuse(["lr_drop"], typed, f"found --lr_schedule {options.training.lr_schedule}, expected step")

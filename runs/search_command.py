@@ -11,7 +11,7 @@ import torch
 
 from datasets.config import DataConfig
 from models.config import NETWORK_TITLE, DetectorConfig, LossConfig
-from pruning.config import MethodConfig, PrecisionConfig, StepConfig, TargetConfig, refuse_unread_by_search
+from pruning.config import MethodConfig, PrecisionConfig, StepConfig, TargetConfig, refuse_unused_by_search
 from pruning.schedule import Schedule
 from runs.config import LogConfig, RunConfig, SearchOptions
 from runs.resolve_options import resolve_search
@@ -70,7 +70,7 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
     """
     torch.set_flush_denormal(True)
     options = SearchOptions.from_values({**defaults_of(schedule), **vars(args)})
-    refuse_unread_by_search(options.search, typed)
+    refuse_unused_by_search(options.search, typed)
     device = distributed.choose_device(options.run.device)
     output_dir = check_output_dir(options.run.output_dir)
     options, checkpoint = resolve_search(options, typed)

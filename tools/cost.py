@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from models import build
-from models.config import NETWORK_TITLE, DetectorConfig, NetworkConfig, refuse_unread_by_network
+from models.config import NETWORK_TITLE, DetectorConfig, NetworkConfig, refuse_unused_by_network
 from pruning.cost import PAPER_IMAGE_SIZE_HW, cost_of, cost_table
 from util.cli import add_options, parse, script_parser, whole
 from util.errors import run_cli
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args, typed = parse(get_cost_parser(), argv)
     config = DetectorConfig.from_values(vars(args))
-    refuse_unread_by_network(config, typed)
+    refuse_unused_by_network(config, typed)
     height, width = args.image_size_hw
     costs = []
     for name, cfgs in [("dense", None), *([("--cfgs", config.cfgs)] if config.cfgs else [])]:

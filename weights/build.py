@@ -10,7 +10,7 @@ from datasets.annotations import category_names
 from datasets.coco import split_of
 from datasets.config import DataConfig
 from models import build
-from models.config import DenoisingConfig, DetectorConfig, LossConfig, NetworkConfig, refuse_unread_by_network
+from models.config import DenoisingConfig, DetectorConfig, LossConfig, NetworkConfig, refuse_unused_by_network
 from models.criterion import Criterion
 from models.detector import Detector
 from models.post_process import PostProcess
@@ -140,7 +140,7 @@ def options_for(options: C, checkpoint: Checkpoint, typed: Collection[str] = ())
         UserError: a typed option contradicts the checkpoint, or its detector does not use it.
     """
     options = take_from_checkpoint(options, typed, checkpoint)
-    refuse_unread_by_network(NetworkConfig.from_values(options.values()), typed)
+    refuse_unused_by_network(NetworkConfig.from_values(options.values()), typed)
     return options.with_values({"pretrained_backbone": False, "num_classes": checkpoint.num_classes})
 
 

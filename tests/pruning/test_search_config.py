@@ -2,7 +2,7 @@
 
 import pytest
 
-from pruning.config import SearchConfig, refuse_unread_by_search
+from pruning.config import SearchConfig, refuse_unused_by_search
 from pruning.method import FAST, PAPER, VISIT
 from pruning.schedule import GP, MGP
 from runs.search_command import get_pruning_parser
@@ -41,7 +41,7 @@ def read(words, schedule=MGP):
 )
 def test_options_without_effect_are_refused(words, message):
     with pytest.raises(UserError, match=message):
-        refuse_unread_by_search(*read(words))
+        refuse_unused_by_search(*read(words))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_options_without_effect_are_refused(words, message):
     ],
 )
 def test_options_that_are_read_are_accepted(words):
-    refuse_unread_by_search(*read(words))
+    refuse_unused_by_search(*read(words))
 
 
 @pytest.mark.parametrize("value", ["0", "1.01", "-0.5", "nan", "half", ""])

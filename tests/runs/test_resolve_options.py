@@ -6,10 +6,10 @@ import export
 import inference
 import main
 from main import get_args_parser
-from models.config import refuse_unread_by_network
+from models.config import refuse_unused_by_network
 from pruning.schedule import GP, MGP
 from runs.config import TrainingOptions
-from runs.resolve_options import OF_TRAINING, refuse_unread_by_start, refuse_unread_by_training, resolve_training
+from runs.resolve_options import OF_TRAINING, refuse_unused_by_start, refuse_unused_by_training, resolve_training
 from runs.search_command import get_pruning_parser
 from tests.tiny_run import options, tiny_options, write_self_annotated
 from tools.cost import get_cost_parser
@@ -25,9 +25,9 @@ def check(words: str) -> None:
     """Parse as main.py does, and check as it does without a checkpoint."""
     args, typed = parse(script_parser("a test", parents=[get_args_parser()]), words.split())
     options = TrainingOptions.from_values(vars(args))
-    refuse_unread_by_start(options, typed)
-    refuse_unread_by_network(options.detector, typed)
-    refuse_unread_by_training(options, typed)
+    refuse_unused_by_start(options, typed)
+    refuse_unused_by_network(options.detector, typed)
+    refuse_unused_by_training(options, typed)
 
 
 @pytest.mark.parametrize("name", OF_TRAINING)
