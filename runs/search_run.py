@@ -27,7 +27,7 @@ from pruning.cache_setup import batch_numbers, cache_options, cache_uses, sizes_
 from pruning.checks import check_base_ap, check_targets, lowest_target_ap, warn_of_images, warn_of_low_target
 from pruning.cost import Cost, cost_of, cost_table, step_shares, transformer_params_at
 from pruning.cost_tables import prices_of
-from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, VERSION, Decision, Journal, Trial, read_events
+from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
 from pruning.kept_channels import Kept
 from pruning.schedule import Schedule
 from pruning.search import Search
@@ -36,28 +36,20 @@ from pruning.workbench import DetectorBench, Passes, SearchImages
 from reports import plots, search_log
 from reports.report import REPORT_NAME, write_report
 from reports.samples import Samples
-from runs.config import SearchOptions, TrainingOptions
+from runs.config import SearchOptions
+from runs.search_facts import ADDED, UNREAD, search_facts
 from util import distributed
 from util.board import Board
-from util.cli import options_of
 from util.environment import record_run
 from util.errors import RunFailedError
-from util.files import file_digest, move_aside
+from util.files import move_aside
 from util.interrupt import stop_after_step
 from util.logging import Notice, bar_off, get_logger, show
 from weights.checkpoint_file import plain_arguments, save_checkpoint
-from weights.huggingface import weights_digest
 
 SAFETENSORS_NAME = "pruned.safetensors"
 WIDTHS_PICTURE = "widths.png"
 AP_PICTURE = "ap_params.png"
-OPTIONS = options_of(SearchOptions)
-# Options that may change when a search is resumed: paths, and options that affect only speed.
-NOT_DECIDING = {name for name, field in OPTIONS.items() if field.metadata["stored"] == "run"} - {"cfgs"}
-# Options in the journals of older versions that a search does not read.
-UNREAD = {*options_of(TrainingOptions)} - {*OPTIONS}
-# Facts that journals of older versions lack.
-ADDED: dict[str, dict[str, Any]] = {"args": {"scope": "transformer", "block_unit": 8}, "units": {"block_unit": 8}}
 
 
 @dataclass(frozen=True)
@@ -181,7 +173,11 @@ class SearchRun:
             self.log.info("%d images are not cached: each pass reads them and runs the backbone (--cache_gb)", left_out)
         self._warn(base_ap)
         is_global = self.bench.method.search == "global"
-        base_ap, past = self._open_journal(self._facts(base_ap))
+        base_ap, past = self._open_journal(
+            search_facts(
+                self.options, self.schedule, self.units, self.full_widths, base_ap, cache.storage.dtype is not None
+            )
+        )
         self.board.open(len(past))
         self.board.add({"search/mAP": base_ap}, 0)
         hint = f"stopped; continue with the same command and --resume_search, from {self.journal.path}"
@@ -294,25 +290,6 @@ class SearchRun:
             kept, best = search.run(config.keep, threshold_ap)
         self.trials, self.best_trial, self.effort = search.trials, best, search.effort
         return kept, base_ap if best is None else best.full_ap
-
-    def _facts(self, base_ap: float) -> dict[str, Any]:
-        """Return what the result depends on; only a search with the same facts can be resumed."""
-        args = plain_arguments(self.options.values())
-        return {
-            "version": VERSION,
-            "args": {
-                **{name: value for name, value in args.items() if name not in NOT_DECIDING | UNREAD},
-                "cost": self.config.cost_unit,
-                "cache_dtype": "same" if self.bench.cache.storage.dtype is None else "bfloat16",
-            },
-            "weights": weights_digest(Path(self.options.run.resume or "")),
-            "annotations": file_digest(split_of(self.options.data, self.split).annotation_file),
-            "schedule": dataclasses.asdict(self.schedule),
-            "method": dataclasses.asdict(self.bench.method),
-            "units": dataclasses.asdict(self.units),
-            "base_ap": base_ap,
-            "full_widths": self.full_widths.to_list(),
-        }
 
     def _outcome(self, result: Result, passed: bool) -> dict[str, Any]:
         return {

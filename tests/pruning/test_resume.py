@@ -25,7 +25,8 @@ from pruning.cost import cost_of
 from pruning.schedule import GP, MGP, Schedule
 from reports import plots
 from runs.search_command import get_pruning_parser, search
-from runs.search_run import NOT_DECIDING, SearchRun
+from runs.search_facts import NOT_DECIDING
+from runs.search_run import SearchRun
 from tests.pruning.test_end_to_end import ROOT, SMALL, ap_of, folder, write_folder  # noqa: F401
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
 from tests.soak import rest_in_soak
