@@ -277,7 +277,7 @@ class BlockReconstruction:
 
     def _positions(self, convolution: nn.Conv2d, inputs: Tensor, image_ids: list[int]) -> Tensor:
         count = math.prod(output_size(convolution, inputs.shape[-2:]))
-        drawn = positions_per_image(inputs.shape[1] * kernel_area(convolution), count, self._images)
+        drawn = positions_per_image(convolution.in_channels * kernel_area(convolution), count, self._images)
         return draw_positions(image_ids, count, drawn, SEED).to(inputs.device)
 
     def _weights(self, number: int, place: int) -> Tensor:

@@ -279,8 +279,9 @@ def test_a_row_is_added_by_one_call_and_judged_by_the_same_evaluator(subject, tm
 def test_a_second_call_continues_unless_the_settings_changed(folder, tmp_path, monkeypatch):
     words = ["tiny", "--coco_path", str(folder), "--checkpoint", str(folder / "dense.pth"), "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", *words, "--search_images", "2", "--keep", "0.9"])
-    row = bench.Row("a", lambda keep, seed: cut_somehow(subject))
-    monkeypatch.setattr(bench, "rows_of", lambda subject, own: [row])
+    monkeypatch.setattr(
+        bench, "rows_of", lambda subject, own: [bench.Row("a", lambda keep, seed: cut_somehow(subject))]
+    )
     bench.main()
     path = tmp_path / "backbone_baselines_tiny.json"
     first = json.loads(path.read_text())
