@@ -111,7 +111,7 @@ class SearchRun:
                 ground_truth,
                 config.subset_batches_attention,
                 config.subset_batches_ffn,
-                calibration_batches=-(-config.calibration_images // data.batch_size),
+                calibration_batches=-(-(config.calibration_images or 0) // data.batch_size),
             ),
             step_shares(self.model, self.image_size_hw, config.scope),
             scope=config.scope,
