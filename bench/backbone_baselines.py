@@ -117,9 +117,13 @@ class Results:
             "widths": detectors[0].widths_in("detector").to_list(),
         }
         self.figures["rows"].append(row)
-        write_json(self._path, self.figures)
+        self.write()
         print(json.dumps({key: value for key, value in row.items() if key != "widths"}), flush=True)
         return row
+
+    def write(self) -> None:
+        """Write the file."""
+        write_json(self._path, self.figures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +314,8 @@ def main() -> None:
     for keep in args.keep:
         for row in rows_of(subject, own):
             measure(results, subject, row, keep)
+    results.figures["own_images"] = OWN_IMAGES
+    results.write()
     print_table(results.figures)
 
 

@@ -79,13 +79,14 @@ def quality(results: Path) -> str:
 
 
 def backbone_baselines(results: Path) -> str:
-    """Describe the comparison of usual ways of pruning the backbone."""
+    """Describe the comparison of ways of pruning the backbone."""
     found = read_figures(results, "backbone_baselines_demo.json")
     rows = {row["name"]: row for row in found["rows"] if row["keep"] == 1.0}
     seeds = max(len(row["ap_seeds"]) for row in found["rows"])
     return paragraph(
         f"The dense detector has {points(rows['dense']['ap'])} AP. Gradients and batch norms are those of "
-        f"{found['search_images']:,} training images. Random: the mean of {seeds} seeds and half their range (±). "
+        f"{found['search_images']:,} training images; the rows of this project, which prune the whole detector, are "
+        f"calibrated on {found['own_images']:,}. Random: the mean of {seeds} seeds and half their range (±). "
         f"{measured_with(found)}"
     )
 

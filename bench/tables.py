@@ -124,7 +124,7 @@ def _spread(aps: Sequence[float]) -> str:
 
 
 def backbone_baselines(results: Path) -> str:
-    """Compare AP of usual ways of pruning the backbone, as cut / with re-estimated batch norms.
+    """Compare AP of ways of pruning the backbone, as cut / with re-estimated batch norms.
 
     Includes BCCD if its figures exist.
     """
@@ -137,6 +137,7 @@ def backbone_baselines(results: Path) -> str:
     all_rows = [row for rows in sets.values() for row in rows]
     budgets = sorted({row["keep"] for row in all_rows} - {1.0}, reverse=True)
     names = dict.fromkeys(row["name"].removesuffix(REESTIMATED) for row in all_rows)
+    ordered = sorted(names, key=lambda name: (name != "dense", not name.startswith("ours")))
 
     def cell(rows: Sequence[dict[str, Any]], name: str, budget: float) -> str:
         keep = 1.0 if name == "dense" else budget
@@ -145,7 +146,7 @@ def backbone_baselines(results: Path) -> str:
         return " / ".join(points(row["ap"]) + _spread(row["ap_seeds"]) for row in ways)
 
     titles = ["", *(f"{name}, {100 * budget:.0f} %" for name in sets for budget in budgets)]
-    return markdown(titles, [[n, *(cell(rows, n, b) for rows in sets.values() for b in budgets)] for n in names])
+    return markdown(titles, [[n, *(cell(rows, n, b) for rows in sets.values() for b in budgets)] for n in ordered])
 
 
 def search_cost(results: Path) -> str:
