@@ -17,15 +17,21 @@ def lowest_target_ap(schedule: Schedule, base_ap: float, visits: int) -> float:
     return min(schedule.target_ap(base_ap, visits - 1), schedule.full_threshold_ap(base_ap, visits - 1))
 
 
-def check_base_ap(split: Split, resume: str | None, base_ap: float) -> None:
-    """Raise a `UserError` unless mAP is above 0; with 0, modules would shrink to one unit."""
+def check_base_ap(split: Split, resume: str | None, base_ap: float, keep: float | None) -> None:
+    """Raise a `UserError` unless mAP is above 0; with 0, modules would shrink to one unit unless `keep` is given."""
     if base_ap < 0:
         raise UserError(f"--search_split {split.name}: found no boxes in its annotations, expected some")
-    if base_ap == 0:
+    if base_ap == 0 and keep is None:
         raise UserError(
             f"--resume {resume}: found mAP 0 on {split.name}, expected a detector that finds the objects of "
             f"{split.annotation_file}"
         )
+
+
+def warn_of_base_ap(base_ap: float) -> None:
+    """Warn that no trial can be told from another by mAP."""
+    if base_ap == 0:
+        get_logger().warning("mAP is 0 before the search: the widths follow the predicted damages alone")
 
 
 def check_targets(schedule: Schedule, base_ap: float, visits: int) -> None:

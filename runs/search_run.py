@@ -24,7 +24,14 @@ from models.widths import Widths
 from pruning.budget import DETECTOR_POWERS, EVALUATIONS, POWERS, BudgetSearch
 from pruning.cache_plan import BatchShape, CachePlanner, shape_of
 from pruning.cache_setup import batch_numbers, cache_options, cache_uses, sizes_of, split_by_size
-from pruning.checks import check_base_ap, check_targets, lowest_target_ap, warn_of_images, warn_of_low_target
+from pruning.checks import (
+    check_base_ap,
+    check_targets,
+    lowest_target_ap,
+    warn_of_base_ap,
+    warn_of_images,
+    warn_of_low_target,
+)
 from pruning.cost import Cost, cost_of, cost_table, step_shares, transformer_params_at
 from pruning.cost_tables import prices_of
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
@@ -138,13 +145,13 @@ class SearchRun:
         return self.planner
 
     def base_ap(self) -> float:
-        """Return the mAP before the search, above 0.
+        """Return the mAP before the search, above 0 unless --keep is given.
 
         Raises:
             UserError: the mAP or a target is not above 0, with which every module would shrink to one unit.
         """
         base_ap = self.bench.full_ap()
-        check_base_ap(split_of(self.options.data, self.split), self.options.run.resume, base_ap)
+        check_base_ap(split_of(self.options.data, self.split), self.options.run.resume, base_ap, self.config.keep)
         if self.config.keep is None:
             check_targets(self.schedule, base_ap, self._visits)
         return base_ap
@@ -200,6 +207,7 @@ class SearchRun:
         """Log warnings about the result before the search begins."""
         if not distributed.is_main():
             return
+        warn_of_base_ap(base_ap)
         if self.config.keep is None:
             warn_of_low_target(lowest_target_ap(self.schedule, base_ap, self._visits), base_ap)
         warn_of_images(self.options.data, self.split, self.bench.method.is_calibrated)
