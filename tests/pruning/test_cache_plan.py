@@ -12,7 +12,7 @@ from datasets.coco import build_dataset
 from models.state import Features
 from pruning import cache_plan
 from pruning.cache_plan import CacheOptions, CachePlanner, Uses, shape_of
-from pruning.cache_setup import batch_shapes, cache_options
+from pruning.cache_setup import cache_options
 from pruning.config import SearchConfig
 from pruning.schedule import GP, MGP
 from pruning.state_cache import PassCounter, StateCache
