@@ -57,8 +57,8 @@ class BlockReconstruction:
             self._unpruned = copy.deepcopy(calibration.model).requires_grad_(False)
             self._unpruned_cache = calibration.cache.twin(self._unpruned)
         self._changed: set[str] = set()
-        counts = distributed.gather_objects(sum(len(calibration.image_ids(p)) for p in range(len(calibration.batches))))
-        self._images = sum(counts)
+        own_images = sum(len(calibration.cache.targets[batch]) for batch in calibration.batches)
+        self._images = sum(distributed.gather_objects(own_images))
 
     def begin(self, module: PrunableModule) -> None:
         """Make `module` the current block."""
