@@ -103,7 +103,7 @@ def test_main_evaluates_what_a_search_found(folder, searched, tmp_path):  # noqa
     text = f"--coco_path {folder} --resume {result.path} --eval --output_dir {tmp_path} --device cpu --num_workers 0"
     main(*parse(argparse.ArgumentParser(parents=[get_args_parser()]), text.split()))
     found = json.loads((tmp_path / "eval.json").read_text())
-    assert found["stats"]["AP"] == pytest.approx(result.ap, abs=1e-3)
+    assert found["AP"] == pytest.approx(result.ap, abs=1e-3)
 
 
 @pytest.mark.parametrize(
