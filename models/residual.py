@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.layers import GatedModule
+from util.errors import UserError
 
 BLOCK = "residual_block"  # key of a block's gates, and its name for the observer
 
@@ -29,6 +30,9 @@ class ResidualBlock(GatedModule):
 
     Attributes:
         parts: names of the sets of inner channels.
+
+    Raises:
+        UserError: a convolution has groups, or its padding is not zeros.
     """
 
     conv1: nn.Conv2d
@@ -47,6 +51,7 @@ class ResidualBlock(GatedModule):
         for number in range(1, last + 1):
             convolution, norm = block.get_submodule(f"conv{number}"), block.get_submodule(f"bn{number}")
             assert isinstance(convolution, nn.Conv2d)
+            _check(convolution)
             if width != block.conv1.out_channels:
                 inputs = convolution.in_channels if number == 1 else width
                 outputs = convolution.out_channels if number == last else width
@@ -107,6 +112,13 @@ def block_widths(backbone: str, return_layer: str) -> tuple[tuple[int, ...], ...
         resnet = torchvision.models.get_model(backbone)
     stages = [f"layer{number}" for number in range(1, int(return_layer.removeprefix("layer")) + 1)]
     return tuple(tuple(block.conv1.out_channels for block in resnet.get_submodule(stage)) for stage in stages)
+
+
+def _check(convolution: nn.Conv2d) -> None:
+    if convolution.groups != 1 or convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
+        raise UserError(
+            f"--backbone: found {convolution} in a residual block, expected one group and a number of zeros around"
+        )
 
 
 def _gated_map(x: Tensor, gate: Tensor | None) -> Tensor:

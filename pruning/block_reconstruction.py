@@ -48,17 +48,22 @@ class BlockReconstruction:
     """Gates residual blocks to kept sets and refits them; the calibration's cache is at the current block's input.
 
     Blocks are pruned in network order. A block's weights are those before any cut when it is applied.
+
+    Attributes:
+        changed: names of the blocks that differ from the unpruned detector's.
     """
 
-    def __init__(self, calibration: Calibration, level: str) -> None:
+    def __init__(self, calibration: Calibration, level: str, *, refits_whole: bool) -> None:
+        """See `Reconstruction`."""
         self.level = level
+        self._refits_whole = refits_whole
         self._calibration = calibration
         if calibration.cache.scope == "detector":
             self._unpruned = copy.deepcopy(calibration.model).requires_grad_(False)
             self._unpruned_cache = calibration.cache.twin(self._unpruned)
-        self._changed: set[str] = set()
-        counts = distributed.gather_objects(sum(len(calibration.image_ids(p)) for p in range(len(calibration.batches))))
-        self._images = sum(counts)
+        self.changed: set[str] = set()
+        own_images = sum(len(calibration.cache.targets[batch]) for batch in calibration.batches)
+        self._images = sum(distributed.gather_objects(own_images))
 
     def begin(self, module: PrunableModule) -> None:
         """Make `module` the current block."""
@@ -70,12 +75,12 @@ class BlockReconstruction:
 
     def restored(self, name: str) -> None:
         """Note that a block has its weights before any cut."""
-        self._changed.discard(name)
+        self.changed.discard(name)
 
     @property
     def _follows_a_cut(self) -> bool:
         names = self._calibration.model.block_names
-        return any(name in self._changed for name in names[: names.index(self._module.name)])
+        return any(name in self.changed for name in names[: names.index(self._module.name)])
 
     @property
     def _block(self) -> ResidualBlock:
@@ -85,10 +90,10 @@ class BlockReconstruction:
     def apply(self, kept: Kept) -> float:
         """Gate the current block, which has its weights before any cut, and refit it; return the predicted damage."""
         module, is_repaired = self._module, self.level == "full" and self._follows_a_cut
-        if width_of(kept) == module.width and not is_repaired:
+        if width_of(kept) == module.width and not (is_repaired and self._refits_whole):
             return 0.0
         set_gate(module, kept, self._calibration.device)
-        self._changed.add(module.name)
+        self.changed.add(module.name)
         damage = 0.0
         for number in range(1 if is_repaired else 2, len(module.parts) + 2):
             inputs = torch.arange(self._block.conv1.in_channels) if number == 1 else kept[module.parts[number - 2]]
@@ -158,7 +163,7 @@ class BlockReconstruction:
                 positions = self._positions(convolution, inputs, chosen)
                 weights = self._weights(number, stream.place)[rows]
                 nothing = inputs.new_zeros(len(rows), 0, *output_size(convolution, inputs.shape[-2:]))
-                return moments_at([(inputs, convolution)], nothing, weights, positions)
+                return self._moments_at([(inputs, convolution)], nothing, weights, positions)
 
             found = self._sums(lambda stream: [moments_of(stream, 0), moments_of(stream, 1)])
             layer = as_linear(convolution, norm)
@@ -237,10 +242,23 @@ class BlockReconstruction:
                 return one_sided(y + added, x @ weight.T + constant + added) - added
 
             weights = self._weights(number, stream.place)
-            return [moments_at(sources, targets - identity, weights, positions, None if last is None else change)]
+            changed = None if last is None else change
+            return [self._moments_at(sources, targets - identity, weights, positions, changed)]
 
         (found,) = self._sums(moments_of)
         assert found is not None
+        return found
+
+    def _moments_at(
+        self,
+        sources: Sequence[tuple[Tensor, nn.Conv2d]],
+        outputs: Tensor,
+        weights: Tensor,
+        positions: Tensor,
+        change_targets: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Moments:
+        found = moments_at(sources, outputs, weights, positions, change_targets)
+        self._calibration.cache.counter.moment_macs += positions.numel() * found.macs_per_row
         return found
 
     def _sums(self, measure: Callable[[Stream], list[Moments | None]]) -> list[Moments | None]:
@@ -268,7 +286,9 @@ class BlockReconstruction:
             pairs: Iterator[tuple[Tensor, Tensor]] = zip(pruned, unpruned, strict=True)
         else:
             pairs = ((maps, maps) for maps in pruned)
+        name, stop = self._module.name, cache.step_after(self._module.name)
         for place, (maps, other) in enumerate(pairs):
+            cache.counter.add(name, stop, len(maps) if other is maps else 2 * len(maps))
             yield Stream(place, self._calibration.image_ids(place), maps, other)
 
     @property

@@ -88,9 +88,7 @@ class Calibration:
             NonFiniteLossError: an activation is not finite; raised in every process after the last batch.
         """
         bad: set[int] = set()
-        names = self.cache.steps
-        following = names.index(module.name) + 1
-        stop = names[following] if following < len(names) else None
+        stop = self.cache.step_after(module.name)
         block = module.block
         for place, (state, _) in enumerate(self._states()):
             seen: dict[str, Any] = {}

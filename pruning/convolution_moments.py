@@ -16,21 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.moments import Moments
-from util.errors import UserError
 
 ROWS_PER_UNKNOWN = 40  # chosen on the demo, see `positions_per_image`
 ROW_BYTES_AT_ONCE = 2**27  # of patches in one product: bounds memory and float32 rounding errors
-
-
-def unknowns_of(convolution: nn.Conv2d) -> int:
-    """Return the inputs of one output: channels times the kernel's area.
-
-    Raises:
-        UserError: the convolution has groups, or its padding is not zeros.
-    """
-    if convolution.groups != 1 or convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
-        raise UserError(f"{convolution}: found groups or padding by name or mode, expected one group and zeros around")
-    return convolution.in_channels * math.prod(convolution.kernel_size)
 
 
 def positions_per_image(unknowns: int, positions: int, images: int, rows_per_unknown: int = ROWS_PER_UNKNOWN) -> int:

@@ -59,13 +59,18 @@ class Reconstruction:
         original: values before any cut of the parameters that a reconstruction may change, by key.
     """
 
-    def __init__(self, calibration: Calibration, level: str) -> None:
-        """`level` is one of `LEVELS`; fits use the images of `calibration`."""
+    def __init__(self, calibration: Calibration, level: str, *, refits_whole: bool = True) -> None:
+        """`level` is one of `LEVELS`; fits use the images of `calibration`.
+
+        Args:
+            refits_whole: whether level `full` also refits whole residual blocks after pruned ones. A search by visits
+                needs False: it takes a whole module to leave the mAP unchanged.
+        """
         self.level = level
         self._calibration = calibration
         self._parameters = calibration.model.state_dict(keep_vars=True)
         self._modules: Mapping[str, PrunableModule] = calibration.model.prunable_modules(calibration.cache.scope)
-        self._blocks = BlockReconstruction(calibration, level)
+        self._blocks = BlockReconstruction(calibration, level, refits_whole=refits_whole)
         keys = {key for module in self._modules.values() for key in _keys(module)}
         self.original = {key: self._parameters[key].detach().clone() for key in keys}
         self._name = ""
@@ -144,14 +149,27 @@ class Reconstruction:
         return self._parameters[key].detach().cpu().clone()
 
     def weights(self) -> dict[str, Tensor]:
-        """Return copies of all parameters that a reconstruction may change."""
+        """Return copies of all parameters that a reconstruction may change, for `load`."""
         return {key: self._parameters[key].detach().clone() for key in self.original}
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Set parameters to the values that `weights` returned."""
+        """Set these parameters."""
         for key, value in weights.items():
             self._parameters[key].copy_(value)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Restore the weights that `weights` returned; the gates of that time are set already."""
+        self.set_weights(weights)
+        self._blocks.changed = {
+            name
+            for name, module in self._modules.items()
+            if module.kind == BLOCK
+            and (
+                module.layer.gate(BLOCK)[0] is not None
+                or any(not torch.equal(weights[key], self.original[key]) for key in _keys(module))
+            )
+        }
 
     def hidden_moments(self) -> Moments:
         """Return the moments of the output layer's inputs and outputs in the whole module."""

@@ -135,7 +135,7 @@ class StateCache:
         Both share images and features, and half of the memory that is left each.
         """
         other = copy.copy(self)
-        other._model, other._stored = model, {}
+        other._model, other._stored = model, dict(self._stored)  # `forget` counts their bytes
         left = self.storage.max_bytes - self.nbytes
         self.storage = other.storage = dataclasses.replace(self.storage, max_bytes=self.nbytes + left / 2)
         other.forget()
@@ -193,6 +193,11 @@ class StateCache:
         self.counter.add(self.position, None, state.num_images)
         with autocast(self._device, self._amp):
             return self._model.outputs(self._model.run_steps(state, self.position))
+
+    def step_after(self, name: str) -> str | None:
+        """Return the step after `name`, None after the last."""
+        following = self.steps.index(name) + 1
+        return self.steps[following] if following < len(self.steps) else None
 
     def forget(self) -> None:
         """Drop all states, which other weights or gates made, and go back to the features."""

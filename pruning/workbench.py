@@ -129,7 +129,9 @@ class DetectorBench:
         self.loss = 0.0
         if method.is_calibrated:
             self._calibration = Calibration(model, criterion, self.cache, calibrated, passes.device, passes.amp)
-            self._reconstruction = Reconstruction(self._calibration, method.reconstruction)
+            self._reconstruction = Reconstruction(
+                self._calibration, method.reconstruction, refits_whole=method.search == "global"
+            )
             self.loss = self._calibration.loss
         self.ranking = self._build_ranking(model, criterion, passes.images_at_once, seed)
 
@@ -203,7 +205,7 @@ class DetectorBench:
         for name, module in self.modules.items():
             module.layer.gates.update(gates[name])
         if self._reconstruction is not None:
-            self._reconstruction.set_weights(weights)
+            self._reconstruction.load(weights)
 
     def subset_ap(self, name: str) -> float:
         """Return mAP of the subset for modules of this kind."""

@@ -107,3 +107,13 @@ def test_each_image_may_have_its_own_gate(name):
 def test_imagenet_weights_for_a_cut_backbone_are_a_user_error():
     with pytest.raises(UserError, match=r"--pretrained_backbone: found --cfgs that cut the backbone"):
         Backbone("resnet18", "layer3", False, "BatchNorm2d", pretrained=True, widths=SLIM["resnet18"])
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"padding_mode": "reflect"}, {"padding": "same"}])
+def test_a_convolution_that_cannot_be_cut_is_a_user_error(options):
+    block = torchvision.models.get_model("resnet18").layer1[0]
+    block.conv2 = torch.nn.Conv2d(64, 64, 3, **{"padding": 1, **options})
+    with pytest.raises(
+        UserError, match=r"--backbone: found Conv2d\(64, 64, .*expected one group and a number of zeros"
+    ):
+        ResidualBlock(block, 64)

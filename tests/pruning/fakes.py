@@ -67,6 +67,11 @@ class FakeBench:
         self.widths[name] = width_of(kept)
         return self.damage(name, self.widths[name])
 
+    def damages(self, name: str, order: Order, widths: Sequence[int]) -> dict[int, float]:
+        damages = {width: self.set_kept(name, order.kept(width)) for width in widths}
+        self.set_kept(name, order.kept(self.modules[name].width))
+        return damages
+
     def subset_ap(self, name: str) -> float:
         self.asked.append(("subset", name, self.widths[name]))
         return self.ap(self.widths, False)

@@ -12,7 +12,7 @@ from datasets.coco import build_dataset
 from models.state import Features
 from pruning import cache_plan
 from pruning.cache_plan import CacheOptions, CachePlanner, Uses, shape_of
-from pruning.cache_setup import batch_shapes, cache_options
+from pruning.cache_setup import cache_options, sizes_of, split_by_size
 from pruning.config import SearchConfig
 from pruning.schedule import GP, MGP
 from pruning.state_cache import PassCounter, StateCache
@@ -310,10 +310,21 @@ def test_shapes_are_those_of_the_batches_without_reading_images(variant):
     dataset = build_dataset("val2017", args)
     read = [shape_of([tuple(dataset[index][0].shape[-2:]) for index in batch]) for batch in batches]
     dataset.folder = None
-    assert batch_shapes(dataset, batches, args.image_size, (1, 1)) == read
+
+    def shapes(default_hw):
+        size_hw = sizes_of(dataset, args.image_size, default_hw)
+        return [shape_of([size_hw(index) for index in batch]) for batch in batches]
+
+    assert shapes((1, 1)) == read
     dataset.annotations = dataclasses.replace(dataset.annotations, sizes_wh=0 * dataset.annotations.sizes_wh)
-    assert batch_shapes(dataset, batches, args.image_size, (5, 7))[0] == shape_of([(5, 7), (5, 7)])
+    assert shapes((5, 7))[0] == shape_of([(5, 7), (5, 7)])
     assert {shape.is_padded for shape in read} == {True}
+
+
+def test_batches_are_split_into_images_of_one_size():
+    sizes = [(64, 64), (64, 80), (64, 64), (80, 64), (80, 64)]
+    split = split_by_size([[0, 1, 2], [3, 4], [1]], [0, 2, 4], sizes.__getitem__)
+    assert split == ([[0, 2], [1], [3, 4], [1]], [0, 0, 2, 4])
 
 
 @pytest.mark.parametrize("variant", rest_in_soak([*VARIANTS], ["dense"]), indirect=True)

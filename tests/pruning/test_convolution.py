@@ -9,21 +9,12 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from pruning.convolution import (
-    as_linear,
-    damage_curve,
-    damage_of,
-    elimination_order,
-    inputs_of_channels,
-    new_weights,
-    one_sided,
-    refit_channels,
-)
+from pruning.convolution import as_linear, convolution_weights, inputs_of_channels, kernel_area, one_sided
 from pruning.convolution_moments import (
     draw_positions,
     moments_at,
@@ -31,13 +22,11 @@ from pruning.convolution_moments import (
     outputs_at,
     patches_at,
     positions_per_image,
-    unknowns_of,
 )
 from pruning.least_squares import refit
-from pruning.moments import Moments
+from pruning.moments import DAMPING, Moments
 from tests.pruning.samples import quick
 from tests.pruning.test_moments import assert_equal
-from util.errors import UserError
 
 IMAGES = 6
 HARDLY = 1e-12  # damping that does not show
@@ -54,7 +43,7 @@ class Layer:
 
     @property
     def area(self) -> int:
-        return self.convolution.kernel_size[0] * self.convolution.kernel_size[1]
+        return kernel_area(self.convolution)
 
     @property
     def outputs(self) -> Tensor:
@@ -67,7 +56,22 @@ class Layer:
         where = slice(ids.start, ids.stop)
         positions = draw_positions(ids, count, count, seed=0)
         weights = self.position_weights[where]
-        return moments_at(self.inputs[where], outputs[where], weights, self.convolution, positions)
+        return moments_at([(self.inputs[where], self.convolution)], outputs[where], weights, positions)
+
+    def fit(self, start: Tensor, moments: Moments, kept: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+        """Weight and constant for some input channels."""
+        inputs = inputs_of_channels(kept, self.area)
+        return refit(start[:, inputs], moments.of_channels(inputs), damping)
+
+    def weights(self, fitted: Tensor, constant: Tensor, kept: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+        """The convolution's weight and the batch norm's bias for a fit."""
+        of_kept = moments.of_channels(inputs_of_channels(kept, self.area))
+        (weight,), bias = convolution_weights(self.pairs, [kept], fitted, constant, of_kept)
+        return weight, bias
+
+    @property
+    def pairs(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        return [(self.convolution, self.norm)]
 
     def error(self, outputs: Tensor, targets: Tensor) -> float:
         """Weighted mean over positions of the squared distance."""
@@ -130,12 +134,6 @@ def kept_layers(draw: st.DrawFn) -> tuple[Layer, Tensor]:
     return layer, torch.tensor(sorted(draw(st.sets(st.sampled_from(channels), min_size=1))))
 
 
-def random_metric(size: int, seed: int) -> Tensor:
-    root = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    metric = root @ root.T + 0.01 * torch.eye(size, dtype=torch.float64)
-    return metric / metric.trace()
-
-
 @quick
 @given(layer=layers(), seed=st.integers(0, 100))
 def test_a_convolution_is_a_linear_layer_over_its_patches(layer, seed):
@@ -169,7 +167,7 @@ def test_the_moments_of_two_processes_add_up_to_those_of_one(layer, cut):
     def moments(ids: range) -> Moments:
         positions, where = draw_positions(ids, count, -(-count // 3), seed=7), slice(ids.start, ids.stop)
         outputs, weights = layer.outputs[where], layer.position_weights[where]
-        return moments_at(layer.inputs[where], outputs, weights, layer.convolution, positions)
+        return moments_at([(layer.inputs[where], layer.convolution)], outputs, weights, positions)
 
     assert_equal(moments(range(cut)) + moments(range(cut, IMAGES)), moments(range(IMAGES)))
 
@@ -195,7 +193,7 @@ def test_moments_of_drawn_positions_are_those_of_all_on_average():
     outputs = convolution(inputs)
 
     def moments(count: int, seed: int) -> Tensor:
-        found = moments_at(inputs, outputs, weights, convolution, draw_positions(range(4), 36, count, seed))
+        found = moments_at([(inputs, convolution)], outputs, weights, draw_positions(range(4), 36, count, seed))
         return torch.cat([found.weight[None], found.x, found.xx.flatten(), found.yx.flatten(), found.yy.flatten()])
 
     whole = moments(36, 0)
@@ -212,20 +210,14 @@ def test_enough_positions_are_drawn_and_no_image_too_many(unknowns, positions, i
     assert count == positions or 40 * unknowns <= count * images < 40 * unknowns + images
 
 
-@pytest.mark.parametrize("options", [{"groups": 2}, {"padding_mode": "reflect"}, {"padding": "same"}])
-def test_other_convolutions_are_refused(options):
-    with pytest.raises(UserError, match="expected one group and zeros around"):
-        unknowns_of(nn.Conv2d(4, 4, 3, **options))
-
-
 @quick
 @given(kept_layer=kept_layers())
 def test_a_refit_is_the_least_squares_solution(kept_layer):
     layer, kept = kept_layer
     moments, targets = layer.moments(), layer.outputs
     weight = torch.zeros_like(as_linear(layer.convolution, layer.norm)[0])
-    fitted, constant = refit_channels(weight, moments, kept, layer.area, HARDLY)
-    found = layer.cut(kept, *new_weights(layer.convolution, layer.norm, fitted, constant, kept, moments))
+    fitted, constant = layer.fit(weight, moments, kept, HARDLY)
+    found = layer.cut(kept, *layer.weights(fitted, constant, kept, moments))
     convolution = layer.convolution
     patches = F.unfold(
         layer.inputs[:, kept], convolution.kernel_size, convolution.dilation, convolution.padding, convolution.stride
@@ -245,8 +237,8 @@ def test_a_refit_is_never_worse_than_none(kept_layer, damping, shift):
     targets = layer.outputs + shift * layer.outputs.roll(1, 0)  # what nobody's weights give
     moments = layer.moments(targets)
     weight, _ = as_linear(layer.convolution, layer.norm)
-    fitted, constant = refit_channels(weight, moments, kept, layer.area, damping)
-    found = layer.cut(kept, *new_weights(layer.convolution, layer.norm, fitted, constant, kept, moments))
+    fitted, constant = layer.fit(weight, moments, kept, damping)
+    found = layer.cut(kept, *layer.weights(fitted, constant, kept, moments))
     before = layer.cut(kept, layer.convolution.weight[:, kept], layer.norm.bias)
     assert layer.error(found, targets) <= layer.error(before, targets) * (1 + 1e-9) + 1e-9
 
@@ -261,7 +253,7 @@ def test_one_sided_targets_never_raise_the_error_before_a_relu(kept_layer, dampi
     for _ in range(4):
         moments = layer.moments(wanted)
         fitted, constant = refit(fitted, moments.of_channels(inputs), damping)
-        found = layer.cut(kept, *new_weights(layer.convolution, layer.norm, fitted, constant, kept, moments))
+        found = layer.cut(kept, *layer.weights(fitted, constant, kept, moments))
         errors.append(layer.error(torch.where(targets > 0, found, found.clamp(min=0)), targets.clamp(min=0)))
         wanted = one_sided(targets, found)
     assert all(after <= before * (1 + 1e-6) + 1e-9 for before, after in pairwise(errors))
@@ -272,8 +264,8 @@ def test_one_sided_targets_never_raise_the_error_before_a_relu(kept_layer, dampi
 def test_a_whole_layer_keeps_its_weights(layer, damping):
     everything = torch.arange(layer.convolution.in_channels)
     moments, (weight, _) = layer.moments(), as_linear(layer.convolution, layer.norm)
-    fitted, constant = refit_channels(weight, moments, everything, layer.area, damping)
-    found, bias = new_weights(layer.convolution, layer.norm, fitted, constant, everything, moments)
+    fitted, constant = layer.fit(weight, moments, everything, damping)
+    found, bias = layer.weights(fitted, constant, everything, moments)
     torch.testing.assert_close(found, layer.convolution.weight, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(bias, layer.norm.bias, rtol=1e-5, atol=1e-4)
 
@@ -287,7 +279,7 @@ def test_weights_and_bias_give_what_was_fitted(kept_layer, seed):
     weight = torch.randn(outputs, len(kept) * layer.area, generator=generator, dtype=torch.float64)
     constant = torch.randn(outputs, generator=generator, dtype=torch.float64)
     layer.norm.weight.data = layer.norm.weight.sign() * layer.norm.weight.abs().clamp(min=0.1)
-    found = layer.cut(kept, *new_weights(layer.convolution, layer.norm, weight, constant, kept, layer.moments()))
+    found = layer.cut(kept, *layer.weights(weight, constant, kept, layer.moments()))
     expected = layer.apply(weight, constant, kept)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
@@ -299,77 +291,10 @@ def test_a_channel_that_the_norm_multiplies_with_nothing_keeps_its_weight_and_ge
     layer = Layer(convolution, norm, torch.rand(IMAGES, 3, 4, 4, dtype=torch.float64), torch.ones(IMAGES, 16))
     targets, kept = torch.rand(IMAGES, 2, 4, 4, dtype=torch.float64), torch.tensor([0, 2])
     moments = layer.moments(targets)
-    fitted, constant = refit_channels(as_linear(convolution, norm)[0], moments, kept, 1)
-    weight, bias = new_weights(convolution, norm, fitted, constant, kept, moments)
+    fitted, constant = layer.fit(as_linear(convolution, norm)[0], moments, kept)
+    weight, bias = layer.weights(fitted, constant, kept, moments)
     assert torch.equal(weight[0], convolution.weight[0, kept])
     torch.testing.assert_close(layer.cut(kept, weight, bias)[:, 0].mean(), targets[:, 0].mean())
-
-
-@quick
-@given(layer=layers(), seed=st.integers(0, 100))
-def test_the_first_channel_to_go_is_the_one_of_least_damage(layer, seed):
-    moments, (weight, _) = layer.moments(), as_linear(layer.convolution, layer.norm)
-    metric, channels = random_metric(len(weight), seed), torch.arange(layer.convolution.in_channels)
-    assume(len(channels) > 1 and layer.position_weights.numel() > 3 * weight.shape[1])  # damping hardly shows then
-    order = elimination_order(weight, moments, metric, layer.area)
-    assert torch.equal(order.sort().values, channels)
-
-    def damage(kept: Tensor) -> float:
-        fitted, _ = refit_channels(weight, moments, kept, layer.area, HARDLY)
-        return damage_of(fitted, moments, kept, layer.area, metric, 1.0)
-
-    least = min(damage(channels[channels != channel]) for channel in channels)
-    found = damage(order[:-1].sort().values)
-    assert found == pytest.approx(least, rel=0.05, abs=1e-6)
-
-
-@quick
-@given(layer=layers(), seed=st.integers(0, 100), least=st.integers(0, 4))
-def test_an_order_stops_at_the_least_width(layer, seed, least):
-    moments, (weight, _) = layer.moments(), as_linear(layer.convolution, layer.norm)
-    metric = random_metric(len(weight), seed)
-    whole = elimination_order(weight, moments, metric, layer.area)
-    least = min(least, len(whole))
-    found = elimination_order(weight, moments, metric, layer.area, least)
-    assert torch.equal(found[least:], whole[least:])
-    assert torch.equal(found[:least].sort().values, whole[:least].sort().values)
-
-
-@quick
-@given(layer=layers(), seed=st.integers(0, 100), level=st.floats(0.01, 100))
-def test_the_damage_is_the_weighted_error_of_the_cut_layer_in_the_metric(layer, seed, level):
-    moments, (weight, bias) = layer.moments(), as_linear(layer.convolution, layer.norm)
-    metric, channels = random_metric(len(weight), seed), layer.convolution.in_channels
-    order = elimination_order(weight, moments, metric, layer.area)
-    widths = range(1, channels + 1)
-    curve = damage_curve(weight, moments, order, widths, layer.area, metric, level)
-    assert list(curve) == list(widths)
-    assert curve[channels] == pytest.approx(0, abs=1e-6 * level * float(moments.yy.trace() / moments.weight))
-    root = torch.linalg.cholesky(metric)
-    for width, damage in curve.items():
-        kept = order[:width].sort().values
-        fitted, constant = refit_channels(weight, moments, kept, layer.area)
-        found = layer.apply(fitted, constant, kept)
-        targets = layer.apply(weight, bias, torch.arange(channels))
-        error = layer.error(*(torch.einsum("bdhw,de->behw", maps, root) for maps in (found, targets)))
-        assert damage == pytest.approx(level * error, rel=1e-4, abs=1e-6 * level)
-
-
-@quick
-@given(layer=layers(), seed=st.integers(0, 100))
-def test_a_curve_judged_on_other_images_is_the_error_there(layer, seed):
-    fitted_on, judged_on = (layer.moments(ids=ids) for ids in (range(3), range(3, IMAGES)))
-    weight, _ = as_linear(layer.convolution, layer.norm)
-    metric, widths = random_metric(len(weight), seed), range(1, layer.convolution.in_channels + 1)
-    order = elimination_order(weight, fitted_on, metric, layer.area)
-    curve = damage_curve(weight, fitted_on, order, widths, layer.area, metric, 1.0, judged_on)
-    for width, damage in curve.items():
-        kept = order[:width].sort().values
-        fitted, _ = refit_channels(weight, fitted_on, kept, layer.area)
-        assert damage == damage_of(fitted, judged_on, kept, layer.area, metric, 1.0)
-        best, _ = refit_channels(weight, judged_on, kept, layer.area, HARDLY)
-        least = damage_of(best, judged_on, kept, layer.area, metric, 1.0)
-        assert damage >= least - 1e-6 * float(judged_on.yy.trace() / judged_on.weight)
 
 
 def test_a_block_that_adds_nothing_yet_keeps_its_weights():
@@ -379,11 +304,41 @@ def test_a_block_that_adds_nothing_yet_keeps_its_weights():
     inputs = torch.rand(IMAGES, 3, 4, 4, dtype=torch.float64)
     layer, kept = Layer(convolution, norm, inputs, torch.ones(IMAGES, 16)), torch.tensor([0, 2])
     moments = layer.moments()
-    fitted, constant = refit_channels(as_linear(convolution, norm)[0], moments, kept, 1)
-    weight, bias = new_weights(convolution, norm, fitted, constant, kept, moments)
+    fitted, constant = layer.fit(as_linear(convolution, norm)[0], moments, kept)
+    weight, bias = layer.weights(fitted, constant, kept, moments)
     assert torch.equal(weight, convolution.weight[:, kept])
     torch.testing.assert_close(bias, norm.bias, rtol=1e-9, atol=1e-9, check_dtype=False)
 
 
 def test_inputs_of_channels():
     assert inputs_of_channels(torch.tensor([0, 3]), 2).tolist() == [0, 1, 6, 7]
+
+
+@quick
+@given(pair=st.tuples(layers(), layers()), seed=st.integers(0, 100))
+def test_a_fit_of_two_layers_whose_outputs_are_added_is_converted_to_both(pair, seed):
+    first, second = pair
+    outputs, generator = first.convolution.out_channels, torch.Generator().manual_seed(seed)
+    second.convolution.weight.data = second.convolution.weight.data.repeat(5, 1, 1, 1)[:outputs]
+    second.convolution.out_channels = outputs
+    if second.convolution.bias is not None:
+        second.convolution.bias.data = second.convolution.bias.data.repeat(5)[:outputs]
+    both = [first, Layer(second.convolution, random_norm(FrozenBatchNorm2d, outputs, generator), second.inputs, None)]
+    sizes = [layer.convolution.weight[0].numel() for layer in both]
+    fitted = torch.randn(outputs, sum(sizes), generator=generator, dtype=torch.float64)
+    constant = torch.randn(outputs, generator=generator, dtype=torch.float64)
+    for layer in both:
+        layer.norm.weight.data = layer.norm.weight.sign() * layer.norm.weight.abs().clamp(min=0.1)
+    channels = [torch.arange(layer.convolution.in_channels) for layer in both]
+    nothing = Moments.of(torch.zeros(1, sum(sizes)), torch.zeros(1, outputs), torch.ones(1))
+    weights, bias = convolution_weights([p for layer in both for p in layer.pairs], channels, fitted, constant, nothing)
+    found = [
+        layer.cut(of_layer, weight, b)
+        for layer, of_layer, weight, b in zip(both, channels, weights, (bias, both[1].norm.bias), strict=True)
+    ]
+    parts = fitted.split(sizes, 1)
+    expected = [both[0].apply(parts[0], constant, channels[0]), both[1].apply(parts[1], None, channels[1])]
+    # The maps may differ in size, so each pair of pixels is compared: the sums differ by nothing anywhere.
+    difference = [(a - b).flatten(2) for a, b in zip(found, expected, strict=True)]
+    torch.testing.assert_close(difference[0][..., :1] + difference[1], torch.zeros_like(difference[1]))
+    torch.testing.assert_close(difference[0] + difference[1][..., :1], torch.zeros_like(difference[0]))
