@@ -6,7 +6,7 @@ from collections.abc import Callable
 from models.backbone import Backbone
 from models.config import DenoisingConfig, DetectorConfig, LossConfig, TrainedDetectorConfig
 from models.criterion import Criterion
-from models.denoising import DenoisingSettings
+from models.denoising_queries import DenoisingSettings
 from models.detector import Detector
 from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
 from models.dn_dab_detr.detector import DnDabDetr

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from models.denoising import slot_indices
+from models.denoising_queries import slot_indices
 from models.layers import at_least_float32
 from models.matcher import HungarianMatcher, Matches, giou_loss
 from util import distributed

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.denoising import DenoisingSettings, noised_queries, query_mask
+from models.denoising_queries import DenoisingSettings, noised_queries, query_mask
 from models.padding import (
     PaddedImages,
     group_by_size,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.config import DetectorConfig
-from models.denoising import DenoisingSettings
+from models.denoising_queries import DenoisingSettings
 from models.detector import Detector
 from models.dn_dab_detr.decoder import Decoder, DecoderLayer
 from models.dn_dab_detr.encoder import Encoder, EncoderLayer

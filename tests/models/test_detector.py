@@ -7,7 +7,7 @@ import torch
 
 from main import get_args_parser
 from models import build_model
-from models.denoising import DenoisingSettings, add_noise, noised_queries, query_mask, slot_indices
+from models.denoising_queries import DenoisingSettings, add_noise, noised_queries, query_mask, slot_indices
 from models.padding import resize_padding
 from models.state import DenoisingQueries, DetectorState
 from models.widths import Widths

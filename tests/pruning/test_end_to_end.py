@@ -319,6 +319,13 @@ def test_a_search_needs_an_map_to_hold_on_to(folder, tmp_path, monkeypatch, base
     assert not (tmp_path / "out").exists()
 
 
+def test_given_a_budget_a_search_needs_no_map(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(DetectorBench, "full_ap", lambda self, name=None: 0.0)
+    result = run(GP, folder, tmp_path / "out", "--keep 0.8")
+    assert result.ap == 0 and read_checkpoint(result.path).widths == result.widths
+    assert "mAP is 0 before the search" in (tmp_path / "out" / "run.log").read_text()
+
+
 def test_a_search_needs_a_checkpoint(folder, tmp_path):
     args, typed = parse(get_pruning_parser(GP, "a test"), ["--coco_path", str(folder), "--output_dir", str(tmp_path)])
     with pytest.raises(UserError, match="--resume"):
