@@ -66,7 +66,9 @@ def test_the_map_of_a_search_is_that_of_the_cut_detector(folders, searched, vari
     assert set(result.kept) == set(dense.prunable_modules("detector"))
     blocks = [name for name in result.kept if name.startswith(f"{BACKBONE}.")]
     full = dense.widths_in("detector")
-    assert any(result.widths.of(name) < full.of(name) for name in blocks)
+    narrowed = [name for name in result.kept if result.widths.of(name) < full.of(name)]
+    # Each visit has its own target, so the paper's search may leave every block of so small a detector whole.
+    assert set(narrowed) & set(result.kept if kind == "paper" else blocks)
     args = tiny_args(f"{SMALL} --coco_path {folders[variant]} --resume {result.path} --eval")
     slim = built(*settled(args)[:2])
     assert slim[0].widths == result.widths
