@@ -321,7 +321,8 @@ def test_a_search_needs_an_map_to_hold_on_to(folder, tmp_path, monkeypatch, base
 
 def test_given_a_budget_a_search_needs_no_map(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(DetectorBench, "full_ap", lambda self, name=None: 0.0)
-    result = run(GP, folder, tmp_path / "out", "--search fast --keep 0.8")
+    words = f"--batch_size 2 --coco_path {folder} --resume {folder}/dense.pth --output_dir {tmp_path}/out --keep 0.8"
+    result = search(GP, *parse(get_pruning_parser(GP, "a test"), words.split()))
     assert result.ap == 0 and read_checkpoint(result.path).widths == result.widths
     assert "mAP is 0 before the search" in (tmp_path / "out" / "run.log").read_text()
 
