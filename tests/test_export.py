@@ -159,7 +159,7 @@ def test_a_file_that_computes_something_else_is_not_written_and_the_script_ends_
     assert not list(tmp_path.glob(".dense*"))
 
 
-def test_the_check_feels_boxes_of_other_queries_wrong_labels_and_what_is_not_finite():
+def test_the_check_finds_boxes_of_other_queries_wrong_labels_and_values_that_are_not_finite():
     model, _, postprocessors = tiny_detector(seed=1)
     model.eval()
     postprocess = postprocessors["bbox"]
@@ -223,13 +223,13 @@ def test_every_opset_that_is_offered_works(tmp_path, checkpoint, opset, mask):
         ("--resume {path} --nheads 2", "--nheads 2"),
     ],
 )
-def test_what_cannot_be_exported_is_told(tmp_path, checkpoint, words, told):
+def test_what_cannot_be_exported_is_an_error(tmp_path, checkpoint, words, told):
     with pytest.raises(UserError, match=told):
         run_script("--output_dir", tmp_path / "out", *words.format(path=checkpoint[0]).split())
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_package_is_told_before_anything_is_done(tmp_path, checkpoint, monkeypatch):
+def test_a_missing_package_is_an_error_before_anything_is_done(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"package onnx.*pip install '\.\[export\]'"):
         run_script("--resume", checkpoint[0], "--output_dir", tmp_path)

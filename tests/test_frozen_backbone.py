@@ -24,7 +24,7 @@ def train(coco: Path, out: Path, words: str) -> dict:
     return torch.load(out / "checkpoint.pth", weights_only=True)
 
 
-def go_on(coco: Path, out: Path, words: str = "") -> dict:
+def resume_run(coco: Path, out: Path, words: str = "") -> dict:
     main.main(*options("--coco_path", coco, "--output_dir", out, "--resume", out / "checkpoint.pth",
                        f"--num_workers 0 --device cpu {words}"))  # fmt: skip
     return torch.load(out / "checkpoint.pth", weights_only=True)
@@ -89,16 +89,16 @@ def test_a_frozen_backbone_is_unchanged_and_the_run_resumes_exactly(coco, tmp_pa
     transformer = len(whole["optimizer"]["param_groups"][0]["params"])
     assert set(whole["optimizer"]["state"]) <= set(range(transformer))
     train(coco, tmp_path / "parts", f"{words} --epochs 1")
-    parts = go_on(coco, tmp_path / "parts", "--epochs 2")
+    parts = resume_run(coco, tmp_path / "parts", "--epochs 2")
     assert differing(*({**content, "args": None} for content in (whole, parts))) == []
 
 
 def test_a_run_may_be_resumed_with_the_backbone_frozen_and_no_longer_frozen(coco, tmp_path):
     first = train(coco, tmp_path, f"{BATCH_NORM} --epochs 1 --lr_backbone 1e-3")
-    second = go_on(coco, tmp_path, "--epochs 2 --lr_backbone 0")
+    second = resume_run(coco, tmp_path, "--epochs 2 --lr_backbone 0")
     assert differing(backbone_of(first), backbone_of(second)) == []
     assert "--lr_backbone 0.001 -> 0.0" in (tmp_path / "run.log").read_text()
-    third = go_on(coco, tmp_path, "--epochs 3 --lr_backbone 1e-3")
+    third = resume_run(coco, tmp_path, "--epochs 3 --lr_backbone 1e-3")
     assert differing(backbone_of(second), backbone_of(third)) != []
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["lr_backbone"] for line in lines] == [1e-3, 0, 1e-3]

@@ -189,13 +189,13 @@ def test_a_distilled_run_logs_its_losses_and_resumes_bit_by_bit(coco, trained, t
     assert not any(name.startswith("test_loss_distill") for name in line)
 
     train(coco, tmp_path / "parts", "--epochs 1", *start)
-    go_on = ("--coco_path", coco, "--output_dir", tmp_path / "parts", "--resume", tmp_path / "parts" / "checkpoint.pth",
+    resume = ("--coco_path", coco, "--output_dir", tmp_path / "parts", "--resume", tmp_path / "parts" / "checkpoint.pth",
              "--epochs 2 --num_workers 0 --device cpu")  # fmt: skip
     teacher.rename(tmp_path / "moved.pth")
     with pytest.raises(UserError, match=r"^--distill .*teacher\.pth: no such file, expected a checkpoint$"):
-        main.main(*options(*go_on))
+        main.main(*options(*resume))
     (tmp_path / "moved.pth").rename(teacher)
-    main.main(*options(*go_on))
+    main.main(*options(*resume))
     resumed, whole = (torch.load(tmp_path / run / "checkpoint.pth", weights_only=True) for run in ("parts", "whole"))
     assert resumed["args"]["distill"] == str(teacher) and resumed["args"]["distill_memory_coef"] == 3
     del resumed["args"], whole["args"]
@@ -289,7 +289,7 @@ def teachers_folder(trained, annotated, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_an_unsuitable_teacher_is_one_sentence_and_nothing_is_written(
+def test_an_unsuitable_teacher_is_a_one_line_error_and_nothing_is_written(
     teacher, coco, trained, teachers_folder, tmp_path
 ):
     path, message = TEACHERS[teacher]

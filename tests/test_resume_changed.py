@@ -50,7 +50,7 @@ def begin(coco: Path, out: Path, words: str, monkeypatch: pytest.MonkeyPatch, ep
                                 "--coco_path", coco, "--output_dir", out))  # fmt: skip
 
 
-def go_on(coco: Path, out: Path, words: str = "") -> None:
+def resume_run(coco: Path, out: Path, words: str = "") -> None:
     """The rest of the run."""
     main.main(*options("--coco_path", coco, "--output_dir", out, "--resume", out / "checkpoint.pth",
                        f"--num_workers 0 --device cpu {words}"))  # fmt: skip
@@ -68,11 +68,11 @@ def other(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("change", CHANGES)
-def test_rates_go_on_as_if_nothing_had_changed(coco, other, tmp_path, monkeypatch, schedule, change):
+def test_learning_rates_continue_as_without_a_stop(coco, other, tmp_path, monkeypatch, schedule, change):
     words, facts = SCHEDULES[schedule]
     begin(coco, tmp_path, words, monkeypatch)
     words, steps, *said = CHANGES[change]
-    go_on(coco, tmp_path, words.format(other=other))
+    resume_run(coco, tmp_path, words.format(other=other))
     expected = [
         mean(rate((epoch + (step + 0.5) / n) / EPOCHS, **facts) for step in range(n))
         for epoch, n in enumerate([4, *[steps] * (EPOCHS - 1)])
@@ -83,12 +83,12 @@ def test_rates_go_on_as_if_nothing_had_changed(coco, other, tmp_path, monkeypatc
     assert log.count(" continues with ") == 1 and all(text in log for text in said)
 
 
-def test_an_unchanged_run_says_nothing_and_a_typed_option_is_named(coco, tmp_path, monkeypatch):
+def test_an_unchanged_run_logs_nothing_and_a_changed_option_is_named(coco, tmp_path, monkeypatch):
     begin(coco, tmp_path, "", monkeypatch, epochs=2)
-    go_on(coco, tmp_path)
+    resume_run(coco, tmp_path)
     assert " continues with " not in (tmp_path / "run.log").read_text()
     assert rates_of(tmp_path) == [LR] * EPOCHS  # to the bit: a mean of equal rates is that rate
-    go_on(coco, tmp_path, f"--epochs {EPOCHS + 1} --lr 2e-5 --clip_max_norm 0.5")
+    resume_run(coco, tmp_path, f"--epochs {EPOCHS + 1} --lr 2e-5 --clip_max_norm 0.5")
     log = (tmp_path / "run.log").read_text()
     for text in ("epoch 5 continues with ", "--epochs 5 -> 6", "--lr 0.0001 -> 2e-05", "--clip_max_norm 0.1 -> 0.5"):
         assert text in log
@@ -108,22 +108,22 @@ def test_an_epoch_cut_short_starts_over_with_its_own_rates(coco, tmp_path, monke
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(torch.optim.AdamW, "step", stop_at_the_third)
-        go_on(coco, tmp_path)
-    go_on(coco, tmp_path, "--batch_size 2")
+        resume_run(coco, tmp_path)
+    resume_run(coco, tmp_path, "--batch_size 2")
     assert rates_of(tmp_path) == pytest.approx([LR * f for f in (0.97, 0.79, 0.5, 0.21, 0.03)], abs=0.02 * LR)
 
 
 def test_a_warm_up_keeps_its_length_in_images_until_another_is_typed(coco, tmp_path, monkeypatch):
     begin(coco, tmp_path, "--warmup_iters 16", monkeypatch)  # four epochs of four steps
-    go_on(coco, tmp_path, "--batch_size 4")
+    resume_run(coco, tmp_path, "--batch_size 4")
     assert rates_of(tmp_path) == pytest.approx([LR * f for f in (1 / 8, 3 / 8, 5 / 8, 7 / 8, 1)])
     content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert content["lr_scheduler"] == {"last_epoch": 5, "steps_per_epoch": 1, "warmup_iters": 16, "warmup_epochs": 4.0}
-    go_on(coco, tmp_path, "--epochs 6 --warmup_iters 11")  # now counted in steps of four images
+    resume_run(coco, tmp_path, "--epochs 6 --warmup_iters 11")  # now counted in steps of four images
     assert rates_of(tmp_path)[-1] == pytest.approx(LR * 5.5 / 11)
 
 
-def test_a_checkpoint_of_an_older_version_goes_on_to_the_same_bits(coco, tmp_path, monkeypatch):
+def test_a_checkpoint_of_an_older_version_resumes_to_the_same_bits(coco, tmp_path, monkeypatch):
     for name in ("old", "new"):
         begin(coco, tmp_path / name, "--lr_schedule cosine --warmup_iters 6", monkeypatch)
     path = tmp_path / "old" / "checkpoint.pth"
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_an_older_version_goes_on_to_the_same_bits(coco, tmp_pat
     content["lr_scheduler"] = {"last_epoch": content["lr_scheduler"]["last_epoch"]}
     torch.save(content, path)
     for name in ("old", "new"):
-        go_on(coco, tmp_path / name)
+        resume_run(coco, tmp_path / name)
     old, new = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("old", "new"))
     assert differing(*({**content, "args": None} for content in (old, new))) == []
     assert "continues with" not in (tmp_path / "old" / "run.log").read_text()
@@ -146,10 +146,10 @@ def test_a_warm_up_of_no_length_is_refused(coco, tmp_path, monkeypatch, length):
     content["lr_scheduler"]["warmup_epochs"] = length
     torch.save(content, tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match=r"checkpoint\.pth: its training state does not fit this run"):
-        go_on(coco, tmp_path)
+        resume_run(coco, tmp_path)
 
 
-def test_two_processes_go_on_at_the_rate_of_one(coco, tmp_path, monkeypatch):
+def test_two_processes_resume_at_the_learning_rate_of_one(coco, tmp_path, monkeypatch):
     begin(coco, tmp_path, "--lr_drop 2", monkeypatch)
     words = f"--coco_path {coco} --output_dir {tmp_path} --resume {tmp_path}/checkpoint.pth --device cpu"
     run_jobs(tmp_path / "jobs.json", [job(2, "main", f"{words} --num_workers 0")])

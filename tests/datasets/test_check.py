@@ -264,7 +264,7 @@ def test_splits_can_be_given_by_options(root, tmp_path, capsys):
             check.main(wrong)
 
 
-def test_bad_input_is_one_sentence_and_exit_code_2(root):
+def test_bad_input_is_a_one_line_error_and_exit_code_2(root):
     path = root / "annotations" / f"instances_{SPLIT}.json"
     path.write_text("{}")
     with pytest.raises(UserError, match="has no list 'images'"):

@@ -348,7 +348,7 @@ def test_two_caches_share_the_memory_that_is_left():
     assert other.position == setting.blocks[0] and cache.position == setting.blocks[2]
 
 
-def test_what_a_bench_saves_it_loads_to_the_last_bit_and_goes_on_from():
+def test_a_bench_loads_what_it_saved_to_the_last_bit_and_continues():
     model, criterion, postprocessors = tiny_detector(DETECTORS["bottleneck"])
     randomise_norms(model)
     images = SearchImages(batches_of(), range(3), None, 1, 1, 3)

@@ -289,7 +289,7 @@ def test_all_processes_keep_one_precision_and_end_together(machine, monkeypatch)
         settled.decide()
 
 
-def test_a_gpu_that_cannot_hold_one_image_ends_all_processes_by_one_sentence(machine, monkeypatch):
+def test_a_gpu_that_cannot_hold_one_image_ends_all_processes_with_a_one_line_error(machine, monkeypatch):
     settled, sent = Settled(GPU), []
 
     def measure(features, front_bytes):

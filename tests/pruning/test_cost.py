@@ -136,7 +136,7 @@ def test_a_channel_costs_what_a_head_of_channels_less_saves(network):
      ("--backbone resnet50", "layer2.0"),
      (f"{VARIANTS['deformable']} --backbone resnet50 --batch_norm_type BatchNorm2d", "layer3.5")],
 )  # fmt: skip
-def test_a_blocks_table_says_what_a_cut_saves(network, name):
+def test_a_blocks_cost_table_equals_what_a_cut_saves(network, name):
     with torch.device("meta"):
         whole = tiny_detector(network)[0]
         tables = block_params(whole), block_macs(whole, (64, 96))

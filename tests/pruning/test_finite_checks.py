@@ -147,7 +147,7 @@ def test_a_fit_that_is_not_finite_is_no_damage_of_nothing(setting, name, level, 
         reconstruction.apply(Order.natural(module).kept(16))
 
 
-def test_a_fit_that_lapack_refuses_is_one_sentence(setting):
+def test_a_fit_that_lapack_refuses_is_a_one_line_error(setting):
     module, reconstruction = setting.begin("encoder.0.attention")
     refused = torch.linalg.LinAlgError("linalg.svd: the input matrix contained non-finite values.\nmore")
     with (

@@ -95,7 +95,7 @@ def assert_same_file(one, other):
 
 
 @pytest.mark.parametrize(("variant", "kind"), rest_in_soak(SEARCHES, set(SEARCHES) - set(RARE)))
-def test_the_map_that_a_search_tells_is_that_of_the_cut_detector(folders, searched, variant, kind):
+def test_the_map_of_a_search_is_that_of_the_cut_detector(folders, searched, variant, kind):
     result = searched(kind, variant)
     args = tiny_args(f"{SMALL} --coco_path {folders[variant]} --resume {result.path} --eval")
     slim, _, postprocessors = built(*settled(args)[:2])
@@ -153,7 +153,7 @@ RESUMED = [
 @pytest.mark.parametrize(
     ("variant", "kind"), rest_in_soak(RESUMED, [("dense", "fast"), ("dense", "paper"), ("deformable", "visit")])
 )
-def test_a_search_that_goes_on_ends_as_it_would_have(folders, searched, tmp_path, variant, kind):
+def test_a_resumed_search_ends_as_an_uninterrupted_one(folders, searched, tmp_path, variant, kind):
     lines = lines_of(searched(kind, variant))
     for count in {1, len(lines) // 2, len(lines) - 1}:
         out = tmp_path / str(count)
@@ -178,7 +178,7 @@ def wait_for_lines(process, journal, count):
 
 
 @pytest.mark.soak  # in `make test`, tests/trust/test_crash.py kills searches that are started more quickly
-def test_a_search_that_was_killed_twice_goes_on(folder, searched, tmp_path):  # noqa: F811
+def test_a_search_that_was_killed_twice_resumes(folder, searched, tmp_path):  # noqa: F811
     journal, last = tmp_path / "search.jsonl", len(lines_of(searched("visit")))
     draw = random.Random(5)
     for lines in sorted(draw.sample(range(1, last - 1), 2)):
@@ -193,7 +193,7 @@ def test_a_search_that_was_killed_twice_goes_on(folder, searched, tmp_path):  # 
     assert_same_file(searched("visit").path.parent, tmp_path)
 
 
-def test_ctrl_c_stops_behind_the_step_in_flight_and_says_how_to_go_on(folder, searched, tmp_path):  # noqa: F811
+def test_ctrl_c_stops_after_the_current_step_and_prints_how_to_resume(folder, searched, tmp_path):  # noqa: F811
     journal = tmp_path / "search.jsonl"
     process = start_search(folder, tmp_path, "visit")
     wait_for_lines(process, journal, 3)
@@ -207,7 +207,7 @@ def test_ctrl_c_stops_behind_the_step_in_flight_and_says_how_to_go_on(folder, se
     assert_same_file(searched("visit").path.parent, tmp_path)
 
 
-def test_a_disk_that_is_full_is_one_sentence_and_the_journal_goes_on(folder, searched, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_a_one_line_error_and_the_journal_resumes(folder, searched, tmp_path, monkeypatch):  # noqa: F811
     """A limit on the size of files stands for the full disk."""
     journal = tmp_path / "search.jsonl"
     lines, arguments = lines_of(searched("fast")), searched("fast").path.with_name("args.json").stat().st_size
@@ -227,7 +227,7 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_journal_goes_on(folder, sea
     assert_same_file(searched("fast").path.parent, tmp_path)
 
 
-def test_one_process_dying_ends_the_others_and_another_number_goes_on(folder, searched, tmp_path):  # noqa: F811
+def test_one_process_dying_ends_the_others_and_another_number_resumes(folder, searched, tmp_path):  # noqa: F811
     journal = tmp_path / "search.jsonl"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     process = start_search(folder, tmp_path, "visit", *launcher)

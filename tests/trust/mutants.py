@@ -30,7 +30,7 @@ FAILED = 1  # pytest's exit code where tests have run and some have failed
 
 @dataclass(frozen=True)
 class Mutant:
-    """One wrong.
+    """A deliberate error in the program, which tests must notice.
 
     Attributes:
         name: what is wrong.

@@ -111,7 +111,7 @@ def moments(generator, touches, seconds):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(name, data, references, tmp_path):
+def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_bits(name, data, references, tmp_path):
     reference, touches = references(name)
     generator, left, round_number = random.Random(7), KILLS[name], 0
     when = moments(generator, touches, 0.3 if name == "demo set" else 2.0 if SOAK else 1.0)
@@ -170,7 +170,7 @@ def test_a_log_is_taken_up_where_its_checkpoint_stands(lines, epoch, left, is_ke
 
 
 @pytest.mark.parametrize("line", [b"no JSON", b"[]", b"{}", b'{"epoch": null}', b"[" * 100_000, b"\xff", b"1e999"])
-def test_a_line_of_a_log_that_tells_no_epoch_stays(line, tmp_path):
+def test_a_log_line_without_an_epoch_stays(line, tmp_path):
     (tmp_path / "log.txt").write_bytes(line + b"\n")
     continue_log(tmp_path / "log.txt", 0)
     assert (tmp_path / "log.txt").read_bytes() == line + b"\n"

@@ -49,14 +49,14 @@ def assert_refused(job, said_of):
 
 
 @pytest.mark.parametrize("what", [train, draw])
-def test_a_limit_on_the_size_of_files_is_one_sentence(data, tmp_path, what):
+def test_a_limit_on_the_size_of_files_is_a_one_line_error(data, tmp_path, what):
     """Journals under such a limit: tests/pruning/test_resume.py."""
     largest = {train: MEGABYTE // 8, draw: 1000}[what]
     assert_refused(Job(what, data[what], tmp_path / "out", largest_file=largest), "File too large")
     assert not list(tmp_path.rglob("*.pth")) and not list(tmp_path.rglob("*.jpg"))
 
 
-def test_training_on_a_full_disk_keeps_the_epoch_before_and_goes_on_when_there_is_room(data, small_disk, tmp_path):
+def test_training_on_a_full_disk_keeps_the_last_epoch_and_resumes_when_there_is_space(data, small_disk, tmp_path):
     whole = Job(train, data[train], tmp_path / "whole")
     assert whole.finish() == 0, whole.said.read_text()
     sizes = {path.name: path.stat().st_size for path in whole.out.iterdir()}
@@ -74,7 +74,7 @@ def test_training_on_a_full_disk_keeps_the_epoch_before_and_goes_on_when_there_i
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def test_a_search_on_a_full_disk_keeps_its_journal_and_goes_on_when_there_is_room(data, small_disk, tmp_path):
+def test_a_search_on_a_full_disk_keeps_its_journal_and_resumes_when_there_is_space(data, small_disk, tmp_path):
     whole = Job(prune, data[prune], tmp_path / "whole")
     assert whole.finish() == 0, whole.said.read_text()
     disk = small_disk(64 * os.sysconf("SC_PAGESIZE"))  # for the journal, not for pruned.pth

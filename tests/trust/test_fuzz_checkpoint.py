@@ -337,7 +337,7 @@ def test_the_optimizers_own_options_are_not_taken_from_a_file(coco, content, tmp
         assert (group["maximize"], group["betas"], group["amsgrad"], group["eps"]) == (False, (0.9, 0.999), False, 1e-8)
 
 
-def test_what_is_no_regular_file_is_told(tmp_path):
+def test_what_is_no_regular_file_is_an_error(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
         with pytest.raises(UserError, match="expected a checkpoint"):

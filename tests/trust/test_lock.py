@@ -158,7 +158,7 @@ def test_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"7", b'{"pid": "a\\nb", "command": 3}', b"{}"])
-def test_a_lock_whose_file_tells_nothing_is_still_a_sentence(tmp_path, monkeypatch, content):
+def test_a_lock_with_an_empty_file_is_still_a_one_line_error(tmp_path, monkeypatch, content):
     monkeypatch.setattr(lock, "WRITING_TAKES", 0.0)
     with hold_folder(tmp_path):
         (tmp_path / LOCK_NAME).write_bytes(content)
@@ -240,7 +240,7 @@ def test_a_run_leaves_no_lock_behind(coco, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "run.log"]
 
 
-def test_the_lock_says_when_it_was_taken(tmp_path):
+def test_the_lock_error_has_the_time_it_was_taken(tmp_path):
     with hold_folder(tmp_path):
         told = json.loads((tmp_path / LOCK_NAME).read_text())
     assert set(told) == {"pid", "host", "command", "started"}

@@ -122,7 +122,7 @@ def test_one_option_has_one_definition():
         ("tools.cost", "--image-size 0 1", "0: expected a whole number from 1 up"),
     ],
 )
-def test_a_mistake_in_a_commands_words_is_one_sentence(module, words, found):
+def test_a_wrong_option_of_a_command_is_a_one_line_error(module, words, found):
     done = subprocess.run(
         [sys.executable, "-m", module, *words.split()], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -210,7 +210,7 @@ def test_without_nvcc_the_cpu_part_is_built(toolkit):
     assert "nowhere/bin/nvcc does not run: No such file or directory" in done.stdout.splitlines()[-1]
 
 
-def test_a_cpu_part_that_cannot_be_built_is_one_sentence(toolkit):
+def test_a_cpu_part_that_cannot_be_built_is_a_one_line_error(toolkit):
     make, run = toolkit
     make()
     compiler = run.folder / "bin/g++"

@@ -218,7 +218,7 @@ def test_a_gradient_that_does_not_fit_is_refused():
 
 
 @pytest.mark.usefixtures("compiled")
-def test_a_level_larger_than_float_can_tell_apart_is_refused():
+def test_a_level_larger_than_float_can_distinguish_is_refused():
     value = torch.zeros(1, 1, 1, 1).expand(1, 2**24 + 1, 1, 1)
     nothing = torch.zeros(1, 0, 1, 1, 1, 2)
     with pytest.raises(RuntimeError, match="expected sides from 1 to"):
