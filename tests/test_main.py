@@ -189,8 +189,9 @@ def test_a_distilled_run_logs_its_losses_and_resumes_bit_by_bit(coco, trained, t
     assert not any(name.startswith("test_loss_distill") for name in line)
 
     train(coco, tmp_path / "parts", "--epochs 1", *start)
-    resume = ("--coco_path", coco, "--output_dir", tmp_path / "parts", "--resume", tmp_path / "parts" / "checkpoint.pth",
-             "--epochs 2 --num_workers 0 --device cpu")  # fmt: skip
+    parts = tmp_path / "parts"
+    resume = ("--coco_path", coco, "--output_dir", parts, "--resume", parts / "checkpoint.pth",
+              "--epochs 2 --num_workers 0 --device cpu")  # fmt: skip
     teacher.rename(tmp_path / "moved.pth")
     with pytest.raises(UserError, match=r"^--distill .*teacher\.pth: no such file, expected a checkpoint$"):
         main.main(*options(*resume))
