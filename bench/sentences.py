@@ -87,9 +87,9 @@ def backbone_baselines(results: Path) -> str:
     return paragraph(
         f"The dense detector has {points(rows['dense']['ap'])} AP. Gradients and batch norms are those of "
         f"{found['search_images']:,} training images; the rows of this project, which prune the whole detector, are "
-        f"calibrated on {found['own_images']:,} and take {min(own):.0f} to {max(own):.0f} s on one thread beside "
-        f"other work. The rows were measured in several calls, by one evaluator on the same images. Random: the mean of "
-        f"{seeds} seeds and half their range (±). "
+        f"calibrated on {found['own_images']:,} and take {min(own):.0f} to {max(own):.0f} s on one thread with "
+        f"other work beside. The rows were measured in several calls, by one evaluator on the same images. Random: the "
+        f"mean of {seeds} seeds and half their range (±). "
         f"{measured_with(found)}"
     )
 

@@ -208,7 +208,7 @@ class Detector(nn.Module, ABC):
             found = ", ".join(sorted({f"{image.shape[1]} x {image.shape[2]}" for image in images}))
             raise UserError(
                 f"--scope detector: found images of {found} pixels in one batch, expected one size: their width and "
-                "height in the annotation file are wrong"
+                "height in the annotation file are missing or wrong"
             )
         padded = self.pad(images) if self.padding_rule == "reference" else PaddedImages(torch.stack(images), None)
         return BackboneState(self.backbone[0].stem(padded.batch), padding=padded.padding)

@@ -160,7 +160,7 @@ class BlockReconstruction:
                 if not rows:
                     return None
                 inputs = self._block.input_of(number, stream.pruned[rows])
-                positions = self._positions(convolution, inputs, chosen)
+                positions = self._positions([convolution], inputs, chosen)
                 weights = self._weights(number, stream.place)[rows]
                 nothing = inputs.new_zeros(len(rows), 0, *output_size(convolution, inputs.shape[-2:]))
                 return self._moments_at([(inputs, convolution)], nothing, weights, positions)
@@ -202,7 +202,11 @@ class BlockReconstruction:
         for _ in range(ONE_SIDED_FITS if self.level == "full" else 0):
             moments = moments.with_targets_of(measure((fitted, constant)))
             fitted, constant = fit(fitted, moments)
-        weights, bias = convolution_weights(layers, kept, fitted, constant, moments)
+        weights, bias = decided_on_main(
+            name,
+            lambda: convolution_weights(layers, kept, fitted, constant, moments),
+            lambda found: [*found[0], found[1]],
+        )
         for (fitted_layer, _), of_layer, new in zip(layers, kept, weights, strict=True):
             fitted_layer.weight[:, of_layer] = new.to(fitted_layer.weight)
         norm.state_dict()["bias"].copy_(bias)
@@ -233,7 +237,7 @@ class BlockReconstruction:
             if is_last:
                 targets = targets + unpruned.identity(stream.unpruned)
                 identity = self._block.identity(stream.pruned) if len(layers) == 1 else identity
-            positions = self._positions(convolution, inputs, stream.image_ids)
+            positions = self._positions([layer for layer, _ in layers], inputs, stream.image_ids)
 
             def change(y: Tensor, x: Tensor, part: Tensor) -> Tensor:
                 assert last is not None
@@ -295,9 +299,11 @@ class BlockReconstruction:
     def _unpruned_block(self) -> ResidualBlock:
         return self._unpruned.backbone[0].residual_blocks()[self._module.name.partition(".")[2]]
 
-    def _positions(self, convolution: nn.Conv2d, inputs: Tensor, image_ids: list[int]) -> Tensor:
-        count = math.prod(output_size(convolution, inputs.shape[-2:]))
-        drawn = positions_per_image(convolution.in_channels * kernel_area(convolution), count, self._images)
+    def _positions(self, convolutions: Sequence[nn.Conv2d], inputs: Tensor, image_ids: list[int]) -> Tensor:
+        """Draw output positions for a fit of all `convolutions`, the first of which reads `inputs`."""
+        count = math.prod(output_size(convolutions[0], inputs.shape[-2:]))
+        unknowns = sum(layer.in_channels * kernel_area(layer) for layer in convolutions)
+        drawn = positions_per_image(unknowns, count, self._images)
         return draw_positions(image_ids, count, drawn, SEED).to(inputs.device)
 
     def _weights(self, number: int, place: int) -> Tensor:

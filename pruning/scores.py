@@ -170,13 +170,13 @@ class Elimination:
     def __init__(self, reconstruction: Reconstruction) -> None:
         """`reconstruction` has begun the module being ranked."""
         self._reconstruction = reconstruction
-        self._moments: Moments | None = None
-        self._surgeon: Surgeon | None = None
+        self._surgeons: dict[str, tuple[Moments, Surgeon]] = {}  # of the current module's parts
 
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """Return the scores of `candidates`; those to be added are scored as if all of them were kept."""
         # All processes sum their moments, the main one computes the scores.
         layers = {part: self._reconstruction.layer_after(part) for part in joined if part != "query"}
+        self._surgeons = {part: kept_surgeon for part, kept_surgeon in self._surgeons.items() if part in module.parts}
         logits = self._reconstruction.logit_moments() if "query" in joined else None
 
         def judge() -> Tensor:
@@ -186,29 +186,29 @@ class Elimination:
                     assert logits is not None
                     one = _logit_energy(*logits)
                 else:
-                    one = self._output_error(module.width, kept[part], candidates, layers[part])
+                    one = self._output_error(module.width, part, kept[part], candidates, layers[part])
                 score += one / one[candidates].sum().clamp(min=TINY)
             return -score[candidates]
 
         return decided_on_main(f"the ranking of {module.name}", judge, lambda scores: [scores])
 
-    def _output_error(self, width: int, kept: Tensor, candidates: Tensor, layer: OutputLayer) -> Tensor:
+    def _output_error(self, width: int, part: str, kept: Tensor, candidates: Tensor, layer: OutputLayer) -> Tensor:
         channels = torch.cat((kept, candidates)).unique()
-        surgeon = self._surgeon_of(layer, channels)
+        surgeon = self._surgeon_of(part, layer, channels)
         surgeon.remove(surgeon.channels[~torch.isin(surgeon.channels, channels)])
         score = torch.zeros(width, dtype=torch.float64)
         score[channels] = surgeon.scores()
         return score
 
-    def _surgeon_of(self, layer: OutputLayer, channels: Tensor) -> Surgeon:
+    def _surgeon_of(self, part: str, layer: OutputLayer, channels: Tensor) -> Surgeon:
         """Return the surgeon of the previous call if it has the same moments and all these channels, or a new one."""
-        surgeon = self._surgeon
-        if surgeon is None or layer.moments is not self._moments or not torch.isin(channels, surgeon.channels).all():
+        moments, surgeon = self._surgeons.get(part, (None, None))
+        if surgeon is None or moments is not layer.moments or not torch.isin(channels, surgeon.channels).all():
             root, _ = square_root(layer.metric)
             surgeon = Surgeon(
                 root @ layer.weight, layer.moments.covariance_xx, inputs_per_channel=layer.inputs_per_channel
             )
-            self._moments, self._surgeon = layer.moments, surgeon
+            self._surgeons[part] = layer.moments, surgeon
         return surgeon
 
 
