@@ -141,7 +141,7 @@ def summarise(output: Path, checkpoint: Path) -> list[dict]:
     }
     detectors = {name: load_detector(path, output / "data") for name, path in paths.items()}
     models = {name: model for name, (model, _, _) in detectors.items()}
-    dataset = build_dataset("val2017", detectors["dense"][2])
+    dataset = build_dataset("val2017", detectors["dense"][2].data)
     images = [dataset[index][0] for index in range(min(20, len(dataset)))]
     times = milliseconds_per_image(models, images)
     rows = []

@@ -1,17 +1,20 @@
 """The demo's commands parse, and its pictures and times are of the named detectors."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from bench.demo import PICTURES, fold_columns, get_parser, spread, stages
+from bench.demo import PICTURES, ROWS, fold_columns, get_parser, spread, stages, summarise
 from main import get_args_parser
 from pruning.schedule import MGP
 from runs.search_command import get_pruning_parser
+from tests.tiny_run import write_self_annotated
 from tools.draw import draw_detections, write_grid
+from util.files import write_json
 from util.timing import milliseconds_per_image
 
 RED = (255, 0, 0)
@@ -92,3 +95,24 @@ def test_sizes_are_checked_at_the_start(words, capsys):
     with pytest.raises(SystemExit):
         get_parser().parse_args(words)
     assert words[0] in capsys.readouterr().err
+
+
+def test_the_table_and_pictures_are_of_the_named_detectors(tmp_path):
+    (tmp_path / "made").mkdir()
+    data = write_self_annotated(tmp_path / "made")
+    (tmp_path / "data").symlink_to(data)
+    costs = {"transformer_params": 2, "params": 3, "gmacs": 0.4, "detector_gmacs": 0.5, "widths": [[], []]}
+    for number, name in enumerate(ROWS):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "eval.json", {"AP": 0.1 * number, "AP50": 0.2, **costs})
+    for path in ("search/pruned.pth", "search_detector/pruned.pth", "training/checkpoint.pth"):
+        (tmp_path / path).parent.mkdir()
+        shutil.copy(data / "dense.pth", tmp_path / path)
+    for name in ("widths.png", "ap_params.png"):
+        (tmp_path / "search_detector" / name).write_bytes(b"a picture")
+    rows = summarise(tmp_path, data / "dense.pth")
+    assert [row["name"] for row in rows] == [*ROWS.values()]
+    assert [row["ap"] for row in rows] == [0.1 * number for number in range(len(ROWS))]
+    assert all(row["ms_per_image"] > 0 for row in rows)
+    assert (tmp_path / "widths.png").read_bytes() == b"a picture"
+    assert Image.open(tmp_path / "detections.png").width > 0
