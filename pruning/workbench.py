@@ -221,6 +221,7 @@ class DetectorBench:
         gone = (
             per_channel * (self.modules[name].width - width_of(kept[name]))
             for name, per_channel in self._params_per_channel.items()
+            if name in self.modules
         )
         return self._transformer_params - sum(gone)
 

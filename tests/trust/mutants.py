@@ -113,8 +113,8 @@ MUTANTS = (
         "costs[name][widths[name]]) > rest:", "costs[name][widths[name]]) >= rest:", ALLOCATION,
     ),
     Mutant(
-        "a unit of an attention counted once, not for each head", "pruning/kept_channels.py",
-        "attention_unit * module.nheads if", "attention_unit if", ("tests/pruning/test_selection.py", *SEARCH),
+        "a unit of an attention counted once, not for each head", "pruning/search.py",
+        "return self.attention_unit * module.nheads", "return self.attention_unit", ("tests/pruning/test_selection.py", *SEARCH),
     ),
     Mutant(
         "the worst channel of each head is added", "pruning/selection.py",
