@@ -114,7 +114,8 @@ MUTANTS = (
     ),
     Mutant(
         "a unit of an attention counted once, not for each head", "pruning/search.py",
-        "return self.attention_unit * module.nheads", "return self.attention_unit", ("tests/pruning/test_selection.py", *SEARCH),
+        "return self.attention_unit * module.nheads", "return self.attention_unit",
+        ("tests/pruning/test_selection.py", *SEARCH),
     ),
     Mutant(
         "the worst channel of each head is added", "pruning/selection.py",
