@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from models.layers import GatedModule
 from util.errors import UserError
 
-BLOCK = "residual_block"  # key of a block's gates, and its name for the observer
+BLOCK = "residual_block"  # kind of module, and key of its gates
 
 
 class ResidualBlock(GatedModule):
@@ -21,8 +21,7 @@ class ResidualBlock(GatedModule):
 
     The channels between convolutions can be pruned: part `inner` of a BasicBlock, parts `inner1` and `inner2`, of
     equal width, of a Bottleneck. Input and output channels stay. `gates[BLOCK]` has a gate for each part, which
-    multiplies the output of the ReLU. The observer gets each gated part, B x width x h x w: the input of the next
-    convolution.
+    multiplies the output of the ReLU. It has no observer: `input_of` gives the input of each convolution.
 
     Args:
         block: torchvision's block, whose layers are used; layers of another width are created with its initialisation.
@@ -92,15 +91,7 @@ class ResidualBlock(GatedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map B x C x H x W to B x C' x h x w."""
-        first_gate, second_gate = self.gate(BLOCK)
-        first = _gated_map(self.relu(self.bn1(self.conv1(x))), first_gate)
-        if self.conv3 is None:
-            self.observe(BLOCK, inner=first)
-            out = self.bn2(self.conv2(first))
-        else:
-            second = _gated_map(self.relu(self.bn2(self.conv2(first))), second_gate)
-            self.observe(BLOCK, inner1=first, inner2=second)
-            out = self.bn3(self.conv3(second))
+        out = self.pre_activation(len(self.convolutions()), x)
         out += self.identity(x)
         return self.relu(out)
 

@@ -77,19 +77,17 @@ def test_the_widths_of_whole_blocks(name):
 
 
 @each_backbone
-def test_the_observer_sees_the_input_of_the_next_convolution(name):
+def test_the_input_of_a_convolution_is_the_one_that_it_gets(name):
     block = build(name).residual_blocks()["layer2.0"]
     gates = [torch.rand(block.width) for _ in block.parts]
     block.gates[BLOCK] = (*gates, None)[:2]
-    shown, given = [], []
-    block.observer = lambda name, activations: shown.append((name, activations))
-    for convolution in (block.conv2, block.conv3)[: len(gates)]:
+    given, x = [], torch.randn(2, block.conv1.in_channels, 8, 8)
+    for convolution, _ in block.convolutions():
         convolution.register_forward_hook(lambda module, inputs, output: given.append(inputs[0]))
-    block(torch.randn(2, block.conv1.in_channels, 8, 8))
-    ((shown_name, activations),) = shown
-    assert shown_name == BLOCK
-    assert tuple(activations) == block.parts
-    assert all(torch.equal(a, b) for a, b in zip(activations.values(), given, strict=True))
+    block(x)
+    assert len(given) == len(block.parts) + 1
+    for number, expected in enumerate(list(given), 1):
+        assert torch.equal(block.input_of(number, x), expected)
 
 
 @each_backbone

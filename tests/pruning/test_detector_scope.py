@@ -12,9 +12,8 @@ from main import get_args_parser, main
 from models.widths import BACKBONE
 from pruning.cost import cost_of
 from pruning.schedule import GP, MGP
-from runs.search_command import get_pruning_parser, search
 from tests.pruning.test_end_to_end import SMALL, ap_of, folder, write_folder  # noqa: F401
-from tests.pruning.test_resume import assert_same_file, lines_of
+from tests.pruning.test_resume import assert_same_file, lines_of, search_with, words_of
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
 from tests.soak import rest_in_soak
 from tests.tiny_run import built, settled
@@ -38,12 +37,11 @@ QUICK = [("dense", "keep"), ("dense", "tolerance"), ("dense", "visit"), ("dense"
 
 
 def words(root, out, kind, more=""):
-    return f"{SMALL} {UNITS} --coco_path {root} --resume {root}/dense.pth --output_dir {out} {KINDS[kind]} {more}"
+    return words_of(root, out, f"{UNITS} {KINDS[kind]} {more}")
 
 
 def run(root, out, kind, more="", schedule=MGP):
-    """A search in this process."""
-    return search(schedule, *parse(get_pruning_parser(schedule, "a test"), words(root, out, kind, more).split()))
+    return search_with(words(root, out, kind, more), schedule)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +158,7 @@ def test_a_journal_from_before_scopes_is_continued(folder, tmp_path, schedule): 
 
     def prune(out, more=""):
         line = f"{text} --resume {folder}/dense.pth --output_dir {out} {more}"
-        return search(schedule, *parse(get_pruning_parser(schedule, "a test"), line.split()))
+        return search_with(line, schedule)
 
     start, *others = lines_of(prune(out))[:2]
     start = json.loads(start)

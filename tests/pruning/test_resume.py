@@ -58,14 +58,22 @@ SEARCHES = [
 RARE = [("dense", "random"), ("dense", "paper fisher"), ("deformable", "visit output"), ("deformable", "random")]
 
 
+def words_of(root, out, options):
+    """The command line of a search with these options."""
+    return f"{SMALL} --coco_path {root} --resume {root}/dense.pth --output_dir {out} {options}"
+
+
+def search_with(words, schedule=MGP):
+    """A search in this process."""
+    return search(schedule, *parse(get_pruning_parser(schedule, "a test"), words.split()))
+
+
 def words(root, out, kind, more=""):
-    files = f"--coco_path {root} --resume {root}/dense.pth --output_dir {out}"
-    return f"{SMALL} {UNITS} {files} {KINDS[kind]} {more}"
+    return words_of(root, out, f"{UNITS} {KINDS[kind]} {more}")
 
 
 def run(root, out, kind, more="", schedule=MGP):
-    """A search in this process."""
-    return search(schedule, *parse(get_pruning_parser(schedule, "a test"), words(root, out, kind, more).split()))
+    return search_with(words(root, out, kind, more), schedule)
 
 
 @pytest.fixture(scope="module")
