@@ -160,8 +160,8 @@ def summarise(output: Path, checkpoint: Path) -> list[dict]:
                 "widths": found["widths"],
             }
         )
-    for picture in ("widths.png", "ap_params.png"):
-        copy_file(output / "search_detector" / picture, output / picture)
+    copy_file(output / "search_detector" / "widths.png", output / "widths.png")
+    copy_file(output / "search" / "ap_params.png", output / "ap_params.png")  # against the transformer's parameters
     _write_detections(output, dataset, {name: detectors[name] for name in ("dense", "fine-tuned")})
     return rows
 

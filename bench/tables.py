@@ -73,7 +73,7 @@ def _best_of_torch_pruning(rows: Sequence[dict[str, Any]], fraction: float) -> s
 
 
 def demo(results: Path) -> str:
-    """Show the three detectors of `make demo`."""
+    """Show the detectors of `make demo`."""
     return _detectors(read_figures(results, "demo_summary.json")["rows"])
 
 
@@ -88,12 +88,15 @@ def _detectors(rows: Sequence[dict[str, Any]]) -> str:
     def change(row: dict[str, Any], key: str) -> str:
         return "" if row is dense else f" ({100 * (row[key] / dense[key] - 1):+.1f}%)"
 
-    titles = ("", "AP", "AP50", "transformer parameters", "all parameters", "GMACs", "ms an image")
+    titles = ("", "AP", "AP50", "transformer parameters", "all parameters", "GMACs", "detector GMACs", "ms an image")
     return markdown(titles, [
         (
             row["name"], f"{row['ap']:.4f}", f"{row['ap50']:.4f}",
             f"{row['transformer_params']:,}{change(row, 'transformer_params')}", f"{row['params']:,}",
-            f"{row['gmacs']:.4f}{change(row, 'gmacs')}", f"{row['ms_per_image']:.1f}",
+            f"{row['gmacs']:.4f}{change(row, 'gmacs')}",
+            # Figures of version 0.1.0 lack those of the whole detector.
+            f"{row['detector_gmacs']:.3f}{change(row, 'detector_gmacs')}" if "detector_gmacs" in row else "",
+            f"{row['ms_per_image']:.1f}",
         )
         for row in rows
     ])  # fmt: skip

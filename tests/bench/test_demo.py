@@ -108,11 +108,12 @@ def test_the_table_and_pictures_are_of_the_named_detectors(tmp_path):
     for path in ("search/pruned.pth", "search_detector/pruned.pth", "training/checkpoint.pth"):
         (tmp_path / path).parent.mkdir()
         shutil.copy(data / "dense.pth", tmp_path / path)
-    for name in ("widths.png", "ap_params.png"):
-        (tmp_path / "search_detector" / name).write_bytes(b"a picture")
+    for name in ("search_detector/widths.png", "search/ap_params.png"):
+        (tmp_path / name).write_bytes(name.encode())
     rows = summarise(tmp_path, data / "dense.pth")
     assert [row["name"] for row in rows] == [*ROWS.values()]
     assert [row["ap"] for row in rows] == [0.1 * number for number in range(len(ROWS))]
     assert all(row["ms_per_image"] > 0 for row in rows)
-    assert (tmp_path / "widths.png").read_bytes() == b"a picture"
+    assert (tmp_path / "widths.png").read_bytes() == b"search_detector/widths.png"
+    assert (tmp_path / "ap_params.png").read_bytes() == b"search/ap_params.png"
     assert Image.open(tmp_path / "detections.png").width > 0
