@@ -2,16 +2,18 @@
 
     python -m bench.latency [--device cuda] [--subjects gp mgp demo] [--modes eager bf16] [--batches 1 8]
 
-The subjects are the paper's GP and MGP widths (ResNet-50, 300 queries, 91 classes, 800 x 1066 pixels) and the demo's,
-each compared with its dense detector; weights are random. The part before the transformer is the same for all and timed
-separately; a detector's time is the sum. The detectors take turns so that machine load affects all alike, and ratios
-are medians over the turns. Writes latency_cpu.json or latency_cuda.json to --output; earlier cases of the same machine
-and versions stay unless measured again.
+The subjects are the paper's GP and MGP widths (ResNet-50, 300 queries, 91 classes, 800 x 1066 pixels), that detector
+with all modules, those of the backbone too, cut alike to 75, 50 and 35 % of its multiply-accumulates, and the demo's.
+Each is compared with its dense detector; weights are random. The layers before the transformer are timed separately,
+once for all detectors with the same backbone; a detector's time is the sum. The detectors take turns so that machine
+load affects all alike, and ratios are medians over the turns. Writes latency_cpu.json or latency_cuda.json to --output;
+earlier cases of the same machine and versions stay unless measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -48,7 +50,9 @@ from weights.checkpoint_file import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO_IMAGE_HW = (800, 1066)  # a 480 x 640 image resized
-SUBJECTS = ("gp", "mgp", "demo")
+SUBJECTS = ("gp", "mgp", "whole", "demo")
+KEPT_SHARES = (0.75, 0.5, 0.35)  # of the whole detector's multiply-accumulates
+UNIT = 16  # channels; every width of the whole detectors is a multiple
 FRONT = "front"
 
 
@@ -79,11 +83,11 @@ MODES = {
 
 @dataclass(frozen=True)
 class Group:
-    """Detectors that differ only in the widths of their transformers.
+    """Detectors that differ only in widths.
 
     Attributes:
         image_size_hw: height and width of the images in pixels.
-        dense: the dense detector; all share its layers before the transformer.
+        dense: the dense detector.
         slim: the other detectors by name in the table.
     """
 
@@ -95,10 +99,36 @@ class Group:
         """All detectors by name, the dense one first."""
         return {"dense": self.dense, **self.slim}
 
+    def front_of(self, name: str) -> str:
+        """Name of the measurement of a detector's layers before its transformer, which an unpruned backbone shares."""
+        widths = self.detectors()[name].widths.backbone
+        return FRONT if widths == self.dense.widths.backbone else f"{FRONT} of {name}"
+
 
 def coco_group(widths: Mapping[str, Widths], device: torch.device) -> Group:
     """Build the paper's detector, dense and with the named widths."""
     return _group(DetectorConfig(num_classes=COCO_CLASSES), widths, COCO_IMAGE_HW, device)
+
+
+def whole_detector_widths(keep: float, image_hw: tuple[int, int] = COCO_IMAGE_HW) -> Widths:
+    """Return the widths of the paper's detector with all modules cut alike, to at most `keep` of its MACs."""
+    config = DetectorConfig(num_classes=COCO_CLASSES)
+    with torch.device("meta"):
+        dense = build(config)[0]
+    full = {name: module.width for name, module in dense.prunable_modules("detector").items()}
+    most = keep * cost_of(dense, image_hw).detector_gmacs
+
+    def widths_at(percent: int) -> Widths:
+        widths = dense.widths_in("detector")
+        for name, width in full.items():
+            widths = widths.replace(name, max(UNIT, round(percent * width / 100 / UNIT) * UNIT))
+        return widths
+
+    def gmacs_at(percent: int) -> float:
+        with torch.device("meta"):
+            return cost_of(build(dataclasses.replace(config, cfgs=widths_at(percent)))[0], image_hw).detector_gmacs
+
+    return widths_at(bisect.bisect_right(range(101), most, lo=1, key=gmacs_at) - 1)
 
 
 def demo_group(checkpoint: Path, summary: Path, device: torch.device) -> Group:
@@ -161,9 +191,10 @@ def measure(
     with _padding(mode):
         with autocast(device, mode.amp):
             features = group.dense.features(images)
-        front = _in_mode(group.dense.features, mode, device)
-        calls = {FRONT: functools.partial(front, images)}
+        calls = {}
         for name, detector in group.detectors().items():
+            if group.front_of(name) not in calls:
+                calls[group.front_of(name)] = functools.partial(_in_mode(detector.features, mode, device), images)
             calls[name] = functools.partial(transformer_of(detector, mode), features)
         return seconds_side_by_side(calls, device, rounds=repeats, on_turn=on_turn)
 
@@ -173,21 +204,25 @@ def cases_of(group: Group, mode_name: str, batch: int, seconds: Mapping[str, Seq
 
     `speed_up` is that of the transformer, `share` the part of the saving in multiply-accumulates that it achieves.
     """
-    front, dense = seconds[FRONT], seconds["dense"]
-    gmacs = {name: cost_of(detector, group.image_size_hw).gmacs for name, detector in group.detectors().items()}
+    dense = seconds["dense"]
+    whole = {
+        name: [front + rest for front, rest in zip(seconds[group.front_of(name)], seconds[name], strict=True)]
+        for name in group.detectors()
+    }
+    costs = {name: cost_of(detector, group.image_size_hw) for name, detector in group.detectors().items()}
     cases = []
     for name in group.detectors():
         speed_up = statistics.median(a / b for a, b in zip(dense, seconds[name], strict=True))
-        of_detector = [(f + a) / (f + b) for f, a, b in zip(front, dense, seconds[name], strict=True)]
-        ratio = gmacs["dense"] / gmacs[name]
+        ratio = costs["dense"].gmacs / costs[name].gmacs
         cases.append(
             {
                 "mode": mode_name, "batch": batch, "subject": name, "image_size_hw": list(group.image_size_hw),
-                "repeats": len(dense), "gmacs": gmacs[name], "gmacs_ratio": ratio,
+                "repeats": len(dense), "gmacs": costs[name].gmacs, "gmacs_ratio": ratio,
+                "detector_gmacs_ratio": costs["dense"].detector_gmacs / costs[name].detector_gmacs,
                 "ms_transformer": 1000 * statistics.median(seconds[name]),
-                "ms_detector": 1000 * statistics.median(f + s for f, s in zip(front, seconds[name], strict=True)),
+                "ms_detector": 1000 * statistics.median(whole[name]),
                 "speed_up": speed_up, "share": speed_up / ratio,
-                "speed_up_detector": statistics.median(of_detector),
+                "speed_up_detector": statistics.median(a / b for a, b in zip(whole["dense"], whole[name], strict=True)),
             }
         )  # fmt: skip
     return cases
@@ -213,12 +248,13 @@ def run(
 
 def result_table(cases: Sequence[Mapping[str, Any]]) -> str:
     """Format the figures as a table with one line for each detector."""
-    titles = ("mode", "batch", "detector", "ms, detector", "ms, transformer", "GMACs", "fewer", "faster", "share")
+    titles = ("mode", "batch", "detector", "ms", "fewer MACs", "faster", "transformer ms", "fewer", "faster", "share")
     return table(titles, [
         (
             case["mode"], case["batch"], case["subject"], f"{case['ms_detector']:.1f}",
-            f"{case['ms_transformer']:.1f}", f"{case['gmacs']:.3g}", f"{case['gmacs_ratio']:.2f} x",
-            f"{case['speed_up']:.2f} x", f"{case['share']:.2f}",
+            f"{case['detector_gmacs_ratio']:.2f} x", f"{case['speed_up_detector']:.2f} x",
+            f"{case['ms_transformer']:.1f}", f"{case['gmacs_ratio']:.2f} x", f"{case['speed_up']:.2f} x",
+            f"{case['share']:.2f}",
         )
         for case in cases
     ])  # fmt: skip
@@ -256,8 +292,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(MODES[mode].compiled for mode in args.modes) and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--modes: found no C++ compiler for torch.compile, expected g++, or the name of one in CXX")
     groups = []
-    if published := {n: w for n, w in (("GP", GP_WIDTHS), ("MGP", MGP_WIDTHS)) if n.lower() in args.subjects}:
-        groups.append(coco_group(published, device))
+    widths = {n: w for n, w in (("GP", GP_WIDTHS), ("MGP", MGP_WIDTHS)) if n.lower() in args.subjects}
+    if "whole" in args.subjects:
+        widths |= {f"{keep:.0%}": whole_detector_widths(keep) for keep in KEPT_SHARES}
+    if widths:
+        groups.append(coco_group(widths, device))
     if "demo" in args.subjects:
         groups.append(demo_group(args.checkpoint, ROOT / "bench" / "results" / "demo_summary.json", device))
     path, told = args.output / f"latency_{device.type}.json", environment(device)

@@ -240,7 +240,7 @@ def latency(results: Path) -> str:
             cells = rows.setdefault((f"{device.upper()}, {case['mode']}", case["batch"]), {})
             if case["subject"] in subjects:
                 cells[case["subject"]] = f"{case['speed_up']:.2f} of {case['gmacs_ratio']:.2f} ({case['share']:.2f})"
-            elif case["image_size_hw"] == list(COCO_IMAGE_HW):  # the demo has a different dense detector
+            elif case["subject"] == "dense" and case["image_size_hw"] == list(COCO_IMAGE_HW):  # the demo has another
                 cells["ms"] = f"{case['ms_transformer']:.0f} / {case['ms_detector']:.0f}"
     titles = ("", "images at once", "dense: ms of transformer / detector", *subjects)
     return markdown(titles, [

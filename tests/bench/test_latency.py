@@ -1,5 +1,6 @@
 """The latency benchmark: which modes it measures, and how figures follow from seconds."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,8 @@ import bench.latency as latency
 from bench import tables
 from bench.latency import MODES
 from bench.published import GP_WIDTHS, MGP_WIDTHS
-from models import attention
+from models import attention, build
+from models.config import DetectorConfig
 from pruning.cost import cost_of, count_parameters
 from util.errors import UserError
 from util.timing import seconds_side_by_side
@@ -38,6 +40,16 @@ def test_the_published_widths_are_those_of_the_paper():
     assert next(iter(found)) == "dense"
 
 
+def test_whole_detectors_have_at_most_their_share_of_the_macs_and_little_less():
+    config = DetectorConfig(num_classes=latency.COCO_CLASSES)
+    with torch.device("meta"):
+        dense = cost_of(build(config)[0], (64, 96)).detector_gmacs
+        for keep in (0.75, 0.35):
+            slim = build(dataclasses.replace(config, cfgs=latency.whole_detector_widths(keep, (64, 96))))[0]
+            assert keep - 0.04 < cost_of(slim, (64, 96)).detector_gmacs / dense <= keep
+            assert all(module.width % latency.UNIT == 0 for module in slim.prunable_modules("detector").values())
+
+
 def test_the_demos_detectors_are_those_of_its_summary(demo):
     rows = json.loads(SUMMARY.read_text())["rows"]
     for detector, row in zip(demo.detectors().values(), (rows[0], rows[-1]), strict=True):
@@ -61,14 +73,22 @@ def test_a_run_leaves_its_figures_and_keeps_those_of_other_cases(tmp_path, monke
 
 
 def test_figures_are_medians_of_ratios_turn_by_turn(demo):
-    seconds = {"front": [1.0, 1.0, 2.0], "dense": [2.0, 9.0, 4.0], "demo": [1.0, 3.0, 8.0]}
-    dense, slim = latency.cases_of(demo, "eager", 1, seconds)
+    fronts = {"front": [1.0, 1.0, 2.0], "front of demo": [0.5, 0.5, 1.0]}  # its backbone is narrower
+    dense, slim = latency.cases_of(demo, "eager", 1, {**fronts, "dense": [2.0, 9.0, 4.0], "demo": [1.0, 3.0, 8.0]})
     assert (dense["speed_up"], dense["share"], dense["gmacs_ratio"]) == (1, 1, 1)
     assert slim["speed_up"] == 2
-    assert slim["speed_up_detector"] == 1.5
-    assert (slim["ms_transformer"], slim["ms_detector"]) == (3000, 4000)
+    assert slim["speed_up_detector"] == 2
+    assert (slim["ms_transformer"], slim["ms_detector"]) == (3000, 3500)
     assert slim["gmacs_ratio"] == pytest.approx(dense["gmacs"] / slim["gmacs"])
+    assert slim["detector_gmacs_ratio"] == pytest.approx(1 / 0.6, rel=0.01)
     assert slim["share"] == pytest.approx(2 / slim["gmacs_ratio"])
+
+
+def test_detectors_with_the_same_backbone_share_the_time_before_the_transformer(demo):
+    assert [demo.front_of(name) for name in demo.detectors()] == ["front", "front of demo"]
+    assert set(latency.measure(demo, MODES["eager"], 1, 1)) == {"front", "dense", "front of demo", "demo"}
+    alike = latency.Group(demo.image_size_hw, demo.dense, {"slim": demo.dense})
+    assert set(latency.measure(alike, MODES["eager"], 1, 1)) == {"front", "dense", "slim"}
 
 
 def test_calls_take_turns_and_the_first_is_not_counted():

@@ -12,9 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from main import get_args_parser
+from models import build_model
+from models.widths import Widths
 
 FOLDER = Path(__file__).parent
+# The deformable reference keeps its top 100 detections regardless of --num_select.
+NETWORKS: dict[str, dict] = {
+    "dense": {},
+    "slim": {},
+    "deformable": {"modelname": "dn_dab_deformable_detr", "num_select": 100},
+}
 SHARED_BOX_HEAD = "transformer.decoder."
 EMBEDDINGS = ("label_enc", "tgt_embed", "transformer.level_embed")
 
@@ -29,6 +39,18 @@ def settings(name: str) -> Namespace:
     """The options the golden model `name` was built with, beyond those of `main.get_args_parser`."""
     with np.load(FOLDER / f"{name}.npz") as file:
         return Namespace(**json.loads(str(file["spec"]))["args"])
+
+
+def built(name: str) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
+    """Model with the golden weights, criterion and postprocessors of the golden model `name`; no denoising noise."""
+    args = get_args_parser().parse_args(["--no-pretrained_backbone"])
+    found = vars(settings(name)) | NETWORKS[name]
+    args = Namespace(**{**vars(args), "num_classes": 91, "scalar": 2, "label_noise_scale": 0, "box_noise_scale": 0})
+    args.padding_rule = "reference"  # the two images differ in size
+    vars(args).update(found, cfgs=Widths.parse(found["cfgs"]) if found.get("cfgs") else None)
+    model, criterion, postprocessors = build_model(args)
+    model.load_state_dict(weights(model.state_dict()))
+    return model, criterion, postprocessors
 
 
 def shapes(name: str) -> dict[str, list[int]]:

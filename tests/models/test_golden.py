@@ -6,29 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from main import get_args_parser
-from models import build_model
-from models.widths import Widths
 from tests.golden import recipe
 
-# The deformable reference keeps its top 100 detections regardless of --num_select.
-NETWORKS = {
-    "dense": {},
-    "slim": {},
-    "deformable": {"modelname": "dn_dab_deformable_detr", "num_select": 100},
-}
 
-
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=recipe.NETWORKS)
 def golden(request):
     """Model, criterion, postprocessors and the figures of one golden file."""
-    args = get_args_parser().parse_args(["--no-pretrained_backbone"])
-    found = vars(recipe.settings(request.param)) | NETWORKS[request.param]
-    args = Namespace(**{**vars(args), "num_classes": 91, "scalar": 2, "label_noise_scale": 0, "box_noise_scale": 0})
-    args.padding_rule = "reference"  # the two images differ in size
-    vars(args).update(found, cfgs=Widths.parse(found["cfgs"]) if found.get("cfgs") else None)
-    model, criterion, postprocessors = build_model(args)
-    model.load_state_dict(recipe.weights(model.state_dict()))
+    model, criterion, postprocessors = recipe.built(request.param)
     return Namespace(
         name=request.param,
         model=model,
