@@ -41,16 +41,16 @@ __device__ __forceinline__ void add_atomically(A* address, const A (&numbers)[Ve
 // Sums four numbers over the lanes of a group; lane i gets the sum of number i % 4. Lanes exchange two numbers with the
 // lane two away and one with their neighbour, so three exchanges do the first two steps of all four sums.
 template <int Group, typename A>
-__device__ __forceinline__ A sum_of_four(const A (&numbers)[4], int lane, unsigned mask) {
+__device__ __forceinline__ A sum_of_four(const A (&numbers)[4], int lane) {
   static_assert(Group >= 4);
   const bool upper = lane & 2, odd = lane & 1;
   A even_one = upper ? numbers[2] : numbers[0], odd_one = upper ? numbers[3] : numbers[1];
-  even_one += __shfl_xor_sync(mask, upper ? numbers[0] : numbers[2], 2);
-  odd_one += __shfl_xor_sync(mask, upper ? numbers[1] : numbers[3], 2);
+  even_one += __shfl_xor_sync(kAllLanes, upper ? numbers[0] : numbers[2], 2);
+  odd_one += __shfl_xor_sync(kAllLanes, upper ? numbers[1] : numbers[3], 2);
   A sum = odd ? odd_one : even_one;
-  sum += __shfl_xor_sync(mask, odd ? even_one : odd_one, 1);
+  sum += __shfl_xor_sync(kAllLanes, odd ? even_one : odd_one, 1);
 #pragma unroll
-  for (int distance = 4; distance < Group; distance *= 2) sum += __shfl_xor_sync(mask, sum, distance);
+  for (int distance = 4; distance < Group; distance *= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
   return sum;
 }
 
@@ -64,29 +64,26 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
   __shared__ Place<A> shared_places[kThreads / Group][kTile];
   __shared__ Pack<A, 4> shared_dots[kThreads / Group][kTile];  // gradient times values, at the four corners
   const int lane = threadIdx.x % Group, group = threadIdx.x / Group;
-  const int row = blockIdx.x * (kThreads / Group) + group;
-  if (row >= problem.rows) return;  // safe: groups return as a whole, and lanes only wait for their group
-  const unsigned mask = group_mask<Group>();
+  const Row row(problem, blockIdx.x * (kThreads / Group) + group);
   Place<A>* places = shared_places[group];
   Pack<A, 4>* dots = shared_dots[group];
-  const int head = row % problem.heads, image = row / problem.heads / problem.queries;
   const int samples = problem.levels * problem.points;
-  const int64_t base = image * problem.image_elements + head * problem.channels;
-  const int64_t first_sample = static_cast<int64_t>(row) * samples;
+  const int64_t base = row.image * problem.image_elements + row.head * problem.channels;
+  const int64_t first_sample = row.index * samples;
 
   for (int first = 0; first < problem.channels; first += Group * Vec) {
     const int channel = first + lane * Vec;
-    const bool has_channels = channel < problem.channels;
+    const bool has_channels = row.written && channel < problem.channels;
     A upstream[Vec] = {};
     if (has_channels) {
       const auto pack = *reinterpret_cast<const Pack<T, Vec>*>(
-          gradient + static_cast<int64_t>(row) * problem.channels + channel);
+          gradient + row.index * problem.channels + channel);
 #pragma unroll
       for (int i = 0; i < Vec; ++i) upstream[i] = static_cast<A>(pack.item[i]);
     }
     for (int tile = 0; tile < samples; tile += kTile) {
       Fractions<A> mine[kPointsPerLane];
-      __syncwarp(mask);  // all lanes have read the places and sums of the previous tile
+      __syncwarp();  // all lanes have read the places and sums of the previous tile
 #pragma unroll
       for (int i = 0; i < kPointsPerLane; ++i) {
         const int k = tile + lane + i * Group;
@@ -94,12 +91,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
           mine[i] = place(problem, locations, weights, first_sample + k, k / problem.points, places[k - tile]);
         }
       }
-      __syncwarp(mask);
+      __syncwarp();
       const int count = min(kTile, samples - tile);
 #pragma unroll 2
       for (int k = 0; k < count; ++k) {
         const Place<A> place = places[k];
-        if (place.first == kNowhere) continue;  // the same for all lanes of the group
         A dot[4] = {};
         if (has_channels) {
           Pack<T, Vec> corners[4];
@@ -121,14 +117,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
             if (place.has(corner)) add_atomically<Vec>(grad_value + base + place.offset(corner) + channel, shares);
           }
         }
-        const A sum = sum_of_four<Group>(dot, lane, mask);
+        const A sum = sum_of_four<Group>(dot, lane);
         if (lane < 4) dots[k].item[lane] = sum;
       }
-      __syncwarp(mask);
+      __syncwarp();
 #pragma unroll
       for (int i = 0; i < kPointsPerLane; ++i) {
         const int k = tile + lane + i * Group;
-        if (k >= samples) continue;
+        if (k >= samples || !row.written) continue;
         Pack<A, 2> at_location = {};
         A at_weight = 0;
         if (mine[i].inside) {

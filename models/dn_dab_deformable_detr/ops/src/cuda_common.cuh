@@ -2,7 +2,8 @@
 //
 // A group of 4 to 32 lanes of a warp computes a row, the output of one image, query and head. First each lane computes
 // the corners and weights of different points and writes them to shared memory. Then all lanes loop over the points,
-// each for its own `Vec` adjacent channels.
+// each for its own `Vec` adjacent channels. Groups of a block compute adjacent queries of one head, because the points
+// of neighbouring pixels are near each other and share corners in the L1 cache.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -29,11 +30,8 @@ struct alignas(sizeof(T) * Vec) Pack {
   T item[Vec];
 };
 
-// Place::first of a point that contributes nothing.
-constexpr int kNowhere = -1;
-
 // The four pixels around a point, as offsets in elements from the first element of the row's image and head. Corner i
-// is one pixel to the right of the first for odd i, and one below it for i >= 2.
+// is one pixel to the right of the first for odd i, and one below it for i >= 2. All offsets lie inside of the map.
 template <typename A>
 struct alignas(16) Place {
   A weight[4];  // bilinear; negative for a corner outside of the map, which must not be read
@@ -55,17 +53,27 @@ struct Fractions {
   bool inside;
 };
 
-template <int Group>
-__device__ __forceinline__ unsigned group_mask() {
-  if constexpr (Group == 32) {
-    return 0xffffffffu;
-  } else {
-    return ((1u << Group) - 1u) << (threadIdx.x % 32 / Group * Group);
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The row that a group computes. Groups behind the last row compute it too, and write nothing, so that all lanes of a
+// warp take part in every exchange.
+struct Row {
+  int image, query, head;
+  int64_t index;  // in out and in the gradient, whose rows are ordered by image, query and head
+  bool written;
+
+  __device__ __forceinline__ Row(const Problem& problem, int group_of_grid) {
+    written = group_of_grid < problem.rows;
+    const int number = min(group_of_grid, problem.rows - 1);
+    query = number % problem.queries;
+    head = number / problem.queries % problem.heads;
+    image = number / problem.queries / problem.heads;
+    index = (static_cast<int64_t>(image) * problem.queries + query) * problem.heads + head;
   }
-}
+};
 
 // Samples at locations that are outside of the map, infinite or NaN are 0, as in PyTorch's grid_sample on CUDA. Times
-// infinite or NaN attention they are NaN, so such points must not be skipped.
+// infinite or NaN attention they are NaN, so such points are not skipped.
 template <typename A>
 __device__ __forceinline__ Fractions<A> place(
     const Problem& problem, const A* __restrict__ locations, const A* __restrict__ weights, int64_t sample, int level,
@@ -80,8 +88,7 @@ __device__ __forceinline__ Fractions<A> place(
   place.attention = f.attention;
   if (!f.inside) {
     place.weight[0] = place.weight[1] = place.weight[2] = place.weight[3] = A(-1);
-    place.first = f.attention - f.attention == A(0) ? kNowhere : 0;  // infinity - infinity is NaN
-    place.right = place.down = 0;
+    place.first = place.right = place.down = 0;
     return f;
   }
   const A floor_x = floor(x), floor_y = floor(y);
@@ -109,7 +116,8 @@ __device__ __forceinline__ Pack<T, Vec> read_corner(const T* channels, const Pla
   return pack;
 }
 
-// Calls `Kernel::launch<T, Vec, Group>` with the widest loads that channels and addresses allow, up to 16 bytes.
+// Calls `Kernel::launch<T, Vec, Group>` with the widest vectors that channels and addresses allow, up to 4 numbers or 16
+// bytes. Vectors of 8 numbers of 16 bits would leave a head's channels to few lanes.
 template <typename Kernel, typename T, int Vec, typename... Arguments>
 void launch_group(const Problem& problem, const Arguments&... arguments) {
   const int lanes = (problem.channels + Vec - 1) / Vec;
@@ -126,7 +134,7 @@ void launch_group(const Problem& problem, const Arguments&... arguments) {
 
 template <typename Kernel, typename T, typename... Arguments>
 void launch_vectors(const Problem& problem, uintptr_t addresses, const Arguments&... arguments) {
-  constexpr int kWidest = 16 / sizeof(T);
+  constexpr int kWidest = sizeof(T) == 8 ? 2 : 4;
   const auto fits = [&](int vec) { return problem.channels % vec == 0 && addresses % (vec * sizeof(T)) == 0; };
   if (fits(kWidest)) {
     launch_group<Kernel, T, kWidest>(problem, arguments...);

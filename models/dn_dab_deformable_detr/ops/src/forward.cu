@@ -13,36 +13,31 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   constexpr int kTile = Group * kPointsPerLane;
   __shared__ Place<A> shared[kThreads / Group][kTile];
   const int lane = threadIdx.x % Group, group = threadIdx.x / Group;
-  const int row = blockIdx.x * (kThreads / Group) + group;
-  if (row >= problem.rows) return;  // safe: groups return as a whole, and lanes only wait for their group
-  const unsigned mask = group_mask<Group>();
+  const Row row(problem, blockIdx.x * (kThreads / Group) + group);
   Place<A>* places = shared[group];
-  const int head = row % problem.heads, image = row / problem.heads / problem.queries;
   const int samples = problem.levels * problem.points;
-  const T* base = value + image * problem.image_elements + head * problem.channels;
+  const int64_t first_sample = row.index * samples;
+  const T* base = value + row.image * problem.image_elements + row.head * problem.channels;
 
   for (int first = 0; first < problem.channels; first += Group * Vec) {
     const int channel = first + lane * Vec;
     const bool has_channels = channel < problem.channels;
     A sums[Vec] = {};
     for (int tile = 0; tile < samples; tile += kTile) {
-      __syncwarp(mask);  // all lanes have read the places of the previous tile
+      __syncwarp();  // all lanes have read the places of the previous tile
 #pragma unroll
       for (int i = 0; i < kPointsPerLane; ++i) {
         const int k = tile + lane + i * Group;
         if (k < samples) {
-          place(
-              problem, locations, weights, static_cast<int64_t>(row) * samples + k, k / problem.points,
-              places[k - tile]);
+          place(problem, locations, weights, first_sample + k, k / problem.points, places[k - tile]);
         }
       }
-      __syncwarp(mask);
+      __syncwarp();
       if (!has_channels) continue;
       const int count = min(kTile, samples - tile);
 #pragma unroll 4
       for (int k = 0; k < count; ++k) {
         const Place<A> place = places[k];
-        if (place.first == kNowhere) continue;
         A sample[Vec] = {};
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
@@ -54,11 +49,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
         for (int i = 0; i < Vec; ++i) sums[i] += place.attention * sample[i];
       }
     }
-    if (has_channels) {
+    if (has_channels && row.written) {
       Pack<T, Vec> pack;
 #pragma unroll
       for (int i = 0; i < Vec; ++i) pack.item[i] = static_cast<T>(sums[i]);
-      *reinterpret_cast<Pack<T, Vec>*>(out + static_cast<int64_t>(row) * problem.channels + channel) = pack;
+      *reinterpret_cast<Pack<T, Vec>*>(out + row.index * problem.channels + channel) = pack;
     }
   }
 }
