@@ -36,12 +36,14 @@ class EvalResult:
         losses: mean over images of each loss and of `loss`, the weighted sum; empty without a criterion.
         detections: N x 7 array of (image_id, x, y, w, h, score, category_id), boxes in pixels of the original image.
         image_ids: the evaluated images, sorted.
+        stats_by_layer: `stats` after each decoder layer, first to last; empty unless asked for.
     """
 
     stats: dict[str, float]
     losses: dict[str, float] = field(default_factory=dict)
     detections: np.ndarray = field(default_factory=lambda: np.zeros((0, 7)))
     image_ids: list[int] = field(default_factory=list)
+    stats_by_layer: list[dict[str, float]] = field(default_factory=list)
 
 
 class Means:
@@ -153,6 +155,7 @@ def evaluate(
     amp: str = "off",
     backend: str | None = None,
     progress: bool = True,
+    by_layer: bool = False,
 ) -> EvalResult:
     """Compute the twelve COCO metrics of `predict` over the images of `loader`.
 
@@ -166,11 +169,12 @@ def evaluate(
         ground_truth: annotations; only those of the evaluated images count.
         criterion: if given, its losses are averaged too.
         backend: evaluator of `coco_stats`; None for its default.
+        by_layer: also compute the metrics of the outputs after each earlier decoder layer (`aux_outputs`).
 
     Raises:
         NonFiniteLossError: a score or a box is not finite; raised in all processes.
     """
-    rows: dict[int, np.ndarray] = {}
+    rows: dict[int, list[np.ndarray]] = {}  # of each image, the detections after each layer
     means = Means()
     batches = tqdm(loader, desc="evaluate", disable=bar_off(progress), leave=False)
     with eval_mode(predict), eval_mode(criterion):
@@ -180,19 +184,30 @@ def evaluate(
             if criterion is not None:
                 losses = criterion(outputs, move_to(targets, device))
                 means.add({**losses, "loss": criterion.weighted_sum(losses)}, weight=len(targets))
-            for target, result in zip(targets, results, strict=True):
+            earlier = [postprocess(layer, sizes.to(device)) for layer in outputs["aux_outputs"]] if by_layer else []
+            for target, *of_layers in zip(targets, *earlier, results, strict=True):
                 image_id = int(target["image_id"])
-                rows[image_id] = to_detections(image_id, result)
-    merged: dict[int, np.ndarray] = {}
+                rows[image_id] = [to_detections(image_id, result) for result in of_layers]
+    merged: dict[int, list[np.ndarray]] = {}
     for part in distributed.gather_objects(rows):
         merged.update(part)
     image_ids = sorted(merged)
-    detections = np.concatenate([merged[i] for i in image_ids]) if image_ids else np.zeros((0, 7))
+    layers = [_joined(of_layer) for of_layer in zip(*(merged[i] for i in image_ids), strict=True)] or [np.zeros((0, 7))]
+    stats = [coco_stats(ground_truth, found, image_ids=image_ids, backend=backend) for found in layers]
+    return EvalResult(stats[-1], means.read(), layers[-1], image_ids, stats if by_layer else [])
+
+
+def _joined(detections_of_images: Sequence[np.ndarray]) -> np.ndarray:
+    """Concatenate the detections of all images.
+
+    Raises:
+        NonFiniteLossError: a score or a box is not finite.
+    """
+    detections = np.concatenate(detections_of_images)
     if not np.isfinite(detections).all():
         bad = sorted({int(row[0]) for row in detections[~np.isfinite(detections).all(axis=1)]})
         raise NonFiniteLossError(f"evaluation: scores or boxes are not finite, on the images {bad}")
-    stats = coco_stats(ground_truth, detections, image_ids=image_ids, backend=backend)
-    return EvalResult(stats, means.read(), detections, image_ids)
+    return detections
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from util.lock import hold_folder
 from util.logging import bar_off, get_logger, table
 from weights.build import build_detector, options_for
 from weights.checkpoint_file import read_checkpoint
+from weights.decoder_layers import with_typed_layers
 from weights.formats import Checkpoint
 from weights.huggingface import INDEX_SUFFIX
 
@@ -97,7 +98,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
         raise UserError("--resume: found none, expected the checkpoint of the detector to export")
     require_packages(asked.format)
     output_dir = check_output_dir(run.output_dir)
-    checkpoint = read_checkpoint(run.resume)
+    checkpoint = with_typed_layers(read_checkpoint(run.resume), options.detector, typed)
     if checkpoint.remark:
         get_logger().info("%s", checkpoint.remark)
     options = options_for(options, checkpoint, typed)

@@ -27,7 +27,8 @@ class NetworkConfig(Config):
     cfgs: Widths | None = option(None, nargs="+", read=Widths.parse, stored="run", help="widths [[[attention, ffn], "
         "...], [[self, cross, ffn], ...]] or a file; third list, [[block, ...], ...]: backbone stages")  # fmt: skip
     enc_layers: int = option(6, "encoder layers", type=whole(1), stored="network")
-    dec_layers: int = option(6, "decoder layers", type=whole(1), stored="network")
+    dec_layers: int = option(6, type=whole(1), stored="network", help="decoder layers; fewer than a "
+        "checkpoint has: its first ones")  # fmt: skip
     dim_feedforward: int = option(2048, "hidden channels of an FFN before pruning", type=whole(1), stored="network")
     hidden_dim: int = option(256, "channels of the transformer", type=whole(8), stored="network")
     nheads: int = option(8, "attention heads", type=whole(1), stored="network")

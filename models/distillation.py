@@ -18,7 +18,7 @@ from util import distributed
 
 @dataclass(frozen=True)
 class Lesson:
-    """The teacher's outputs: L decoder layers, B images, Q matching queries, C classes, S feature pixels.
+    """The teacher's outputs: L layers of the student, B images, Q matching queries, C classes, S feature pixels.
 
     Attributes:
         probabilities: L x B x Q x C.
@@ -44,21 +44,38 @@ class Distillation:
     by the sum of the squared confidences. The memory's loss is the mean squared difference of pixel features, each
     normalised over its channels.
 
+    A student may have fewer decoder layers: its last layer learns from the teacher's last, each earlier one from the
+    teacher's layer of the same index.
+
     Args:
-        teacher: a detector with the student's classes, queries, channels and layers, on the student's device; it is set
-            to eval mode without gradients.
+        teacher: a detector with the student's classes, queries, channels and encoder layers, and at least as many
+            decoder layers, on the student's device; it is set to eval mode without gradients.
         weights: weights of `loss_distill_logits`, `loss_distill_bbox`, `loss_distill_giou` and `loss_distill_memory`.
+        num_layers: the student's decoder layers, by default as many as the teacher's.
     """
 
-    def __init__(self, teacher: Detector, weights: dict[str, float]) -> None:
+    def __init__(self, teacher: Detector, weights: dict[str, float], num_layers: int | None = None) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        num_layers = len(teacher.widths.decoder)
+        last = len(teacher.widths.decoder) - 1
+        num_layers = num_layers or last + 1
+        self.taught_layers = [*range(num_layers - 1), last]
         self.suffixes = [layer_suffix(layer, num_layers) for layer in range(num_layers)]
         self.weight_dict = {
             name + suffix: weight
             for name, weight in weights.items()
             for suffix in ([""] if name == "loss_distill_memory" else self.suffixes)
         }
+
+    @property
+    def remark(self) -> str | None:
+        """Log line that says which layers are matched, if the teacher has more; else None."""
+        fewer, layers = len(self.taught_layers), len(self.teacher.widths.decoder)
+        if fewer == layers:
+            return None
+        return (
+            f"--distill: the last of {fewer} decoder layers learns from the last of the teacher's {layers}, each "
+            "earlier one from the teacher's layer of the same number"
+        )
 
     @torch.no_grad()
     def teach(self, images: list[Tensor] | Tensor | PaddedImages) -> Lesson:
@@ -69,7 +86,7 @@ class Distillation:
         if isinstance(images, list):
             images = self.teacher.pad(images)
         state = self.teacher.run_steps(self.teacher.prepare(images))
-        logits, boxes = stacked_layers(self.teacher.outputs(state))
+        logits, boxes = (layers[self.taught_layers] for layers in stacked_layers(self.teacher.outputs(state)))
         return Lesson(logits.sigmoid(), boxes, at_least_float32(state.memory), state.pixels.float())
 
     def __call__(self, outputs: dict, lesson: Lesson) -> dict[str, Tensor]:

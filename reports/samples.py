@@ -23,6 +23,7 @@ from util.cli import options_of
 from util.errors import UserError
 from weights.build import build_detector
 from weights.checkpoint_file import read_checkpoint
+from weights.decoder_layers import first_layers
 from weights.stored_options import take_from_checkpoint
 
 SPLIT = "val2017"
@@ -76,7 +77,7 @@ class Samples:
         except OSError:
             raise UserError(f"{path} no longer exists") from None
         if key not in self._found:
-            checkpoint = read_checkpoint(path)
+            checkpoint = first_layers(read_checkpoint(path), config.dec_layers)
             theirs = dataclasses.replace(config, cfgs=None, pretrained_backbone=False)
             # Our files hold the options of their network; for others, use those of the run.
             typed = () if checkpoint.kind in ("ours", "search") else NETWORK_OPTIONS

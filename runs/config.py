@@ -48,6 +48,8 @@ class MainConfig(RunConfig):
     finetune_ignore: list[str] | None = option(None, nargs="+", metavar="KEY", stored="run", help="do not load the "
         "weights of --resume whose names contain one of these; initialise them")  # fmt: skip
     eval: bool = option(False, "evaluate on val2017 and stop", stored="run")
+    ap_by_layer: bool = option(False, stored="run", help="with --eval, also print AP after each decoder layer; "
+        "--dec_layers N then uses the first N")  # fmt: skip
     save_results: bool = option(False, "write the detections on val2017 as COCO results JSON", stored="run")
     amp: str = option("off", "mixed precision of training; --amp alone is bf16", **PRECISIONS)
     eval_amp: str = option("off", **PRECISIONS, help="mixed precision of evaluation, also during training; off is "

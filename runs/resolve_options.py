@@ -18,6 +18,7 @@ from runs.config import (
 from util.cli import options_of, refuse
 from util.errors import UserError
 from weights.build import build_teacher, read_start, with_classes, with_relu
+from weights.decoder_layers import with_typed_layers
 from weights.formats import Checkpoint
 from weights.stored_options import take_from_checkpoint
 
@@ -39,6 +40,8 @@ def resolve_training(
     """
     run = options.run
     checkpoint = read_start(run.resume, run.save_safetensors)
+    if checkpoint is not None:
+        checkpoint = _with_typed_layers(options, typed, checkpoint)
     continuing = checkpoint is not None and checkpoint.training is not None and not run.eval and not run.start_fresh
     if checkpoint is not None:
         options = take_from_checkpoint(options, typed, checkpoint, continuing=continuing)
@@ -61,6 +64,21 @@ def resolve_training(
     return options, checkpoint, continuing
 
 
+def _with_typed_layers(options: TrainingOptions, typed: Collection[str], checkpoint: Checkpoint) -> Checkpoint:
+    fewer = with_typed_layers(checkpoint, options.detector, typed)
+    if (
+        fewer is not checkpoint
+        and checkpoint.training is not None
+        and not (options.run.eval or options.run.start_fresh)
+    ):
+        raise UserError(
+            f"--dec_layers {options.detector.dec_layers}: {checkpoint.path} holds a training run of "
+            f"{len(checkpoint.widths.decoder)} decoder layers, which cannot continue with fewer; expected "
+            "--start_fresh to train its weights"
+        )
+    return fewer
+
+
 def resolve_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple[SearchOptions, Checkpoint]:
     """Return the completed options of a search, and the checkpoint, read as for an evaluation.
 
@@ -70,6 +88,7 @@ def resolve_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple
     checkpoint = read_start(options.run.resume, options.run.save_safetensors)
     if checkpoint is None:
         raise UserError("--resume: found none, expected the checkpoint of the detector to prune")
+    checkpoint = with_typed_layers(checkpoint, options.detector, typed)
     options = take_from_checkpoint(options, typed, checkpoint)
     refuse_unused_by_network(options.detector, typed)
     search = options.search.with_images()
@@ -85,6 +104,8 @@ def resolve_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple
 def refuse_unused_by_start(options: TrainingOptions, typed: Collection[str]) -> None:
     """Raise a `UserError` for typed options that --eval, or a run without --resume, does not use."""
     run = options.run
+    if run.ap_by_layer and not run.eval:
+        raise UserError("--ap_by_layer: found no --eval, expected --eval --ap_by_layer")
     if run.eval:
         refuse(["amp"], typed, "--eval does not train, expected --eval_amp")
         refuse(OF_TRAINING, typed, "found with --eval, which does not train")
@@ -122,4 +143,4 @@ def build_distillation(options: TrainingOptions, student: Detector) -> Distillat
         "loss_distill_giou": asked.distill_boxes_coef * losses.giou_loss_coef,
         "loss_distill_memory": asked.distill_memory_coef,
     }
-    return Distillation(teacher, weights)
+    return Distillation(teacher, weights, options.detector.dec_layers)

@@ -1,6 +1,7 @@
 """A training or evaluation run of `main.py`: detector, data and output files."""
 
 import json
+import logging
 import math
 import statistics
 import time
@@ -82,6 +83,8 @@ class Run:
             unused = options.detector.dec_layers == 1
             self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
         self.distillation = build_distillation(options, self.model)
+        if self.distillation is not None and self.distillation.remark:
+            self._notice([(logging.INFO, self.distillation.remark)])
         self.samples = Samples(self.device)
         self.continuing, self.begun = continued is not None, False
         steps = math.ceil(len(self.train_loader) / options.training.accumulate)
@@ -118,6 +121,7 @@ class Run:
             device=self.device,
             criterion=self.criterion if with_losses else None,
             amp=self.options.run.eval_amp,
+            by_layer=self.options.run.ap_by_layer,
         )
         if self.options.run.save_results and distributed.is_main():
             write_json(self.output_dir / "results.json", engine.to_coco_results(result.detections), indent=None)
@@ -131,15 +135,19 @@ class Run:
         result = self.evaluate(self.model)
         figures = {**result.stats, "evaluator": evaluator_name(), **self.costs()}
         categories = self._by_category(result)
+        by_layer = {"by_decoder_layer": result.stats_by_layer} if result.stats_by_layer else {}
         if distributed.is_main():
             content = {
                 **figures,
                 "eval_amp": self.options.run.eval_amp,
                 "widths": self.model.widths.to_list(),
                 "categories": categories,
+                **by_layer,
             }
             write_json(self.output_dir / "eval.json", content)
         self.log.info("%s", _category_table(categories))
+        if result.stats_by_layer:
+            self.log.info("%s", _layer_table(result.stats_by_layer))
         rows = [(name, shown(value) if name in STAT_NAMES else value) for name, value in figures.items()]
         self.log.info("%s", table(["val2017", ""], rows))
         return result.stats
@@ -303,6 +311,13 @@ def _category_table(categories: list[dict[str, Any]]) -> str:
     without = len(categories) - len(rows)
     left_out = f"\n(and {without} categories without boxes)" if without else ""
     return table(["category", "id", "boxes", "AP", "AP50"], rows) + left_out
+
+
+def _layer_table(stats_by_layer: list[dict[str, float]]) -> str:
+    """Return a table of AP after each decoder layer: that of the detector run with `--dec_layers` so many."""
+    names = ("AP", "AP50", "AP75")
+    rows = [[layers, *(shown(stats[name]) for name in names)] for layers, stats in enumerate(stats_by_layer, 1)]
+    return table(["decoder layers", *names], rows)
 
 
 def continue_log(path: Path, epoch: int) -> None:

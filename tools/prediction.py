@@ -45,6 +45,7 @@ from util.logging import bar_off, get_logger, table
 from util.timing import milliseconds_per_image
 from weights.build import build_detector, options_for
 from weights.checkpoint_file import read_checkpoint
+from weights.decoder_layers import with_typed_layers
 
 PICTURES = "pictures"
 COMPARED = ("dense", "slim")
@@ -114,7 +115,7 @@ def load_detector(
     Raises:
         UserError: the file cannot be read, or a typed option contradicts it.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = with_typed_layers(read_checkpoint(path), options.detector, typed)
     theirs = options_for(options, checkpoint, typed)
     model, _, postprocessors = build_detector(theirs.detector, checkpoint)
     names = checkpoint.categories or {}

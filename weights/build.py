@@ -26,9 +26,10 @@ from weights.stored_options import take_from_checkpoint
 C = TypeVar("C", bound=Config)
 D = TypeVar("D", bound=DetectorConfig)
 
-# Teacher and student must share these, or their classes, queries, pixels or layers do not match.
+# Teacher and student must share these, or their classes, queries, pixels or layers do not match. The student may have
+# fewer decoder layers.
 SHARED_WITH_TEACHER = (
-    "modelname", "num_classes", "hidden_dim", "enc_layers", "dec_layers", "num_queries", "num_patterns",
+    "modelname", "num_classes", "hidden_dim", "enc_layers", "num_queries", "num_patterns",
     "num_feature_levels", "return_layer", "dilation"
 )  # fmt: skip
 # Mean distance of anchor coordinates: 0.0002 after two epochs of fine-tuning the demo's detector, 0.24 for the same
@@ -185,6 +186,10 @@ def _teacher_of(path: str, config: DetectorConfig, student: Detector) -> Detecto
     if differing:
         found, expected = (", ".join(f"{name} {getattr(of, name)}" for name in differing) for of in (theirs, config))
         raise UserError(f"{path}: found {found}, expected {expected} as the student has")
+    if theirs.dec_layers < config.dec_layers:
+        raise UserError(
+            f"{path}: found {theirs.dec_layers} decoder layers, expected at least the student's {config.dec_layers}"
+        )
     if difference := class_difference(checkpoint, config.num_classes, config.categories or {}):
         raise UserError(f"{path}: {difference}")
     teacher, _, _ = build_detector(theirs, checkpoint)

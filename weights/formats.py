@@ -58,6 +58,7 @@ class Checkpoint:
         full_widths: for a search, channels of each module before the cut, as in the weights.
         categories: id -> name of each class; None if the file has no names.
         averaged: entries of a foreign file with averaged weights; those under `model` are loaded.
+        layers_in_file: decoder layers in the file, if these are fewer; see `weights.decoder_layers`.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class Checkpoint:
     full_widths: Widths | None = None
     categories: dict[int, str] | None = None
     averaged: tuple[str, ...] = ()
+    layers_in_file: int | None = None
 
     @property
     def is_search(self) -> bool:
@@ -81,10 +83,13 @@ class Checkpoint:
     @property
     def remark(self) -> str | None:
         """Log line if the file also has weights that are not loaded, or None."""
-        if not self.averaged:
-            return None
-        others = " and ".join(f"`{name}`" for name in self.averaged)
-        return f"{self.path}: loading the weights under `model`, not the averaged ones under {others}"
+        remarks = []
+        if self.averaged:
+            others = " and ".join(f"`{name}`" for name in self.averaged)
+            remarks.append(f"loading the weights under `model`, not the averaged ones under {others}")
+        if self.layers_in_file is not None:
+            remarks.append(f"using the first {len(self.widths.decoder)} of its {self.layers_in_file} decoder layers")
+        return f"{self.path}: {'; '.join(remarks)}" if remarks else None
 
 
 def recognise_ours(path: Path, content: dict[str, Any]) -> Checkpoint:

@@ -24,7 +24,7 @@ def take_from_checkpoint(options: C, typed: Collection[str], checkpoint: Checkpo
     Raises:
         UserError: a typed option differs from what the checkpoint was made with, or a stored value is invalid.
     """
-    stored = {**OF_OLDER_CHECKPOINTS, **checkpoint.arguments}
+    stored = {**OF_OLDER_CHECKPOINTS, **_layers_of(checkpoint, typed), **checkpoint.arguments}
     if stored.get("modelname") == "dn_dab_deformable_detr":
         stored["transformer_activation"] = "relu"  # its only one, whatever the option's default was
     # Options in foreign files may be wrong, so typed ones override them; loading the weights checks them.
@@ -49,6 +49,12 @@ def take_from_checkpoint(options: C, typed: Collection[str], checkpoint: Checkpo
                 f"{checkpoint.path}: found {len(found)} {stack}oder layers, expected {expected} (--{stack}_layers)"
             )
     return options.with_values({"cfgs": _widths_to_build(network, checkpoint, stored.get("cfgs") is not None)})
+
+
+def _layers_of(checkpoint: Checkpoint, typed: Collection[str]) -> dict[str, int]:
+    """Return the untyped numbers of layers, as the weights have them."""
+    found = {"enc_layers": len(checkpoint.widths.encoder), "dec_layers": len(checkpoint.widths.decoder)}
+    return {name: layers for name, layers in found.items() if name not in typed}
 
 
 def _widths_to_build(network: NetworkConfig, checkpoint: Checkpoint, has_slim_names: bool) -> Widths | None:

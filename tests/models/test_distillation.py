@@ -144,3 +144,19 @@ def test_a_teacher_without_detections_gives_finite_losses():
     losses = distillation()(outputs, lesson)
     assert all(bool(torch.isfinite(value)) for value in losses.values())
     assert float(losses["loss_distill_bbox"]) == 0
+
+
+@each_variant
+def test_a_student_of_fewer_layers_learns_its_last_from_the_teachers_last(network):
+    teacher = tiny_detector(f"{network} --dec_layers 3")[0]
+    teaching = Distillation(teacher, WEIGHTS, num_layers=2)
+    images, targets = pictures()
+    lesson = teaching.teach(images)
+    with torch.no_grad():
+        outputs = teacher(teacher.pad(images))
+    layers = [*outputs["aux_outputs"], outputs]
+    torch.testing.assert_close(lesson.probabilities, torch.stack([layers[i]["pred_logits"].sigmoid() for i in (0, 2)]))
+    torch.testing.assert_close(lesson.boxes_cxcywh, torch.stack([layers[i]["pred_boxes"] for i in (0, 2)]))
+    student = tiny_detector(network)[0].train()
+    assert set(teaching(student(images, targets), lesson)) == NAMES == set(teaching.weight_dict)
+    assert teaching.remark is not None and Distillation(teacher, WEIGHTS).remark is None

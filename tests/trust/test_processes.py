@@ -73,6 +73,14 @@ def test_two_processes_train_like_one_on_the_same_batches(tmp_path):
     assert float((alone - together).norm()) < WEIGHT_TOLERANCE * float(alone.norm())
 
 
+def test_two_processes_measure_ap_after_each_layer_like_one(tmp_path):
+    folder = write_folder(tmp_path / "data", "")
+    common = f"--coco_path {folder} --resume {folder}/dense.pth --eval --ap_by_layer --num_workers 0 --batch_size 1"
+    run_jobs(tmp_path / "jobs.json", [job(n, "main", f"{common} --output_dir {tmp_path}/{n}") for n in (1, 2)])
+    one, two = (json.loads((tmp_path / n / "eval.json").read_text())["by_decoder_layer"] for n in "12")
+    assert one == two and len(one) == 2 and one[0] != one[1]
+
+
 @pytest.mark.parametrize("counts", rest_in_soak([*COUNTS], ["one, two"]))
 def test_a_search_finds_the_same_widths_and_channels_on_one_two_and_four_processes(tmp_path, counts):
     folder = write_folder(tmp_path / "data", "")
