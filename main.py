@@ -15,6 +15,7 @@ import torch
 
 from datasets.coco_eval import evaluator_name, shown
 from runs.config import TrainingOptions
+from runs.fewer_queries import keep_best_queries
 from runs.resolve_options import refuse_unused_by_start, resolve_training
 from runs.training_run import Run
 from runs.training_state import seed_everything
@@ -69,7 +70,11 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
             freeze_backbone=options.training.lr_backbone == 0,
             new_parts=new_parts,
         )
-        run = Run(options, detector, device, output_dir)
+        options, kept_queries = keep_best_queries(
+            options, detector, device, chosen_on="train2017", measured_on="val2017", amp=options.run.eval_amp,
+            new_parts=new_parts,
+        )  # fmt: skip
+        run = Run(options, detector, device, output_dir, kept_queries)
         if not evaluating:
             run.prepare_training(checkpoint if continuing else None)
         # The inputs are valid; files are written from here on.
@@ -83,17 +88,18 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
 
 
 def _log_start(run: Run, checkpoint: Checkpoint | None, new_parts: NewParts | None) -> None:
-    """Log facts about the checkpoint and, before fine-tuning a search's output, its AP."""
+    """Log facts about the checkpoint and, before fine-tuning a search's output or fewer queries, the AP."""
     if checkpoint is not None and checkpoint.remark:
         run.log.info("%s", checkpoint.remark)
     if new_parts is not None:
         run.log.info("%s", new_parts.summary)
-    if checkpoint is None or not checkpoint.is_search:
+    if checkpoint is None:
         return
-    run.log.info("widths found by the search: --cfgs '%s'", run.options.detector.cfgs or checkpoint.widths)
+    if checkpoint.is_search:
+        run.log.info("widths found by the search: --cfgs '%s'", run.options.detector.cfgs or checkpoint.widths)
     if checkpoint.trace and checkpoint.trace[-1].get("unfinished"):
         run.log.warning("%s: its search was interrupted; the remaining modules are unpruned", checkpoint.path)
-    if not run.options.run.eval:
+    if (checkpoint.is_search or run.kept_queries is not None) and not run.options.run.eval:
         ap = shown(run.evaluate(run.model).stats["AP"])
         ap = ap if isinstance(ap, str) else f"{ap:.4f}"
         run.log.info("AP before fine-tuning: %s, by %s", ap, evaluator_name())

@@ -51,6 +51,7 @@ class Detector(nn.Module, ABC):
     stages: Sequence[str]  # of the backbone, that the transformer reads
     label_enc: nn.Embedding
     refpoint_embed: nn.Embedding
+    query_embeddings: Sequence[str] = ("refpoint_embed",)  # with a row for each of `num_queries`
 
     def __init__(
         self,
@@ -264,6 +265,13 @@ class Detector(nn.Module, ABC):
                 "pred_boxes": torch.stack([boxes[:, :split] for boxes in state.boxes]),
             }
         return outputs
+
+    def keep_queries(self, indices: Tensor) -> None:
+        """Keep only the matching queries with these anchors; their parameters stay as they are."""
+        for name in self.query_embeddings:
+            rows = getattr(self, name).weight.detach()[indices.to(self.refpoint_embed.weight.device)]
+            setattr(self, name, nn.Embedding.from_pretrained(rows, freeze=False))
+        self.num_queries = len(indices)
 
     def widths_in(self, scope: str) -> Widths:
         """Return the widths of the modules of a scope; only the scope `detector` lists those of a whole backbone."""

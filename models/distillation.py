@@ -45,19 +45,28 @@ class Distillation:
     normalised over its channels.
 
     A student may have fewer decoder layers: its last layer learns from the teacher's last, each earlier one from the
-    teacher's layer of the same index.
+    teacher's layer of the same index. It may have fewer queries, each of which learns from the teacher's query that it
+    was; the teacher runs with all of its own.
 
     Args:
         teacher: a detector with the student's classes, queries, channels and encoder layers, and at least as many
             decoder layers, on the student's device; it is set to eval mode without gradients.
         weights: weights of `loss_distill_logits`, `loss_distill_bbox`, `loss_distill_giou` and `loss_distill_memory`.
         num_layers: the student's decoder layers, by default as many as the teacher's.
+        queries: the teacher's matching query of each of the student's; None if they have the same.
     """
 
-    def __init__(self, teacher: Detector, weights: dict[str, float], num_layers: int | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Detector,
+        weights: dict[str, float],
+        num_layers: int | None = None,
+        queries: Tensor | None = None,
+    ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         last = len(teacher.widths.decoder) - 1
         num_layers = num_layers or last + 1
+        self.queries = slice(None) if queries is None else queries.to(next(teacher.parameters()).device)
         self.taught_layers = [*range(num_layers - 1), last]
         self.suffixes = [layer_suffix(layer, num_layers) for layer in range(num_layers)]
         self.weight_dict = {
@@ -86,7 +95,8 @@ class Distillation:
         if isinstance(images, list):
             images = self.teacher.pad(images)
         state = self.teacher.run_steps(self.teacher.prepare(images))
-        logits, boxes = (layers[self.taught_layers] for layers in stacked_layers(self.teacher.outputs(state)))
+        taught = (layers[self.taught_layers] for layers in stacked_layers(self.teacher.outputs(state)))
+        logits, boxes = (layers[:, :, self.queries] for layers in taught)
         return Lesson(logits.sigmoid(), boxes, at_least_float32(state.memory), state.pixels.float())
 
     def __call__(self, outputs: dict, lesson: Lesson) -> dict[str, Tensor]:

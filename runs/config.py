@@ -9,6 +9,7 @@ from datasets.config import DataConfig
 from datasets.transforms import TRAINING_TRANSFORMS
 from models.config import NETWORK_TITLE, DenoisingConfig, DetectorConfig, LossConfig, TrainedDetectorConfig
 from pruning.config import PRECISIONS, SearchConfig
+from pruning.queries import QUERY_IMAGES
 from util.cli import Config, group, option, real, whole
 from util.learning_rate import SCHEDULES
 
@@ -36,6 +37,8 @@ class RunConfig(DeviceConfig):
 
     save_safetensors: bool = option(False, stored="run", help="write the weights of each checkpoint as .safetensors "
         "beside it; --resume reads both")  # fmt: skip
+    keep_queries: int | None = option(None, type=whole(1), stored="run", help="keep the N matching queries of --resume "
+        f"that find most objects in the first {QUERY_IMAGES} images of train2017 (a search: of its split)")  # fmt: skip
     seed: int = option(42, "seed of every random generator", type=whole(0, at_most=2**31))
 
 

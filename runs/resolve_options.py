@@ -15,6 +15,7 @@ from runs.config import (
     TrainingLogConfig,
     TrainingOptions,
 )
+from runs.fewer_queries import check_keep_queries
 from util.cli import options_of, refuse
 from util.errors import UserError
 from weights.build import build_teacher, read_start, with_classes, with_relu
@@ -27,6 +28,7 @@ OF_TRAINING = (
     *options_of(TrainingConfig, DistillationConfig, NoiseConfig, LossConfig, TrainingLogConfig),
     "save_safetensors", "dropout", "start_fresh", "train_json", "train_images",
 )  # fmt: skip
+OF_CHOICE = ("train_json", "train_images")  # read by --keep_queries, too
 OF_DISTILLATION = ("distill_logits_coef", "distill_boxes_coef", "distill_memory_coef")
 
 
@@ -50,7 +52,8 @@ def resolve_training(
         options = options.with_values({"cfgs": options.detector.widths})  # drops the list of a backbone that is whole
     refuse_unused_by_network(options.detector, typed)
     refuse_unused_by_training(options, typed)
-    splits = ["val2017"] if run.eval else ["val2017", "train2017"]
+    check_keep_queries(options, checkpoint, continuing=continuing)
+    splits = ["val2017"] if run.eval and run.keep_queries is None else ["val2017", "train2017"]
     detector = with_classes(
         with_relu(options.detector), options.data, splits, checkpoint, training=not run.eval, continuing=continuing
     )
@@ -91,6 +94,7 @@ def resolve_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple
     checkpoint = with_typed_layers(checkpoint, options.detector, typed)
     options = take_from_checkpoint(options, typed, checkpoint)
     refuse_unused_by_network(options.detector, typed)
+    check_keep_queries(options, checkpoint)
     search = options.search.with_images()
     splits = ["val2017"] if search.split == "val2017" else ["val2017", "train2017"]
     return dataclasses.replace(
@@ -108,7 +112,8 @@ def refuse_unused_by_start(options: TrainingOptions, typed: Collection[str]) -> 
         raise UserError("--ap_by_layer: found no --eval, expected --eval --ap_by_layer")
     if run.eval:
         refuse(["amp"], typed, "--eval does not train, expected --eval_amp")
-        refuse(OF_TRAINING, typed, "found with --eval, which does not train")
+        unread = OF_TRAINING if run.keep_queries is None else [name for name in OF_TRAINING if name not in OF_CHOICE]
+        refuse(unread, typed, "found with --eval, which does not train")
         if run.resume is not None:
             refuse(["seed"], typed, "found with --eval and --resume, where nothing is random")
     if run.resume is None:
@@ -136,11 +141,11 @@ def build_distillation(options: TrainingOptions, student: Detector) -> Distillat
     asked, losses = options.distillation, options.losses
     if asked.distill is None:
         return None
-    teacher = build_teacher(asked.distill, options.detector, student)
+    teacher, queries = build_teacher(asked.distill, options.detector, student)
     weights = {
         "loss_distill_logits": asked.distill_logits_coef,
         "loss_distill_bbox": asked.distill_boxes_coef * losses.bbox_loss_coef,
         "loss_distill_giou": asked.distill_boxes_coef * losses.giou_loss_coef,
         "loss_distill_memory": asked.distill_memory_coef,
     }
-    return Distillation(teacher, weights, options.detector.dec_layers)
+    return Distillation(teacher, weights, options.detector.dec_layers, queries)

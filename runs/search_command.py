@@ -14,6 +14,7 @@ from models.config import NETWORK_TITLE, DetectorConfig, LossConfig
 from pruning.config import MethodConfig, PrecisionConfig, StepConfig, TargetConfig, refuse_unused_by_search
 from pruning.schedule import Schedule
 from runs.config import LogConfig, RunConfig, SearchOptions
+from runs.fewer_queries import keep_best_queries
 from runs.resolve_options import resolve_search
 from runs.search_run import Result, SearchRun
 from runs.training_state import seed_everything
@@ -81,7 +82,13 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
     try:
         lock.enter_context(hold_folder(output_dir))
         model, criterion, postprocessors = build_detector(options.detector, checkpoint, options.losses)
-        run = SearchRun(schedule, options, model.to(device), output_dir, device)
+        images = options.search.search_images
+        options, kept_queries = keep_best_queries(
+            options, (model, criterion, postprocessors), device, chosen_on=options.search.split,
+            measured_on=options.search.split, amp=options.search.eval_amp,
+            num_images=images if isinstance(images, int) else None,
+        )  # fmt: skip
+        run = SearchRun(schedule, options, model.to(device), output_dir, device, kept_queries)
         run.prepare(criterion.to(device), postprocessors["bbox"])
         base_ap = run.base_ap()
         # The inputs are valid; files are written from here on.

@@ -27,13 +27,20 @@ ADDED: dict[str, dict[str, Any]] = {"args": {"scope": "transformer", "block_unit
 
 
 def search_facts(
-    options: SearchOptions, schedule: Schedule, units: Units, full_widths: Widths, base_ap: float, is_cache_halved: bool
+    options: SearchOptions,
+    schedule: Schedule,
+    units: Units,
+    full_widths: Widths,
+    base_ap: float,
+    is_cache_halved: bool,
+    kept_queries: list[int] | None = None,
 ) -> dict[str, Any]:
     """Return what the result depends on; only a search with the same facts can be resumed.
 
     Args:
         base_ap: mAP in [0, 1] before the search.
         is_cache_halved: whether cached features are in bfloat16.
+        kept_queries: indices of the checkpoint's queries that are kept, None for all.
     """
     args = plain_arguments(options.values())
     return {
@@ -50,4 +57,5 @@ def search_facts(
         "units": dataclasses.asdict(units),
         "base_ap": base_ap,
         "full_widths": full_widths.to_list(),
+        **({} if kept_queries is None else {"queries": kept_queries}),
     }

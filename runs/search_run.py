@@ -44,6 +44,7 @@ from reports import plots, search_log
 from reports.report import REPORT_NAME, write_report
 from reports.samples import Samples
 from runs.config import SearchOptions
+from runs.fewer_queries import KeptQueries
 from runs.search_facts import ADDED, UNREAD, search_facts
 from util import distributed
 from util.board import Board
@@ -74,15 +75,18 @@ class SearchRun:
     """One search from the detector to its output files."""
 
     def __init__(
-        self, schedule: Schedule, options: SearchOptions, model: Detector, output_dir: Path, device: torch.device
-    ) -> None:
+        self, schedule: Schedule, options: SearchOptions, model: Detector, output_dir: Path, device: torch.device,
+        kept_queries: KeptQueries | None = None,
+    ) -> None:  # fmt: skip
         self.schedule, self.options, self.model, self.device = schedule, options, model, device
         self.output_dir, self.config, self.split = output_dir, options.search, options.search.split
         self.units = options.search.units(options.detector.nheads, options.run.seed)
         self.log = get_logger()
         self.decisions: list[Decision] = []
         self.trials: list[Trial] = []
-        self.notices: list[Notice] = []  # log lines about the data from before the log file was opened
+        self.kept_queries = kept_queries
+        # Log lines about queries and data from before the log file was opened.
+        self.notices: list[Notice] = [] if kept_queries is None else [kept_queries.notice]
         self.full_widths = model.widths_in(self.config.scope)
         self.board = Board(output_dir, options.log.tensorboard)
 
@@ -90,7 +94,7 @@ class SearchRun:
         """Read the images once and cache their backbone features."""
         config, data, seed = self.config, self.options.data, self.options.run.seed
         dataset = build_dataset(self.split, data)
-        self.notices = measured_notices(dataset, self.options.detector.matching_queries)
+        self.notices += measured_notices(dataset, self.options.detector.matching_queries)
         show(self.notices)
         asked = config.search_images
         self.num_images = min(asked, len(dataset)) if isinstance(asked, int) else len(dataset)
@@ -180,11 +184,11 @@ class SearchRun:
             self.log.info("%d images are not cached: each pass reads them and runs the backbone (--cache_gb)", left_out)
         self._warn(base_ap)
         is_global = self.bench.method.search == "global"
-        base_ap, past = self._open_journal(
-            search_facts(
-                self.options, self.schedule, self.units, self.full_widths, base_ap, cache.storage.dtype is not None
-            )
+        queries = None if self.kept_queries is None else self.kept_queries.indices
+        facts = search_facts(
+            self.options, self.schedule, self.units, self.full_widths, base_ap, cache.storage.dtype is not None, queries
         )
+        base_ap, past = self._open_journal(facts)
         self.board.open(len(past))
         self.board.add({"search/mAP": base_ap}, 0)
         hint = f"stopped; continue with the same command and --resume_search, from {self.journal.path}"

@@ -26,6 +26,7 @@ from reports.samples import Samples
 from reports.training_page import EPOCH_COLUMNS, epoch_rows
 from runs.batch_log import BatchLog
 from runs.config import TrainingOptions
+from runs.fewer_queries import KeptQueries
 from runs.resolve_options import build_distillation
 from runs.training_state import TrainingState, resume_changes
 from util import distributed
@@ -45,7 +46,14 @@ class Run:
         notices: log lines about the data from before the log file was opened.
     """
 
-    def __init__(self, options: TrainingOptions, detector: tuple, device: torch.device, output_dir: Path) -> None:
+    def __init__(
+        self,
+        options: TrainingOptions,
+        detector: tuple,
+        device: torch.device,
+        output_dir: Path,
+        kept_queries: KeptQueries | None = None,
+    ) -> None:
         model, self.criterion, postprocessors = detector
         self.options, self.device, self.output_dir = options, device, output_dir
         data = options.data
@@ -61,6 +69,9 @@ class Run:
         self.ground_truth = GroundTruth(split_of(data, "val2017").annotation_file)
         self.val_dataset = build_dataset("val2017", data)
         self.notices: list[Notice] = []
+        self.kept_queries = kept_queries
+        if kept_queries is not None:
+            self._notice([kept_queries.notice])
         self._notice(measured_notices(self.val_dataset, options.detector.matching_queries))
         by_shape = Subset(self.val_dataset, self.val_dataset.order_by_shape())
         self.val_loader = build_loader(by_shape, data.batch_size, shuffle=False, **self.loader_options)
@@ -135,14 +146,16 @@ class Run:
         result = self.evaluate(self.model)
         figures = {**result.stats, "evaluator": evaluator_name(), **self.costs()}
         categories = self._by_category(result)
-        by_layer = {"by_decoder_layer": result.stats_by_layer} if result.stats_by_layer else {}
+        optional: dict[str, Any] = {"by_decoder_layer": result.stats_by_layer} if result.stats_by_layer else {}
+        if self.kept_queries is not None:
+            optional["AP_with_all_queries"] = self.kept_queries.ap_before
         if distributed.is_main():
             content = {
                 **figures,
                 "eval_amp": self.options.run.eval_amp,
                 "widths": self.model.widths.to_list(),
                 "categories": categories,
-                **by_layer,
+                **optional,
             }
             write_json(self.output_dir / "eval.json", content)
         self.log.info("%s", _category_table(categories))

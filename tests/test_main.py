@@ -261,7 +261,7 @@ TEACHERS = {
     "a search's output": ("{tmp}/pruned.pth", "pruned.pth: found the output of a search, expected the detector that"),
     "of the other variant": ("{tmp}/variant.pth", "modelname dn_dab_deformable_detr, expected modelname dn_dab_detr"),
     "of other classes": ("{tmp}/annotated.pth", "num_classes 7, return_layer layer4, expected num_classes 4, return"),
-    "of another shape": ("{tmp}/shape.pth", "found enc_layers 2, num_queries 6, expected enc_layers 1, num_queries 5"),
+    "of another shape": ("{tmp}/shape.pth", "found enc_layers 2, num_patterns 2, expected enc_layers 1, num"),
     "of another shape, foreign": ("{tmp}/foreign.pth", "refpoint_embed.weight has the shape 6 x 4, expected 5 x 4"),
     "of fewer layers": ("{tmp}/shallow.pth", "found 1 decoder layers, expected at least the student's 2"),
     "not its ancestor": ("{tmp}/stranger.pth", "found other queries than the student's (mean anchor distance 0."),
@@ -276,7 +276,7 @@ def teachers_folder(trained, annotated, tmp_path_factory) -> Path:
     shutil.copy(annotated / "dense.pth", tmp / "annotated.pth")
     for name, more in (
         ("stranger", "--seed 1"),
-        ("shape", "--num_queries 6 --enc_layers 2"),
+        ("shape", "--num_patterns 2 --enc_layers 2"),
         ("shallow", "--dec_layers 1"),
         ("query", "--num_queries 6"),
         ("variant", "-m dn_dab_deformable_detr"),

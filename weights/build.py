@@ -5,6 +5,8 @@ from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from datasets.annotations import category_names
 from datasets.coco import split_of
@@ -27,14 +29,16 @@ C = TypeVar("C", bound=Config)
 D = TypeVar("D", bound=DetectorConfig)
 
 # Teacher and student must share these, or their classes, queries, pixels or layers do not match. The student may have
-# fewer decoder layers.
+# fewer decoder layers and queries.
 SHARED_WITH_TEACHER = (
-    "modelname", "num_classes", "hidden_dim", "enc_layers", "num_queries", "num_patterns",
+    "modelname", "num_classes", "hidden_dim", "enc_layers", "num_patterns",
     "num_feature_levels", "return_layer", "dilation"
 )  # fmt: skip
 # Mean distance of anchor coordinates: 0.0002 after two epochs of fine-tuning the demo's detector, 0.24 for the same
 # anchors in another order.
 LARGEST_ANCHOR_DISTANCE = 0.1
+# The same, where each anchor of the student is compared with the nearest one of a teacher that has more.
+LARGEST_NEAREST_DISTANCE = 0.01
 
 
 def read_start(resume: str | None, save_safetensors: bool) -> Checkpoint | None:
@@ -161,8 +165,10 @@ def _check_describes(config: DetectorConfig, checkpoint: Checkpoint) -> None:
         ) from None
 
 
-def build_teacher(path: str, config: DetectorConfig, student: Detector) -> Detector:
+def build_teacher(path: str, config: DetectorConfig, student: Detector) -> tuple[Detector, Tensor]:
     """Build the detector of `--distill` on the student's device; `config` describes the student.
+
+    Also return the teacher's matching query of each of the student's.
 
     Raises:
         UserError: its file cannot be read, or it is not the detector that the student was cut from.
@@ -171,9 +177,10 @@ def build_teacher(path: str, config: DetectorConfig, student: Detector) -> Detec
         raise UserError("--distill: found an empty name, expected the path of a checkpoint, or no --distill")
     try:
         teacher = _teacher_of(path, config, student)
+        queries = _queries_of(path, teacher, student)
     except UserError as error:
         raise UserError(f"--distill {error}") from None
-    return teacher.to(next(student.parameters()).device)
+    return teacher.to(next(student.parameters()).device), queries
 
 
 def _teacher_of(path: str, config: DetectorConfig, student: Detector) -> Detector:
@@ -186,19 +193,32 @@ def _teacher_of(path: str, config: DetectorConfig, student: Detector) -> Detecto
     if differing:
         found, expected = (", ".join(f"{name} {getattr(of, name)}" for name in differing) for of in (theirs, config))
         raise UserError(f"{path}: found {found}, expected {expected} as the student has")
-    if theirs.dec_layers < config.dec_layers:
-        raise UserError(
-            f"{path}: found {theirs.dec_layers} decoder layers, expected at least the student's {config.dec_layers}"
-        )
+    for name, what in (("dec_layers", "decoder layers"), ("num_queries", "queries")):
+        found, least = getattr(theirs, name), getattr(config, name)
+        if found < least:
+            raise UserError(f"{path}: found {found} {what}, expected at least the student's {least}")
     if difference := class_difference(checkpoint, config.num_classes, config.categories or {}):
         raise UserError(f"{path}: {difference}")
     teacher, _, _ = build_detector(theirs, checkpoint)
-    with torch.no_grad():
-        anchors, wanted = (model.refpoint_embed.weight.cpu().sigmoid() for model in (teacher, student))
-    distance = float((anchors - wanted).abs().mean())
-    if distance > LARGEST_ANCHOR_DISTANCE:
+    return teacher
+
+
+@torch.no_grad()
+def _queries_of(path: str, teacher: Detector, student: Detector) -> Tensor:
+    """Return the teacher's matching query of each of the student's, by their anchors.
+
+    Queries of equal number match in order. A student with fewer has some of the teacher's, so each matches the nearest.
+    """
+    theirs, ours = (model.refpoint_embed.weight.cpu().sigmoid() for model in (teacher, student))
+    rows, largest = torch.arange(len(ours)), LARGEST_ANCHOR_DISTANCE
+    if len(theirs) > len(ours):
+        costs = torch.cdist(ours, theirs, p=1)
+        rows, largest = torch.from_numpy(linear_sum_assignment(costs.numpy())[1]), LARGEST_NEAREST_DISTANCE
+    distance = float((theirs[rows] - ours).abs().mean())
+    if distance > largest:
         raise UserError(
             f"{path}: found other queries than the student's (mean anchor distance {distance:.2f} of an image), "
             "expected the detector that the student was cut from"
         )
-    return teacher
+    patterns = torch.arange(max(1, teacher.num_patterns)) * len(theirs)  # queries are in the order pattern, anchor
+    return (patterns[:, None] + rows).flatten()

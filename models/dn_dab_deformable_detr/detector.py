@@ -62,6 +62,7 @@ class DnDabDeformableDetr(Detector):
     """
 
     transformer: Transformer
+    query_embeddings = ("refpoint_embed", "tgt_embed")
 
     def __init__(self, config: DetectorConfig, backbone: Backbone, denoising: DenoisingSettings | None) -> None:
         _check_options(config)
