@@ -37,7 +37,7 @@ keep() { # FOLDER: the figures of a run
         [ ! -e "$WORK/$1/$file" ] || cp "$WORK/$1/$file" "$OUT/$1_$file"
     done
 }
-run() { timeout "$LIMIT" "$PYTHON" "$@"; }
+run() { timeout -s INT -k 10 "$LIMIT" "$PYTHON" "$@"; }
 
 environment() {
     if [ "$DEVICE" = cuda ]; then nvidia-smi && nvcc --version; fi

@@ -160,6 +160,19 @@ def latency(results: Path) -> str:
         f"CPU core, so the whole detector gains {100 * (gp['speed_up_detector'] - 1):.0f} % with GP's widths and "
         f"{100 * (mgp['speed_up_detector'] - 1):.0f} % with MGP's. Zero-padding makes the dense transformer "
         f"{unpadded['ms_transformer'] / dense['ms_transformer']:.2f} times as fast. {measured_with(found)}"
+        f"{_on_gpu(results)}"
+    )
+
+
+def _on_gpu(results: Path) -> str:
+    """Say what the latency table's GPU rows show, if there are any."""
+    if not (results / "latency_cuda.json").exists():
+        return ""
+    found = read_figures(results, "latency_cuda.json")
+    mgp = _latency_case(found, "MGP")
+    return (
+        f" On a GPU, eager PyTorch spends its time on launches: MGP's transformer, with {mgp['gmacs_ratio']:.2f} times "
+        f"fewer GMACs, is {mgp['speed_up']:.2f} times as fast. {measured_with(found)}"
     )
 
 
@@ -180,7 +193,20 @@ def demo_deformable(results: Path) -> str:
 def ops(results: Path) -> str:
     """Describe the measurement of the operator."""
     found = read_figures(results, "ops_cpu.json")
-    return paragraph(f"Milliseconds, medians of {found['rounds']} rounds. {measured_with(found)}")
+    text = f"Milliseconds, medians of {found['rounds']} rounds. {measured_with(found)}"
+    if (results / "ops_cuda.json").exists():
+        on_gpu = read_figures(results, "ops_cuda.json")
+        original = {
+            case["part"]: case["times_as_quick_as"]["original"]
+            for case in on_gpu["cases"]
+            if (case["shape"], case["dtype"]) == ("encoder", "float32")
+        }
+        text += (
+            f" CUDA: medians of {on_gpu['rounds']} rounds, of the kernels at commit {on_gpu['commit']}, which have "
+            f"changed since; in the encoder they were {original['forward']:.1f} and {original['backward']:.1f} times as "
+            f"quick as the original's algorithm, forward and backward. {measured_with(on_gpu)}"
+        )
+    return paragraph(text)
 
 
 def demo_checkpoint(results: Path) -> str:

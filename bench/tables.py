@@ -218,14 +218,16 @@ def coco_eval(results: Path) -> str:
 
 
 def ops(results: Path) -> str:
-    """Compare the sampling operator with PyTorch operations, in milliseconds."""
-    rows: dict[str, list[str]] = {}
-    for case in read_figures(results, "ops_cpu.json")["cases"]:
-        milliseconds, ratio = case["milliseconds"], case["times_as_quick_as"]["PyTorch"]
-        cells = rows.setdefault(case["shape"], [case["shape"]])
-        cells += [f"{milliseconds['operator']:.1f}", f"{milliseconds['PyTorch']:.1f}", f"{ratio:.1f}"]
-    titles = ("CPU, float32", "forward", "PyTorch", "ratio", "backward", "PyTorch", "ratio")
-    return markdown(titles, list(rows.values()))
+    """Compare the sampling operator with PyTorch operations, in milliseconds; on CUDA if its figures exist."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for device in ("cpu", *(("cuda",) if (results / "ops_cuda.json").exists() else ())):
+        for case in read_figures(results, f"ops_{device}.json")["cases"]:
+            milliseconds, ratio = case["milliseconds"], case["times_as_quick_as"]["PyTorch"]
+            digits = 1 if device == "cpu" else 2
+            cells = rows.setdefault((f"{device.upper()}, {case['dtype']}", case["shape"]), [])
+            cells += [f"{milliseconds['operator']:.{digits}f}", f"{milliseconds['PyTorch']:.{digits}f}", f"{ratio:.1f}"]
+    titles = ("", "", "forward", "PyTorch", "ratio", "backward", "PyTorch", "ratio")
+    return markdown(titles, [(*key, *cells) for key, cells in rows.items()])
 
 
 def latency(results: Path) -> str:

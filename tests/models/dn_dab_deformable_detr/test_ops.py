@@ -17,16 +17,21 @@ OPS = Path(sampling.__file__).parent
 SIZES = [4, 6, 3, 2, 1, 1]
 
 
+def build(folder, **variables):
+    """Build the operator for the CPU; return the folder of the library."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    command = [sys.executable, "setup.py", "build", "--build-base", folder, "--build-lib", f"{folder}/lib"]
+    environment = {**os.environ, "FORCE_CPU": "1", **variables}
+    done = subprocess.run(command, cwd=OPS, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return OPS / folder / "lib"
+
+
 @pytest.fixture(scope="session")
 def built():
     """Folder with the compiled operator of these sources, for the CPU; what is up to date is not compiled again."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("no C++ compiler")
-    command = [sys.executable, "setup.py", "build", "--build-base", "build/tests", "--build-lib", "build/tests/lib"]
-    environment = {**os.environ, "FORCE_CPU": "1"}
-    done = subprocess.run(command, cwd=OPS, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return OPS / "build/tests/lib"
+    return build("build/tests")
 
 
 @pytest.fixture
@@ -234,3 +239,23 @@ def test_without_the_extension_the_pure_form_runs_with_one_warning(monkeypatch):
         warnings.simplefilter("error")
         assert torch.equal(sample(*arguments()), found)
     assert torch.equal(found, sample_in_pytorch(*arguments()))
+
+
+NUMBERS_IN_AN_ERROR = """
+import torch, deformable_sampling
+try:
+    torch.ops.dn_detr.sample(torch.zeros(1, 4, 1, 3), [1, 2], torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="linker options of GNU")
+def test_errors_have_their_numbers_with_a_libstdcxx_of_its_own(tmp_path):
+    """Its streams write no numbers or crash beside those of PyTorch; compilers newer than the system's link it."""
+    library = build(str(tmp_path / "build"), LDFLAGS="-static-libstdc++ -Wl,-Bsymbolic")
+    environment = {**os.environ, "PYTHONPATH": str(library)}
+    command = [sys.executable, "-c", NUMBERS_IN_AN_ERROR]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "the levels have 2 pixels, and value has 4" in done.stdout, done.stderr

@@ -16,13 +16,14 @@ namespace {
 
 Problem problem_of(const Sizes& sizes) {
   const auto levels = static_cast<int64_t>(sizes.levels.size());
-  TORCH_CHECK(levels <= kMaxLevels, "sample: ", levels, " levels, expected at most ", kMaxLevels, " on CUDA");
+  TORCH_CHECK(levels <= kMaxLevels, message("sample: ", levels, " levels, expected at most ", kMaxLevels, " on CUDA"));
   const int64_t rows = sizes.batch * sizes.queries * sizes.heads;
   const int64_t image_elements = sizes.pixels * sizes.heads * sizes.channels;
   TORCH_CHECK(
       rows <= kMostCounted && image_elements <= kMostCounted && sizes.samples() <= kMostCounted,
-      "sample: ", rows, " rows of ", sizes.samples(), " points, ", image_elements,
-      " elements an image, expected at most ", kMostCounted, " of each on CUDA");
+      message(
+          "sample: ", rows, " rows of ", sizes.samples(), " points, ", image_elements,
+          " elements an image, expected at most ", kMostCounted, " of each on CUDA"));
   Problem problem{
       static_cast<int>(rows), static_cast<int>(sizes.queries), static_cast<int>(sizes.heads),
       static_cast<int>(sizes.channels), static_cast<int>(sizes.points), static_cast<int>(levels), image_elements};

@@ -116,8 +116,7 @@ __device__ __forceinline__ Pack<T, Vec> read_corner(const T* channels, const Pla
   return pack;
 }
 
-// Calls `Kernel::launch<T, Vec, Group>` with the widest vectors that channels and addresses allow, up to 4 numbers or 16
-// bytes. Vectors of 8 numbers of 16 bits would leave a head's channels to few lanes.
+// Calls `Kernel::launch<T, Vec, Group>` with the fewest lanes that hold the channels, at most a warp.
 template <typename Kernel, typename T, int Vec, typename... Arguments>
 void launch_group(const Problem& problem, const Arguments&... arguments) {
   const int lanes = (problem.channels + Vec - 1) / Vec;
@@ -132,6 +131,8 @@ void launch_group(const Problem& problem, const Arguments&... arguments) {
   }
 }
 
+// Calls `launch_group` with the widest vectors that channels and addresses allow, up to 4 numbers and 16 bytes. Vectors
+// of 8 numbers of 16 bits would leave a head's channels to few lanes.
 template <typename Kernel, typename T, typename... Arguments>
 void launch_vectors(const Problem& problem, uintptr_t addresses, const Arguments&... arguments) {
   constexpr int kWidest = sizeof(T) == 8 ? 2 : 4;

@@ -7,9 +7,13 @@
 // the map are 0.
 #pragma once
 
+#include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/ArrayRef.h>
 
+#include <concepts>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace at {
@@ -20,6 +24,23 @@ namespace deformable {
 
 // Maximum height or width of a level; float32 cannot distinguish more pixels.
 constexpr int64_t kLargestSide = int64_t(1) << 24;
+
+// Messages are made without streams, which write no numbers or crash where the compiler links another libstdc++ into
+// this library than PyTorch uses.
+inline std::string text(const std::string& words) { return words; }
+inline std::string text(std::integral auto number) { return std::to_string(number); }
+inline std::string text(c10::ScalarType type) { return c10::toString(type); }
+inline std::string text(c10::Device device) { return device.str(); }
+inline std::string text(c10::IntArrayRef numbers) {
+  std::string list;
+  for (const int64_t number : numbers) list += (list.empty() ? "" : ", ") + std::to_string(number);
+  return "[" + list + "]";
+}
+
+template <typename... Parts>
+std::string message(const Parts&... parts) {
+  return (text(parts) + ...);
+}
 
 struct Level {
   int32_t height;
