@@ -250,8 +250,9 @@ def _losses(
         NonFiniteLossError: the average is not finite; `place` (epoch and step) begins the message.
     """
     with precision:
-        outputs = model(images, targets)
-        lesson = None if distillation is None else distillation.teach(images)
+        queries = None if distillation is None else distillation.draw(targets)
+        outputs = model(images, targets if queries is None else queries)
+        lesson = None if distillation is None else distillation.teach(images, queries)
     outputs = _to_float32(outputs)
     losses = criterion(outputs, targets)
     loss = criterion.weighted_sum(losses)

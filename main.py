@@ -16,6 +16,7 @@ import torch
 from datasets.coco_eval import evaluator_name, shown
 from runs.config import TrainingOptions
 from runs.fewer_queries import keep_best_queries
+from runs.recipe import recipe_of, recipe_table
 from runs.resolve_options import refuse_unused_by_start, resolve_training
 from runs.training_run import Run
 from runs.training_state import seed_everything
@@ -79,6 +80,9 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
             run.prepare_training(checkpoint if continuing else None)
         # The inputs are valid; files are written from here on.
         handler = log_to_file(output_dir / "run.log", run.notices)
+        parts = [] if checkpoint is None else recipe_of(options, typed, checkpoint)
+        if parts:
+            run.log.info("%s", recipe_table(parts))
         _log_start(run, checkpoint, new_parts)
         return run.evaluate_only() if evaluating else run.train()
     finally:

@@ -22,6 +22,7 @@ from datasets.annotations import load_annotations
 from datasets.boxes import MIN_SIDE, are_below_pixel
 from datasets.config import DataConfig
 from datasets.decode import read_listed
+from datasets.image_cache import ImageCache, read_cache
 from datasets.transforms import TRAINING_TRANSFORMS, eval_transforms
 from util.errors import UserError, reason_of, shorten
 
@@ -128,6 +129,7 @@ class CocoDataset(Dataset):
         self.sample_transforms = transforms
         self.min_side = min_side
         self.seed, self.epoch = seed, 0
+        self._cache: ImageCache | None = None
         _check_images(self.folder, self.annotation_file, self.annotations.file_names)
 
     def __len__(self) -> int:
@@ -136,6 +138,15 @@ class CocoDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch (from 0), which determines the random transforms of the next pass."""
         self.epoch = epoch
+
+    def cache_images(self) -> None:
+        """Decode all images to memory, where later passes and worker processes find them.
+
+        Raises:
+            UserError: an image cannot be read, or the images do not fit in the free RAM.
+        """
+        listed_bytes = 3 * float(self.annotations.sizes_wh.astype(np.float64).prod(axis=1).sum())
+        self._cache = read_cache(self.picture, len(self), listed_bytes)
 
     def order_by_shape(self) -> list[int]:
         """Return the indices sorted by listed height / width, so that batches of neighbours need little padding.
@@ -187,6 +198,8 @@ class CocoDataset(Dataset):
 
     def picture(self, index: int) -> Tensor:
         """Return a sample's image in the frame of its boxes: RGB, uint8 3 x H x W."""
+        if self._cache is not None:
+            return self._cache.picture(index)
         return read_listed(self.image_path(index), self.annotations.listed_size_wh(index)).pixels
 
     def image_path(self, index: int) -> Path:

@@ -7,10 +7,13 @@ gives the same images on every platform (see `datasets.demo_shapes`); train and 
 """
 
 import argparse
+import io
 import json
+import multiprocessing
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -169,16 +172,36 @@ def _paint(
     target[:] = (target * (full - alpha) + outline * (alpha - fill) + colours * fill + full // 2) // full
 
 
-def draw_split(folder: Path, split: str, images: int, *, seed: int, size: int) -> None:
-    """Write the images of a split and its annotation file below `folder`."""
+def _draw_file(index: int, *, seed: int, stream: int, size: int) -> tuple[bytes, list[dict]]:
+    """Draw one image; return the content of its JPEG file and its annotations, see `draw_image`."""
+    pixels, objects = draw_image(seed, stream, index, size)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="JPEG", quality=92)
+    return file.getvalue(), objects
+
+
+def _draw_files(images: int, jobs: int, **settings: int) -> Iterator[tuple[bytes, list[dict]]]:
+    """Yield the result of `_draw_file` for each index, in order, drawn by `jobs` processes."""
+    draw = partial(_draw_file, **settings)
+    if jobs == 1:
+        yield from map(draw, range(images))
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap(draw, range(images), chunksize=16)
+
+
+def draw_split(folder: Path, split: str, images: int, *, seed: int, size: int, jobs: int = 1) -> None:
+    """Write the images of a split and its annotation file below `folder`, drawn by `jobs` processes."""
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
     entries, annotations = [], []
-    for index in tqdm(range(images), desc=split, delay=5, unit="image", disable=None):
-        pixels, objects = draw_image(seed, SPLITS.index(split), index, size)
+    files = _draw_files(images, jobs, seed=seed, stream=SPLITS.index(split), size=size)
+    for index, (content, objects) in enumerate(
+        tqdm(files, desc=split, total=images, delay=5, unit="image", disable=None)
+    ):
         image_id = index * 3 + 1  # with gaps, so that ids cannot serve as indices
         name = f"{image_id:012d}.jpg"
-        Image.fromarray(pixels).save(folder / split / name, quality=92)
+        (folder / split / name).write_bytes(content)
         entries.append({"id": image_id, "file_name": name, "width": size, "height": size})
         for item in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **item})
@@ -189,7 +212,7 @@ def draw_split(folder: Path, split: str, images: int, *, seed: int, size: int) -
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def draw_set(out: Path, *, images: int, val_images: int, seed: int, size: int = 256) -> bool:
+def draw_set(out: Path, *, images: int, val_images: int, seed: int, size: int = 256, jobs: int = 1) -> bool:
     """Draw the set into `out`, which appears complete or not at all.
 
     Returns:
@@ -207,7 +230,7 @@ def draw_set(out: Path, *, images: int, val_images: int, seed: int, size: int = 
         try:
             with naming(out):
                 for split, number in zip(SPLITS, (images, val_images), strict=True):
-                    draw_split(scratch, split, number, seed=seed, size=size)
+                    draw_split(scratch, split, number, seed=seed, size=size, jobs=jobs)
                 (scratch / MARKER).write_text(json.dumps(settings) + "\n", encoding="utf-8")
                 scratch.replace(out)
         finally:
@@ -234,6 +257,9 @@ def get_demo_parser() -> argparse.ArgumentParser:
                         "least 1")  # fmt: skip
     parser.add_argument("--seed", type=whole(0), default=0, help="random seed")
     parser.add_argument("--size", type=whole(64, at_most=1024), default=256, help="side of the images in pixels")
+    parser.add_argument(
+        "--jobs", type=whole(1), default=1, help="processes that draw; the images are the same for any number"
+    )
     return parser
 
 
@@ -241,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw the set described on the command line."""
     args, _ = parse(get_demo_parser(), argv)
     val_images = max(1, args.images // 10) if args.val_images is None else args.val_images
-    drawn = draw_set(args.out, images=args.images, val_images=val_images, seed=args.seed, size=args.size)
+    drawn = draw_set(args.out, images=args.images, val_images=val_images, seed=args.seed, size=args.size,
+                     jobs=args.jobs)  # fmt: skip
     result = f"{args.images} + {val_images} images" if drawn else "the same demo set already exists, not changed"
     print(f"{args.out}: {result}")
 

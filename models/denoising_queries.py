@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,43 @@ class DenoisingSettings:
     groups: int = 5
     label_noise: float = 0.2
     box_noise: float = 0.4
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Drawn noise, from which a detector makes denoising queries; T noised targets.
+
+    Attributes:
+        labels: T class indices.
+        boxes_cxcywh: T x 4 in [0, 1].
+        image: T indices of images in the batch.
+        slot: T indices of queries.
+        num_images: images of the batch.
+        layout: of the queries.
+    """
+
+    labels: Tensor
+    boxes_cxcywh: Tensor
+    image: Tensor
+    slot: Tensor
+    num_images: int
+    layout: DenoisingQueries
+
+
+@dataclass(frozen=True)
+class ExtraQueries:
+    """The queries of a batch besides the matching ones, so that two detectors can be given the same.
+
+    Attributes:
+        noise: from which denoising queries are made, or None.
+        anchors_cxcywh: by kind, B x P x 4 in [0, 1]. The query at each anchor has the content of a matching query, and
+            attends to the queries of its kind alone.
+        content_queries: indices of the matching queries that give the contents, in turn; None for all.
+    """
+
+    noise: Noise | None
+    anchors_cxcywh: Mapping[str, Tensor] = field(default_factory=dict)
+    content_queries: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,33 +101,40 @@ def add_noise(
     return labels, (boxes_cxcywh + shift).clamp(0, 1)
 
 
-def noised_queries(
-    targets: list[dict[str, Tensor]], label_enc: nn.Embedding, num_classes: int, settings: DenoisingSettings
-) -> NoisedTargets | None:
-    """Return denoising queries for a batch of targets, or None if there are no targets.
-
-    Each of the `settings.groups` groups holds a noised copy of each target of an image, padded to the largest target
-    count of the batch. The content's last channel is the indicator, 1 for denoising queries.
-    """
+def draw_noise(targets: list[dict[str, Tensor]], num_classes: int, settings: DenoisingSettings | None) -> Noise | None:
+    """Draw noised copies of a batch of targets, `settings.groups` of each; None if there are no targets."""
     most = max((len(target["labels"]) for target in targets), default=0)
-    if most == 0 or settings.groups == 0:
+    if settings is None or most == 0 or settings.groups == 0:
         return None
     layout = DenoisingQueries(most * settings.groups, settings.groups)
     image, slot, index = slot_indices(targets, layout)
     labels = torch.cat([target["labels"] for target in targets])[index]
     boxes = torch.cat([target["boxes"] for target in targets])[index]
     labels, boxes = add_noise(labels, boxes, num_classes, settings)
-    encoded = label_enc(labels)
-    encoded = torch.cat((encoded, encoded.new_ones(len(labels), 1)), dim=1)
-    shape = (len(targets), layout.num_queries)
-    content = encoded.new_zeros(*shape, encoded.shape[1]).index_put((image, slot), encoded)
-    anchor_logits = boxes.new_zeros(*shape, 4).index_put((image, slot), inverse_sigmoid(boxes))
-    return NoisedTargets(content, anchor_logits, layout)
+    return Noise(labels, boxes, image, slot, len(targets), layout)
+
+
+def noised_queries(noise: Noise, label_enc: nn.Embedding) -> NoisedTargets:
+    """Return the denoising queries of drawn noise.
+
+    Each group holds a noised copy of each target of an image, padded to the largest target count of the batch. The
+    content's last channel is the indicator, 1 for denoising queries.
+    """
+    encoded = label_enc(noise.labels)
+    encoded = torch.cat((encoded, encoded.new_ones(len(noise.labels), 1)), dim=1)
+    shape, place = (noise.num_images, noise.layout.num_queries), (noise.image, noise.slot)
+    content = encoded.new_zeros(*shape, encoded.shape[1]).index_put(place, encoded)
+    anchor_logits = noise.boxes_cxcywh.new_zeros(*shape, 4).index_put(place, inverse_sigmoid(noise.boxes_cxcywh))
+    return NoisedTargets(content, anchor_logits, noise.layout)
 
 
 def query_mask(layout: DenoisingQueries, num_matching: int, device: torch.device) -> Tensor:
-    """Return a bool mask (Q x Q), True where a query may attend: to matching queries and to its own group."""
-    slots_per_group = layout.num_queries // layout.groups
-    group = torch.arange(layout.num_queries, device=device) // slots_per_group
-    group = torch.cat((group, group.new_full((num_matching,), -1)))
-    return (group[:, None] == group[None, :]) | (group[None, :] == -1)
+    """Return a bool mask (Q x Q), True where a query may attend.
+
+    A denoising query attends to its own group and to the matching queries, a shared anchor to its own group alone.
+    """
+    group = torch.arange(layout.num_queries, device=device) // max(1, layout.num_queries // max(1, layout.groups))
+    of_anchors = [group.new_full((size,), layout.groups + index) for index, size in enumerate(layout.anchors)]
+    group = torch.cat((group, *of_anchors, group.new_full((num_matching,), -1)))
+    sees_matching = group < layout.groups
+    return (group[:, None] == group[None, :]) | (sees_matching[:, None] & (group[None, :] == -1))

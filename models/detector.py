@@ -5,13 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.denoising_queries import DenoisingSettings, noised_queries, query_mask
+from models.denoising_queries import (
+    DenoisingSettings,
+    ExtraQueries,
+    NoisedTargets,
+    draw_noise,
+    noised_queries,
+    query_mask,
+)
+from models.layers import inverse_sigmoid
 from models.padding import (
     PaddedImages,
     group_by_size,
@@ -21,7 +30,7 @@ from models.padding import (
     resize_padding,
 )
 from models.prunable import KINDS, ParameterSlice, PrunableModule, residual_block_module
-from models.state import BackboneState, DetectorState, Features, QueryFields, State
+from models.state import BackboneState, DenoisingQueries, DetectorState, Features, QueryFields, State
 from models.widths import BACKBONE, Widths
 from util.errors import UserError
 
@@ -98,7 +107,9 @@ class Detector(nn.Module, ABC):
         return self.project(self.backbone[0](batch, self.stages))
 
     @abstractmethod
-    def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
+    def first_state(
+        self, features: Features, targets: list[dict[str, Tensor]] | ExtraQueries | None = None
+    ) -> DetectorState:
         """Add positions and queries to the features and return the input state of the first step."""
 
     @abstractmethod
@@ -110,7 +121,9 @@ class Detector(nn.Module, ABC):
         """Return, by block, the parameter slices of a layer of `encoder` or `decoder` that shrink with the block."""
 
     def forward(
-        self, images: list[Tensor] | Tensor | PaddedImages, targets: list[dict[str, Tensor]] | None = None
+        self,
+        images: list[Tensor] | Tensor | PaddedImages,
+        targets: list[dict[str, Tensor]] | ExtraQueries | None = None,
     ) -> dict:
         """Detect objects.
 
@@ -118,12 +131,13 @@ class Detector(nn.Module, ABC):
             images: normalised; a list of 3 x H x W, a B x 3 x H x W, or padded images. In eval mode, a list gives each
                 image the result that it has alone, unless the padding rule is the reference's; see `features`.
             targets: in training, a dict for each image with `boxes` (N x 4 cxcywh in [0, 1]) and `labels` (N), from
-                which denoising queries are made.
+                which denoising queries are made; or, in either mode, queries drawn before.
 
         Returns:
             `pred_logits` (B x Q x num_classes), `pred_boxes` (B x Q x 4 cxcywh in [0, 1]) and `aux_outputs`, the same
             two for each earlier layer. In training also `memory`, the encoder's output (B x S x D). With denoising
-            queries also `denoising`: `layout`, and `pred_logits` and `pred_boxes` with a leading axis of layers.
+            queries also `denoising`: `layout`, and `pred_logits` and `pred_boxes` with a leading axis of layers. With
+            shared anchors also `anchors`: a list with the same two for each kind.
         """
         return self.outputs(self.run_steps(self.prepare(images, targets)))
 
@@ -175,27 +189,31 @@ class Detector(nn.Module, ABC):
         return Features(_pixels(maps), tuple(paddings), is_padded=padding_of_images is not None)
 
     def prepare(
-        self, images: list[Tensor] | Tensor | PaddedImages, targets: list[dict[str, Tensor]] | None = None
+        self,
+        images: list[Tensor] | Tensor | PaddedImages,
+        targets: list[dict[str, Tensor]] | ExtraQueries | None = None,
     ) -> DetectorState:
         """Return the input state of the first step: features, positions and queries."""
         return self.first_state(self.features(images), targets)
 
-    def queries(self, content: Tensor, anchor_logits: Tensor, targets: list[dict] | None) -> QueryFields:
-        """Return the query fields of a state: the matching queries, in training after the denoising queries.
+    def queries(self, content: Tensor, anchor_logits: Tensor, targets: list[dict] | ExtraQueries | None) -> QueryFields:
+        """Return the query fields of a state: the matching queries after the denoising and other extra queries.
 
         Args:
             content: content of the matching queries, B x Q x hidden_dim.
             anchor_logits: B x Q x 4.
             targets: as in `forward`.
         """
-        mask = layout = noised = None
-        if self.training and targets is not None and self.denoising is not None:
-            noised = noised_queries(targets, self.label_enc, self.num_classes, self.denoising)
-        if noised is not None:
-            layout = noised.layout
+        if isinstance(targets, list):
+            noise = draw_noise(targets, self.num_classes, self.denoising) if self.training else None
+            targets = ExtraQueries(noise)
+        mask = layout = None
+        if targets is not None and (targets.noise is not None or targets.anchors_cxcywh):
+            extra = _embed(targets, content, self.label_enc)
+            layout = extra.layout
             mask = query_mask(layout, content.shape[1], content.device)
-            content = torch.cat((noised.content, content), dim=1)
-            anchor_logits = torch.cat((noised.anchor_logits, anchor_logits), dim=1)
+            content = torch.cat((extra.content, content), dim=1)
+            anchor_logits = torch.cat((extra.anchor_logits, anchor_logits), dim=1)
         anchors = anchor_logits.sigmoid()
         return QueryFields(queries=content, query_mask=mask, anchors=anchors, live_anchors=anchors, denoising=layout)
 
@@ -250,7 +268,7 @@ class Detector(nn.Module, ABC):
     def outputs(self, state: DetectorState) -> dict:
         """Return the outputs of a state after the last step; see `forward`."""
         logits = [self.classify(layer, hidden) for layer, hidden in enumerate(state.hidden)]
-        split = state.denoising.num_queries if state.denoising else 0
+        split = state.denoising.num_extra if state.denoising else 0
         layers = [
             {"pred_logits": layer_logits[:, split:], "pred_boxes": boxes[:, split:]}
             for layer_logits, boxes in zip(logits, state.boxes, strict=True)
@@ -259,11 +277,18 @@ class Detector(nn.Module, ABC):
         if self.training:
             outputs["memory"] = state.memory
         if state.denoising:
-            outputs["denoising"] = {
-                "layout": state.denoising,
-                "pred_logits": torch.stack([layer_logits[:, :split] for layer_logits in logits]),
-                "pred_boxes": torch.stack([boxes[:, :split] for boxes in state.boxes]),
-            }
+            ends = list(accumulate((state.denoising.num_queries, *state.denoising.anchors)))
+            parts = [
+                {
+                    "pred_logits": torch.stack([layer_logits[:, start:end] for layer_logits in logits]),
+                    "pred_boxes": torch.stack([boxes[:, start:end] for boxes in state.boxes]),
+                }
+                for start, end in pairwise([0, *ends])
+            ]
+            if state.denoising.num_queries:
+                outputs["denoising"] = {"layout": state.denoising, **parts[0]}
+            if state.denoising.anchors:
+                outputs["anchors"] = parts[1:]
         return outputs
 
     def keep_queries(self, indices: Tensor) -> None:
@@ -296,6 +321,21 @@ class Detector(nn.Module, ABC):
             layer = getattr(self.transformer, stack).layers[int(index)]
             modules[name] = PrunableModule(name, KINDS[block], width, groups, layer, slices)
         return modules
+
+
+def _embed(extra: ExtraQueries, content: Tensor, label_enc: nn.Embedding) -> NoisedTargets:
+    """Return the contents and anchor logits of extra queries; `content` is that of the matching ones (B x Q x D)."""
+    parts = [] if extra.noise is None else [noised_queries(extra.noise, label_enc)]
+    contents, logits = [part.content for part in parts], [part.anchor_logits for part in parts]
+    if extra.content_queries is not None:
+        content = content[:, extra.content_queries]
+    sizes = []
+    for anchors in extra.anchors_cxcywh.values():
+        sizes.append(anchors.shape[1])
+        contents.append(content[:, torch.arange(anchors.shape[1], device=content.device) % content.shape[1]])
+        logits.append(inverse_sigmoid(anchors))
+    layout = extra.noise.layout if extra.noise is not None else DenoisingQueries(0, 0)
+    return NoisedTargets(torch.cat(contents, 1), torch.cat(logits, 1), replace(layout, anchors=tuple(sizes)))
 
 
 def _pixels(maps: Sequence[Tensor]) -> Tensor:

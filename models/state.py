@@ -13,15 +13,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenoisingQueries:
-    """Layout of the denoising queries.
+    """Layout of the denoising queries and of the other queries before the matching ones.
 
     Attributes:
-        num_queries: number of denoising queries, `groups * largest target count`; they precede the matching queries.
+        num_queries: number of denoising queries, `groups * largest target count`; they come first.
         groups: number of noised copies of each target.
+        anchors: sizes of the groups of shared anchors, whose queries follow the denoising ones; see `ExtraQueries`.
     """
 
     num_queries: int
     groups: int
+    anchors: tuple[int, ...] = ()
+
+    @property
+    def num_extra(self) -> int:
+        """Number of queries that precede the matching ones."""
+        return self.num_queries + sum(self.anchors)
 
 
 class QueryFields(TypedDict):

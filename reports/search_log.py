@@ -17,6 +17,8 @@ from pruning.method import Method
 from pruning.search import Units
 from util.cli import options_of
 from util.logging import table
+from weights.checkpoint_file import read_checkpoint
+from weights.teacher import teacher_of
 
 MODULE_COLUMNS = ("module", "before", "after", "mAP after", "seconds", "images", "whole passes")
 TRIAL_COLUMNS = ("taken", "cost kept", "power", "mAP", "seconds", "images", "whole passes")
@@ -152,11 +154,16 @@ def width_table(before: Widths, after: Widths) -> str:
 
 
 def next_command(modelname: str, data: DataConfig, use_dn: bool, pruned: Path) -> str:
-    """Return the command that transplants and fine-tunes a search's output."""
+    """Return the command that transplants and fine-tunes a search's output.
+
+    main.py chooses the rest of the recipe (`runs.recipe`).
+    """
     words = ["python", "main.py", "-m", modelname, "--output_dir", str(pruned.parent / "finetuned")]
     words += ["--coco_path", data.coco_path]
     for name in options_of(SplitConfig):
         if getattr(data, name) is not None:
             words += [f"--{name}", getattr(data, name)]
     words += ["--resume", str(pruned), "--batch_size", str(data.batch_size)]
-    return shlex.join([*words, "--use_dn" if use_dn else "--no-use_dn"])
+    words.append("--use_dn" if use_dn else "--no-use_dn")
+    teacher = teacher_of(read_checkpoint(pruned)) if pruned.is_file() else None
+    return shlex.join(words if teacher is None else [*words, "--distill", teacher])

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from datasets.config import DataConfig
 from datasets.transforms import TRAINING_TRANSFORMS
 from models.config import NETWORK_TITLE, DenoisingConfig, DetectorConfig, LossConfig, TrainedDetectorConfig
+from models.distillation import QUERIES
 from pruning.config import PRECISIONS, SearchConfig
 from pruning.queries import QUERY_IMAGES
 from util.cli import Config, group, option, real, whole
 from util.learning_rate import SCHEDULES
+
+DECAYED = ("all", "matrices")
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,13 @@ class TrainingConfig(Config):
     lr_drop: int = option(40, "epochs between the drops", type=whole(1))
     warmup_iters: int = option(0, "optimizer steps of linear warm-up", type=whole(0))
     weight_decay: float = option(1e-4, "weight decay of AdamW", type=real(0))
+    weight_decay_on: str = option("all", choices=DECAYED, help="parameters that decay: all, or matrices, which "
+        "leaves out norms, biases, embeddings and PReLU")  # fmt: skip
     clip_max_norm: float = option(0.1, "largest gradient norm, 0 for no clipping", type=real(0))
     accumulate: int = option(1, "batches per optimizer step", type=whole(1))
     ema_decay: float = option(0.0, "decay of the averaged weights, 0 for none", type=real(0, 1))
     eval_every: int = option(1, "epochs between evaluations", type=whole(1))
+    cache_images: bool = option(False, stored="run", help="decode all images to memory once, for small sets")
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,9 @@ class DistillationConfig(Config):
     distill: str | None = option(None, type=os.path.expanduser, metavar="TEACHER", help="train towards this detector's "
         "outputs too: checkpoint of the detector before pruning, not the output of a search, whose weights may "
         "differ from that detector's")  # fmt: skip
+    distill_queries: list[str] | None = option(None, nargs="+", choices=tuple(QUERIES), help="queries whose outputs "
+        "are compared: matching ones (default), denoising ones made of the same noise, and ones at random anchors or "
+        "at the targets' boxes")  # fmt: skip
     distill_logits_coef: float = option(1, "weight of the loss on the teacher's logits", type=real(0))
     distill_boxes_coef: float = option(1, type=real(0), help="weight of the losses on the teacher's boxes, in "
         "units of --bbox_loss_coef and --giou_loss_coef")  # fmt: skip

@@ -16,6 +16,7 @@ from runs.config import (
     TrainingOptions,
 )
 from runs.fewer_queries import check_keep_queries
+from runs.recipe import recipe_of
 from util.cli import options_of, refuse
 from util.errors import UserError
 from weights.build import build_teacher, read_start, with_classes, with_relu
@@ -29,13 +30,16 @@ OF_TRAINING = (
     "save_safetensors", "dropout", "start_fresh", "train_json", "train_images",
 )  # fmt: skip
 OF_CHOICE = ("train_json", "train_images")  # read by --keep_queries, too
-OF_DISTILLATION = ("distill_logits_coef", "distill_boxes_coef", "distill_memory_coef")
+OF_DISTILLATION = tuple(name for name in options_of(DistillationConfig) if name != "distill")
+NO_TEACHER = "none"  # value of --distill
 
 
 def resolve_training(
     options: TrainingOptions, typed: Collection[str] = ()
 ) -> tuple[TrainingOptions, Checkpoint | None, bool]:
     """Read `--resume`; return the completed options, the checkpoint, and whether its training continues.
+
+    The output of a search is fine-tuned by the recipe of `runs.recipe`.
 
     Raises:
         UserError: options, checkpoint and annotations do not agree, or a typed option would not be used.
@@ -51,13 +55,18 @@ def resolve_training(
     elif options.detector.cfgs is not None:
         options = options.with_values({"cfgs": options.detector.widths})  # drops the list of a backbone that is whole
     refuse_unused_by_network(options.detector, typed)
-    refuse_unused_by_training(options, typed)
     check_keep_queries(options, checkpoint, continuing=continuing)
     splits = ["val2017"] if run.eval and run.keep_queries is None else ["val2017", "train2017"]
     detector = with_classes(
         with_relu(options.detector), options.data, splits, checkpoint, training=not run.eval, continuing=continuing
     )
     options = dataclasses.replace(options, detector=detector)
+    if checkpoint is not None:
+        parts = recipe_of(options, typed, checkpoint)
+        options = options.with_values({part.name: part.value for part in parts})
+    if options.distillation.distill == NO_TEACHER:
+        options = options.with_values({"distill": None})
+    refuse_unused_by_training(options, typed)
     done = checkpoint.training.get("epoch", 0) if continuing and checkpoint and checkpoint.training else 0
     if checkpoint is not None and done >= options.training.epochs:
         raise UserError(
@@ -130,6 +139,8 @@ def refuse_unused_by_training(options: TrainingOptions, typed: Collection[str]) 
         refuse(options_of(NoiseConfig), typed, "found --no-use_dn")
     if options.distillation.distill is None:
         refuse(OF_DISTILLATION, typed, "found no --distill")
+    elif "denoising" in (options.distillation.distill_queries or ()) and not options.denoising.use_dn:
+        raise UserError("--distill_queries denoising: found --no-use_dn, expected --use_dn")
 
 
 def build_distillation(options: TrainingOptions, student: Detector) -> Distillation | None:
@@ -148,4 +159,5 @@ def build_distillation(options: TrainingOptions, student: Detector) -> Distillat
         "loss_distill_giou": asked.distill_boxes_coef * losses.giou_loss_coef,
         "loss_distill_memory": asked.distill_memory_coef,
     }
-    return Distillation(teacher, weights, options.detector.dec_layers, queries)
+    kinds = asked.distill_queries or ["matching"]
+    return Distillation(teacher, weights, options.detector.dec_layers, queries, kinds, student.denoising)

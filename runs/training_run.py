@@ -85,6 +85,9 @@ class Run:
             "train2017", options.data, augmentation=options.training.augmentation, seed=options.run.seed
         )
         require_training_boxes(dataset.annotation_file)
+        if options.training.cache_images:
+            for cached in (dataset, self.val_dataset):
+                cached.cache_images()
         self._notice(training_notices(dataset, options.detector.matching_queries))
         self.train_loader = build_loader(dataset, options.data.batch_size, shuffle=True, **self.loader_options)
         self.wrapped = self.model
@@ -245,7 +248,7 @@ class Run:
         seconds = round(time.perf_counter() - start, 3)
         show(size_notices(self.train_loader))
         named = {f"train_{name}": value for name, value in losses.items()}
-        lr, lr_backbone = (statistics.mean(group) for group in zip(*rates, strict=True))
+        lr, lr_backbone, *_ = (statistics.mean(group) for group in zip(*rates, strict=True))
         return {"lr": lr, "lr_backbone": lr_backbone, **named, "train_seconds": seconds}
 
     def _save(self, line: dict[str, Any]) -> None:

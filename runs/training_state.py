@@ -47,7 +47,7 @@ class TrainingState:
         self.training = training
         self.steps_per_epoch, self.train_images = steps_per_epoch, train_images
         self.warmup_epochs = training.warmup_iters / steps_per_epoch
-        groups = parameter_groups(model, training.lr, training.lr_backbone)
+        groups = parameter_groups(model, training.lr, training.lr_backbone, training.weight_decay_on)
         self.optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate_factor)
         self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type) if amp == "fp16" else None
@@ -173,13 +173,36 @@ class TrainingState:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-def parameter_groups(model: Any, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: transformer with heads, and backbone with its own learning rate."""
+def parameter_groups(model: Any, lr: float, lr_backbone: float, decayed: str = "all") -> list[dict[str, Any]]:
+    """Return parameter groups: transformer with heads, and backbone with its own learning rate.
+
+    If not all parameters decay (`decayed` is matrices), the two groups have those that do. Two more groups of the same
+    kind without weight decay follow.
+    """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for name, p in named if not name.startswith("backbone.")], "lr": lr},
-        {"params": model.backbone[0].trained_parameters(), "lr": lr_backbone},
+    rest = [p for name, p in named if not name.startswith("backbone.")]
+    backbone = model.backbone[0].trained_parameters()
+    if decayed == "all":
+        return [{"params": rest, "lr": lr}, {"params": backbone, "lr": lr_backbone}]
+    kept_out = undecayed_parameters(model)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if (p in kept_out) == without], "lr": rate}
+        for without in (False, True)
+        for parameters, rate in ((rest, lr), (backbone, lr_backbone))
     ]
+    for group in groups[2:]:
+        group["weight_decay"] = 0.0
+    return groups
+
+
+def undecayed_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the vectors (norms, biases, PReLU) and the embeddings of a detector, which matrices do not include."""
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim < 2 or parameter in embeddings or name.endswith("level_embed")
+    }
 
 
 def resume_changes(checkpoint: Checkpoint, options: TrainingOptions, state: TrainingState) -> list[str]:

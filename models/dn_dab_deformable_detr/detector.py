@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.config import DetectorConfig
-from models.denoising_queries import DenoisingSettings
+from models.denoising_queries import DenoisingSettings, ExtraQueries
 from models.detector import Detector
 from models.dn_dab_deformable_detr.attention import DeformableAttention
 from models.dn_dab_deformable_detr.decoder import Decoder, DecoderLayer
@@ -123,7 +123,9 @@ class DnDabDeformableDetr(Detector):
                 nn.init.xavier_uniform_(convolution.weight)
                 nn.init.zeros_(convolution.bias)
 
-    def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DeformableState:
+    def first_state(
+        self, features: Features, targets: list[dict[str, Tensor]] | ExtraQueries | None = None
+    ) -> DeformableState:
         """Add positions and queries to the features and return the input state of the first step."""
         dtype = features.memory.dtype
         positions = [
@@ -148,13 +150,13 @@ class DnDabDeformableDetr(Detector):
             maps.append(projection(features[min(index, last)] if index <= last + 1 else maps[-1]))
         return maps
 
-    def _queries(self, batch_size: int, targets: list[dict] | None) -> QueryFields:
+    def _queries(self, batch_size: int, targets: list[dict] | ExtraQueries | None) -> QueryFields:
         content: Tensor = self.tgt_embed.weight
         # The matching queries' indicator channel is 0.
         content = torch.cat((content, content.new_zeros(len(content), 1)), dim=1)
         content, anchor_logits = (t.expand(batch_size, -1, -1) for t in (content, self.refpoint_embed.weight))
         fields = self.queries(content, anchor_logits, targets)
-        if self.training and fields["denoising"] is None:
+        if self.training and (fields["denoising"] is None or not fields["denoising"].num_queries):
             # DistributedDataParallel waits for the gradient of every parameter, also of the unused label_enc.
             fields["queries"] = fields["queries"] + 0 * self.label_enc.weight.sum()
         return fields

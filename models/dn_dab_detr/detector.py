@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.config import DetectorConfig
-from models.denoising_queries import DenoisingSettings
+from models.denoising_queries import DenoisingSettings, ExtraQueries
 from models.detector import Detector
 from models.dn_dab_detr.decoder import Decoder, DecoderLayer
 from models.dn_dab_detr.encoder import Encoder, EncoderLayer
@@ -85,7 +85,9 @@ class DnDabDetr(Detector):
         (last,) = features
         return [self.input_proj(last)]
 
-    def first_state(self, features: Features, targets: list[dict[str, Tensor]] | None = None) -> DetectorState:
+    def first_state(
+        self, features: Features, targets: list[dict[str, Tensor]] | ExtraQueries | None = None
+    ) -> DetectorState:
         """Add positions and queries to the features and return the input state of the first step."""
         (padding,) = features.paddings
         memory_pos = pixel_encoding(padding, self.hidden_dim, *self.temperatures, dtype=features.memory.dtype)

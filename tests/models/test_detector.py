@@ -7,7 +7,7 @@ import torch
 
 from main import get_args_parser
 from models import build_model
-from models.denoising_queries import DenoisingSettings, add_noise, noised_queries, query_mask, slot_indices
+from models.denoising_queries import DenoisingSettings, add_noise, draw_noise, noised_queries, query_mask, slot_indices
 from models.padding import resize_padding
 from models.state import DenoisingQueries, DetectorState
 from models.widths import Widths
@@ -131,7 +131,9 @@ def test_training_works_with_and_without_targets(options, counts):
 def test_padding_slots_are_empty_and_real_slots_hold_their_target():
     targets = targets_of(3, 1)
     label_enc = torch.nn.Embedding(6, 7)
-    noised = noised_queries(targets, label_enc, 5, DenoisingSettings(groups=2, label_noise=0.0, box_noise=0.0))
+    noised = noised_queries(
+        draw_noise(targets, 5, DenoisingSettings(groups=2, label_noise=0.0, box_noise=0.0)), label_enc
+    )
     assert noised.layout == DenoisingQueries(num_queries=6, groups=2)
     for group in range(2):
         start = 3 * group

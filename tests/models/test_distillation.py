@@ -1,11 +1,13 @@
 """Distillation losses: zero if both detectors agree, and weighted by the teacher's confidence."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from models.distillation import Distillation, Lesson
+from models.denoising_queries import DenoisingSettings
+from models.distillation import QUERIES, Distillation, Lesson
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 
 WEIGHTS = {"loss_distill_logits": 1.0, "loss_distill_bbox": 5.0, "loss_distill_giou": 2.0, "loss_distill_memory": 3.0}
@@ -160,3 +162,45 @@ def test_a_student_of_fewer_layers_learns_its_last_from_the_teachers_last(networ
     student = tiny_detector(network)[0].train()
     assert set(teaching(student(images, targets), lesson)) == NAMES == set(teaching.weight_dict)
     assert teaching.remark is not None and Distillation(teacher, WEIGHTS).remark is None
+
+
+@pytest.mark.parametrize("kinds", [("denoising",), ("anchors",), ("targets",), ("targets", "matching", "anchors")])
+@each_variant
+def test_a_teacher_of_the_same_weights_gives_zero_loss_for_every_kind_of_query(network, kinds):
+    teacher = tiny_detector(network)[0]
+    noise = DenoisingSettings(groups=2, label_noise=0.5, box_noise=0.4)
+    teaching = Distillation(teacher, WEIGHTS, kinds=kinds, noise=noise)
+    student = copy.deepcopy(teacher).requires_grad_(True).train()
+    images, targets = pictures(((64, 64), (64, 96)))
+    queries = teaching.draw(targets)
+    losses = teaching(student(images, queries), teaching.teach(images, queries))
+    assert set(losses) == set(teaching.weight_dict)
+    assert all(float(value.detach()) == pytest.approx(0, abs=1e-5) for value in losses.values())
+    other = tiny_detector(network, seed=1)[0].train()
+    losses = teaching(other(images, queries), teaching.teach(images, queries))
+    assert all(float(value.detach()) > 1e-4 for value in losses.values())
+
+
+@each_variant
+def test_anchors_for_the_teacher_change_no_other_output(network):
+    student = tiny_detector(network)[0].train()
+    images, targets = pictures(((64, 64), (64, 96)))
+    every = Distillation(student, WEIGHTS, kinds=tuple(QUERIES), noise=DenoisingSettings(2)).draw(targets)
+    student.train()
+    with torch.no_grad():
+        with_anchors, without = student(images, every), student(images, replace(every, anchors_cxcywh={}))
+    for name in ("pred_logits", "pred_boxes"):
+        torch.testing.assert_close(with_anchors[name], without[name])
+        torch.testing.assert_close(with_anchors["denoising"][name], without["denoising"][name])
+    assert [len(anchors["pred_boxes"]) for anchors in with_anchors["anchors"]] == [2, 2] and "anchors" not in without
+
+
+def test_a_batch_without_targets_has_all_losses():
+    teacher = tiny_detector("")[0]
+    teaching = Distillation(teacher, WEIGHTS, kinds=tuple(QUERIES), noise=DenoisingSettings(2))
+    images, targets = pictures(((64, 64), (64, 96)))
+    nothing = [{**target, "labels": target["labels"][:0], "boxes": target["boxes"][:0]} for target in targets]
+    queries = teaching.draw(nothing)
+    losses = teaching(tiny_detector("", seed=1)[0].train()(images, queries), teaching.teach(images, queries))
+    assert set(losses) == set(teaching.weight_dict) and float(losses["loss_distill_denoising_logits"]) == 0
+    assert all(bool(torch.isfinite(value)) for value in losses.values())

@@ -17,8 +17,9 @@ from util.cli import parse, script_parser
 from util.errors import UserError
 
 DEFORMABLE = "-m dn_dab_deformable_detr"
-FLAGS = ("save_safetensors", "tensorboard", "start_fresh")
-WORDS = {"augmentation": "flip", "lr_schedule": "cosine", "distill": "/nonexistent"}
+FLAGS = ("save_safetensors", "tensorboard", "start_fresh", "cache_images")
+WORDS = {"augmentation": "flip", "lr_schedule": "cosine", "distill": "/nonexistent", "weight_decay_on": "all",
+         "distill_queries": "matching"}  # fmt: skip
 
 
 def check(words: str) -> None:

@@ -1,0 +1,68 @@
+"""Decoded images in memory, so that training on a small set does not wait for reading and decoding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from util.errors import UserError
+from util.memory import USABLE_SHARE, available_ram, processes_here
+
+FIRST_IMAGES = 16  # decoded first, in case the sizes in the annotations are wrong
+
+
+class ImageCache:
+    """The decoded images of a data set, one after another in one tensor.
+
+    Worker processes share the tensor's memory: forked ones inherit it, and torch hands it to others in shared memory.
+
+    Args:
+        pictures: the images, each uint8 3 x H x W.
+    """
+
+    def __init__(self, pictures: list[Tensor]) -> None:
+        self._shapes = [tuple(picture.shape) for picture in pictures]
+        ends = torch.tensor([picture.numel() for picture in pictures]).cumsum(0).tolist()
+        self._starts = [0, *ends]
+        self._pixels = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
+        for index, picture in enumerate(pictures):
+            self._pixels[self._starts[index] : self._starts[index + 1]] = picture.flatten()
+            pictures[index] = picture.new_empty(0)  # frees each image once it is copied
+
+    def picture(self, index: int) -> Tensor:
+        """Return an image, uint8 3 x H x W; a view, which must not be changed."""
+        return self._pixels[self._starts[index] : self._starts[index + 1]].view(self._shapes[index])
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of all images."""
+        return self._pixels.nbytes
+
+
+def read_cache(picture: Callable[[int], Tensor], images: int, listed_bytes: float) -> ImageCache:
+    """Decode all images with threads.
+
+    Args:
+        picture: maps an index to its image, uint8 3 x H x W.
+        images: number of images.
+        listed_bytes: bytes of all images as listed in the annotations, which may be wrong; 0 if unknown.
+
+    Raises:
+        UserError: the images do not fit in the free RAM.
+    """
+    first = range(min(FIRST_IMAGES, images))
+    measured_bytes = images * sum(picture(index).numel() for index in first) / max(1, len(first))
+    needed = 2 * max(listed_bytes, measured_bytes) * processes_here()  # twice while the images are joined
+    free = USABLE_SHARE * available_ram()
+    if needed > free:
+        raise UserError(
+            f"--cache_images: {images} decoded images need {needed / 2**30:.1f} GiB of RAM for {processes_here()} "
+            f"process{'es' if processes_here() > 1 else ''}, found {free / 2**30:.1f} GiB free, expected a smaller set "
+            "or no --cache_images"
+        )
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)) as pool:
+        return ImageCache(list(pool.map(picture, range(images))))

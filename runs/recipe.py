@@ -1,0 +1,109 @@
+"""The recipe for fine-tuning a search's output: values for the options that were not typed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from datasets.annotations import load_annotations
+from datasets.coco import split_of
+from runs.config import TrainingOptions
+from util import distributed
+from util.logging import table
+from weights.class_heads import class_difference
+from weights.formats import Checkpoint
+from weights.teacher import teacher_of
+
+EPOCHS = 12
+BATCH = 16  # images for an optimizer step, to which LR belongs
+LR = 1e-4
+BACKBONE_SHARE = 0.1  # of the learning rate, as in DETR
+WARMUP_SHARE, MOST_WARMUP = 0.02, 500  # of the optimizer steps; steps
+EMA_SHARE, MOST_EMA_DECAY = 0.02, 0.9999  # of the optimizer steps, over which weights are averaged
+
+
+@dataclass(frozen=True)
+class Part:
+    """One value of the recipe: the option's name, its value, and why it has this value."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+def recipe_of(options: TrainingOptions, typed: Collection[str], checkpoint: Checkpoint) -> list[Part]:
+    """Return the parts of the recipe for a checkpoint, without those whose options were typed; none but for a search.
+
+    Args:
+        options: completed from the checkpoint, and with the classes of the annotations.
+        typed: names of the typed options.
+
+    Raises:
+        UserError: the training annotations cannot be read.
+    """
+    if not checkpoint.is_search or options.run.eval:
+        return []
+    first = [part for part in _schedule(typed) if part.name not in typed]
+    options = options.with_values({part.name: part.value for part in first})
+    rest = [*_rates(options), _precision(distributed.choose_device(options.run.device))]
+    if "distill" not in typed:
+        rest += _teacher(checkpoint, options)
+    return [*first, *(part for part in rest if part.name not in typed)]
+
+
+def recipe_table(parts: list[Part]) -> str:
+    """Return the recipe as a text table."""
+    return table(["recipe", "", "because"], [(f"--{part.name}", part.value, part.reason) for part in parts])
+
+
+def _schedule(typed: Collection[str]) -> list[Part]:
+    parts = [Part("epochs", EPOCHS, "the weights of the search are near an optimum")]
+    if "lr_drop" not in typed:
+        parts.append(Part("lr_schedule", "cosine", "from the full rate to 0, by optimizer steps"))
+    parts.append(Part("weight_decay_on", "matrices", "not on norms, biases, embeddings and PReLU"))
+    return parts
+
+
+def _rates(options: TrainingOptions) -> list[Part]:
+    """Return learning rates, warm-up and averaging, which follow the batch size and the length of the run."""
+    training = options.training
+    images = len(load_annotations(split_of(options.data, "train2017").annotation_file).image_ids)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    batch = options.data.batch_size * training.accumulate * processes
+    batches = math.ceil(math.ceil(images / processes) / options.data.batch_size)
+    steps = math.ceil(batches / training.accumulate) * training.epochs
+    lr = _rounded(LR * math.sqrt(batch / BATCH))
+    decay = round(min(MOST_EMA_DECAY, max(0.0, 1 - 1 / (EMA_SHARE * steps))), 5)
+    return [
+        Part("lr", lr, f"{LR:g} times the root of {batch} / {BATCH} images a step"),
+        Part("lr_backbone", _rounded(BACKBONE_SHARE * lr), f"{BACKBONE_SHARE:g} of the learning rate"),
+        Part(
+            "warmup_iters", min(MOST_WARMUP, round(WARMUP_SHARE * steps)), f"{100 * WARMUP_SHARE:g} % of {steps} steps"
+        ),
+        Part("ema_decay", decay, f"averages over {100 * EMA_SHARE:g} % of {steps} steps"),
+    ]
+
+
+def _precision(device: torch.device) -> Part:
+    if device.type != "cuda":
+        return Part("amp", "off", "on a CPU")
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return Part("amp", "bf16", "mixed precision on a GPU")
+    return Part("amp", "fp16", "mixed precision on a GPU without bfloat16")
+
+
+def _teacher(checkpoint: Checkpoint, options: TrainingOptions) -> list[Part]:
+    if class_difference(checkpoint, options.detector.num_classes, options.detector.categories or {}):
+        return []  # the teacher does not know the new classes
+    teacher = teacher_of(checkpoint)
+    return [] if teacher is None else [Part("distill", teacher, "the detector that the search pruned")]
+
+
+def _rounded(value: float) -> float:
+    """Round to two digits, as people write rates."""
+    return float(f"{value:.1e}")
