@@ -34,7 +34,7 @@ from pruning.cost import GIGA, block_macs, cost_of
 from pruning.kept_channels import Kept
 from pruning.method import FAST
 from pruning.scores import RandomOrder
-from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
+from pruning.transplant import cut_state_dict, slim_copy, widths_after
 from util.cli import real
 from util.environment import environment
 from util.errors import UserError, run_cli
@@ -253,7 +253,7 @@ def random_scores(seed: int) -> Score:
 
 def cut_blocks(model: Detector, kept: Mapping[str, Kept]) -> Detector:
     """Return a copy of a detector cut to the kept sets."""
-    slices = slices_of(model.prunable_modules("detector"))
+    slices = model.prunable_modules("detector")
     widths = widths_after(model.widths_in("detector"), kept)
     return slim_copy(model, cut_state_dict(model.state_dict(), kept, slices), widths)
 

@@ -21,7 +21,7 @@ from pruning.cost import count_parameters
 from pruning.gates import clear_gates
 from pruning.schedule import MGP
 from pruning.state_cache import repeat_batch, split_outputs
-from pruning.transplant import MASKED_BLOCK, cut_state_dict, paper_masks_to_kept, slices_of, slim_copy
+from pruning.transplant import MASKED_BLOCK, cut_state_dict, paper_masks_to_kept, slim_copy
 from util.errors import UserError
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -77,7 +77,7 @@ def prune_as_paper(
     finally:
         clear_gates(model)
     kept = paper_masks_to_kept(_as_masks(search.gates))
-    slim = slim_copy(model, cut_state_dict(model.state_dict(), kept, slices_of(model.prunable_modules())), widths)
+    slim = slim_copy(model, cut_state_dict(model.state_dict(), kept, model.prunable_modules()), widths)
     info = {
         "masks": {name: gate.nonzero().flatten().tolist() for name, gate in search.gates.items()},
         "forwards": search.forwards,

@@ -28,7 +28,7 @@ from pruning.kept_channels import Kept
 from pruning.method import Method
 from pruning.schedule import Schedule
 from pruning.search import Search, Units
-from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
+from pruning.transplant import cut_state_dict, slim_copy, widths_after
 from pruning.workbench import DetectorBench, Passes, SearchImages
 from runs.config import TrainingOptions
 from runs.resolve_options import build_distillation, resolve_training
@@ -173,7 +173,7 @@ class Pruner:
     def cut(self, kept: Mapping[str, Kept]) -> Built:
         """Cut the detector with its current weights to `kept`."""
         widths = widths_after(self.model.widths_in(self.scope), kept)
-        slim = cut_state_dict(self.model.state_dict(), kept, slices_of(self.bench.modules))
+        slim = cut_state_dict(self.model.state_dict(), kept, self.bench.modules)
         return slim_copy(self.whole, slim, widths), {"widths": widths.to_list()}
 
     @functools.cached_property

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.layers import GatedLayer, gated
+from models.layers import GatedLayer, gated, output_layer
 
 # The fused CUDA kernels read rows of 16 bytes; PyTorch uses unfused products for other head widths.
 CUDA_WIDTH_MULTIPLES = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}
@@ -21,7 +21,7 @@ class PackedProjections(Protocol):
 
     in_proj_weight: Tensor
     in_proj_bias: Tensor
-    out_proj: nn.Linear
+    out_proj: nn.Module
 
 
 def split_heads(x: Tensor, nheads: int) -> Tensor:
@@ -93,10 +93,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
 
 
 def add_packed_projections(holder: nn.Module, hidden_dim: int, width: int) -> PackedProjections:
-    """Add in_proj_weight and in_proj_bias (3 * width: queries, keys, values) and out_proj to `holder`; return it."""
-    holder.in_proj_weight = nn.Parameter(torch.empty(3 * width, hidden_dim))
-    holder.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-    holder.out_proj = nn.Linear(width, hidden_dim)
+    """Add in_proj_weight and in_proj_bias (3 * width: queries, keys, values) and out_proj to `holder`; return it.
+
+    For width 0, add only the bias of out_proj.
+    """
+    if width:
+        holder.in_proj_weight = nn.Parameter(torch.empty(3 * width, hidden_dim))
+        holder.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+    holder.out_proj = output_layer(width, hidden_dim)
     return cast(PackedProjections, holder)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torchvision
 from torch import Tensor, nn
@@ -65,23 +67,21 @@ class Backbone(nn.Module):
             ) from None
         names = list(resnet._modules)
         self.body = nn.ModuleDict({n: resnet._modules[n] for n in names[: names.index(return_layer) + 1]})
+        if dilation and return_layer == "layer4":
+            _dilate(self.body["layer4"])
+        self.channels: dict[str, int] = {stage: _output_channels(self.body[stage]) for stage in self._stages()}
+        strides = [_stride(self.body[stage]) for stage in self._stages()]
         all_widths = widths or block_widths(name, return_layer)
         for stage_name, of_stage in zip(self._stages(), all_widths, strict=True):
             blocks = zip(self.body[stage_name].children(), of_stage, strict=True)
             self.body[stage_name] = nn.Sequential(*(ResidualBlock(block, width) for block, width in blocks))
-        if dilation and return_layer == "layer4":
-            _dilate(self.body["layer4"])
         never_trained = FROZEN_STAGES if norm_layer is FrozenBatchNorm2d else ()
         self._trained_stages = [stage for stage in self.body if stage not in never_trained]
         for name, stage in self.body.items():
             stage.requires_grad_(name in self._trained_stages and not frozen)
-        self.channels: dict[str, int] = {stage: _output_channels(self.body[stage]) for stage in self._stages()}
         self.num_channels = self.channels[return_layer]
-        self.strides: dict[str, int] = {}
-        stride = STEM_STRIDE
-        for name in self._stages():
-            stride *= _stride(self.body[name])
-            self.strides[name] = stride
+        products = accumulate(strides, operator.mul, initial=STEM_STRIDE)
+        self.strides: dict[str, int] = dict(zip(self._stages(), list(products)[1:], strict=True))
 
     def _stages(self) -> list[str]:
         return [stage for stage in self.body if stage.startswith("layer")]

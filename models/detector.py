@@ -303,7 +303,7 @@ class Detector(nn.Module, ABC):
         return replace(self.widths, backbone=self.backbone[0].widths) if scope == "detector" else self.widths
 
     def prunable_modules(self, scope: str = "transformer") -> dict[str, PrunableModule]:
-        """Return the modules of a scope by name, in network order.
+        """Return the modules of a scope by name, in network order; those of width 0 have nothing to prune.
 
         Args:
             scope: one of `models.prunable.SCOPES`: `transformer` has every attention and FFN, `detector` also every
@@ -312,14 +312,18 @@ class Detector(nn.Module, ABC):
         modules = {}
         if scope == "detector":
             for name, residual_block in self.backbone[0].residual_blocks().items():
-                modules[f"{BACKBONE}.{name}"] = residual_block_module(f"{BACKBONE}.{name}", residual_block)
+                if residual_block.width:
+                    modules[f"{BACKBONE}.{name}"] = residual_block_module(f"{BACKBONE}.{name}", residual_block)
         for name in self.step_names:
             width = self.widths.of(name)
+            if not width:
+                continue
             stack, index, block = name.split(".")
             slices = self.layer_slices(stack, int(index))[block]
             groups = 1 if block == "ffn" else self.nheads
             layer = getattr(self.transformer, stack).layers[int(index)]
-            modules[name] = PrunableModule(name, KINDS[block], width, groups, layer, slices)
+            other_keys = tuple(f"transformer.{stack}.layers.{index}.{key}" for key in layer.other_parameters(block))
+            modules[name] = PrunableModule(name, KINDS[block], width, groups, layer, slices, other_keys)
         return modules
 
 

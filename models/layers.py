@@ -42,16 +42,44 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+class OnlyBias(nn.Module):
+    """What remains of the last layer of a branch whose width is 0: its bias.
+
+    Args:
+        channels: of the branch's output.
+        is_buffer: keep the bias as a buffer, like a frozen batch norm, not as a parameter.
+    """
+
+    bias: Tensor
+
+    def __init__(self, channels: int, is_buffer: bool = False) -> None:
+        super().__init__()
+        if is_buffer:
+            self.register_buffer("bias", torch.zeros(channels))
+        else:
+            self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the bias, in training as often as x (... x channels) has tokens, so that dropout treats each apart."""
+        return self.bias.expand_as(x) if self.training else self.bias
+
+
+def output_layer(width: int, hidden_dim: int) -> nn.Module:
+    """Return the linear layer after `width` channels, or only its bias for width 0."""
+    return nn.Linear(width, hidden_dim) if width else OnlyBias(hidden_dim)
+
+
 class OutputProjection(nn.Module):
     """Output projection of an attention; a separate module gives it its name in the state dict."""
 
     def __init__(self, width: int, hidden_dim: int) -> None:
         super().__init__()
-        self.out_proj = nn.Linear(width, hidden_dim)
+        self.out_proj = output_layer(width, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """B x L x width -> B x L x hidden_dim."""
-        return self.out_proj(x)
+        projected: Tensor = self.out_proj(x)
+        return projected
 
 
 class GatedModule(nn.Module):
@@ -89,6 +117,8 @@ class GatedLayer(GatedModule):
     the input of an attention's output projection; `hidden`, the input of `linear2`. A deformable attention has no
     queries and keys.
 
+    A block of width 0 is removed: it only adds the bias of its last layer, and has no gates and activations.
+
     Attributes:
         nheads: number of attention heads.
     """
@@ -99,10 +129,24 @@ class GatedLayer(GatedModule):
 
     def __init__(self, hidden_dim: int, ffn_width: int, activation: str, dropout: float) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(hidden_dim, ffn_width)
-        self.linear2 = nn.Linear(ffn_width, hidden_dim)
-        self.activation = ACTIVATIONS[activation]()
+        if ffn_width:
+            self.linear1 = nn.Linear(hidden_dim, ffn_width)
+        self.linear2 = output_layer(ffn_width, hidden_dim)
+        if ffn_width:
+            self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
+
+    def last_layer(self, block: str) -> nn.Module:
+        """Return the layer after the channels of a block, `OnlyBias` if the block is removed."""
+        raise NotImplementedError
+
+    def is_removed(self, block: str) -> bool:
+        """Return whether a block has width 0."""
+        return isinstance(self.last_layer(block), OnlyBias)
+
+    def other_parameters(self, block: str) -> list[str]:
+        """Return the names, in the layer, of a block's parameters that do not shrink with its width."""
+        return [f"activation.{name}" for name, _ in self.activation.named_parameters()] if block == "ffn" else []
 
     @property
     def attention_dropout(self) -> float:
@@ -116,9 +160,14 @@ class GatedLayer(GatedModule):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Return linear2(gate * activation(linear1(x))), without residual or norm; x is B x L x hidden_dim."""
-        hidden = gated(self.activation(self.linear1(x)), self.gate("ffn")[0])
-        self.observe("ffn", hidden=hidden)
-        return self.linear2(self.dropout(hidden))
+        if self.is_removed("ffn"):
+            hidden = x
+        else:
+            hidden = gated(self.activation(self.linear1(x)), self.gate("ffn")[0])
+            self.observe("ffn", hidden=hidden)
+            hidden = self.dropout(hidden)
+        added: Tensor = self.linear2(hidden)
+        return added
 
 
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:

@@ -55,6 +55,8 @@ class PrunableModule:
         nheads: groups of equal width; 1 for an FFN and a residual block.
         layer: module with its gates.
         slices: parameters that shrink with it.
+        other_keys: keys of its parameters and buffers that do not shrink, but that no channel uses at width 0; only the
+            bias after the (last) channels is left then.
     """
 
     name: str
@@ -63,6 +65,7 @@ class PrunableModule:
     nheads: int
     layer: GatedModule
     slices: tuple[ParameterSlice, ...]
+    other_keys: tuple[str, ...] = ()
 
     @property
     def is_attention(self) -> bool:
@@ -88,6 +91,13 @@ class PrunableModule:
     def output_name(self) -> str:
         """Name in the detector of the linear layer or convolution after the (last) channels."""
         return [piece.key for piece in self.slices if piece.axis == 1][-1].removesuffix(".weight")
+
+    @property
+    def bias_name(self) -> str:
+        """Name in the detector of the layer whose bias is left at width 0: the output layer, or a block's last norm."""
+        if self.kind != BLOCK:
+            return self.output_name
+        return f"{self.output_name.rpartition('.')[0]}.bn{len(self.parts) + 1}"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -137,4 +147,11 @@ def residual_block_module(name: str, layer: ResidualBlock) -> PrunableModule:
         norm = [f"bn{number}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")]
         slices += [ParameterSlice(f"{prefix}.{leaf}", 0, (part,)) for leaf in (f"conv{number}.weight", *norm)]
         slices.append(columns(f"{prefix}.conv{number + 1}", part))
-    return PrunableModule(name, BLOCK, layer.width, 1, layer, tuple(slices))
+    last = f"bn{len(layer.parts) + 1}"
+    other_keys = [f"{prefix}.{last}.{leaf}" for leaf in ("weight", "running_mean", "running_var")]
+    other_keys += [
+        f"{prefix}.{key}"
+        for key, _ in layer.named_buffers()
+        if key.endswith("num_batches_tracked") and not key.startswith("downsample.")
+    ]
+    return PrunableModule(name, BLOCK, layer.width, 1, layer, tuple(slices), tuple(other_keys))

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from models.layers import GatedModule
+from models.layers import GatedModule, OnlyBias
 from util.errors import UserError
 
 BLOCK = "residual_block"  # kind of module, and key of its gates
@@ -22,6 +22,8 @@ class ResidualBlock(GatedModule):
     The channels between convolutions can be pruned: part `inner` of a BasicBlock, parts `inner1` and `inner2`, of
     equal width, of a Bottleneck. Input and output channels stay. `gates[BLOCK]` has a gate for each part, which
     multiplies the output of the ReLU. It has no observer: `input_of` gives the input of each convolution.
+
+    A block of width 0 adds only a constant, the bias of what remains of its last batch norm.
 
     Args:
         block: torchvision's block, whose layers are used; layers of another width are created with its initialisation.
@@ -46,6 +48,16 @@ class ResidualBlock(GatedModule):
         super().__init__()
         assert isinstance(block, BasicBlock | Bottleneck)
         self.parts = ("inner1", "inner2") if isinstance(block, Bottleneck) else ("inner",)
+        if width:
+            self._add_main_path(block, width)
+        else:
+            last = f"bn{len(self.parts) + 1}"
+            bias = block.get_submodule(last).bias
+            self.add_module(last, OnlyBias(len(bias), is_buffer=not isinstance(bias, nn.Parameter)))
+        self.relu = block.relu
+        self.downsample = block.downsample
+
+    def _add_main_path(self, block: BasicBlock | Bottleneck, width: int) -> None:
         last = len(self.parts) + 1
         for number in range(1, last + 1):
             convolution, norm = block.get_submodule(f"conv{number}"), block.get_submodule(f"bn{number}")
@@ -60,13 +72,16 @@ class ResidualBlock(GatedModule):
             self.add_module(f"bn{number}", norm)
         if last < 3:
             self.conv3 = None
-        self.relu = block.relu
-        self.downsample = block.downsample
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The batch norm after the last convolution, `OnlyBias` if the width is 0."""
+        return self.get_submodule(f"bn{len(self.parts) + 1}")
 
     @property
     def width(self) -> int:
         """Inner channels."""
-        return self.conv1.out_channels
+        return 0 if isinstance(self.last_norm, OnlyBias) else self.conv1.out_channels
 
     def convolutions(self) -> list[tuple[nn.Conv2d, nn.Module]]:
         """Return the convolutions of the main path, each with its batch norm."""
@@ -91,6 +106,10 @@ class ResidualBlock(GatedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map B x C x H x W to B x C' x h x w."""
+        constant = self.last_norm
+        if isinstance(constant, OnlyBias):
+            out = self.identity(x)
+            return self.relu(out + constant.bias.to(out.dtype)[:, None, None])
         out = self.pre_activation(len(self.convolutions()), x)
         out += self.identity(x)
         return self.relu(out)

@@ -23,7 +23,7 @@ GRAMMAR = (
 
 @dataclass(frozen=True)
 class Widths:
-    """Channel counts by layer.
+    """Channel counts by layer; a module of width 0 is removed and adds only a constant.
 
     Attributes:
         encoder: (attention, ffn) of each layer.
@@ -85,8 +85,8 @@ class Widths:
         full = replace(full, backbone=blocks)
         for name, width in self.items():
             limit = full.of(name)
-            if not 1 <= width <= limit:
-                raise UserError(f"--cfgs: found width {width} for {name}, expected 1 to {limit}")
+            if not 0 <= width <= limit:
+                raise UserError(f"--cfgs: found width {width} for {name}, expected 0 (removed) to {limit}")
             if name.endswith("attention") and width % nheads:
                 raise UserError(f"--cfgs: found width {width} for {name}, expected a multiple of --nheads {nheads}")
         return replace(self, backbone=None) if self.backbone == blocks else self

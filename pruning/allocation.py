@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from models.prunable import PrunableModule
 from pruning.moments import TINY
 from util.errors import UserError
 
@@ -84,20 +83,10 @@ def sum_of(tables: Tables, widths: Mapping[str, int]) -> float:
     return sum(tables[name][width] for name, width in widths.items())
 
 
-def linear_costs(
-    modules: Mapping[str, PrunableModule], per_channel: Mapping[str, float], units: Mapping[str, int]
-) -> dict[str, dict[int, float]]:
-    """Return cost tables for modules with a constant cost per channel; widths are multiples of `units`, or whole."""
-    return {
-        name: {width: per_channel[name] * width for width in widths_tried(module.width, units[name])}
-        for name, module in modules.items()
-    }
-
-
-def widths_tried(width: int, unit: int) -> list[int]:
-    """Return one unit, evenly spaced multiples of it, and the whole width, ascending."""
+def widths_tried(width: int, unit: int, min_units: int = 1) -> list[int]:
+    """Return one unit, evenly spaced multiples of it, and the whole width, ascending; also 0 if `min_units` is 0."""
     step = unit * max(1, width // unit // WIDTHS_TRIED)
-    return sorted({min(unit, width), *range(step, width, step), width})
+    return sorted({min(min_units * unit, width), min(unit, width), *range(step, width, step), width})
 
 
 def check_affordable(keep: float, costs: Tables, total_cost: float) -> None:

@@ -95,7 +95,10 @@ class BlockReconstruction:
         set_gate(module, kept, self._calibration.device)
         self.changed.add(module.name)
         damage = 0.0
-        for number in range(1 if is_repaired else 2, len(module.parts) + 2):
+        last = len(module.parts) + 1
+        # Without channels, only the constant after the last convolution and the identity path are fitted.
+        first = last if not width_of(kept) else 1 if is_repaired else 2
+        for number in range(first, last + 1):
             inputs = torch.arange(self._block.conv1.in_channels) if number == 1 else kept[module.parts[number - 2]]
             damage += self._fit(number, inputs, is_repaired)
         return damage
@@ -122,6 +125,8 @@ class BlockReconstruction:
             layer, halves, number = self.layer_after(part), self._halves_of(part), self._number_after(part)
             fitted_on, judged_on = halves if all(float(half.weight) for half in halves) else [layer.moments] * 2
             for width, kept in kept_sets.items():
+                if not width and part != self._module.parts[-1]:
+                    continue  # the errors of the last convolution are all that a removed block makes
                 judge = functools.partial(self._damage_of, number, layer, fitted_on, judged_on, kept[part])
                 damages[width] += float(
                     decided_on_main(f"the fit of {self._module.name}", judge, lambda found: [found])

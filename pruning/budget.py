@@ -268,8 +268,13 @@ class BudgetSearch:
 
 
 def widths_to_measure(module: PrunableModule, widths: Sequence[int], attention_widths: int | None) -> list[int]:
-    """Return the widths to measure: `attention_widths` of an attention with queries, else all but the whole width."""
+    """Return the widths to measure: `attention_widths` of an attention with queries, else all but the whole width.
+
+    Width 0 is always measured; it is not one of `attention_widths`.
+    """
     *below, _ = widths
+    if below and not below[0]:
+        return [0, *widths_to_measure(module, widths[1:], attention_widths)]
     count = len(below) if attention_widths is None else attention_widths
     if "query" not in module.parts or len(below) <= count:
         return below

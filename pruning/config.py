@@ -112,6 +112,8 @@ class StepConfig(Config):
         "or unpruned; by default 4 * nheads")  # fmt: skip
     block_unit: int = option(8, type=whole(1), help="step of the inner width of residual blocks in channels: a "
         "multiple of it, or unpruned (--scope detector)")  # fmt: skip
+    min_units: int = option(1, type=whole(0, at_most=1), help="least steps of width that a module keeps; 0 lets the "
+        "search remove whole attentions, FFNs and residual blocks, which then add only a constant")  # fmt: skip
     num_candidates_attention: int = option(100, "most attention channels scored in a step", type=whole(1))
     num_candidates_ffn: int = option(200, "most FFN channels scored in a step", type=whole(1))
     subset_batches_attention: int = option(40, "batches of the subset for an attention", type=whole(1))
@@ -187,7 +189,7 @@ class SearchConfig(PrecisionConfig, TargetConfig, MethodConfig, StepConfig):
         """Return the step sizes for a detector with `nheads` heads."""
         ffn_unit = 4 * nheads if self.ffn_unit is None else self.ffn_unit
         candidates = self.num_candidates_attention, self.num_candidates_ffn
-        return Units(self.attention_unit, ffn_unit, self.block_unit, *candidates, seed)
+        return Units(self.attention_unit, ffn_unit, self.block_unit, *candidates, seed, self.min_units)
 
 
 def refuse_unused_by_search(config: SearchConfig, typed: Collection[str]) -> None:

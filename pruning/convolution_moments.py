@@ -99,7 +99,7 @@ def moments_at(
     """
     weights = position_weights.gather(1, positions) * (position_weights.shape[1] / positions.shape[1])
     unknowns = sum(inputs.shape[1] * math.prod(convolution.kernel_size) for inputs, convolution in sources)
-    at_once = max(1, ROW_BYTES_AT_ONCE // (outputs.element_size() * unknowns * len(outputs)))
+    at_once = max(1, ROW_BYTES_AT_ONCE // (outputs.element_size() * max(1, unknowns) * len(outputs)))
     total: Moments | None = None
     for part, part_weights in zip(positions.split(at_once, 1), weights.split(at_once, 1), strict=True):
         x = torch.cat([patches_at(inputs, convolution, part) for inputs, convolution in sources], 2)

@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engine import eval_mode
 from models.detector import Detector
 from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
+from models.prunable import PrunableModule
 from models.residual import BLOCK
 from models.widths import Widths
 from pruning.macs import Product, convolutions, deformable_products, dense_products
@@ -113,25 +114,72 @@ def params_per_channel(model: Detector) -> dict[str, int]:
     return {n: sum(sizes[piece.key] for piece in m.parameter_slices()) // m.width for n, m in modules.items()}
 
 
+@dataclass(frozen=True)
+class ModuleCost:
+    """Cost of an attention or FFN in parameters or multiply-accumulates.
+
+    Attributes:
+        per_channel: of each channel.
+        fixed: what any width above 0 costs besides.
+    """
+
+    per_channel: float
+    fixed: float
+
+    def at(self, width: int) -> float:
+        """Return the cost at a width, 0 if the module is removed."""
+        return self.fixed + self.per_channel * width if width else 0
+
+
+def module_params(model: Detector) -> dict[str, ModuleCost]:
+    """Return the parameters of each attention and FFN that a cut can remove."""
+    per_channel = params_per_channel(model)
+    return {
+        name: ModuleCost(per_channel[name], _other_params(model, module))
+        for name, module in model.prunable_modules().items()
+    }
+
+
+def module_macs(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, ModuleCost]:
+    """Return the multiply-accumulates of each attention and FFN that a cut can remove, for one image of that size.
+
+    What several modules share is not counted: if all of them are removed, the detector costs less than this predicts.
+    """
+    tokens, _ = _run_front(model, image_size_hw)
+    whole, widths, costs = _total_macs(model, model.widths, tokens), model.widths, {}
+    for name, per_channel in macs_per_channel(model, image_size_hw).items():
+        removed = whole - _total_macs(model, widths.replace(name, 0), tokens)
+        costs[name] = ModuleCost(per_channel, removed - per_channel * widths.of(name))
+    return costs
+
+
+def _other_params(model: Detector, module: PrunableModule) -> int:
+    """Return how many parameters go with a module at width 0 besides those of its channels."""
+    parameters = dict(model.named_parameters())
+    return sum(parameters[key].numel() for key in module.other_keys if key in parameters)
+
+
+def _total_macs(model: Detector, widths: Widths, tokens: int) -> int:
+    return sum(product.macs for product in _products(model, widths, tokens))
+
+
 def transformer_params_at(model: Detector, widths: Mapping[str, int]) -> int:
     """Return the transformer's parameters if the modules of `widths` were that wide."""
-    per_channel = params_per_channel(model)
-    gone = sum(of_channel * (model.widths.of(name) - widths[name]) for name, of_channel in per_channel.items())
-    return count_parameters(model.transformer) - gone
+    gone = sum(cost.at(model.widths.of(name)) - cost.at(widths[name]) for name, cost in module_params(model).items())
+    return count_parameters(model.transformer) - int(gone)
 
 
 def macs_per_channel(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, float]:
     """Return the multiply-accumulates per channel of each prunable module, for one image of that size.
 
-    Every product is linear in the widths, so this is a difference between two widths.
+    Every product is linear in the widths above 0, so this is a difference between two widths.
     """
     tokens, _ = _run_front(model, image_size_hw)
-
-    def total(widths: Widths) -> int:
-        return sum(product.macs for product in _products(model, widths, tokens))
-
-    whole, widths = total(model.widths), model.widths
-    return {name: whole - total(widths.replace(name, widths.of(name) - 1)) for name in model.step_names}
+    whole, widths = _total_macs(model, model.widths, tokens), model.widths
+    return {
+        name: _total_macs(model, widths.replace(name, module.width + 1), tokens) - whole
+        for name, module in model.prunable_modules().items()
+    }
 
 
 def block_params(model: Detector) -> dict[str, list[int]]:
@@ -154,9 +202,10 @@ def _block_tables(model: Detector, costs: Mapping[str, int]) -> dict[str, list[i
     for name, module in model.prunable_modules("detector").items():
         if module.kind == BLOCK:
             cut_axes = Counter(piece.key for piece in module.parameter_slices() if piece.key in costs)
-            tables[name] = [
-                sum(costs[key] * width**axes // module.width**axes for key, axes in cut_axes.items())
-                for width in range(module.width + 1)
+            fixed = sum(costs.get(key, 0) for key in module.other_keys)
+            tables[name] = [0] + [
+                fixed + sum(costs[key] * width**axes // module.width**axes for key, axes in cut_axes.items())
+                for width in range(1, module.width + 1)
             ]
     return tables
 

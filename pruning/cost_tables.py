@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.detector import Detector
-from pruning.allocation import Tables, check_affordable, linear_costs, widths_tried
+from pruning.allocation import Tables, check_affordable, widths_tried
 from pruning.config import SearchConfig
-from pruning.cost import block_macs, block_params, cost_of, macs_per_channel, params_per_channel
+from pruning.cost import block_macs, block_params, cost_of, module_macs, module_params
 from pruning.search import Units
 
 
@@ -31,17 +31,18 @@ def prices_of(config: SearchConfig, steps: Units, model: Detector, image_size_hw
         UserError: --keep is below the cost of the least widths.
     """
     cost, modules = cost_of(model, image_size_hw), model.prunable_modules()
-    units = {name: steps.channels(module) for name, module in modules.items()}
     is_params, is_detector = config.cost_unit == "params", config.scope == "detector"
-    per_channel = params_per_channel(model) if is_params else macs_per_channel(model, image_size_hw)
+    of_modules = module_params(model) if is_params else module_macs(model, image_size_hw)
     costs: dict[str, dict[int, float]] = {}
     if is_detector:
         tables = block_params(model) if is_params else block_macs(model, image_size_hw)
         for name, module in model.prunable_modules("detector").items():
             if name in tables:
-                widths = widths_tried(module.width, steps.channels(module))
+                widths = widths_tried(module.width, steps.channels(module), steps.min_units)
                 costs[name] = {width: tables[name][width] for width in widths}
-    costs |= linear_costs(modules, per_channel, units)
+    for name, module in modules.items():
+        widths = widths_tried(module.width, steps.channels(module), steps.min_units)
+        costs[name] = {width: of_modules[name].at(width) for width in widths}
     if is_params:
         total: float = cost.params if is_detector else cost.transformer_params
     else:

@@ -4,7 +4,7 @@ A `Kept` maps a part to its sorted channel indices (int64, counted over the whol
 `{"query": ..., "value": ...}` for an attention, equally many in each head and in both parts, `{"hidden": ...}` for an
 FFN, `{"value": ...}` for a deformable attention, which has no queries to cut; `{"inner": ...}` for a BasicBlock,
 `{"inner1": ..., "inner2": ...}`, equally many, for a Bottleneck. The two sets of a module are independent by format;
-`add` gives both the same channels.
+`add` gives both the same channels. Empty sets remove the module: it then adds only a constant.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def check_kept(module: PrunableModule, kept: Kept, source: str = "kept set") -> 
     if set(kept) != set(module.parts):
         raise UserError(f"{where}: found parts {shorten(sorted(kept), 80)}, expected {sorted(module.parts)}")
     for part, indices in kept.items():
-        if indices.dim() != 1 or not len(indices):
-            raise UserError(f"{where}: found no {part} channels, expected at least one")
-        if not 0 <= int(indices.min()) <= int(indices.max()) < module.width or bool((indices.diff() <= 0).any()):
+        if indices.dim() != 1:
+            raise UserError(f"{where}: found {indices.dim()} axes of {part} channels, expected one")
+        is_outside = len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < module.width
+        if is_outside or bool((indices.diff() <= 0).any()):
             raise UserError(f"{where}: expected ascending {part} channels from 0 to {module.width - 1}")
         if module.is_attention:
             head_width = module.width // module.nheads

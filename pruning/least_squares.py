@@ -27,6 +27,8 @@ def refit(weight: Tensor, moments: Moments, damping: float = DAMPING) -> tuple[T
     W, so the error is never above that of (W, b) for any b. It is scaled by the inputs' squares and not their variance,
     so that constant inputs leave W unchanged.
 
+    Without inputs, b' is the weighted mean of the targets, the best constant in every metric.
+
     Args:
         weight: W, D x C, the layer's weight for these inputs before the fit.
 
@@ -34,6 +36,8 @@ def refit(weight: Tensor, moments: Moments, damping: float = DAMPING) -> tuple[T
         W' (D x C) and b' (D), float64 on the CPU.
     """
     weight = weight.detach().double().cpu()
+    if not weight.shape[1]:
+        return weight, moments.y / moments.weight
     xx = moments.covariance_xx
     missing = moments.covariance_yx - weight @ xx
     level = damping * (moments.xx.diagonal() / moments.weight).mean().clamp(min=TINY)

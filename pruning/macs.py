@@ -64,9 +64,10 @@ def deformable_products(model: DnDabDeformableDetr, widths: Widths, tokens: int)
     for layer, (self_width, cross_width, ffn) in enumerate(widths.decoder):
         self_step, ffn_step = f"decoder.{layer}.self_attention", f"decoder.{layer}.ffn"
         grid = (model.nheads, model.num_levels, model.points["decoder"])
+        has_attention = bool(self_width or cross_width)
         products += [
-            Product(self_step, "ref_point_head", queries * 3 * d * d),
-            Product(self_step, "query_scale", 0 if layer == 0 else queries * 2 * d * d),
+            Product(self_step, "ref_point_head", queries * 3 * d * d if has_attention else 0),
+            Product(self_step, "query_scale", queries * 2 * d * d if has_attention and layer else 0),
             Product(self_step, "in_proj", 3 * queries * d * self_width, is_hooked=False),
             Product(self_step, "attention", 2 * queries**2 * self_width, is_attention=True),
             Product(self_step, "out_proj", queries * self_width * d, is_hooked=False),
@@ -82,6 +83,8 @@ def _deformable_attention(
     step: str, hidden_dim: int, width: int, grid: tuple[int, int, int], queries: int, tokens: int
 ) -> list[Product]:
     """Return the products of an attention; `grid` is heads, levels, points. Heads share the width equally."""
+    if not width:
+        return []
     points = math.prod(grid)
     return [
         Product(step, "sampling_offsets", 2 * queries * hidden_dim * points),
@@ -98,7 +101,7 @@ def _dense_encoder(widths: Widths, hidden_dim: int, tokens: int) -> list[Product
     for layer, (attention, ffn) in enumerate(widths.encoder):
         step = f"encoder.{layer}.attention"
         products += [
-            Product(step, "query_scale", 2 * tokens * hidden_dim**2),
+            Product(step, "query_scale", 2 * tokens * hidden_dim**2 if attention else 0),
             Product(step, "in_proj", 3 * tokens * hidden_dim * attention, is_hooked=False),
             Product(step, "attention", 2 * tokens**2 * attention, is_attention=True),
             Product(step, "out_proj", tokens * attention * hidden_dim),
@@ -116,10 +119,11 @@ def _dense_decoder(widths: Widths, hidden_dim: int, tokens: int, queries: int, n
             f"decoder.{layer}.{block}" for block in ("self_attention", "cross_attention", "ffn")
         )
         query_projections = 3 if layer == 0 else 2
+        uses_query_pos = self_width or (layer == 0 and cross_width)
         products += [
-            Product(self_step, "ref_point_head", queries * 3 * d * d),
-            Product(self_step, "query_scale", 0 if layer == 0 else queries * 2 * d * d),
-            Product(self_step, "ref_anchor_head", queries * (d * d + 2 * d)),
+            Product(self_step, "ref_point_head", queries * 3 * d * d if uses_query_pos else 0),
+            Product(self_step, "query_scale", queries * 2 * d * d if cross_width and layer else 0),
+            Product(self_step, "ref_anchor_head", queries * (d * d + 2 * d) if cross_width else 0),
             Product(self_step, "projections", 5 * queries * d * self_width),
             Product(self_step, "attention", 2 * queries**2 * self_width, is_attention=True),
             Product(self_step, "out_proj", queries * self_width * d, is_hooked=False),

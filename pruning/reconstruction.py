@@ -7,6 +7,8 @@ Levels:
 - `full`: also, queries, keys and values of an attention are projected onto their most important directions before the
   cut, so that each kept channel holds one of those directions.
 
+If no channel is kept, both fit the bias of that layer: the mean of what the module gave.
+
 Residual blocks are refitted by `pruning.block_reconstruction`.
 
 The whole layers store the result in the rows and columns of the kept channels, so the gated and the cut detector still
@@ -114,9 +116,9 @@ class Reconstruction:
             return self._blocks.apply(kept)
         if width_of(kept) == module.width:
             return 0.0
-        if module.has_logits:
+        if module.has_logits and width_of(kept):
             self._observe_whole(module)
-        if self.level == "full" and module.has_logits:
+        if self.level == "full" and module.has_logits and width_of(kept):
             queries, keys = self.logit_moments()
             self._install(module, lambda: self._fit_logits(module, kept["query"], queries, keys))
         moments = self._output_moments(module, kept)
@@ -204,7 +206,7 @@ class Reconstruction:
 
     def _output_moments(self, module: PrunableModule, kept: Kept) -> Moments:
         """Return moments of the output layer's inputs with only the kept queries, and of the whole module's output."""
-        if not module.is_attention or not module.has_logits:
+        if not module.is_attention or not module.has_logits or not width_of(kept):
             return self.hidden_moments()
         module.set_gate(gate_vector(kept["query"], module.width, self._calibration.device), None)
         return self._measure(module, self._outputs)
@@ -271,7 +273,7 @@ class Reconstruction:
         part = "value" if module.is_attention else "hidden"
         weight, bias = (f"{module.output_name}.{leaf}" for leaf in ("weight", "bias"))
         weights = {weight: self._copy(weight)}
-        if self.level == "full" and module.is_attention:
+        if self.level == "full" and module.is_attention and width_of(kept):
             projection, projected = self._project_values(module, kept[part], moments)
             start, moments = weights[weight].double() @ projection.T, moments.of_projected(projection)
             weights |= projected

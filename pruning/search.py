@@ -82,6 +82,7 @@ class Units:
         attention_candidates: most channels of an attention scored in a step.
         ffn_candidates: most channels of an FFN scored in a step.
         seed: of the random candidates.
+        min_units: least units of a module: 1, or 0 to let a search remove it.
     """
 
     attention_unit: int
@@ -90,6 +91,7 @@ class Units:
     attention_candidates: int
     ffn_candidates: int
     seed: int
+    min_units: int = 1
 
     def channels(self, module: PrunableModule) -> int:
         """Return the number of channels that a step adds to a module."""
@@ -170,6 +172,7 @@ class Search:
     def _grow(self, visit: int, name: str) -> Iterator[tuple[Decision, bool]]:
         """Grow an empty module, yielding each step's decision and whether it is new; the last decision is accepted.
 
+        With `min_units` 0 the first decision is on the empty module.
         Once the subset's mAP has passed, only the whole split's is measured.
         """
         module = self.bench.modules[name]
@@ -177,7 +180,8 @@ class Search:
         while not accepted:
             decision, is_new = self._past_decision(visit, step, name), False
             if decision is None:
-                grown = add(kept, self._candidates_to_add(module, kept, step))
+                is_empty = step == 0 and self.units.min_units == 0
+                grown = kept if is_empty else add(kept, self._candidates_to_add(module, kept, step))
                 decision, is_new = self._measure(visit, step, name, grown, subset_passed, accept=True), True
             yield decision, is_new
             kept, accepted, step = decision.kept, decision.accepted, step + 1
@@ -190,7 +194,7 @@ class Search:
         The whole module passes without measurement, because it leaves the detector unchanged.
         """
         module, unit = self.bench.modules[name], self.units.channels(self.bench.modules[name])
-        fails, passes, step = 0, -(-module.width // unit), 0
+        fails, passes, step = self.units.min_units - 1, -(-module.width // unit), 0
         kept, full_ap, order = all_kept(module), self._ap_before, None
         while passes - fails > 1:
             middle = (fails + passes) // 2

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from models.detector import Detector
+from models.layers import OnlyBias
 from models.prunable import ParameterSlice, PrunableModule
+from models.residual import ResidualBlock
 from models.widths import Widths
 from pruning.kept_channels import Kept, check_kept, width_of
 from util.errors import UserError, one_line
@@ -40,32 +42,54 @@ MASKED_BLOCK = {
 def cut_state_dict(
     state_dict: Mapping[str, Tensor],
     kept: Mapping[str, Kept],
-    slices: Mapping[str, Iterable[ParameterSlice]],
+    modules: Mapping[str, PrunableModule],
 ) -> dict[str, Tensor]:
     """Return a detector's state dict with only the kept channels of each module.
 
+    A module that keeps none leaves only the bias after its channels: what it adds when its gates are 0.
+
     Args:
-        state_dict: weights of the unpruned model, under the names in `slices`.
+        state_dict: weights of the unpruned model, under the names in `modules`.
         kept: kept set of each module to cut; the others stay unpruned.
-        slices: the slices of each module, see `PrunableModule.parameter_slices()`.
+        modules: the prunable modules of the unpruned model.
 
     Raises:
-        UserError: a module has no slices, or a parameter is missing or too small for the kept channels.
+        UserError: an unknown module, or a parameter is missing or too small for the kept channels.
     """
     cut = dict(state_dict)
     for name, kept_of_module in kept.items():
-        if name not in slices:
-            raise UserError(f"kept set: found module {one_line(name, 80)}, expected one of {', '.join(slices)}")
-        for piece in slices[name]:
+        if name not in modules:
+            raise UserError(f"kept set: found module {one_line(name, 80)}, expected one of {', '.join(modules)}")
+        module = modules[name]
+        for piece in module.parameter_slices():
             if piece.key not in cut:
                 raise UserError(f"state dict: no {piece.key}, expected it for the kept channels of {name}")
             cut[piece.key] = _cut(cut[piece.key], piece, kept_of_module)
+        if not width_of(kept_of_module):
+            cut = _without_branch(cut, module)
     return cut
+
+
+def _without_branch(state_dict: Mapping[str, Tensor], module: PrunableModule) -> dict[str, Tensor]:
+    """Return a state dict with only the bias of a module; that of a residual block is its last norm's output for 0."""
+    gone = {*(piece.key for piece in module.parameter_slices()), *module.other_keys}
+    left = {key: value for key, value in state_dict.items() if key not in gone}
+    if isinstance(module.layer, ResidualBlock):
+        prefix, norm = module.bias_name, module.layer.last_norm
+        assert isinstance(norm.eps, float)
+        state = {leaf: state_dict[f"{prefix}.{leaf}"] for leaf in ("weight", "bias", "running_mean", "running_var")}
+        weight, bias, mean, variance = (tensor.double() for tensor in state.values())
+        left[f"{prefix}.bias"] = (bias - mean * weight / (variance + norm.eps).sqrt()).to(state["bias"])
+    return left
 
 
 def slim_copy(model: Detector, state_dict: Mapping[str, Tensor], widths: Widths) -> Detector:
     """Return a copy of a detector with the smaller weights `state_dict`, of the same names, and `widths`."""
     slim = copy.deepcopy(model)
+    removed = {name for name, width in widths.items() if not width}
+    for name, module in slim.prunable_modules("detector").items():
+        if name in removed:
+            _remove_branch(slim, module)
     for key, old in [*slim.named_parameters(), *slim.named_buffers()]:
         holder, leaf = slim.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
         if state_dict[key].shape != old.shape:
@@ -82,9 +106,24 @@ def slim_copy(model: Detector, state_dict: Mapping[str, Tensor], widths: Widths)
     return slim.eval()
 
 
-def slices_of(modules: Mapping[str, PrunableModule]) -> dict[str, tuple[ParameterSlice, ...]]:
-    """Return the slices of all modules of a detector, for `cut_state_dict`."""
-    return {name: module.parameter_slices() for name, module in modules.items()}
+def _remove_branch(model: Detector, module: PrunableModule) -> None:
+    """Delete a module's layers, and replace the one whose bias is left."""
+    bias = model.get_submodule(module.bias_name).bias
+    assert isinstance(bias, Tensor)
+    gone = [*(piece.key for piece in module.parameter_slices()), *module.other_keys]
+    for key in dict.fromkeys(gone):
+        holder, _, leaf = key.rpartition(".")
+        delattr(model.get_submodule(holder), leaf)
+    _set(model, module.bias_name, OnlyBias(len(bias), is_buffer=not isinstance(bias, nn.Parameter)).to(bias))
+    for holder in dict.fromkeys(key.rpartition(".")[0] for key in gone):
+        if not model.get_submodule(holder).state_dict():
+            parent, _, leaf = holder.rpartition(".")
+            delattr(model.get_submodule(parent), leaf)
+
+
+def _set(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
 
 
 def check_kept_sets(modules: Mapping[str, PrunableModule], kept: Mapping[str, Kept], source: str) -> None:

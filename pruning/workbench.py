@@ -17,7 +17,7 @@ from models.criterion import Criterion
 from models.detector import Detector
 from pruning.cache_plan import Plan
 from pruning.calibration import Calibration
-from pruning.cost import count_parameters, params_per_channel
+from pruning.cost import count_parameters, module_params
 from pruning.gates import clear_gates, set_gate
 from pruning.kept_channels import Kept, all_kept, width_of
 from pruning.method import Method
@@ -122,7 +122,7 @@ class DetectorBench:
         )  # fmt: skip
         self._num_batches = max(map(max, distributed.gather_objects(list(images.numbers)))) + 1
         self._transformer_params = count_parameters(model.transformer)
-        self._params_per_channel = params_per_channel(model)
+        self._module_params = module_params(model)
         self._measured: dict[int, float] = {}  # mAP by number of batches, for the current gates and weights
         self._calibration: Calibration | None = None
         self._reconstruction: Reconstruction | None = None
@@ -219,11 +219,11 @@ class DetectorBench:
     def transformer_params(self, kept: Mapping[str, Kept]) -> int:
         """Return the number of parameters of the transformer cut to `kept`."""
         gone = (
-            per_channel * (self.modules[name].width - width_of(kept[name]))
-            for name, per_channel in self._params_per_channel.items()
+            cost.at(self.modules[name].width) - cost.at(width_of(kept[name]))
+            for name, cost in self._module_params.items()
             if name in self.modules
         )
-        return self._transformer_params - sum(gone)
+        return self._transformer_params - int(sum(gone))
 
     def _ap(self, batches: int | None = None) -> float:
         """Return mAP of the first `batches` batches (None for all), measured once for the current gates and weights."""

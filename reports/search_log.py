@@ -36,7 +36,10 @@ class ProgressBar:
         """With `disable` None, show the bar only on terminals."""
         self._steps = {module.name: -(-module.width // units.channels(module)) for module in modules}
         if method.search == "bisect":
-            self._steps = {name: 1 + (steps - 1).bit_length() for name, steps in self._steps.items()}
+            tried = {name: steps - units.min_units for name, steps in self._steps.items()}
+            self._steps = {name: 1 + steps.bit_length() for name, steps in tried.items()}
+        elif not units.min_units:
+            self._steps = {name: 1 + steps for name, steps in self._steps.items()}
         self._done = 0
         self._bar = tqdm(total=sum(self._steps.values()), unit="step", smoothing=0, disable=disable)
 

@@ -23,7 +23,10 @@ NOT_DECIDING = {name for name, field in OPTIONS.items() if field.metadata["store
 # Options in the journals of older versions that a search does not read.
 UNREAD = {*options_of(TrainingOptions)} - {*OPTIONS}
 # Facts that journals of older versions lack.
-ADDED: dict[str, dict[str, Any]] = {"args": {"scope": "transformer", "block_unit": 8}, "units": {"block_unit": 8}}
+ADDED: dict[str, dict[str, Any]] = {
+    "args": {"scope": "transformer", "block_unit": 8, "min_units": 1},
+    "units": {"block_unit": 8, "min_units": 1},
+}
 
 
 def search_facts(

@@ -93,8 +93,9 @@ class Run:
         self.wrapped = self.model
         if distributed.is_distributed():
             devices = [self.device.index] if self.device.type == "cuda" else None
-            # The decoder's first layer does not use query_scale; every other parameter is used in each batch.
-            unused = options.detector.dec_layers == 1
+            # The decoder's first layer does not use query_scale, nor do removed attentions use what attentions share;
+            # every other parameter is used in each batch.
+            unused = options.detector.dec_layers == 1 or 0 in dict(self.model.widths.items()).values()
             self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
         self.distillation = build_distillation(options, self.model)
         if self.distillation is not None and self.distillation.remark:

@@ -29,7 +29,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
         UserError: the weights do not fit; names `source`, the first such keys, and the shapes found and expected.
     """
     expected = model.state_dict()
-    slim_names = any(".encoder.layers." in key and "self_attn" not in key and "in_proj" in key for key in expected)
+    slim_names = any(ENCODER_ATTENTION.match(key) and ".self_attn." not in key for key in expected)
     found = rename_encoder_attention(strip_module(state_dict), slim_names)
     for one, other in (BOX_HEADS, BOX_HEADS[::-1]):
         for key in [key for key in found if key.startswith(one)]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.detector import Detector
 from models.widths import Widths
-from pruning.transplant import check_kept_sets, cut_state_dict, slices_of
+from pruning.transplant import check_kept_sets, cut_state_dict
 from util.checkpoint import load_weights, strip_module
 from util.errors import UserError, one_line, reason_of
 from util.files import save_torch
@@ -119,7 +119,7 @@ def slim_state_dict(checkpoint: Checkpoint, whole: Detector) -> dict[str, Tensor
     if checkpoint.kind == "search":  # the paper's heads may keep different numbers of channels
         check_kept_sets(modules, kept, str(checkpoint.path))
     try:
-        return cut_state_dict(whole.state_dict(), kept, slices_of(modules))
+        return cut_state_dict(whole.state_dict(), kept, modules)
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from None
 

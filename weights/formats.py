@@ -4,16 +4,16 @@
 |---|---|
 | `ours` | `format` is dn-detr-pruning; dense or slim, with or without training state |
 | `search` | as `ours`, with `kept`: the full weights and the channels that a search kept |
-| `release` | `encoder.layers.N.self_attn.in_proj_weight` (DN-DETR, arXiv 2203.01305), or `.sampling_offsets.weight` |
-| `paper_search` | `encoder.layers.N.in_proj_weight` and `selectN.prune_a`, 1 x 1 x C, kept where positive |
-| `paper_slim` | `encoder.layers.N.in_proj_weight` only, widths from the shapes |
+| `release` | `encoder.layers.N.self_attn.out_proj.bias` (DN-DETR, arXiv 2203.01305), or `.output_proj.bias` |
+| `paper_search` | `encoder.layers.N.out_proj.bias` and `selectN.prune_a`, 1 x 1 x C, kept where positive |
+| `paper_slim` | `encoder.layers.N.out_proj.bias` only, widths from the shapes |
 | `huggingface` | `decoder.layers.N.cross_attn.cross_attn_query_content_proj.weight`: DAB-DETR of transformers |
 """
 
 import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ FOREIGN_ARGUMENTS = (
     "num_patterns", "num_feature_levels", "enc_n_points", "dec_n_points", "num_select", "transformer_activation",
     "pe_temperatureH", "pe_temperatureW",
 )  # fmt: skip
-DEFORMABLE_KEY = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
+DEFORMABLE_OUTPUT = "self_attn.output_proj"  # of an encoder layer of the deformable variant
 AVERAGED = ("ema_model", "model_ema", "ema")  # names of averaged weights in foreign files
 CLASS_BIASES = ("class_embed.bias", "class_embed.0.bias")  # dense variant, deformable variant
 
@@ -212,10 +212,11 @@ def recognise_foreign(path: Path, state_dict: dict[str, Tensor], arguments: dict
             path, "huggingface", state_dict, widths, None, num_classes, arguments, full_widths=widths,
             categories=categories,
         )  # fmt: skip
-    arguments["modelname"] = "dn_dab_deformable_detr" if DEFORMABLE_KEY in state_dict else "dn_dab_detr"
-    if DEFORMABLE_KEY in state_dict or "transformer.encoder.layers.0.self_attn.in_proj_weight" in state_dict:
+    is_deformable = _has_in_encoder(state_dict, DEFORMABLE_OUTPUT)
+    arguments["modelname"] = "dn_dab_deformable_detr" if is_deformable else "dn_dab_detr"
+    if is_deformable or _has_in_encoder(state_dict, "self_attn.out_proj"):
         kind = "release"
-    elif "transformer.encoder.layers.0.in_proj_weight" in state_dict:
+    elif _has_in_encoder(state_dict, "out_proj"):
         kind = "paper_slim"
     else:
         key = "transformer.encoder.layers.0.self_attn.in_proj_weight"
@@ -249,10 +250,17 @@ def _class_bias(state_dict: Mapping[str, Any]) -> Any:
     return next((state_dict[key] for key in CLASS_BIASES if key in state_dict), None)
 
 
+def _has_in_encoder(state_dict: Mapping[str, Any], name: str) -> bool:
+    """Return whether an encoder layer has this output projection; a removed attention has only its bias."""
+    pattern = re.compile(rf"transformer\.encoder\.layers\.\d+\.{re.escape(name)}\.bias")
+    return any(map(pattern.fullmatch, state_dict))
+
+
 def _widths_of(path: Path, state_dict: Mapping[str, Tensor]) -> Widths:
-    """Return the widths, from the shapes of the output projections."""
+    """Return the widths, from the shapes of the output projections; one that has only a bias has width 0."""
     state_dict = rename_encoder_attention(state_dict, slim=False)
-    of_image = "output_proj" if DEFORMABLE_KEY in state_dict else "out_proj"  # of an attention to the image
+    # The output projection of an attention to the image.
+    of_image = "output_proj" if _has_in_encoder(state_dict, DEFORMABLE_OUTPUT) else "out_proj"
     projections = {
         "encoder": (f"self_attn.{of_image}", "linear2"),
         "decoder": ("self_attn.out_proj", f"cross_attn.{of_image}", "linear2"),
@@ -260,9 +268,18 @@ def _widths_of(path: Path, state_dict: Mapping[str, Tensor]) -> Widths:
     stacks = {}
     for stack, names in projections.items():
         layers = range(count_layers(state_dict, stack))
-        keys = [[f"transformer.{stack}.layers.{layer}.{name}.weight" for name in names] for layer in layers]
-        for key in chain.from_iterable(keys):
-            if key not in state_dict or state_dict[key].ndim != 2:
-                raise UserError(f"{path}: found no matrix under {key}, expected the weights of a DN-DETR detector")
-        stacks[stack] = tuple(tuple(state_dict[key].shape[1] for key in layer) for layer in keys)
+        stacks[stack] = tuple(
+            tuple(_input_width(path, state_dict, f"transformer.{stack}.layers.{layer}.{name}") for name in names)
+            for layer in layers
+        )
     return Widths(**stacks)
+
+
+def _input_width(path: Path, state_dict: Mapping[str, Tensor], name: str) -> int:
+    """Return the number of inputs of a linear layer, 0 if it has only a bias."""
+    weight = state_dict.get(f"{name}.weight")
+    if weight is None and f"{name}.bias" in state_dict:
+        return 0
+    if weight is None or weight.ndim != 2:
+        raise UserError(f"{path}: found no matrix under {name}.weight, expected the weights of a DN-DETR detector")
+    return weight.shape[1]

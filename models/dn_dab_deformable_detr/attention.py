@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from models.dn_dab_deformable_detr.ops import sample
-from models.layers import at_least_float32, gated
+from models.layers import OnlyBias, at_least_float32, gated, output_layer
 from models.prunable import ParameterSlice, columns, rows_and_bias
+
+SAMPLING_PARAMETERS = tuple(f"{name}.{leaf}" for name in ("sampling_offsets", "attention_weights")
+                            for leaf in ("weight", "bias"))  # fmt: skip
 
 
 class DeformableAttention(nn.Module):
@@ -17,7 +20,7 @@ class DeformableAttention(nn.Module):
 
     Args:
         hidden_dim: channels of queries, features and result.
-        width: value channels.
+        width: value channels; 0 keeps only the bias of the output projection.
         nheads: number of attention heads.
         num_levels: number of feature levels.
         num_points: number of points that a head samples on each level.
@@ -26,14 +29,22 @@ class DeformableAttention(nn.Module):
     def __init__(self, hidden_dim: int, width: int, nheads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
         self.grid = (nheads, num_levels, num_points)
-        self.sampling_offsets = nn.Linear(hidden_dim, math.prod(self.grid) * 2)
-        self.attention_weights = nn.Linear(hidden_dim, math.prod(self.grid))
-        self.value_proj = nn.Linear(hidden_dim, width)
-        self.output_proj = nn.Linear(width, hidden_dim)
+        if width:
+            self.sampling_offsets = nn.Linear(hidden_dim, math.prod(self.grid) * 2)
+            self.attention_weights = nn.Linear(hidden_dim, math.prod(self.grid))
+            self.value_proj = nn.Linear(hidden_dim, width)
+        self.output_proj = output_layer(width, hidden_dim)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether only the bias of the output projection is left."""
+        return isinstance(self.output_proj, OnlyBias)
 
     @torch.no_grad()
     def initialise_sampling(self) -> None:
         """Set equal weights, and offsets on square rings: a direction for each head, k + 1 pixels for point k."""
+        if self.is_removed:
+            return
         nheads, num_levels, num_points = self.grid
         angle = torch.arange(nheads) * (2 * math.pi / nheads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)

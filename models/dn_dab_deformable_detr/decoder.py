@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from models.attention import add_packed_projections, packed_self_attention
-from models.dn_dab_deformable_detr.attention import DeformableAttention, deformable_attention_slices
+from models.dn_dab_deformable_detr.attention import (
+    SAMPLING_PARAMETERS,
+    DeformableAttention,
+    deformable_attention_slices,
+)
 from models.dn_dab_deformable_detr.state import DeformableState
 from models.layers import MLP, GatedLayer, inverse_sigmoid, module_list
 from models.position_encoding import anchor_encoding
@@ -37,20 +41,38 @@ class DecoderLayer(GatedLayer):
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.norm3 = nn.LayerNorm(hidden_dim)
 
-    def self_attention(self, x: Tensor, query_pos: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the queries after self-attention; x and query_pos are B x Q x hidden_dim, mask Q x Q bool or None."""
-        attended = packed_self_attention(self, "self_attention", self.self_attn, x, query_pos, mask)
+    def last_layer(self, block: str) -> nn.Module:
+        """Return the layer after the channels of `self_attention`, `cross_attention` or `ffn`."""
+        layers = {"self_attention": self.self_attn.out_proj, "cross_attention": self.cross_attn.output_proj}
+        return layers.get(block, self.linear2)
+
+    def self_attention(self, x: Tensor, state: DeformableState) -> Tensor:
+        """Return the queries after self-attention; x is B x Q x hidden_dim."""
+        attended = x
+        if not self.is_removed("self_attention"):
+            assert state.query_pos is not None
+            attended = packed_self_attention(
+                self, "self_attention", self.self_attn, x, state.query_pos, state.query_mask
+            )
         return self.norm2(x + self.dropout(self.self_attn.out_proj(attended)))
 
     def cross_attention(self, x: Tensor, state: DeformableState) -> Tensor:
         """Return the queries after cross-attention (B x Q x hidden_dim); anchors are scaled to each padded map."""
-        gate, _ = self.gate("cross_attention")
-        reference = state.anchors[:, :, None] * state.valid_ratios.repeat(1, 1, 2)[:, None]
-        assert state.query_pos is not None  # set by the layer's self-attention
-        query = x + state.query_pos
-        attended = self.cross_attn(query, reference, state.memory, state.memory_mask, state.levels.flat(), gate)
-        self.observe("cross_attention", attended=attended)
+        attended = x
+        if not self.is_removed("cross_attention"):
+            gate, _ = self.gate("cross_attention")
+            reference = state.anchors[:, :, None] * state.valid_ratios.repeat(1, 1, 2)[:, None]
+            assert state.query_pos is not None  # set by the layer's self-attention
+            query = x + state.query_pos
+            attended = self.cross_attn(query, reference, state.memory, state.memory_mask, state.levels.flat(), gate)
+            self.observe("cross_attention", attended=attended)
         return self.norm1(x + self.dropout(self.cross_attn.output_proj(attended)))
+
+    def other_parameters(self, block: str) -> list[str]:
+        """Return the names, in the layer, of a block's parameters that do not shrink with its width."""
+        if block == "cross_attention":
+            return [f"cross_attn.{name}" for name in SAMPLING_PARAMETERS]
+        return super().other_parameters(block)
 
     def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
         """Return, by block, the parameter slices that shrink with the block; `prefix` is the layer's key."""
@@ -93,9 +115,9 @@ class Decoder(nn.Module):
         """Run one block (`self_attention`, `cross_attention` or `ffn`) of one layer."""
         layer, x = self.layers[index], state.queries
         if block == "self_attention":
-            state = self._position_queries(index, state)
-            assert state.query_pos is not None
-            return state.replace(queries=layer.self_attention(x, state.query_pos, state.query_mask))
+            if not (layer.is_removed("self_attention") and layer.is_removed("cross_attention")):
+                state = self._position_queries(index, state)
+            return state.replace(queries=layer.self_attention(x, state))
         if block == "cross_attention":
             return state.replace(queries=layer.cross_attention(x, state))
         return self._finish_layer(index, state.replace(queries=layer.ffn(x)))

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.dn_dab_deformable_detr.attention import DeformableAttention, deformable_attention_slices
+from models.dn_dab_deformable_detr.attention import (
+    SAMPLING_PARAMETERS,
+    DeformableAttention,
+    deformable_attention_slices,
+)
 from models.dn_dab_deformable_detr.state import DeformableState, LevelSizes
 from models.layers import GatedLayer, module_list
 from models.prunable import ParameterSlice, ffn_slices
@@ -31,13 +35,29 @@ class EncoderLayer(GatedLayer):
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.norm2 = nn.LayerNorm(hidden_dim)
 
-    def attention(self, reference: Tensor, state: DeformableState) -> Tensor:
-        """Return the memory after attention, B x S x hidden_dim; reference is B x S x L x 2."""
-        x = state.memory
-        gate, _ = self.gate("attention")
-        attended = self.self_attn(x + state.memory_pos, reference, x, state.memory_mask, state.levels.flat(), gate)
-        self.observe("attention", attended=attended)
+    def last_layer(self, block: str) -> nn.Module:
+        """Return the layer after the channels of `attention` or `ffn`."""
+        return self.linear2 if block == "ffn" else self.self_attn.output_proj
+
+    def attention(self, reference: Tensor | None, state: DeformableState) -> Tensor:
+        """Return the memory after attention, B x S x hidden_dim.
+
+        Args:
+            reference: B x S x L x 2; None if the attention is removed.
+            state: the input.
+        """
+        x = attended = state.memory
+        if reference is not None:
+            gate, _ = self.gate("attention")
+            attended = self.self_attn(x + state.memory_pos, reference, x, state.memory_mask, state.levels.flat(), gate)
+            self.observe("attention", attended=attended)
         return self.norm1(x + self.dropout(self.self_attn.output_proj(attended)))
+
+    def other_parameters(self, block: str) -> list[str]:
+        """Return the names, in the layer, of a block's parameters that do not shrink with its width."""
+        if block == "attention":
+            return [f"self_attn.{name}" for name in SAMPLING_PARAMETERS]
+        return super().other_parameters(block)
 
     def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
         """Return, by block, the parameter slices that shrink with the block; `prefix` is the layer's key."""
@@ -55,7 +75,7 @@ class Encoder(nn.Module):
         """Run one block (`attention` or `ffn`) of one layer."""
         layer = self.layers[index]
         if block == "attention":
-            reference = reference_points(state.levels, state.valid_ratios)
+            reference = None if layer.is_removed(block) else reference_points(state.levels, state.valid_ratios)
             return state.replace(memory=layer.attention(reference, state))
         return state.replace(memory=layer.ffn(state.memory))
 

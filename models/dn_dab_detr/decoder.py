@@ -31,39 +31,62 @@ class DecoderLayer(GatedLayer):
         super().__init__(hidden_dim, ffn_width, activation, dropout)
         self.nheads = nheads
         self.is_first = is_first
-        self.sa_qcontent_proj = nn.Linear(hidden_dim, self_width)
-        self.sa_qpos_proj = nn.Linear(hidden_dim, self_width)
-        self.sa_kcontent_proj = nn.Linear(hidden_dim, self_width)
-        self.sa_kpos_proj = nn.Linear(hidden_dim, self_width)
-        self.sa_v_proj = nn.Linear(hidden_dim, self_width)
+        if self_width:
+            self.sa_qcontent_proj = nn.Linear(hidden_dim, self_width)
+            self.sa_qpos_proj = nn.Linear(hidden_dim, self_width)
+            self.sa_kcontent_proj = nn.Linear(hidden_dim, self_width)
+            self.sa_kpos_proj = nn.Linear(hidden_dim, self_width)
+            self.sa_v_proj = nn.Linear(hidden_dim, self_width)
         self.self_attn = OutputProjection(self_width, hidden_dim)
         self.norm1 = nn.LayerNorm(hidden_dim)
 
-        self.ca_qcontent_proj = nn.Linear(hidden_dim, cross_width)
-        if is_first:
-            self.ca_qpos_proj = nn.Linear(hidden_dim, cross_width)
-        self.ca_kcontent_proj = nn.Linear(hidden_dim, cross_width)
-        self.ca_kpos_proj = nn.Linear(hidden_dim, cross_width)
-        self.ca_v_proj = nn.Linear(hidden_dim, cross_width)
-        self.ca_qpos_sine_proj = nn.Linear(hidden_dim, cross_width)
+        if cross_width:
+            self.ca_qcontent_proj = nn.Linear(hidden_dim, cross_width)
+            if is_first:
+                self.ca_qpos_proj = nn.Linear(hidden_dim, cross_width)
+            self.ca_kcontent_proj = nn.Linear(hidden_dim, cross_width)
+            self.ca_kpos_proj = nn.Linear(hidden_dim, cross_width)
+            self.ca_v_proj = nn.Linear(hidden_dim, cross_width)
+            self.ca_qpos_sine_proj = nn.Linear(hidden_dim, cross_width)
         self.cross_attn = OutputProjection(cross_width, hidden_dim)
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.norm3 = nn.LayerNorm(hidden_dim)
 
-    def self_attention(self, x: Tensor, query_pos: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the queries after self-attention; x and query_pos are B x Q x hidden_dim, mask Q x Q bool or None."""
+    def last_layer(self, block: str) -> nn.Module:
+        """Return the layer after the channels of `self_attention`, `cross_attention` or `ffn`."""
+        layers = {"self_attention": self.self_attn.out_proj, "cross_attention": self.cross_attn.out_proj}
+        return layers.get(block, self.linear2)
+
+    @property
+    def uses_query_pos(self) -> bool:
+        """Whether an attention adds the positional queries."""
+        return not (self.is_removed("self_attention") and (self.is_removed("cross_attention") or not self.is_first))
+
+    def self_attention(self, x: Tensor, state: DetectorState) -> Tensor:
+        """Return the queries after self-attention; x is B x Q x hidden_dim."""
+        attended = x if self.is_removed("self_attention") else self._attend_to_queries(x, state)
+        return self.norm1(x + self.dropout(self.self_attn(attended)))
+
+    def _attend_to_queries(self, x: Tensor, state: DetectorState) -> Tensor:
+        """Return the input of self-attention's output projection, B x Q x width."""
+        query_pos = state.query_pos
         query_gate, value_gate = self.gate("self_attention")
         query = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos)
         key = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
         value = gated(self.sa_v_proj(x), value_gate)
         self.observe("self_attention", queries=(query,), keys=(key,), key_mask=None)
         query, key, value = (split_heads(t, self.nheads) for t in (gated(query, query_gate), key, value))
-        attended = attend(query, key, value, mask, self.attention_dropout)
+        attended = attend(query, key, value, state.query_mask, self.attention_dropout)
         self.observe("self_attention", attended=attended)
-        return self.norm1(x + self.dropout(self.self_attn(attended)))
+        return attended
 
     def cross_attention(self, x: Tensor, state: DetectorState) -> Tensor:
         """Return the queries after cross-attention (B x Q x hidden_dim); heads concatenate content and position."""
+        attended = x if self.is_removed("cross_attention") else self._attend_to_memory(x, state)
+        return self.norm2(x + self.dropout(self.cross_attn(attended)))
+
+    def _attend_to_memory(self, x: Tensor, state: DetectorState) -> Tensor:
+        """Return the input of cross-attention's output projection, B x Q x width."""
         query_gate, value_gate = self.gate("cross_attention")
         query, key = self.ca_qcontent_proj(x), self.ca_kcontent_proj(state.memory)
         key_pos = self.ca_kpos_proj(state.memory_pos)
@@ -81,7 +104,7 @@ class DecoderLayer(GatedLayer):
             self.attention_dropout,
         )
         self.observe("cross_attention", attended=attended)
-        return self.norm2(x + self.dropout(self.cross_attn(attended)))
+        return attended
 
     def _concatenate(self, content: Tensor, position: Tensor) -> Tensor:
         """Concatenate two B x L x width to B x nheads x L x (2 * head width); position may have B = 1."""
@@ -142,24 +165,33 @@ class Decoder(nn.Module):
         layer, x = self.layers[index], state.queries
         if block == "self_attention":
             state = self._position_queries(index, state)
-            assert state.query_pos is not None
-            return state.replace(queries=layer.self_attention(x, state.query_pos, state.query_mask))
+            return state.replace(queries=layer.self_attention(x, state))
         if block == "cross_attention":
             return state.replace(queries=layer.cross_attention(x, state))
         return self._finish_layer(index, state.replace(queries=layer.ffn(x)))
 
     def _position_queries(self, index: int, state: DetectorState) -> DetectorState:
-        """Compute positional queries from anchors, modulated by their sizes (arXiv 2201.12329, equations 5 and 6)."""
-        x, anchors = state.queries, state.anchors
+        """Compute positional queries from anchors, modulated by their sizes (arXiv 2201.12329, equations 5 and 6).
+
+        Those that only removed attentions would use are not computed.
+        """
+        layer, x, anchors = self.layers[index], state.queries, state.anchors
         hidden_dim = x.shape[-1]
+        has_cross_attention = not layer.is_removed("cross_attention")
+        if not (layer.uses_query_pos or has_cross_attention):
+            return state
         encoding = anchor_encoding(anchors, hidden_dim)
+        if layer.uses_query_pos:
+            state = state.replace(query_pos=self.ref_point_head(encoding))
+        if not has_cross_attention:
+            return state
         query_sine = encoding[..., :hidden_dim]
         if index > 0:
             query_sine = query_sine * self.query_scale(x)
         reference_wh = self.ref_anchor_head(x).sigmoid()
         ratio_hw = (reference_wh / anchors[..., 2:]).flip(-1)
         modulated = query_sine.unflatten(-1, (2, -1)) * ratio_hw.unsqueeze(-1)
-        return state.replace(query_pos=self.ref_point_head(encoding), query_sine=modulated.flatten(-2))
+        return state.replace(query_sine=modulated.flatten(-2))
 
     def _finish_layer(self, index: int, state: DetectorState) -> DetectorState:
         """Predict the layer's boxes and refine the anchors for the next layer."""

@@ -49,9 +49,18 @@ class EncoderLayer(GatedLayer):
         """The module that holds in_proj_weight (3 * width x hidden_dim: queries, keys, values) and out_proj."""
         return cast(PackedProjections, self._modules.get("self_attn", self))
 
-    def attention(self, x: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor:
-        """Return x after self-attention; x and pos are B x S x hidden_dim, mask as in `models.attention.attend`."""
-        attended = packed_self_attention(self, "attention", self.projections, x, pos, mask)
+    def last_layer(self, block: str) -> nn.Module:
+        """Return the layer after the channels of `attention` or `ffn`."""
+        return self.linear2 if block == "ffn" else self.projections.out_proj
+
+    def attention(self, x: Tensor, pos: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Return x after self-attention.
+
+        Args:
+            x, pos: B x S x hidden_dim; pos None if the attention is removed.
+            mask: as in `models.attention.attend`.
+        """
+        attended = x if pos is None else packed_self_attention(self, "attention", self.projections, x, pos, mask)
         return self.norm1(x + self.dropout(self.projections.out_proj(attended)))
 
     def slices(self, prefix: str) -> dict[str, tuple[ParameterSlice, ...]]:
@@ -72,6 +81,6 @@ class Encoder(nn.Module):
         """Run one block (`attention` or `ffn`) of one layer."""
         layer, x = self.layers[index], state.memory
         if block == "attention":
-            pos = state.memory_pos * self.query_scale(x)
+            pos = None if layer.is_removed(block) else state.memory_pos * self.query_scale(x)
             return state.replace(memory=layer.attention(x, pos, state.memory_mask))
         return state.replace(memory=layer.ffn(x))

@@ -18,7 +18,7 @@ from pruning.method import METHODS
 from pruning.reconstruction import LEVELS, Reconstruction
 from pruning.scores import RANKINGS, Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder
 from pruning.selection import order_channels
-from pruning.transplant import cut_state_dict, slices_of, slim_copy, widths_after
+from pruning.transplant import cut_state_dict, slim_copy, widths_after
 from pruning.workbench import DetectorBench, Passes, SearchImages
 from tests.pruning.block_setting import (
     CPU,
@@ -116,7 +116,7 @@ def test_the_gated_detector_is_the_cut_one_after_refits(setting, level):
     kept = random_sets(setting, seed=2)
     damages = setting.cut(level, kept)
     assert all(math.isfinite(damage) and damage >= 0 for damage in damages.values())
-    cut = cut_state_dict(setting.model.state_dict(), kept, slices_of(setting.modules))
+    cut = cut_state_dict(setting.model.state_dict(), kept, setting.modules)
     slim = slim_copy(setting.model, cut, widths_after(setting.model.widths_in("detector"), kept)).eval()
     for module in slim.prunable_modules("detector").values():
         module.set_gate(None)
@@ -270,7 +270,7 @@ def test_padding_counts_for_nothing_under_the_references_rule():
     kept = random_sets(setting)
     damages = setting.cut("full", kept)
     assert all(math.isfinite(damage) for damage in damages.values())
-    cut = cut_state_dict(setting.model.state_dict(), kept, slices_of(setting.modules))
+    cut = cut_state_dict(setting.model.state_dict(), kept, setting.modules)
     slim = slim_copy(setting.model, cut, widths_after(setting.model.widths_in("detector"), kept)).eval()
     for module in slim.prunable_modules("detector").values():
         module.set_gate(None)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.allocation import linear_costs, widths_tried
+from pruning.allocation import widths_tried
 from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
 from pruning.journal import Trial
 from tests.pruning.fakes import FakeBench, constant, fake_module, fake_modules
@@ -19,7 +19,10 @@ def search_over(bench, units, base_ap=0.5, kind=BudgetSearch, **options):
     """A search in which every channel costs 1; `units` are of all modules or of each."""
     if isinstance(units, int):
         units = dict.fromkeys(bench.modules, units)
-    costs = linear_costs(bench.modules, dict.fromkeys(bench.modules, 1.0), units)
+    costs = {
+        name: {width: float(width) for width in widths_tried(module.width, units[name])}
+        for name, module in bench.modules.items()
+    }
     total = float(sum(module.width for module in bench.modules.values()))
     return kind(bench, costs, total, base_ap, **options)
 

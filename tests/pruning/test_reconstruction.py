@@ -12,7 +12,7 @@ from pruning.kept_channels import all_kept
 from pruning.reconstruction import LEVELS, Reconstruction
 from pruning.selection import Order
 from pruning.state_cache import PassCounter, StateCache
-from pruning.transplant import cut_state_dict, slices_of, widths_after
+from pruning.transplant import cut_state_dict, widths_after
 from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector
 from util.checkpoint import load_weights
 
@@ -200,7 +200,7 @@ def test_the_gated_detector_and_the_one_cut_after_reconstruction_agree(setting, 
         reconstruction.apply(kept[name])
     expected = [setting.model(images) for images, _ in BATCHES]
     slim = tiny_detector(setting.more, cfgs=widths_after(setting.model.widths, kept), seed=1)[0].eval()
-    load_weights(slim, cut_state_dict(setting.model.state_dict(), kept, slices_of(setting.modules)))
+    load_weights(slim, cut_state_dict(setting.model.state_dict(), kept, setting.modules))
     for (images, _), wanted in zip(BATCHES, expected, strict=True):
         found = slim(images)
         for one, other in zip([*found["aux_outputs"], found], [*wanted["aux_outputs"], wanted], strict=True):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.gates import gates_applied
-from pruning.kept_channels import all_kept, check_kept, width_of
-from pruning.transplant import cut_state_dict, paper_masks_to_kept, slices_of, slim_copy, widths_after
+from pruning.kept_channels import all_kept, check_kept, none_kept, width_of
+from pruning.transplant import cut_state_dict, paper_masks_to_kept, slim_copy, widths_after
 from tests.pruning.tiny import VARIANTS, pictures, randomise_norms, tiny_detector
 from util.checkpoint import load_weights
 from util.errors import UserError
@@ -38,12 +38,12 @@ IMAGES, TARGETS = pictures()
 
 @st.composite
 def kept_sets(draw, model, scope="transformer"):
-    """Random channels of every module, equally many in each head, one up to all; query and value sets may differ."""
+    """Random channels of every module, equally many in each head, none up to all; query and value sets may differ."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     kept = {}
     for name, module in model.prunable_modules(scope).items():
         head_width = module.width // module.nheads
-        count = draw(st.integers(1, head_width))
+        count = draw(st.one_of(st.just(0), st.integers(0, head_width)))
 
         def indices(module=module, head_width=head_width, count=count):
             heads = [torch.randperm(head_width, generator=generator)[:count] for _ in range(module.nheads)]
@@ -61,7 +61,7 @@ def cut_model(model, kept, words=None):
         words = next(VARIANTS[name] for name, whole in WHOLE_OF.items() if type(whole) is type(model))
     slim = tiny_detector(words, cfgs=widths_after(model.widths_in("detector"), kept), seed=1)[0]
     slim.to(next(model.parameters()).dtype)
-    load_weights(slim, cut_state_dict(model.state_dict(), kept, slices_of(model.prunable_modules("detector"))))
+    load_weights(slim, cut_state_dict(model.state_dict(), kept, model.prunable_modules("detector")))
     return slim
 
 
@@ -95,7 +95,7 @@ def test_backbone_and_transformer_gated_and_cut_at_once_agree(words, data):
     whole = whole_detector(words)
     kept = data.draw(kept_sets(whole, "detector"))
     slim = cut_model(whole, kept, words)
-    copied = slim_copy(whole, cut_state_dict(whole.state_dict(), kept, slices_of(whole.prunable_modules("detector"))),
+    copied = slim_copy(whole, cut_state_dict(whole.state_dict(), kept, whole.prunable_modules("detector")),
                        slim.widths)  # fmt: skip
     with gates_applied(whole, kept):
         expected = outputs_of(whole, False)
@@ -105,6 +105,44 @@ def test_backbone_and_transformer_gated_and_cut_at_once_agree(words, data):
         assert torch.equal(found, found_of_copy)
     shapes = [[str(module) for module in model.backbone.modules()] for model in (slim, copied)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("words", [*VARIANTS.values(), *DETECTORS.values()], ids=[*VARIANTS, *DETECTORS])
+def test_a_detector_without_any_branch_adds_constants_only(words):
+    whole = whole_detector(words)
+    modules = whole.prunable_modules("detector")
+    kept = {name: none_kept(module) for name, module in modules.items()}
+    with gates_applied(whole, kept):
+        expected = outputs_of(whole, False)
+    slim = cut_model(whole, kept, words)
+    assert not slim.prunable_modules("detector")
+    assert all(value.numel() for value in slim.state_dict().values())
+    branches = {piece.key for module in modules.values() for piece in module.parameter_slices()}
+    assert not branches & {*slim.state_dict()}
+    for found, wanted in zip(outputs_of(slim, False), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("words", [*VARIANTS.values(), "--backbone resnet50"], ids=[*VARIANTS, "bottleneck"])
+def test_a_removed_branch_trains_its_bias_and_runs_no_layer(words):
+    whole = whole_detector(words)
+    modules = whole.prunable_modules("detector")
+    gone = [name for place, name in enumerate(modules) if place % 2]
+    slim = cut_model(whole, {name: none_kept(modules[name]) for name in gone}, words)
+    called = []
+    for name, module in slim.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    outputs_of(slim, False)
+    holders = {piece.key.rpartition(".")[0] for name in gone for piece in modules[name].parameter_slices()}
+    left = {modules[name].bias_name for name in gone}
+    assert not {name for name in called if name in holders - left - {"transformer.encoder.layers.0"}}
+    slim.train()
+    images = [image.double() for image in IMAGES]
+    sum(value.sum() for value in (slim(images, TARGETS)["pred_logits"], slim(images)["pred_boxes"])).backward()
+    for name in gone:
+        bias = slim.get_submodule(modules[name].bias_name).bias
+        trained = not name.startswith("backbone.layer1.") and isinstance(bias, torch.nn.Parameter)
+        assert not trained or bias.grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize("words", DETECTORS.values(), ids=DETECTORS)
@@ -150,7 +188,7 @@ def test_gates_change_the_outputs_and_go_away(whole):
 @pytest.mark.parametrize("whole", WHOLE_OF.values(), ids=WHOLE_OF)
 def test_everything_kept_changes_nothing(whole):
     kept = {name: all_kept(module) for name, module in whole.prunable_modules().items()}
-    cut = cut_state_dict(whole.state_dict(), kept, slices_of(whole.prunable_modules()))
+    cut = cut_state_dict(whole.state_dict(), kept, whole.prunable_modules())
     assert all(torch.equal(value, cut[key]) for key, value in whole.state_dict().items())
 
 
@@ -159,7 +197,8 @@ BAD_KEPT = {
     "unequal heads": ({"encoder.0.attention": {"query": [0, 1, 8, 16], "value": [0, 8, 16, 24]}}, "equally many"),
     "a channel too many": ({"encoder.0.ffn": {"hidden": [32]}}, "0 to 31"),
     "a channel twice": ({"encoder.0.ffn": {"hidden": [3, 3]}}, "ascending"),
-    "no channel": ({"encoder.0.ffn": {"hidden": []}}, "at least one"),
+    "no query": ({"encoder.0.attention": {"query": [], "value": [0, 8, 16, 24]}}, "different numbers"),
+    "a channel of two axes": ({"encoder.0.ffn": {"hidden": [[3]]}}, "found 2 axes"),
     "a part too few": ({"encoder.0.attention": {"query": [0, 8, 16, 24]}}, "expected"),
     "different numbers": (
         {"encoder.0.attention": {"query": [0, 8, 16, 24], "value": list(range(32))}},
@@ -185,13 +224,13 @@ def test_a_parameter_too_small_for_the_kept_channels_is_a_user_error():
     weights = {**WHOLE.state_dict(), "transformer.encoder.layers.0.linear1.bias": torch.zeros(8)}
     kept = {"encoder.0.ffn": {"hidden": torch.tensor([9])}}
     with pytest.raises(UserError, match=r"linear1\.bias"):
-        cut_state_dict(weights, kept, slices_of(WHOLE.prunable_modules()))
+        cut_state_dict(weights, kept, WHOLE.prunable_modules())
 
 
 def test_a_missing_parameter_is_a_user_error():
     kept = {"encoder.0.ffn": {"hidden": torch.tensor([0])}}
     with pytest.raises(UserError, match=r"no transformer\.encoder\.layers\.0\.linear1\.weight"):
-        cut_state_dict({}, kept, slices_of(WHOLE.prunable_modules()))
+        cut_state_dict({}, kept, WHOLE.prunable_modules())
 
 
 def test_the_papers_masks_are_read_and_cut_without_equal_heads():
@@ -243,7 +282,7 @@ def test_a_slim_copy_reports_its_shapes():
     kept = {name: all_kept(module) for name, module in WHOLE.prunable_modules().items()}
     kept["encoder.0.ffn"] = {"hidden": torch.tensor([1, 5, 7])}
     widths = WHOLE.widths.replace("encoder.0.ffn", 3)
-    slim = slim_copy(WHOLE, cut_state_dict(WHOLE.state_dict(), kept, slices_of(WHOLE.prunable_modules())), widths)
+    slim = slim_copy(WHOLE, cut_state_dict(WHOLE.state_dict(), kept, WHOLE.prunable_modules()), widths)
     layer = slim.transformer.encoder.layers[0]
     assert (layer.linear1.out_features, layer.linear2.in_features) == (3, 3)
     assert slim.bbox_embed is slim.transformer.decoder.bbox_embed

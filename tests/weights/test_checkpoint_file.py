@@ -9,7 +9,7 @@ import main
 from main import get_args_parser
 from models.config import DetectorConfig, NetworkConfig
 from models.widths import Widths
-from pruning.transplant import cut_state_dict, slices_of, widths_after
+from pruning.transplant import cut_state_dict, widths_after
 from runs.config import TrainingOptions
 from tests.pruning.tiny import NETWORK, VARIANTS, pictures, randomise_norms, tiny_args, tiny_detector
 from tests.tiny_run import options
@@ -120,7 +120,7 @@ def test_every_format_of_ours_stores_a_cut_backbone(tmp_path, variant, suffix, i
     kept = {"backbone.layer1.1": {"inner": torch.tensor([3, 63])}, "encoder.0.ffn": {"hidden": torch.arange(20)}}
     widths = widths_after(whole.widths_in("detector"), kept)
     slim = tiny_detector(words, widths, seed=2)[0]
-    load_weights(slim, cut_state_dict(whole.state_dict(), kept, slices_of(whole.prunable_modules("detector"))))
+    load_weights(slim, cut_state_dict(whole.state_dict(), kept, whole.prunable_modules("detector")))
     source = whole if is_search else slim
     save_checkpoint(tmp_path / "a.pth", state_dict=source.state_dict(), widths=widths, full_widths=whole.widths,
                     kept=kept if is_search else None, arguments=vars(tiny_args(words, None if is_search else widths)),
