@@ -5,6 +5,7 @@ from __future__ import annotations
 from datasets.coco import Split, split_of
 from datasets.config import DataConfig
 from datasets.overlap import shared_images
+from models.detector import Detector
 from pruning.schedule import Schedule
 from util.errors import UserError, shorten
 from util.logging import get_logger
@@ -26,6 +27,13 @@ def check_base_ap(split: Split, resume: str | None, base_ap: float, keep: float 
             f"--resume {resume}: found mAP 0 on {split.name}, expected a detector that finds the objects of "
             f"{split.annotation_file}"
         )
+
+
+def check_prunable(model: Detector, scope: str, resume: str | None) -> None:
+    """Raise a `UserError` if every module of the scope has width 0."""
+    if not model.prunable_modules(scope):
+        blocks = ", residual block" if scope == "detector" else ""
+        raise UserError(f"--resume {resume}: found no attention and FFN{blocks} above width 0, expected one to prune")
 
 
 def warn_of_base_ap(base_ap: float) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from datasets.config import DataConfig
 from models.config import NETWORK_TITLE, DetectorConfig, LossConfig
+from pruning.checks import check_prunable
 from pruning.config import MethodConfig, PrecisionConfig, StepConfig, TargetConfig, refuse_unused_by_search
 from pruning.schedule import Schedule
 from runs.config import LogConfig, RunConfig, SearchOptions
@@ -82,6 +83,7 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
     try:
         lock.enter_context(hold_folder(output_dir))
         model, criterion, postprocessors = build_detector(options.detector, checkpoint, options.losses)
+        check_prunable(model, options.search.scope, options.run.resume)
         images = options.search.search_images
         options, kept_queries = keep_best_queries(
             options, (model, criterion, postprocessors), device, chosen_on=options.search.split,

@@ -13,7 +13,7 @@ from models.residual import BLOCK
 from pruning import block_reconstruction
 from pruning.block_reconstruction import BLOCK_DAMPING, half_of
 from pruning.gates import gates_applied
-from pruning.kept_channels import all_kept
+from pruning.kept_channels import all_kept, none_kept
 from pruning.method import METHODS
 from pruning.reconstruction import LEVELS, Reconstruction
 from pruning.scores import RANKINGS, Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder
@@ -80,9 +80,10 @@ def test_a_block_is_restored_exactly_and_whole_it_is_left_alone(setting, level):
         assert reconstruction.apply(random_kept(module, 0.4)) > 0
         changed = {k for k, value in setting.model.state_dict().items() if not torch.equal(value, setting.at_first[k])}
         assert bool(changed) == (level != "none")
-        reconstruction.apply(random_kept(module, 0.7))
-        reconstruction.restore(name)
-        setting.assert_as_at_first()
+        for kept in (random_kept(module, 0.7), none_kept(module)):
+            reconstruction.apply(kept)
+            reconstruction.restore(name)
+            setting.assert_as_at_first()
 
 
 def test_everything_cut_one_after_the_other_is_restored_to_the_last_bit(setting):
@@ -114,6 +115,8 @@ def test_a_whole_block_after_a_cut_is_refitted_only_by_full_and_only_if_asked(se
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_gated_detector_is_the_cut_one_after_refits(setting, level):
     kept = random_sets(setting, seed=2)
+    # Every third module is removed, among them blocks before and after others.
+    kept |= {name: none_kept(module) for name, module in list(setting.modules.items())[::3]}
     damages = setting.cut(level, kept)
     assert all(math.isfinite(damage) and damage >= 0 for damage in damages.values())
     cut = cut_state_dict(setting.model.state_dict(), kept, setting.modules)
@@ -127,6 +130,41 @@ def test_the_gated_detector_is_the_cut_one_after_refits(setting, level):
             assert_close_outputs(slim(images), setting.model(images), 1e-4)
             doubled = [image.double() for image in images]
             assert_close_outputs(copy.deepcopy(slim).double()(doubled), copy.deepcopy(setting.model).double()(doubled))
+
+
+@torch.no_grad()
+def test_a_removed_block_adds_the_weighted_mean_of_its_branch(setting, every_position):
+    for name in setting.blocks:
+        module = setting.modules[name]
+        number, branches = len(module.parts) + 1, []
+        setting.reconstruction("output")
+        inputs = setting.inputs_of(name)
+        branches = [module.layer.pre_activation(number, x).flatten(2).transpose(1, 2).flatten(0, 1) for x in inputs]
+        of_norm = setting.calibration.sensitivities[f"{name}.bn{number}"]
+        weights = torch.cat([of_tokens.sqrt().flatten() for of_tokens in of_norm.token_weights])[:, None].double()
+        mean = (weights * torch.cat(branches).double()).sum(0) / weights.sum()
+        reconstruction = setting.reconstruction("output")
+        setting.begin(reconstruction, name)
+        damage = reconstruction.apply(none_kept(module))
+        found = module.layer.pre_activation(number, inputs[0])
+        torch.testing.assert_close(found, mean.float()[:, None, None].expand_as(found), atol=1e-4, rtol=1e-4)
+        wrong = torch.cat(branches).double() - mean
+        error = (weights * (wrong @ of_norm.metric * wrong).sum(1, keepdim=True)).sum() / weights.sum()
+        assert damage == pytest.approx(of_norm.level * float(error), rel=1e-3)
+        reconstruction.restore(name)
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_a_removed_block_is_priced_by_the_error_at_its_output_alone(setting, level):
+    reconstruction = setting.reconstruction(level)
+    for name in setting.blocks:
+        module = setting.begin(reconstruction, name)
+        order = order_channels(module, RandomOrder(0), "once", 1, share_sets=True)
+        damages = reconstruction.damages({width: order.kept(width) for width in (0, 1, module.width // 2)})
+        assert 0 < damages[module.width // 2] < damages[0] < math.inf
+        if len(module.parts) == 1:  # with two, a kept channel's errors count at two convolutions
+            assert damages[1] <= 1.01 * damages[0]
+        reconstruction.restore(name)
 
 
 @torch.no_grad()

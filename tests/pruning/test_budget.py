@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.allocation import widths_tried
-from pruning.budget import EVALUATIONS, POWERS, BudgetSearch
+from pruning.budget import EVALUATIONS, POWERS, BudgetSearch, widths_to_measure
 from pruning.journal import Trial
 from tests.pruning.fakes import FakeBench, constant, fake_module, fake_modules
 from tests.pruning.samples import quick
@@ -33,6 +33,20 @@ def search_of(tables, kind=BudgetSearch):
     search = search_over(FakeBench(modules, constant(0.5)), 1, kind=kind)
     search.damages = {name: {width + 1: d for width, d in enumerate(table)} for name, table in tables.items()}
     return search
+
+
+def test_width_0_is_tried_only_if_asked_for():
+    assert widths_tried(32, 8) == [8, 16, 24, 32]
+    assert widths_tried(32, 8, 0) == [0, 8, 16, 24, 32]
+    assert widths_tried(5, 8, 0) == [0, 5]
+    assert widths_tried(5, 8) == [5]
+
+
+def test_width_0_is_measured_besides_the_widths_of_an_attention():
+    attention, ffn = fake_module("encoder.0.attention", 32, 2, True), fake_module("encoder.0.ffn", 32, 1, False)
+    widths = list(range(0, 33, 2))
+    assert widths_to_measure(attention, widths, 4) == [0, *widths_to_measure(attention, widths[1:], 4)]
+    assert widths_to_measure(ffn, widths, 4) == widths[:-1]
 
 
 def test_what_cannot_be_cut_counts_in_the_whole():

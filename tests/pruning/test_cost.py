@@ -16,9 +16,12 @@ from pruning.cost import (
     cost_of,
     count_parameters,
     macs_per_channel,
+    module_macs,
+    module_params,
     params_per_channel,
     products_of,
     step_shares,
+    transformer_params_at,
 )
 from tests.pruning.tiny import VARIANTS, tiny_detector
 from tools.cost import main
@@ -130,6 +133,44 @@ def test_a_channel_costs_what_a_head_of_channels_less_saves(network):
         assert params_before - params_after == module.nheads * params[name]
 
 
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_a_modules_cost_equals_what_a_cut_saves(network):
+    for full in (tiny_detector(network)[0].widths, None):
+        whole = tiny_detector(network, full or tiny_detector(network)[0].widths.replace("encoder.0.ffn", 0))[0]
+        macs, params = module_macs(whole, (64, 96)), module_params(whole)
+        before = cost_of(whole, (64, 96))
+        for name, module in whole.prunable_modules().items():
+            for width in (0, module.nheads, module.width - module.nheads):
+                slim = tiny_detector(network, whole.widths.replace(name, width))[0]
+                after = cost_of(slim, (64, 96))
+                saved = params[name].at(module.width) - params[name].at(width)
+                assert before.transformer_params - after.transformer_params == saved
+                saved = macs[name].at(module.width) - macs[name].at(width)
+                assert before.gmacs - after.gmacs == pytest.approx(saved / GIGA, abs=1e-12)
+                assert transformer_params_at(whole, {n: m.width for n, m in whole.prunable_modules().items()}
+                                             | {name: width}) == after.transformer_params  # fmt: skip
+
+
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_removed_modules_compute_no_product(network):
+    whole = tiny_detector(network)[0]
+    widths = whole.widths
+    for name in widths.names():
+        widths = widths.replace(name, 0)
+    slim = tiny_detector(network, widths)[0].eval()
+    products = {(p.step, p.part): p.macs for p in products_of(slim, (64, 96)) if p.macs}
+    assert {part for _, part in products} == {"anchor refinement", "class_embed"} | (
+        set() if "deformable" in network else {"bbox_embed"}
+    )
+    with torch.no_grad():
+        state = slim.prepare(torch.zeros(1, 3, 64, 96))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            slim.outputs(slim.run_steps(state))
+    # The deformable variant's refinement and heads, the dense one's without the unused last refinement.
+    unused = 0 if "deformable" in network else products["decoder.1.ffn", "anchor refinement"]
+    assert counter.get_total_flops() == 2 * (sum(products.values()) - unused)
+
+
 @pytest.mark.parametrize(
     ("network", "name"),
     [("--backbone resnet18", "layer1.0"), ("--backbone resnet18 --batch_norm_type BatchNorm2d", "layer4.1"),
@@ -142,7 +183,7 @@ def test_a_blocks_cost_table_equals_what_a_cut_saves(network, name):
         tables = block_params(whole), block_macs(whole, (64, 96))
         before, name = cost_of(whole, (64, 96)), f"backbone.{name}"
         assert list(tables[0]) == list(tables[1]) == [n for n in whole.prunable_modules("detector") if "layer" in n]
-        for width in (1, 17, whole.widths_in("detector").of(name)):
+        for width in (0, 1, 17, whole.widths_in("detector").of(name)):
             slim = tiny_detector(network, whole.widths_in("detector").replace(name, width))[0]
             after = cost_of(slim, (64, 96))
             assert before.params - after.params == tables[0][name][-1] - tables[0][name][width]

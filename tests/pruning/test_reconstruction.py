@@ -119,9 +119,10 @@ def test_a_module_is_restored_exactly_and_whole_it_is_left_alone(setting, level)
         assert bool(changed) == (level != "none")
         assert reconstruction.apply(all_kept(module)) == 0
         assert_as_at_first(setting)
-        reconstruction.apply(random_kept(module, 4))
-        reconstruction.restore(name)
-        assert_as_at_first(setting)
+        for width in (4, 0):
+            reconstruction.apply(random_kept(module, width))
+            reconstruction.restore(name)
+            assert_as_at_first(setting)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,7 +197,7 @@ def test_the_gated_detector_and_the_one_cut_after_reconstruction_agree(setting, 
     for name in NAMES:
         setting.cache.move_to(name)
         reconstruction.begin(name)
-        kept[name] = random_kept(setting.modules[name], 12, 7)
+        kept[name] = random_kept(setting.modules[name], 0 if NAMES.index(name) % 3 == 1 else 12, 7)
         reconstruction.apply(kept[name])
     expected = [setting.model(images) for images, _ in BATCHES]
     slim = tiny_detector(setting.more, cfgs=widths_after(setting.model.widths, kept), seed=1)[0].eval()
@@ -210,6 +211,37 @@ def test_the_gated_detector_and_the_one_cut_after_reconstruction_agree(setting, 
         reconstruction.restore(name)
     setting.cache.forget()
     assert_as_at_first(setting)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_removed_module_adds_the_weighted_mean_of_what_it_gave(setting, name):
+    module, reconstruction = setting.begin(name, "full")
+    whole = setting.outputs_of(module)
+    sensitivity = setting.calibration.sensitivities[name]
+    weights = torch.cat([w.flatten() for w in sensitivity.token_weights]).double()
+    mean = (weights[:, None] * whole).sum(0) / weights.sum()
+    least = float((weights * (((whole - mean) @ sensitivity.metric) * (whole - mean)).sum(1)).sum() / weights.sum())
+    for level, constant in (("none", setting.at_first[f"{module.output_name}.bias"]), ("output", mean), ("full", mean)):
+        module, reconstruction = setting.begin(name, level)
+        kept = random_kept(module, 0)
+        damage = reconstruction.apply(kept)
+        found = setting.outputs_of(module)
+        torch.testing.assert_close(found, constant.double().expand_as(found), atol=1e-5, rtol=1e-5)
+        expected = least if level != "none" else setting.error(module, whole, sensitivity.metric)
+        assert damage == pytest.approx(sensitivity.level * expected, rel=1e-3)
+        assert reconstruction.damages({0: kept})[0] == damage
+        reconstruction.restore(name)
+
+
+def test_less_of_a_module_never_predicts_less_damage(variant):
+    for name in NAMES:
+        module, reconstruction = variant.begin(name, "full")
+        widths = range(0, module.width, module.nheads)
+        damages = reconstruction.damages({width: Order.natural(module).kept(width) for width in widths})
+        reconstruction.restore(name)
+        assert damages[0] > 0
+        # The queries of the dense variant's first layer are all the same: its self-attention adds only a constant.
+        assert damages[0] >= 0.999 * max(damages.values()) - 1e-12, name
 
 
 def test_a_module_behind_cut_ones_is_fitted_on_what_they_give(variant):
