@@ -86,7 +86,7 @@ class Widths:
         for name, width in self.items():
             limit = full.of(name)
             if not 0 <= width <= limit:
-                raise UserError(f"--cfgs: found width {width} for {name}, expected 0 (removed) to {limit}")
+                raise UserError(f"--cfgs: found width {width} for {name}, expected 0 to {limit}")
             if name.endswith("attention") and width % nheads:
                 raise UserError(f"--cfgs: found width {width} for {name}, expected a multiple of --nheads {nheads}")
         return replace(self, backbone=None) if self.backbone == blocks else self

@@ -237,7 +237,6 @@ MISTAKES = {
     "no JSON": ("--cfgs [[[1,", "--cfgs: found no JSON"),
     "too few layers": ("--cfgs [[],[]]", "found 0 encoder layers, expected 6"),
     "too few entries": ("--cfgs [[[8]],[]]", "found [8] for encoder layer 0"),
-    "zero width": ("--cfgs [[[0,32]],[[8,8,8]]] --enc_layers 1 --dec_layers 1", "found width 0 for encoder.0"),
     "negative width": ("--cfgs [[[-8,32]],[[8,8,8]]] --enc_layers 1 --dec_layers 1", "found width -8"),
     "excess width": ("--cfgs [[[8,4096]],[[8,8,8]]] --enc_layers 1 --dec_layers 1", "found width 4096 for"),
     "no multiple": ("--cfgs [[[12,32]],[[8,8,8]]] --enc_layers 1 --dec_layers 1", "expected a multiple of --nheads 8"),

@@ -65,9 +65,9 @@ def test_a_file_nested_too_deep_is_a_one_line_error(tmp_path):
     [
         ([[[8, 16]], [[8, 16, 24]]], "1 encoder layers, expected 2"),
         ([[[8, 16], [64, 128]], []], "0 decoder layers, expected 1"),
-        ([[[0, 16], [64, 128]], [[8, 16, 24]]], "width 0 for encoder.0.attention"),
+        ([[[-8, 16], [64, 128]], [[8, 16, 24]]], "width -8 for encoder.0.attention"),
         ([[[8, 16], [64, -3]], [[8, 16, 24]]], "width -3 for encoder.1.ffn"),
-        ([[[8, 16], [64, 129]], [[8, 16, 24]]], "width 129 for encoder.1.ffn, expected 1 to 128"),
+        ([[[8, 16], [64, 129]], [[8, 16, 24]]], "width 129 for encoder.1.ffn, expected 0 to 128"),
         ([[[8, 16], [64, 128]], [[8, 12, 24]]], "width 12 for decoder.0.cross_attention, expected a multiple"),
     ],
 )
@@ -116,8 +116,8 @@ def test_a_whole_backbone_is_omitted():
         ([[8, 8]], "found 1 stages of the backbone, expected 2, layer1 to --return_layer"),
         ([[8, 8], [16, 16, 16], [4], [4], [4]], "found 5 stages of the backbone, expected 2"),
         ([[8, 8], [16, 16]], "found 2 blocks in layer2 of the backbone, expected 3"),
-        ([[8, 0], [16, 16, 16]], r"width 0 for backbone\.layer1\.1, expected 1 to 8"),
-        ([[8, 8], [16, 17, 16]], r"width 17 for backbone\.layer2\.1, expected 1 to 16"),
+        ([[8, -1], [16, 16, 16]], r"width -1 for backbone\.layer1\.1, expected 0 to 8"),
+        ([[8, 8], [16, 17, 16]], r"width 17 for backbone\.layer2\.1, expected 0 to 16"),
     ],
 )
 def test_invalid_backbone_widths_are_named(backbone, words):
