@@ -14,7 +14,8 @@ from tests.pruning.test_end_to_end import SMALL, ap_of, write_folder
 from tests.pruning.test_resume import search_with, words_of
 from tests.pruning.tiny import VARIANTS, pictures, tiny_args, tiny_detector
 from tests.soak import rest_in_soak
-from tests.tiny_run import built, settled, tiny_options, write_self_annotated
+from tests.tiny_run import TINY, built, settled, tiny_options, write_self_annotated
+from tests.trust.forked import job, run_jobs
 from util.cli import parse
 from util.errors import UserError
 from weights.build import build_detector
@@ -201,3 +202,11 @@ def test_training_with_distillation_changes_the_biases_that_are_left(tmp_path):
     bias = "transformer.decoder.layers.0.self_attn.out_proj.bias"
     assert not torch.equal(tuned.state_dict[bias], whole.state_dict()[bias])
     assert json.loads((out / "log.txt").read_text().splitlines()[-1])["epoch"] == 0
+
+
+def test_processes_train_together_where_no_attention_uses_shared_layers(tmp_path):
+    root = write_self_annotated(tmp_path / "data", "")
+    cfgs = "[[[0,8]],[[0,0,8],[0,0,8]]]"
+    words = f"{TINY} --coco_path {root} --cfgs {cfgs} --epochs 1 --scalar 2 --batch_size 1 --output_dir {tmp_path}/out"
+    run_jobs(tmp_path / "jobs.json", [job(2, "main", " ".join(words.split()))])
+    assert read_checkpoint(tmp_path / "out" / "checkpoint.pth").widths == Widths.parse(cfgs)
