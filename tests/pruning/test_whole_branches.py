@@ -207,6 +207,6 @@ def test_training_with_distillation_changes_the_biases_that_are_left(tmp_path):
 def test_processes_train_together_where_no_attention_uses_shared_layers(tmp_path):
     root = write_self_annotated(tmp_path / "data", "")
     cfgs = "[[[0,8]],[[0,0,8],[0,0,8]]]"
-    words = f"{TINY} --coco_path {root} --cfgs {cfgs} --epochs 1 --scalar 2 --batch_size 1 --output_dir {tmp_path}/out"
+    words = f"{TINY} --coco_path {root} --cfgs {cfgs} --epochs 2 --scalar 2 --batch_size 1 --output_dir {tmp_path}/out"
     run_jobs(tmp_path / "jobs.json", [job(2, "main", " ".join(words.split()))])
     assert read_checkpoint(tmp_path / "out" / "checkpoint.pth").widths == Widths.parse(cfgs)
