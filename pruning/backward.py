@@ -24,7 +24,7 @@ class LossGradients:
     """Backward passes from the loss of a batch, which is split by images into pieces that fit into memory.
 
     Each piece is normalised by the boxes of the whole batch, so that losses and gradients of the pieces add up to those
-    of the batch. An image larger than all before is a piece by itself, to measure the memory that it takes.
+    of the batch. The same holds for parts of a batch that was divided by image size. An image larger than all before is a piece by itself, to measure the memory that it takes.
 
     Attributes:
         pixels: of the last piece, B x S, 1 on image pixels of the encoder and 0 on padding.
@@ -49,22 +49,25 @@ class LossGradients:
         start: str,
         wanted: Callable[[], Sequence[Tensor]],
         before: Callable[[int], None] = lambda images: None,
+        whole: Targets | None = None,
     ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
         """Yield the number of images, loss and gradients of each piece.
 
-        The losses add up to the loss of the batch times its number of images.
+        The losses add up to the loss of the whole batch times its number of images.
 
         Args:
             state: at the input of step `start`.
             targets: on any device.
             wanted: returns, after the forward pass of a piece, the tensors to differentiate by.
             before: called with the number of images before each piece.
+            whole: targets of the whole batch, of which `targets` are a part; None if they are all.
 
         Raises:
             UserError: a GPU has too little memory for one image.
         """
         targets, done = move_to(targets, self._device), 0
-        num_boxes = sum(len(target["labels"]) for target in targets)
+        whole = targets if whole is None else whole
+        num_boxes = sum(len(target["labels"]) for target in whole)
         while done < len(targets):
             pixels = state.pixels_of_image
             memory = PeakMemory() if pixels > self._largest_pixels else None
@@ -72,7 +75,7 @@ class LossGradients:
             part = slice(done, done + images)
             before(images)
             with self._criterion.normalised_by(num_boxes), memory or nullcontext():
-                found = self._go_backward(take_images(state, part), targets[part], start, wanted, len(targets))
+                found = self._go_backward(take_images(state, part), targets[part], start, wanted, len(whole))
             if found is None:
                 self._halve(images)
                 continue

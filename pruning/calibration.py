@@ -120,7 +120,8 @@ class Calibration:
         """
         bad: set[int] = set()
         for place, (state, targets) in enumerate(self._states()):
-            for images, loss, found in self._backward.of_batch(state, targets, start, wanted, before):
+            whole = self.cache.split_batch(self.batches[place])
+            for images, loss, found in self._backward.of_batch(state, targets, start, wanted, before, whole):
                 # A backward pass costs about two forward passes.
                 self.cache.counter.add(start, None, 3 * images)
                 if not are_finite([loss]):

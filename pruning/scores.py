@@ -91,36 +91,48 @@ class ExactLoss:
     def __init__(
         self, model: Detector, criterion: Criterion, cache: StateCache, *, device: torch.device, images_at_once: int
     ) -> None:
-        """Score on the first batch of `cache`, with at most `images_at_once` images in a forward."""
+        """Score on the split's first batch, with at most `images_at_once` images in a forward.
+
+        If that batch is divided by image size, the losses of its parts are added.
+        """
         self._criterion = criterion
         self._cache = cache
         self._device = device
-        self._targets = move_to(cache.targets[0], device)
-        self._at_once = max(1, images_at_once // len(self._targets))
+        self._parts = {part: move_to(cache.targets[part], device) for part in cache.parts_of(0)}
+        self._num_boxes = sum(len(target["labels"]) for target in cache.split_batch(0))
+        self._images_at_once = images_at_once
 
     @torch.no_grad()
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """Return the scores of `candidates`; each process computes a share."""
-        state = self._cache.state(0)
-        images, world = len(self._targets), distributed.world_size()
+        world = distributed.world_size()
         share = -(-len(candidates) // world)
         mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share).clamp(max=len(candidates) - 1)
         # Removing a kept channel raises the loss as much as keeping it lowers it.
         leaving = bool(torch.isin(candidates[0], kept[joined[0]]))
-        losses = []
-        for group in candidates[mine].split(self._at_once):
-            set_candidate_gates(module, kept, [channel[None] for channel in group], images, joined, self._device)
-            outputs = self._cache.predict(repeat_batch(state, len(group)))
-            losses += [self._loss(part) for part in split_outputs(outputs, len(group))]
+        of_parts = [self._losses(part, module, joined, kept, candidates[mine]) for part in self._parts]
+        own = torch.stack(of_parts).sum(0)
         set_gate(module, kept, self._device)
-        scores = torch.stack(losses).double().cpu()
-        scores = torch.cat(distributed.gather_objects(scores))[: len(candidates)]
-        bad = [] if are_finite([scores]) else image_ids(self._targets)
+        scores = torch.cat(distributed.gather_objects(own))[: len(candidates)]
+        bad = [] if are_finite([scores]) else [i for targets in self._parts.values() for i in image_ids(targets)]
         check_everywhere({f"the loss with other channels of {module.name} is": bad})
         return -scores if leaving else scores
 
-    def _loss(self, outputs: dict) -> Tensor:
-        return self._criterion.weighted_sum(self._criterion(outputs, self._targets))
+    def _losses(
+        self, part: int, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor
+    ) -> Tensor:
+        """Return a part's share of the loss for each candidate, float64 on the CPU."""
+        state, targets = self._cache.state(part), self._parts[part]
+        losses = []
+        for group in candidates.split(max(1, self._images_at_once // len(targets))):
+            set_candidate_gates(module, kept, [channel[None] for channel in group], len(targets), joined, self._device)
+            outputs = self._cache.predict(repeat_batch(state, len(group)))
+            with self._criterion.normalised_by(self._num_boxes):
+                losses += [
+                    self._criterion.weighted_sum(self._criterion(copy, targets))
+                    for copy in split_outputs(outputs, len(group))
+                ]
+        return torch.stack(losses).double().cpu()
 
 
 class GateGradient:

@@ -98,6 +98,7 @@ class StateCache:
         *,
         device: torch.device,
         scope: str = "transformer",
+        numbers: Sequence[int] | None = None,
         plan: Plan | None = None,
         amp: str = "off",
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
@@ -107,6 +108,8 @@ class StateCache:
         Args:
             scope: one of `models.prunable.SCOPES`; for `detector` the images of a batch have one size, unless the
                 padding rule is the reference's.
+            numbers: for each of `batches`, the index of the split's batch that its images are from. Several have the
+                same one if a batch of the split is divided by image size. None if no batch is divided.
             plan: chooses the storage, given the features of the first batch and the peak bytes of computing them;
                 None keeps everything unchanged on `device`.
             progress: wraps `batches` to show a bar.
@@ -119,6 +122,7 @@ class StateCache:
         self._plan = plan
         self._amp = amp
         self.scope = scope
+        self._numbers = numbers
         self._features: list[Features | BackboneState | None] = []
         self._stored: dict[int, StoredState] = {}
         self.nbytes = 0
@@ -143,6 +147,15 @@ class StateCache:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def parts_of(self, batch: int) -> list[int]:
+        """Return the batches that hold the images of one batch of the split, that of `batch`."""
+        numbers = range(len(self)) if self._numbers is None else self._numbers
+        return [place for place, number in enumerate(numbers) if number == numbers[batch]]
+
+    def split_batch(self, batch: int) -> Targets:
+        """Return the targets of the whole batch of the split that `batch` is part of."""
+        return [target for part in self.parts_of(batch) for target in self.targets[part]]
 
     @property
     def images(self) -> int:

@@ -114,10 +114,11 @@ class DetectorBench:
         criterion.eval()
         calibrated = images.own(images.calibration_batches) if method.is_calibrated else []
         kept = {*(calibrated if method.search == "global" else images.own())}
-        kept |= {0} if method.ranking == "exact" else set()
+        if method.ranking == "exact":
+            kept |= {place for place, number in enumerate(images.numbers) if number == 0}
         self.cache = StateCache(
-            model, images.batches, self.counter, device=passes.device, scope=scope, amp=passes.eval_amp,
-            progress=progress,
+            model, images.batches, self.counter, device=passes.device, scope=scope, numbers=images.numbers,
+            amp=passes.eval_amp, progress=progress,
             plan=None if cache_plan is None else cache_plan(kept, calibrated),
         )  # fmt: skip
         self._num_batches = max(map(max, distributed.gather_objects(list(images.numbers)))) + 1

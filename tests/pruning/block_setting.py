@@ -22,11 +22,12 @@ SIZES = ((96, 96), (96, 96), (64, 96), (64, 96), (96, 64))
 GROUPS = ((0, 1), (2, 3), (4,))
 
 
-def batches_of(groups=GROUPS, sizes=SIZES):
-    """Batches of the same pictures, grouped in any way; each has two boxes, so that no group has its own scale."""
+def batches_of(groups=GROUPS, sizes=SIZES, counts=(2,) * len(SIZES)):
+    """Batches of the same pictures, grouped in any way, with `counts` boxes each."""
     images, _ = pictures(sizes, seed=3)
-    boxes = [{"boxes": torch.tensor([[0.4, 0.5, 0.3, 0.2], [0.6, 0.5, 0.2, 0.5]]), "labels": torch.tensor([1, 3]),
-              "image_id": torch.tensor(number)} for number in range(len(images))]  # fmt: skip
+    boxes = [{"boxes": torch.tensor([[0.4, 0.5, 0.3, 0.2], [0.6, 0.5, 0.2, 0.5]]).repeat(count, 1)[:count],
+              "labels": torch.tensor([1, 3]).repeat(count)[:count],
+              "image_id": torch.tensor(number)} for number, count in enumerate(counts[:len(images)])]  # fmt: skip
     return ListedBatches([([images[i] for i in group], [boxes[i] for i in group]) for group in groups])
 
 
@@ -37,7 +38,7 @@ def in_double(batches):
 class Setting:
     """A tiny detector whose blocks are calibrated on a few pictures."""
 
-    def __init__(self, words, batches=None, dtype=torch.float32, **storage):
+    def __init__(self, words, batches=None, dtype=torch.float32, numbers=None, **storage):
         self.model, self.criterion, _ = tiny_detector(words)
         randomise_norms(self.model)
         self.model.to(dtype).eval()
@@ -47,7 +48,9 @@ class Setting:
         self.blocks = [name for name in self.modules if name in self.model.block_names]
         counter = PassCounter(dict.fromkeys(self.model.steps_in("detector"), 1.0))
         plan = (lambda features, front_bytes: Storage(**storage)) if storage else None
-        self.cache = StateCache(self.model, self.batches, counter, device=CPU, scope="detector", plan=plan)
+        self.cache = StateCache(
+            self.model, self.batches, counter, device=CPU, scope="detector", numbers=numbers, plan=plan
+        )
         self.calibration = Calibration(self.model, self.criterion, self.cache, range(len(self.batches)), CPU)
         self.at_first = {key: value.clone() for key, value in self.model.state_dict().items()}
 
