@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 
 import torch
 import torchvision
@@ -100,9 +102,15 @@ class ResidualBlock(GatedModule):
 
     def input_of(self, number: int, x: Tensor) -> Tensor:
         """Return the input of convolution `number` (1, 2 or 3), of which gates are part; x is the block's input."""
-        for (convolution, norm), gate in zip(self.convolutions()[: number - 1], self.gate(BLOCK), strict=False):
+        *_, last = islice(self.inputs(x), number)
+        return last
+
+    def inputs(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the input of each convolution, of which gates are part; x is the block's input."""
+        yield x
+        for (convolution, norm), gate in zip(self.convolutions()[:-1], self.gate(BLOCK), strict=False):
             x = _gated_map(self.relu(norm(convolution(x))), gate)
-        return x
+            yield x
 
     def forward(self, x: Tensor) -> Tensor:
         """Map B x C x H x W to B x C' x h x w."""

@@ -24,7 +24,8 @@ class LossGradients:
     """Backward passes from the loss of a batch, which is split by images into pieces that fit into memory.
 
     Each piece is normalised by the boxes of the whole batch, so that losses and gradients of the pieces add up to those
-    of the batch. The same holds for parts of a batch that was divided by image size. An image larger than all before is a piece by itself, to measure the memory that it takes.
+    of the batch. The same holds for parts of a batch that was divided by image size. An image larger than all before is
+    a piece by itself, to measure the memory that it takes.
 
     Attributes:
         pixels: of the last piece, B x S, 1 on image pixels of the encoder and 0 on padding.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,27 +21,27 @@ from models.prunable import PrunableModule
 from models.residual import ResidualBlock
 from pruning.calibration import Calibration, Sensitivity
 from pruning.convolution import as_linear, convolution_weights, inputs_of_channels, kernel_area, one_sided
-from pruning.convolution_moments import draw_positions, moments_at, output_size, outputs_at, positions_per_image
+from pruning.convolution_moments import block_positions, moments_at, output_size, outputs_at
 from pruning.finite_checks import are_finite, check_everywhere, decided_on_main
 from pruning.gates import set_gate
 from pruning.kept_channels import Kept, width_of
-from pruning.least_squares import OutputLayer, error_covariance, refit
+from pruning.least_squares import OutputLayer, error_covariance, errors_of_prefixes, penalty, refit
 from pruning.moments import Moments
+from pruning.state_cache import StateCache
 from util import distributed
+from util.logging import show
 
 BLOCK_DAMPING = 1e-3  # on the demo, 1e-4 loses about 0.2 AP and 1e-2 is equal
 ONE_SIDED_FITS = 1  # repeats of a fit with one-sided targets
-SEED = 0  # of the drawn positions
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Inputs of a residual block for one calibration batch: in the pruned detector and in the unpruned one."""
+    """Inputs of a residual block for one calibration batch."""
 
     place: int
     image_ids: list[int]
-    pruned: Tensor
-    unpruned: Tensor
+    maps: Tensor
 
 
 class BlockReconstruction:
@@ -58,20 +58,34 @@ class BlockReconstruction:
         self.level = level
         self._refits_whole = refits_whole
         self._calibration = calibration
-        if calibration.cache.scope == "detector":
+        self.changed: set[str] = set()
+        self._images = calibration.num_images
+        if calibration.cache.scope != "detector":
+            return
+        if level != "none":
             self._unpruned = copy.deepcopy(calibration.model).requires_grad_(False)
             self._unpruned_cache = calibration.cache.twin(self._unpruned)
-        self.changed: set[str] = set()
-        own_images = sum(len(calibration.cache.targets[batch]) for batch in calibration.batches)
-        self._images = sum(distributed.gather_objects(own_images))
+        own_ids = [i for place in range(len(calibration.batches)) for i in calibration.image_ids(place)]
+        self._second_half = second_half([i for ids in distributed.gather_objects(own_ids) for i in ids])
+        if self._images == 1:
+            show([(logging.WARNING, "--calibration_images: found 1 image, so the damage of narrower residual blocks "
+                   "is measured on the image that they are fitted to, which makes it too small; expected 2 or "
+                   "more")])  # fmt: skip
 
     def begin(self, module: PrunableModule) -> None:
         """Make `module` the current block."""
         self._module = module
         self._halves: dict[str, tuple[Moments, Moments]] = {}
         self._layers: dict[str, OutputLayer] = {}
-        if self._follows_a_cut:
+        self._targets: list[list[Tensor]] = []
+        if self._follows_a_cut and self.level != "none":
             self._unpruned_cache.move_to(module.name)
+
+    def end(self) -> None:
+        """Free what was kept for the last block; modules of the transformer follow."""
+        self._halves, self._layers, self._targets = {}, {}, []
+        if self.changed and self.level != "none":
+            self._unpruned_cache.forget()
 
     def restored(self, name: str) -> None:
         """Note that a block has its weights before any cut."""
@@ -87,20 +101,27 @@ class BlockReconstruction:
         assert isinstance(self._module.layer, ResidualBlock)
         return self._module.layer
 
-    def apply(self, kept: Kept) -> float:
-        """Gate the current block, which has its weights before any cut, and refit it; return the predicted damage."""
+    def apply(self, kept: Kept) -> float | None:
+        """Gate the current block, which has its weights before any cut, and refit it; return the predicted damage.
+
+        At level `none` nothing is measured, and the result is None.
+        """
         module, is_repaired = self._module, self.level == "full" and self._follows_a_cut
         if width_of(kept) == module.width and not (is_repaired and self._refits_whole):
             return 0.0
         set_gate(module, kept, self._calibration.device)
         self.changed.add(module.name)
+        if self.level == "none":
+            return None
         damage = 0.0
         last = len(module.parts) + 1
         # Without channels, only the constant after the last convolution and the identity path are fitted.
-        first = last if not width_of(kept) else 1 if is_repaired else 2
-        for number in range(first, last + 1):
+        numbers = range(last if not width_of(kept) else 1 if is_repaired else 2, last + 1)
+        self._measure_targets(numbers)
+        for number in numbers:
             inputs = torch.arange(self._block.conv1.in_channels) if number == 1 else kept[module.parts[number - 2]]
             damage += self._fit(number, inputs, is_repaired)
+        self._targets = []
         return damage
 
     def layer_after(self, part: str) -> OutputLayer:
@@ -118,67 +139,100 @@ class BlockReconstruction:
         """Return the damage of each kept set while the other blocks are unpruned.
 
         Fits use half of the images and damages the others, since a fit of thousands of unknowns overfits its own
-        images. If one half is empty, both use all.
+        images. With a single image, both use it.
         """
+        self._layers = {}  # the ranking no longer needs them
         damages = dict.fromkeys(kept_sets, 0.0)
         for part in self._module.parts:
-            layer, halves, number = self.layer_after(part), self._halves_of(part), self._number_after(part)
-            fitted_on, judged_on = halves if all(float(half.weight) for half in halves) else [layer.moments] * 2
-            for width, kept in kept_sets.items():
-                if not width and part != self._module.parts[-1]:
-                    continue  # the errors of the last convolution are all that a removed block makes
-                judge = functools.partial(self._damage_of, number, layer, fitted_on, judged_on, kept[part])
-                damages[width] += float(
-                    decided_on_main(f"the fit of {self._module.name}", judge, lambda found: [found])
+            # The errors of the last convolution are all that a removed block makes.
+            is_last = part == self._module.parts[-1]
+            of_part = {width: kept[part] for width, kept in kept_sets.items() if width or is_last}
+            for chain in chains(of_part):
+                found = decided_on_main(
+                    f"the fit of {self._module.name}",
+                    functools.partial(self._damages_of_chain, part, chain),
+                    lambda found: [found],
                 )
+                for width, damage in zip(chain, found.tolist(), strict=True):
+                    damages[width] += damage
         return damages
 
-    def _damage_of(
-        self, number: int, layer: OutputLayer, fitted_on: Moments, judged_on: Moments, channels: Tensor
-    ) -> Tensor:
-        inputs = inputs_of_channels(channels, layer.inputs_per_channel)
-        weight, judged_on = layer.weight[:, inputs], judged_on.of_channels(inputs)
+    def _damages_of_chain(self, part: str, chain: Mapping[int, Tensor]) -> Tensor:
+        """Return the damages at the layer after `part` for kept channels of which each set contains those before."""
+        number = self._number_after(part)
+        fitted_on, judged_on = self._halves_of(part)
+        if not float(judged_on.weight) or not float(fitted_on.weight):
+            fitted_on = judged_on = fitted_on + judged_on
+        weight, area = as_linear(*self._block.convolutions()[number - 1])[0], self._area(number)
+        order = torch.cat([*chain.values(), torch.arange(self._module.width)]).tolist()
+        inputs = inputs_of_channels(torch.tensor([*dict.fromkeys(order)]), area)
+        ends = [len(channels) * area for channels in chain.values()]
+        sensitivity, weight = self._sensitivity(number), weight[:, inputs]
         if self.level == "none":
-            _, shift = as_linear(*self._block.convolutions()[number - 1])
-            return self._damage(number, weight, judged_on, shift)
-        fitted, _ = refit(weight, fitted_on.of_channels(inputs), BLOCK_DAMPING)
-        return self._damage(number, fitted, judged_on)
-
-    def _damage(self, number: int, weight: Tensor, moments: Moments, constant: Tensor | None = None) -> Tensor:
-        """Return the damage of a layer's weight, with the best constant if `constant` is None."""
-        error = error_covariance(weight, moments)
-        if constant is not None:
-            shift = (moments.y - weight @ moments.x) / moments.weight - constant
-            error = error + torch.outer(shift, shift)
-        sensitivity = self._sensitivity(number)
-        return (sensitivity.level * (sensitivity.metric * error).sum()).clamp(min=0)  # a NaN stays one
+            errors = errors_of_prefixes(
+                weight, sensitivity.metric, (judged_on.xx / judged_on.weight)[inputs[:, None], inputs]
+            )
+        else:
+            covariance = fitted_on.covariance_xx
+            covariance.diagonal().add_(penalty(fitted_on, BLOCK_DAMPING))
+            covariance = covariance[inputs[:, None], inputs]
+            errors = errors_of_prefixes(
+                weight, sensitivity.metric, judged_on.covariance_xx[inputs[:, None], inputs], covariance
+            )
+        return sensitivity.level * errors[ends]
 
     def _halves_of(self, part: str) -> tuple[Moments, Moments]:
-        """Return the moments of the layer after a part of the unpruned block, on either half of the images."""
-        if part not in self._halves:
-            number = self._number_after(part)
-            convolution, norm = self._block.convolutions()[number - 1]
+        """Return moments of the inputs of the layer after a part of the unpruned block, on each half of the images.
 
-            def moments_of(stream: Stream, half: int) -> Moments | None:
-                chosen = [image_id for image_id in stream.image_ids if half_of(image_id) == half]
-                rows = [stream.image_ids.index(image_id) for image_id in chosen]
-                if not rows:
-                    return None
-                inputs = self._block.input_of(number, stream.pruned[rows])
-                positions = self._positions([convolution], inputs, chosen)
-                weights = self._weights(number, stream.place)[rows]
-                nothing = inputs.new_zeros(len(rows), 0, *output_size(convolution, inputs.shape[-2:]))
-                return self._moments_at([(inputs, convolution)], nothing, weights, positions)
-
-            found = self._sums(lambda stream: [moments_of(stream, 0), moments_of(stream, 1)])
-            layer = as_linear(convolution, norm)
-            empty = next(half for half in found if half is not None).scaled(0.0)
-            first, second = ((empty if half is None else half).of_linear(*layer) for half in found)
-            self._halves[part] = first, second
+        All parts are measured in one pass.
+        """
+        if not self._halves:
+            numbers = [self._number_after(of_module) for of_module in self._module.parts]
+            found = iter(self._sums(lambda stream: self._input_moments(stream, numbers)))
+            for of_module in self._module.parts:
+                first, second = next(found), next(found)
+                some = first or second
+                assert some is not None
+                self._halves[of_module] = first or some.scaled(0.0), second or some.scaled(0.0)
         return self._halves[part]
 
+    def _input_moments(self, stream: Stream, numbers: Sequence[int]) -> list[Moments | None]:
+        """Return for each convolution the moments of its inputs on the images of the first and of the second half."""
+        found: list[Moments | None] = []
+        for number, inputs in enumerate(self._block.inputs(stream.maps), 1):
+            if number not in numbers:
+                continue
+            convolution = self._block.convolutions()[number - 1][0]
+            positions, weights = self._positions(number, inputs, stream), self._weights(number, stream, inputs)
+            for half in (False, True):
+                rows = [row for row, i in enumerate(stream.image_ids) if (i in self._second_half) == half]
+                nothing = inputs.new_zeros(len(rows), positions.shape[1], 0)
+                found.append(
+                    self._moments_at([(inputs[rows], convolution)], nothing, weights[rows], positions[rows])
+                    if rows
+                    else None
+                )
+        return found
+
+    def _measure_targets(self, numbers: Sequence[int]) -> None:
+        """Store the outputs of these convolutions in the unpruned detector, at the positions of the fits.
+
+        `_targets` has for each batch a tensor B x P x D for each convolution; the last includes the identity path.
+        """
+        block, last = self._unpruned_block, len(self._block.convolutions())
+        cache = self._unpruned_cache if self._follows_a_cut else self._calibration.cache
+        for stream in self._streams(cache):
+            found = {}
+            for number, inputs in enumerate(block.inputs(stream.maps), 1):
+                if number in numbers:
+                    convolution, norm = block.convolutions()[number - 1]
+                    outputs = norm(convolution(inputs))
+                    outputs = outputs + block.identity(stream.maps) if number == last else outputs
+                    found[number] = outputs_at(outputs, self._positions(number, inputs, stream))
+            self._targets.append([found.get(number, inputs.new_empty(0)) for number in range(1, last + 1)])
+
     def _fit(self, number: int, channels: Tensor, is_repaired: bool) -> float:
-        """Refit convolution `number` for these input channels; return the damage at the block's output."""
+        """Refit convolution `number` for these input channels; return the damage at its output."""
         block = self._block
         convolution, norm = block.convolutions()[number - 1]
         is_last = number == len(block.convolutions())
@@ -192,11 +246,8 @@ class BlockReconstruction:
             as_linear(*layer)[0][:, inputs_of_channels(of_layer, kernel_area(layer[0]))]
             for layer, of_layer in zip(layers, kept, strict=True)
         ], 1)  # fmt: skip
-        measure = functools.partial(self._moments, number, layers, kept[0])
+        measure = functools.partial(self._moments, number, [layer for layer, _ in layers], kept[0])
         moments = measure()
-        shift = torch.stack([as_linear(*layer)[1] for layer in layers]).sum(0)
-        if self.level == "none":
-            return float(self._damage(number, weight, moments, shift))
         name = f"the fit of {self._module.name}"
 
         def fit(start: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
@@ -215,12 +266,20 @@ class BlockReconstruction:
         for (fitted_layer, _), of_layer, new in zip(layers, kept, weights, strict=True):
             fitted_layer.weight[:, of_layer] = new.to(fitted_layer.weight)
         norm.state_dict()["bias"].copy_(bias)
-        return float(damage)
+        return damage
+
+    def _damage(self, number: int, weight: Tensor, moments: Moments) -> float:
+        """Return the damage at a convolution's output; the first has none, since nothing before it was removed."""
+        if number == 1:
+            return 0.0
+        sensitivity = self._sensitivity(number)
+        damage = sensitivity.level * (sensitivity.metric * error_covariance(weight, moments)).sum()
+        return float(damage.clamp(min=0))  # a NaN stays one
 
     def _moments(
         self,
         number: int,
-        layers: Sequence[tuple[nn.Conv2d, nn.Module]],
+        layers: Sequence[nn.Conv2d],
         channels: Tensor,
         last: tuple[Tensor, Tensor] | None = None,
     ) -> Moments:
@@ -231,28 +290,26 @@ class BlockReconstruction:
             channels: kept input channels of the first.
             last: weight and constant of the last fit, for one-sided targets.
         """
-        (convolution, _), is_last = layers[0], number == len(self._block.convolutions())
-        unpruned = self._unpruned_block
+        is_last = number == len(self._block.convolutions())
 
         def moments_of(stream: Stream) -> list[Moments | None]:
-            inputs = self._block.input_of(number, stream.pruned)[:, channels]
-            sources = [(inputs, convolution), *((stream.pruned, layer) for layer, _ in layers[1:])]
-            targets = unpruned.pre_activation(number, stream.unpruned)
-            identity = torch.zeros_like(targets[:, :, :1, :1]).expand_as(targets)
-            if is_last:
-                targets = targets + unpruned.identity(stream.unpruned)
-                identity = self._block.identity(stream.pruned) if len(layers) == 1 else identity
-            positions = self._positions([layer for layer, _ in layers], inputs, stream.image_ids)
+            all_inputs = self._block.input_of(number, stream.maps)
+            positions, weights = self._positions(number, all_inputs, stream), self._weights(number, stream, all_inputs)
+            inputs = all_inputs[:, channels] if len(channels) < all_inputs.shape[1] else all_inputs
+            sources = [(inputs, layers[0]), *((stream.maps, layer) for layer in layers[1:])]
+            targets = self._targets[stream.place][number - 1]
+            added: Tensor | None = None
+            if is_last and len(layers) == 1:
+                added = outputs_at(self._block.identity(stream.maps), positions)
+                targets = targets - added
 
-            def change(y: Tensor, x: Tensor, part: Tensor) -> Tensor:
+            def change(y: Tensor, x: Tensor, part: slice) -> Tensor:
                 assert last is not None
                 weight, constant = (tensor.to(x) for tensor in last)
-                added = outputs_at(identity, part)
-                return one_sided(y + added, x @ weight.T + constant + added) - added
+                beside = 0.0 if added is None else added[:, part]
+                return one_sided(y + beside, x @ weight.T + constant + beside) - beside
 
-            weights = self._weights(number, stream.place)
-            changed = None if last is None else change
-            return [self._moments_at(sources, targets - identity, weights, positions, changed)]
+            return [self._moments_at(sources, targets, weights, positions, None if last is None else change)]
 
         (found,) = self._sums(moments_of)
         assert found is not None
@@ -261,12 +318,12 @@ class BlockReconstruction:
     def _moments_at(
         self,
         sources: Sequence[tuple[Tensor, nn.Conv2d]],
-        outputs: Tensor,
+        targets: Tensor,
         weights: Tensor,
         positions: Tensor,
-        change_targets: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        change_targets: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
     ) -> Moments:
-        found = moments_at(sources, outputs, weights, positions, change_targets)
+        found = moments_at(sources, targets, weights, positions, change_targets)
         self._calibration.cache.counter.moment_macs += positions.numel() * found.macs_per_row
         return found
 
@@ -278,42 +335,38 @@ class BlockReconstruction:
         """
         totals: list[Moments | None] = []
         bad: set[int] = set()
-        for stream in self._streams():
+        for stream in self._streams(self._calibration.cache):
             found = measure(stream)
-            if not are_finite(moments.x for moments in found if moments is not None):
+            if not are_finite(sums for moments in found if moments is not None for sums in (moments.x, moments.y)):
                 bad.update(stream.image_ids)
             totals = [_added(*pair) for pair in zip(totals, found, strict=True)] if totals else found
         check_everywhere({f"activations of {self._module.name} are": bad})
         gathered = [part for part in distributed.gather_objects(totals) if part]
         return [functools.reduce(_added, parts) for parts in zip(*gathered, strict=True)]
 
-    def _streams(self) -> Iterator[Stream]:
-        batches, cache = self._calibration.batches, self._calibration.cache
-        pruned = (state.maps.float() for state, _ in cache.states(batches))
-        if self._follows_a_cut:
-            unpruned = (state.maps.float() for state, _ in self._unpruned_cache.states(batches))
-            pairs: Iterator[tuple[Tensor, Tensor]] = zip(pruned, unpruned, strict=True)
-        else:
-            pairs = ((maps, maps) for maps in pruned)
+    def _streams(self, cache: StateCache) -> Iterator[Stream]:
+        """Yield the current block's inputs for each calibration batch, in the detector of `cache`."""
         name, stop = self._module.name, cache.step_after(self._module.name)
-        for place, (maps, other) in enumerate(pairs):
-            cache.counter.add(name, stop, len(maps) if other is maps else 2 * len(maps))
-            yield Stream(place, self._calibration.image_ids(place), maps, other)
+        for place, (state, _) in enumerate(cache.states(self._calibration.batches)):
+            cache.counter.add(name, stop, state.num_images)
+            yield Stream(place, self._calibration.image_ids(place), state.maps.float())
 
     @property
     def _unpruned_block(self) -> ResidualBlock:
         return self._unpruned.backbone[0].residual_blocks()[self._module.name.partition(".")[2]]
 
-    def _positions(self, convolutions: Sequence[nn.Conv2d], inputs: Tensor, image_ids: list[int]) -> Tensor:
-        """Draw output positions for a fit of all `convolutions`, the first of which reads `inputs`."""
-        count = math.prod(output_size(convolutions[0], inputs.shape[-2:]))
-        unknowns = sum(layer.in_channels * kernel_area(layer) for layer in convolutions)
-        drawn = positions_per_image(unknowns, count, self._images)
-        return draw_positions(image_ids, count, drawn, SEED).to(inputs.device)
+    def _positions(self, number: int, inputs: Tensor, stream: Stream) -> Tensor:
+        """Return the output positions for the fits of convolution `number`, whose input is `inputs`: B x P."""
+        rows, columns = output_size(self._block.convolutions()[number - 1][0], inputs.shape[-2:])
+        positions = block_positions(self._block, number, rows * columns, stream.image_ids, self._images)
+        return positions.to(inputs.device)
 
-    def _weights(self, number: int, place: int) -> Tensor:
+    def _weights(self, number: int, stream: Stream, inputs: Tensor) -> Tensor:
+        """Return the weights of the positions, B x P, each position for as many as were not drawn."""
+        rows, columns = output_size(self._block.convolutions()[number - 1][0], inputs.shape[-2:])
         # On the demo, their square roots fit better than the weights, as they are less noisy.
-        return self._sensitivity(number).token_weights[place].sqrt().to(self._calibration.device)
+        weights = self._sensitivity(number).token_weights[stream.place].sqrt()
+        return (weights * (rows * columns / weights.shape[1])).to(inputs)
 
     def _sensitivity(self, number: int) -> Sensitivity:
         return self._calibration.sensitivities[f"{self._module.name}.bn{number}"]
@@ -325,10 +378,21 @@ class BlockReconstruction:
         return self._module.parts.index(part) + 2
 
 
-def half_of(image_id: int) -> int:
-    """Return 0 or 1, which half of the calibration images an image belongs to, whatever its batch and process."""
-    return zlib.crc32(f"half {image_id}".encode()) % 2
+def second_half(image_ids: Sequence[int]) -> set[int]:
+    """Return half of the calibration images, whatever their batches and processes; nearly random, but half for sure."""
+    return {*sorted(image_ids, key=lambda image_id: (zlib.crc32(f"half {image_id}".encode()), image_id))[1::2]}
+
+
+def chains(sets: Mapping[int, Tensor]) -> list[dict[int, Tensor]]:
+    """Divide kept sets into chains, in which each set contains those before it."""
+    found: list[dict[int, Tensor]] = []
+    for key, channels in sorted(sets.items(), key=lambda item: len(item[1])):
+        last = [*found[-1].values()][-1] if found else None
+        if last is None or not torch.isin(last, channels).all():
+            found.append({})
+        found[-1][key] = channels
+    return found
 
 
 def _added(one: Moments | None, other: Moments | None) -> Moments | None:
-    return one if other is None else other if one is None else one + other
+    return one if other is None else other if one is None else one.add_(other)

@@ -15,9 +15,10 @@ from models.criterion import Criterion
 from models.detector import Detector
 from models.padding import resize_padding
 from models.prunable import PrunableModule
-from models.residual import BLOCK
+from models.residual import BLOCK, ResidualBlock
 from models.state import BackboneState, State
 from pruning.backward import LossGradients
+from pruning.convolution_moments import block_positions
 from pruning.finite_checks import are_finite, check_everywhere, image_ids
 from pruning.moments import TINY
 from pruning.state_cache import StateCache, Targets
@@ -28,6 +29,7 @@ from util import distributed
 # 70 %. An even share of 0.02 is as good, 0.5 gains a third less.
 EVEN_SHARE = 0.1
 OUTLIER = 50.0
+SMALLEST = 1e-30  # scale of a gradient that is 0 everywhere
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ class Sensitivity:
     """Sensitivity of the loss to errors in one output: of a module's output layer, or of a block's batch norm.
 
     Attributes:
-        token_weights: for each calibration batch B x L, 0 on padding; see `token_weights`. L counts tokens, or pixels
-            of a batch norm's output.
-        metric: D x D second moment of the gradient's direction, with trace 1.
+        token_weights: for each calibration batch B x L, float32, 0 on padding; see `token_weights`. L counts tokens,
+            or of a batch norm's output the positions that `block_positions` draws.
+        metric: D x D second moment of the gradient's direction, with trace 1; 0 x 0 for the first batch norm of a
+            residual block, before which nothing is removed.
         level: sum over the tokens of an image of the squared norm of the gradient, mean over images.
     """
 
@@ -52,7 +55,8 @@ class Calibration:
     Attributes:
         model: the detector, with gates and fitted weights.
         sensitivities: of each attention and FFN by name, and of each batch norm of the residual blocks on the main
-            path as `backbone.layer3.1.bn2`.
+            path as `backbone.layer3.1.bn2`; none without `is_measured`.
+        num_images: calibration images of all processes.
         loss: of the whole detector, mean over the calibration images of all processes.
     """
 
@@ -64,12 +68,15 @@ class Calibration:
         batches: Sequence[int],
         device: torch.device,
         amp: str = "off",
+        *,
+        is_measured: bool = True,
     ) -> None:
         """Run one forward and backward pass; `cache` is at the first module.
 
         Args:
             batches: indices of the calibration batches in the cache.
             amp: off, bf16 or fp16, for passes with gradients; moments are computed from float32.
+            is_measured: False skips that pass, for rankings by gradients at gates alone.
         """
         self.model = model
         self.cache = cache
@@ -77,7 +84,11 @@ class Calibration:
         self.device = device
         self._backward = LossGradients(model, criterion, device, amp)
         self._modules = model.prunable_modules(cache.scope)
-        self.sensitivities = self._measure_sensitivities()
+        self.num_images = sum(distributed.gather_objects(sum(len(cache.targets[batch]) for batch in batches)))
+        self.sensitivities: dict[str, Sensitivity] = {}
+        self.loss = 0.0
+        if is_measured:
+            self._measure_sensitivities()
 
     def activations(self, module: PrunableModule) -> Iterator[tuple[int, dict[str, Any]]]:
         """Run one module, at whose input the cache is, over the calibration images.
@@ -138,12 +149,10 @@ class Calibration:
         for state, targets in self.cache.states(self.batches):
             yield state.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor), targets
 
-    def _measure_sensitivities(self) -> dict[str, Sensitivity]:
+    def _measure_sensitivities(self) -> None:
         names = {key: name for module in self._modules.values() for key, name in outputs_of(module).items()}
         outputs: dict[str, Tensor] = {}
-        squares: dict[str, list[list[Tensor]]] = {key: [[] for _ in self.batches] for key in names}
-        real: dict[str, list[list[Tensor]]] = {key: [[] for _ in self.batches] for key in names}
-        metrics: dict[str, Tensor] = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
+        found = {key: _Gradients([[] for _ in self.batches], [[] for _ in self.batches]) for key in names}
         loss_sum = 0.0
         bad: dict[str, set[int]] = {key: set() for key in names}
 
@@ -163,35 +172,71 @@ class Calibration:
                 for key, gradient in zip(outputs, gradients, strict=True):
                     if not are_finite([gradient]):
                         bad[key].update(self.image_ids(place))
-                    real[key][place].append(self._real_tokens(key, gradient, state, sum(map(len, squares[key][place]))))
-                    gradient = _rows(gradient).double()
-                    squares[key][place].append(gradient.square().sum(-1).cpu())
-                    self.cache.counter.moment_macs += gradient.numel() * gradient.shape[-1]
-                    metrics[key] = metrics[key] + torch.einsum("bli,blj->ij", gradient, gradient).cpu()
+                    self._add(found[key], key, place, gradient, state)
         finally:
             for hook in hooks:
                 hook.remove()
         # A gradient that is not finite spoils those of all earlier modules, so the error names the last module.
         check_everywhere({f"the loss's gradient at {key} is": bad[key] for key in reversed(bad)})
-        found = {key: ([*map(torch.cat, squares[key])], [*map(torch.cat, real[key])], metrics[key]) for key in names}
-        own_images = sum(len(batch) for pieces in squares[next(iter(squares))] for batch in pieces)
-        gathered = distributed.gather_objects((found, own_images))
-        images = sum(count for _, count in gathered)
+        images = self.num_images
         self.loss = sum(distributed.gather_objects(loss_sum)) / images
-        return {
-            key: _sensitivity(found[key], [part[key] for part, count in gathered if count], images) for key in names
+        gathered = distributed.gather_objects(found if self.batches else {})
+        self.sensitivities = {
+            key: _sensitivity(found[key], [part[key] for part in gathered if part], images) for key in names
         }
+
+    def _add(self, found: _Gradients, key: str, place: int, gradient: Tensor, state: State) -> None:
+        """Add the gradient of a piece of a batch to the sums of an output."""
+        done = sum(map(len, found.squares[place]))
+        real = self._real_tokens(key, gradient, state, done)
+        rows = _rows(gradient)  # B x L x D
+        scale = rows.abs().amax().clamp(min=SMALLEST)
+        rows = rows / scale  # squares of small gradients would be 0 in float32
+        squares = rows.square().sum(-1)
+        found.energy += float((squares * real).sum(dtype=torch.float64) * scale.double() ** 2)
+        if not key.endswith(".bn1"):
+            self.cache.counter.moment_macs += rows.numel() * rows.shape[-1]
+            moment = (rows.flatten(0, 1).T @ rows.flatten(0, 1)).double().cpu() * float(scale) ** 2
+            found.metric = moment if found.metric is None else found.metric + moment
+        if gradient.dim() == 4:
+            block, _, norm = key.rpartition(".")
+            layer = self._modules[block].layer
+            assert isinstance(layer, ResidualBlock)
+            ids = self.image_ids(place)[done : done + len(rows)]
+            positions = block_positions(layer, int(norm.removeprefix("bn")), rows.shape[1], ids, self.num_images).to(
+                squares.device
+            )
+            squares, real = squares.gather(1, positions), real.gather(1, positions)
+        found.squares[place].append((squares.double() * scale.double() ** 2).cpu())
+        found.real[place].append(real.cpu())
 
     def _real_tokens(self, key: str, gradient: Tensor, state: State, done: int) -> Tensor:
         """Return B x L of a piece's gradient, 1 on tokens and 0 on padding; `done` images precede it in the batch."""
         if gradient.dim() == 4:
             images, _, *size_hw = gradient.shape
             if not isinstance(state, BackboneState) or state.padding is None:
-                return torch.ones(images, math.prod(size_hw))
-            return (~resize_padding(state.padding[done : done + images], size_hw)).flatten(1).float().cpu()
+                return gradient.new_ones(images, math.prod(size_hw))
+            return (~resize_padding(state.padding[done : done + images], size_hw)).flatten(1).to(gradient)
         if key.startswith("encoder."):
-            return self._backward.pixels.cpu()
-        return torch.ones(gradient.shape[:2])  # queries have no padding
+            return self._backward.pixels
+        return gradient.new_ones(gradient.shape[:2])  # queries have no padding
+
+
+@dataclass
+class _Gradients:
+    """Sums of the loss's gradients at one output over the calibration images of this process.
+
+    Attributes:
+        squares: for each batch and piece B x L, squared norms at the tokens or drawn positions, float64.
+        real: the same shapes, 1 on tokens and 0 on padding.
+        metric: sum of second moments, D x D; None for the first batch norm of a block.
+        energy: sum of the squared norms at all tokens.
+    """
+
+    squares: list[list[Tensor]]
+    real: list[list[Tensor]]
+    metric: Tensor | None = None
+    energy: float = 0.0
 
 
 def outputs_of(module: PrunableModule) -> dict[str, str]:
@@ -202,25 +247,17 @@ def outputs_of(module: PrunableModule) -> dict[str, str]:
     return {f"{module.name}.bn{number}": f"{prefix}.bn{number}" for number in range(1, len(module.parts) + 2)}
 
 
-def _sensitivity(
-    own: tuple[list[Tensor], list[Tensor], Tensor],
-    gathered: list[tuple[list[Tensor], list[Tensor], Tensor]],
-    images: int,
-) -> Sensitivity:
-    """Return the sensitivity with token weights of this process; means are over all processes.
-
-    Args:
-        own, gathered: squared norms of gradients, real tokens and sum of second moments of this and of all processes.
-        images: of all processes.
-    """
-    all_squares = [batch for squares, _, _ in gathered for batch in squares]
-    all_real = [batch for _, real, _ in gathered for batch in real]
-    weights = token_weights(own[0], own[1], all_squares, all_real)
-    metric = functools.reduce(torch.add, (metric for *_, metric in gathered))
-    width = len(metric)
-    trace = metric.diagonal().sum()
-    metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / width
-    return Sensitivity(weights, metric, _sum_of_products(all_squares, all_real) / images)
+def _sensitivity(own: _Gradients, gathered: Sequence[_Gradients], images: int) -> Sensitivity:
+    """Return the sensitivity with token weights of this process; means are over all processes, with `images` images."""
+    squares, real = ([*map(torch.cat, batches)] for batches in (own.squares, own.real))
+    all_squares = [torch.cat(batch) for part in gathered for batch in part.squares]
+    all_real = [torch.cat(batch) for part in gathered for batch in part.real]
+    weights = [batch.float() for batch in token_weights(squares, real, all_squares, all_real)]
+    metrics = [part.metric for part in gathered if part.metric is not None]
+    metric = functools.reduce(torch.add, metrics) if metrics else torch.zeros(0, 0, dtype=torch.float64)
+    width, trace = len(metric), metric.diagonal().sum()
+    metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / max(width, 1)
+    return Sensitivity(weights, metric, sum(part.energy for part in gathered) / images)
 
 
 def _rows(gradient: Tensor) -> Tensor:

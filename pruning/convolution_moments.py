@@ -15,15 +15,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.residual import ResidualBlock
+from pruning.convolution import kernel_area
 from pruning.moments import Moments
 
 ROWS_PER_UNKNOWN = 40  # chosen on the demo, see `positions_per_image`
+SEED = 0  # of the drawn positions
 ROW_BYTES_AT_ONCE = 2**27  # of patches in one product: bounds memory and float32 rounding errors
 
 
 def positions_per_image(unknowns: int, positions: int, images: int, rows_per_unknown: int = ROWS_PER_UNKNOWN) -> int:
     """Return how many of an image's output positions to draw, so that a fit over `images` has enough rows."""
     return min(positions, -(-rows_per_unknown * unknowns // images))
+
+
+def block_positions(block: ResidualBlock, number: int, positions: int, image_ids: Sequence[int], images: int) -> Tensor:
+    """Draw the output positions for all fits of a residual block's convolution `number`: B x P.
+
+    Args:
+        positions: output positions of an image.
+        image_ids: of a batch; they decide its positions.
+        images: over which a fit is made, in all processes.
+    """
+    convolutions = block.convolutions()
+    layers = [convolutions[number - 1][0]]
+    if number == len(convolutions) and block.downsample is not None:
+        layers += [layer for layer in block.downsample.children() if isinstance(layer, nn.Conv2d)]
+    unknowns = sum(layer.in_channels * kernel_area(layer) for layer in layers)
+    return draw_positions(image_ids, positions, positions_per_image(unknowns, positions, images), SEED)
 
 
 def draw_positions(image_ids: Sequence[int], positions: int, count: int, seed: int) -> Tensor:
@@ -79,35 +98,35 @@ def outputs_at(outputs: Tensor, positions: Tensor) -> Tensor:
 
 def moments_at(
     sources: Sequence[tuple[Tensor, nn.Conv2d]],
-    outputs: Tensor,
-    position_weights: Tensor,
+    targets: Tensor,
+    weights: Tensor,
     positions: Tensor,
-    change_targets: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    change_targets: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
 ) -> Moments:
-    """Return the weighted sums of a batch over drawn positions, scaled to estimate those over all positions.
+    """Return the weighted sums of a batch over drawn positions.
 
     Products use the inputs' dtype: with thousands of unknowns they take most of the time, and float32 rounding is far
     below the damping. Their sums over portions and batches are float64.
 
     Args:
         sources: inputs B x C x H x W of convolutions with equal output sizes; their patches are put side by side.
-        outputs: B x D x h x w, target outputs.
-        position_weights: B x (h * w), not negative.
+        targets: B x P x D, target outputs at the positions.
+        weights: B x P, not negative.
         positions: B x P, see `draw_positions`.
-        change_targets: maps targets B x p x D, their patches B x p x inputs and B x p positions to other targets; the
-            moments then have no second moments of the inputs.
+        change_targets: maps targets B x p x D, their patches B x p x inputs and a slice of the P positions to other
+            targets; the moments then have no second moments of the inputs.
     """
-    weights = position_weights.gather(1, positions) * (position_weights.shape[1] / positions.shape[1])
     unknowns = sum(inputs.shape[1] * math.prod(convolution.kernel_size) for inputs, convolution in sources)
-    at_once = max(1, ROW_BYTES_AT_ONCE // (outputs.element_size() * max(1, unknowns) * len(outputs)))
+    at_once = max(1, ROW_BYTES_AT_ONCE // (targets.element_size() * max(1, unknowns) * len(targets)))
     total: Moments | None = None
-    for part, part_weights in zip(positions.split(at_once, 1), weights.split(at_once, 1), strict=True):
-        x = torch.cat([patches_at(inputs, convolution, part) for inputs, convolution in sources], 2)
-        y = outputs_at(outputs, part)
+    for first in range(0, positions.shape[1], at_once):
+        part = slice(first, first + at_once)
+        x = torch.cat([patches_at(inputs, convolution, positions[:, part]) for inputs, convolution in sources], 2)
+        y = targets[:, part]
         if change_targets is not None:
             y = change_targets(y, x, part)
-        rows = Moments.of(x, y, part_weights, x.dtype, has_xx=change_targets is None)
-        total = rows if total is None else total + rows
+        rows = Moments.of(x, y, weights[:, part], x.dtype, has_xx=change_targets is None)
+        total = rows if total is None else total.add_(rows)
     assert total is not None
     return total
 

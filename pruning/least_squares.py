@@ -40,10 +40,15 @@ def refit(weight: Tensor, moments: Moments, damping: float = DAMPING) -> tuple[T
         return weight, moments.y / moments.weight
     xx = moments.covariance_xx
     missing = moments.covariance_yx - weight @ xx
-    level = damping * (moments.xx.diagonal() / moments.weight).mean().clamp(min=TINY)
+    level = penalty(moments, damping)
     fitted = weight + torch.linalg.solve(xx + level * torch.eye(len(xx), dtype=xx.dtype), missing, left=False)
     bias = (moments.y - fitted @ moments.x) / moments.weight
     return fitted, bias
+
+
+def penalty(moments: Moments, damping: float) -> Tensor:
+    """Return what a fit adds to the diagonal of the inputs' covariance; see `refit`."""
+    return damping * (moments.xx.diagonal() / moments.weight).mean().clamp(min=TINY)
 
 
 def error_covariance(weight: Tensor, moments: Moments) -> Tensor:
@@ -130,11 +135,48 @@ class OutputLayer:
     inputs_per_channel: int = 1
 
 
+def errors_of_prefixes(weight: Tensor, metric: Tensor, judged_on: Tensor, fitted_on: Tensor | None = None) -> Tensor:
+    """Return for k = 0 ... C the squared error of a linear layer that reads only its first k inputs.
+
+    With the Cholesky factor L of `fitted_on` and R = weight L, the best weight for the first k inputs is
+    R[:, :k] L^-1[:k, :k], and the error of the outputs is R[:, k:] L^-1[k:, :] x. So one factorisation serves all k.
+
+    Args:
+        weight: D x C, with inputs in the order in which they are kept.
+        metric: D x D, of errors of the outputs.
+        judged_on: C x C, second moments or covariance of the inputs on which errors are measured.
+        fitted_on: C x C, damped, on which the weight is fitted to the kept inputs; None keeps the weight.
+
+    Returns:
+        C + 1 errors, float64; the last is 0.
+    """
+    right, second = weight, judged_on
+    if fitted_on is not None:
+        lower = cholesky(fitted_on)
+        right = weight @ lower
+        half = torch.linalg.solve_triangular(lower, judged_on, upper=False)
+        second = torch.linalg.solve_triangular(lower, half.T, upper=False)
+    products = (right.T @ (metric @ right)).mul_(second)
+    own = products.diagonal().clone()
+    added = own + 2 * products.triu_(1).sum(1)
+    return torch.cat((added.flip(0).cumsum(0).flip(0), added.new_zeros(1))).clamp(min=0)  # a NaN stays one
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Return the Cholesky factor of a damped matrix; if rounding made it indefinite, it is damped further."""
+    for damping in (0.0, 1e-6, 1e-5, 1e-4, 1e-3):
+        lower, info = torch.linalg.cholesky_ex(matrix if damping == 0 else damped(matrix, damping))
+        if not info:
+            return lower
+    raise torch.linalg.LinAlgError(f"a matrix of {len(matrix)} rows is not positive definite")
+
+
 class Surgeon:
     """Removes input channels of a linear layer and refits the others (optimal brain surgeon).
 
-    Hassibi and Stork (1993), for several inputs at once as in ZipLM (arXiv 2302.04089). Block updates of the inverse
-    and the weights are far cheaper than a new inverse for each step.
+    Hassibi and Stork (1993), for several inputs at once as in ZipLM (arXiv 2302.04089). The inverse covariance is
+    never updated as a whole: each removal subtracts a product of few columns, and only the columns of channels that
+    leave and the blocks of single channels are computed from it.
 
     Attributes:
         channels: remaining channels, ascending.
@@ -150,20 +192,29 @@ class Surgeon:
         self._area = inputs_per_channel
         self.channels = torch.arange(len(covariance) // inputs_per_channel)
         self._weight = weight.detach().double().cpu()
-        self._inverse = torch.linalg.inv(damped(covariance, damping))
+        self._inverse = torch.cholesky_inverse(cholesky(damped(covariance, damping)))
+        self._inputs = torch.arange(len(covariance))
+        self._removed = covariance.new_zeros(len(covariance), 0)  # its square is subtracted from the inverse
+        blocks = self._inverse.unflatten(0, (-1, self._area)).unflatten(2, (-1, self._area))
+        self._own = blocks.diagonal(dim1=0, dim2=2).movedim(2, 0).contiguous()  # channels x area x area
 
     def scores(self) -> Tensor:
         """Return the squared error (without damping) that removing each remaining channel would add."""
-        blocks = self._inverse.unflatten(0, (-1, self._area)).unflatten(2, (-1, self._area))
-        own = blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)  # channels x area x area
         weights = self._weight.T.unflatten(0, (-1, self._area))  # channels x area x D
-        return (weights * torch.linalg.solve(own, weights)).sum((1, 2))
+        return (weights * torch.linalg.solve(self._own, weights)).sum((1, 2))
 
     def remove(self, channels: Tensor) -> None:
         """Remove these channels and refit the others."""
         leaving = torch.isin(self.channels, channels)
+        if not leaving.any():
+            return
         gone = leaving.repeat_interleave(self._area)
-        across = torch.linalg.solve(self._inverse[gone][:, gone], self._inverse[gone][:, ~gone])
-        self._weight = self._weight[:, ~gone] - self._weight[:, gone] @ across
-        self._inverse = self._inverse[~gone][:, ~gone] - self._inverse[~gone][:, gone] @ across
-        self.channels = self.channels[~leaving]
+        columns = self._inverse[:, self._inputs[gone]][self._inputs] - self._removed @ self._removed[gone].T
+        lower = cholesky(columns[gone])
+        new = torch.linalg.solve_triangular(lower, columns[~gone].T, upper=False).T
+        of_gone = torch.linalg.solve_triangular(lower, self._weight[:, gone].T, upper=False)
+        self._weight = self._weight[:, ~gone] - of_gone.T @ new.T
+        blocks = new.unflatten(0, (-1, self._area))
+        self._own = self._own[~leaving] - blocks @ blocks.mT
+        self._removed = torch.cat((self._removed[~gone], new), 1)
+        self._inputs, self.channels = self._inputs[~gone], self.channels[~leaving]

@@ -27,10 +27,14 @@ class Method:
     share_sets: bool
 
     @property
+    def uses_sensitivities(self) -> bool:
+        """Whether the method fits weights or predicts damages, so that it needs gradients at the modules' outputs."""
+        return self.search == "global" or self.reconstruction != "none" or self.ranking == "elimination"
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether the method needs activations or gradients of calibration images."""
-        looked_at = self.search == "global" or self.reconstruction != "none"
-        return looked_at or self.ranking in ("elimination", "fisher", "first_order", "magnitude")
+        return self.uses_sensitivities or self.ranking in ("fisher", "first_order")
 
 
 FAST = Method("global", "elimination", "backward", "full", share_sets=False)

@@ -42,13 +42,23 @@ class Moments:
         """
         x, y = (t.detach().flatten(0, -2).to(dtype) for t in (x, y))
         weights = weights.flatten().to(x)
+        total = weights.sum().double().cpu()
+        # Products of centred values: means are often far larger than deviations, whose sums would be rounded away.
+        (x, mean_x, rest_x), (y, mean_y, rest_y) = (_centred(t, weights) for t in (x, y))
         weighted_x, weighted_y = x * weights[:, None], y * weights[:, None]
-        xx = weighted_x.T @ x if has_xx else x.new_zeros(0, 0)
-        sums = weights.sum(), weighted_x.sum(0), weighted_y.sum(0), xx, weighted_y.T @ x, weighted_y.T @ y
-        return cls(*(t.double().cpu() for t in sums))
+        xx = _shifted(weighted_x.T @ x, mean_x, mean_x, rest_x, rest_x, total) if has_xx else total.new_zeros(0, 0)
+        yx = _shifted(weighted_y.T @ x, mean_y, mean_x, rest_y, rest_x, total)
+        yy = _shifted(weighted_y.T @ y, mean_y, mean_y, rest_y, rest_y, total)
+        return cls(total, rest_x + total * mean_x, rest_y + total * mean_y, xx, yx, yy)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(a + b for a, b in zip(self._sums(), other._sums(), strict=True)))
+
+    def add_(self, other: Moments) -> Moments:
+        """Add other moments in place and return the result."""
+        for mine, others in zip(self._sums(), other._sums(), strict=True):
+            mine.add_(others)
+        return self
 
     def scaled(self, factor: float) -> Moments:
         """Return the moments with all weights times `factor`."""
@@ -84,7 +94,7 @@ class Moments:
     @property
     def covariance_xx(self) -> Tensor:
         """C x C covariance of the inputs."""
-        return self.xx / self.weight - torch.outer(self.x, self.x) / self.weight**2
+        return (self.xx / self.weight).addr_(self.x / self.weight, self.x / self.weight, alpha=-1)
 
     @property
     def covariance_yx(self) -> Tensor:
@@ -98,6 +108,19 @@ class Moments:
 
     def _sums(self) -> tuple[Tensor, ...]:
         return self.weight, self.x, self.y, self.xx, self.yx, self.yy
+
+
+def _centred(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows minus a mean, that mean, and the weighted sum of the rows left (nearly 0); the last two float64."""
+    mean = (weights @ values) / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    values = values - mean
+    return values, mean.double().cpu(), (weights @ values).double().cpu()
+
+
+def _shifted(centred: Tensor, mean_y: Tensor, mean_x: Tensor, rest_y: Tensor, rest_x: Tensor, total: Tensor) -> Tensor:
+    """Return the weighted sum of y x^T, given that of centred rows."""
+    products = centred.double().cpu()
+    return products.addr_(mean_y, rest_x).addr_(rest_y + total * mean_y, mean_x)
 
 
 def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:

@@ -85,6 +85,8 @@ class Reconstruction:
         self._second_moments: tuple[list[Tensor], list[Tensor]] | None = None
         if self._is_block(name):
             self._blocks.begin(self._modules[name])
+        else:
+            self._blocks.end()
 
     def _is_block(self, name: str) -> bool:
         return self._modules[name].kind == BLOCK
@@ -99,11 +101,12 @@ class Reconstruction:
             self._blocks.restored(name)
 
     @torch.no_grad()
-    def apply(self, kept: Kept) -> float:
+    def apply(self, kept: Kept) -> float | None:
         """Gate the current module to `kept` and refit it; return the predicted damage.
 
         The damage is the weighted squared error of the module's output in the metric of the loss gradients: a
-        second-order estimate of the rise of an image's loss, up to a factor common to all modules.
+        second-order estimate of the rise of an image's loss, up to a factor common to all modules. At level `none`
+        nothing is measured, and the result is None.
 
         Each process sums the moments of its images. The main process fits and sends weights and damage to all.
 
@@ -116,14 +119,16 @@ class Reconstruction:
             return self._blocks.apply(kept)
         if width_of(kept) == module.width:
             return 0.0
+        if self.level == "none":
+            set_gate(module, kept, self._calibration.device)
+            return None
         if module.has_logits and width_of(kept):
             self._observe_whole(module)
         if self.level == "full" and module.has_logits and width_of(kept):
             queries, keys = self.logit_moments()
             self._install(module, lambda: self._fit_logits(module, kept["query"], queries, keys))
         moments = self._output_moments(module, kept)
-        fit = self._fit_gates if self.level == "none" else self._fit_output
-        damage = self._install(module, lambda: fit(module, kept, moments))
+        damage = self._install(module, lambda: self._fit_output(module, kept, moments))
         set_gate(module, kept, self._calibration.device)
         return damage
 
@@ -131,10 +136,22 @@ class Reconstruction:
     def damages(self, kept_sets: Mapping[int, Kept]) -> dict[int, float]:
         """Return the damage of each kept set of the current module by width; `apply` has to be called afterwards."""
         module = self._modules[self._name]
-        if module.kind != BLOCK:
-            return {width: self.apply(kept) for width, kept in kept_sets.items()}
+        if module.kind == BLOCK:
+            self.restore(module.name)
+            return self._blocks.damages(kept_sets)
+        return {width: self._damage_of(module, kept) for width, kept in kept_sets.items()}
+
+    def _damage_of(self, module: PrunableModule, kept: Kept) -> float:
+        """Return the damage of one kept set of an attention or FFN."""
+        if self.level != "none" or width_of(kept) == module.width:
+            damage = self.apply(kept)
+            assert damage is not None
+            return damage
         self.restore(module.name)
-        return self._blocks.damages(kept_sets)
+        if module.has_logits and width_of(kept):
+            self._observe_whole(module)
+        moments = self._output_moments(module, kept)
+        return self._install(module, lambda: self._fit_gates(module, kept, moments))
 
     def _install(self, module: PrunableModule, fit: Callable[[], Fit]) -> float:
         """Run `fit` in the main process, set its weights in every process and return its damage."""

@@ -11,7 +11,7 @@ raises `NonFiniteLossError` in every process.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -51,9 +51,9 @@ class RandomOrder:
 class Magnitude:
     """Weight magnitude: the product of the norms of a channel's input and output weights (data-free)."""
 
-    def __init__(self, reconstruction: Reconstruction) -> None:
-        """`reconstruction` holds the weights before any cut."""
-        self._reconstruction = reconstruction
+    def __init__(self, original: Mapping[str, Tensor]) -> None:
+        """`original` are the parameters before any cut, by key."""
+        self._original = original
 
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """Return the scores of `candidates`."""
@@ -65,7 +65,7 @@ class Magnitude:
         for piece in module.parameter_slices():
             if ".bn" in piece.key:
                 continue  # of a residual block, only the convolutions
-            for part, block in piece.blocks(self._reconstruction.original[piece.key].double().cpu()):
+            for part, block in piece.blocks(self._original[piece.key].detach().double().cpu()):
                 across = [axis for axis in range(block.dim()) if axis != piece.axis]
                 norms = block.square().sum(across) if across else block.square()
                 key = (part, piece.axis)
@@ -203,6 +203,10 @@ class Elimination:
             return -score[candidates]
 
         return decided_on_main(f"the ranking of {module.name}", judge, lambda scores: [scores])
+
+    def forget(self) -> None:
+        """Free the inverse matrices of the last module."""
+        self._surgeons = {}
 
     def _output_error(self, width: int, part: str, kept: Tensor, candidates: Tensor, layer: OutputLayer) -> Tensor:
         channels = torch.cat((kept, candidates)).unique()

@@ -49,8 +49,8 @@ class Workbench(Protocol):
     def rank(self, name: str) -> Order:
         """Return the order in which the current module keeps its channels."""
 
-    def set_kept(self, name: str, kept: Kept) -> float:
-        """Gate the current module to `kept`; return the predicted damage."""
+    def set_kept(self, name: str, kept: Kept) -> None:
+        """Gate the current module to `kept` and refit it."""
 
     def damages(self, name: str, order: Order, widths: Sequence[int]) -> dict[int, float]:
         """Return the predicted damage at each width; the current module is unpruned afterwards."""

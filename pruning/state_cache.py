@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -80,6 +79,13 @@ class StoredState:
     nbytes: int
 
 
+@dataclass
+class _Memory:
+    """Bytes that a cache and its twin hold."""
+
+    nbytes: int = 0
+
+
 class StateCache:
     """Cached states of all images at the input of the module being searched (`position`).
 
@@ -125,7 +131,7 @@ class StateCache:
         self._numbers = numbers
         self._features: list[Features | BackboneState | None] = []
         self._stored: dict[int, StoredState] = {}
-        self.nbytes = 0
+        self._memory = _Memory()
         self.targets: list[Targets] = []
         self.steps = model.steps_in(scope)
         self.position: str = self.steps[0]
@@ -136,14 +142,16 @@ class StateCache:
     def twin(self, model: Detector) -> StateCache:
         """Return a cache of the states of `model`, which has the same weights before its first step.
 
-        Both share images and features, and half of the memory that is left each.
+        Both share images, features and the memory that is left.
         """
         other = copy.copy(self)
-        other._model, other._stored = model, dict(self._stored)  # `forget` counts their bytes
-        left = self.storage.max_bytes - self.nbytes
-        self.storage = other.storage = dataclasses.replace(self.storage, max_bytes=self.nbytes + left / 2)
-        other.forget()
+        other._model, other._stored, other.position = model, {}, self.steps[0]
         return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of features and states, those of a twin included."""
+        return self._memory.nbytes
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -214,7 +222,7 @@ class StateCache:
 
     def forget(self) -> None:
         """Drop all states, which other weights or gates made, and go back to the features."""
-        self.nbytes -= sum(stored.nbytes for stored in self._stored.values())
+        self._memory.nbytes -= sum(stored.nbytes for stored in self._stored.values())
         self._stored.clear()
         self.position = self.steps[0]
 
@@ -247,7 +255,7 @@ class StateCache:
         kept = features.to(self.storage.device, self.storage.dtype)
         fits = self.nbytes + kept.nbytes <= max_bytes
         self._features.append(kept if fits else None)
-        self.nbytes += kept.nbytes if fits else 0
+        self._memory.nbytes += kept.nbytes if fits else 0
 
     def _features_of(self, batch: int, images: list[Tensor] | None) -> Features | BackboneState:
         features = self._features[batch]
@@ -265,7 +273,7 @@ class StateCache:
         more = nbytes - (0 if stored is None else stored.nbytes)
         if self.nbytes + more <= self.storage.max_bytes:
             self._stored[batch] = StoredState(self.position, state, nbytes)
-            self.nbytes += more
+            self._memory.nbytes += more
 
 
 def repeat_batch(state: StateT, copies: int) -> StateT:

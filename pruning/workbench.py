@@ -129,7 +129,10 @@ class DetectorBench:
         self._reconstruction: Reconstruction | None = None
         self.loss = 0.0
         if method.is_calibrated:
-            self._calibration = Calibration(model, criterion, self.cache, calibrated, passes.device, passes.amp)
+            self._calibration = Calibration(
+                model, criterion, self.cache, calibrated, passes.device, passes.amp,
+                is_measured=method.uses_sensitivities,
+            )  # fmt: skip
             self._reconstruction = Reconstruction(
                 self._calibration, method.reconstruction, refits_whole=method.search == "global"
             )
@@ -142,9 +145,9 @@ class DetectorBench:
             return ExactLoss(model, criterion, self.cache, device=self._device, images_at_once=images_at_once)
         if name == "random":
             return RandomOrder(seed)
-        assert self._calibration is not None and self._reconstruction is not None, f"{name} needs calibration"
         if name == "magnitude":
-            return Magnitude(self._reconstruction)
+            return Magnitude(model.state_dict() if self._reconstruction is None else self._reconstruction.original)
+        assert self._calibration is not None and self._reconstruction is not None, f"{name} needs calibration"
         if name == "elimination":
             return Elimination(self._reconstruction)
         return GateGradient(self._calibration, {"first_order": 1, "fisher": 2}[name])
@@ -172,19 +175,18 @@ class DetectorBench:
             # Every kept channel gets new weights, so the order does not matter.
             return Order.natural(module)
         self.set_kept(name, all_kept(module))
-        return order_channels(module, self.ranking, method.direction, module.nheads, method.share_sets)
+        order = order_channels(module, self.ranking, method.direction, module.nheads, method.share_sets)
+        if isinstance(self.ranking, Elimination):
+            self.ranking.forget()
+        return order
 
-    def set_kept(self, name: str, kept: Kept) -> float:
-        """Gate the current module to `kept` and reconstruct it at the method's level.
-
-        Returns:
-            The predicted damage, 0 without calibration; see `Reconstruction.apply`.
-        """
+    def set_kept(self, name: str, kept: Kept) -> None:
+        """Gate the current module to `kept` and reconstruct it at the method's level."""
         self._measured.clear()
-        if self._reconstruction is not None:
-            return self._reconstruction.apply(kept)
-        set_gate(self.modules[name], kept, self._device)
-        return 0.0
+        if self._reconstruction is None:
+            set_gate(self.modules[name], kept, self._device)
+        else:
+            self._reconstruction.apply(kept)
 
     def damages(self, name: str, order: Order, widths: Sequence[int]) -> dict[int, float]:
         """Return the predicted damage at each width; the current module is unpruned afterwards."""

@@ -2,8 +2,10 @@
 
 import functools
 
+import pytest
 import torch
 
+from pruning import convolution_moments
 from pruning.cache_plan import Storage
 from pruning.calibration import Calibration
 from pruning.reconstruction import Reconstruction
@@ -22,7 +24,7 @@ SIZES = ((96, 96), (96, 96), (64, 96), (64, 96), (96, 64))
 GROUPS = ((0, 1), (2, 3), (4,))
 
 
-def batches_of(groups=GROUPS, sizes=SIZES, counts=(2,) * len(SIZES)):
+def batches_of(groups=GROUPS, sizes=SIZES, counts=(2, 2, 2, 2, 2)):
     """Batches of the same pictures, grouped in any way, with `counts` boxes each."""
     images, _ = pictures(sizes, seed=3)
     boxes = [{"boxes": torch.tensor([[0.4, 0.5, 0.3, 0.2], [0.6, 0.5, 0.2, 0.5]]).repeat(count, 1)[:count],
@@ -111,8 +113,16 @@ class Setting:
 
 
 @functools.cache
-def setting_of(words):
-    return Setting(words)
+def setting_of(words, has_every_position=False):
+    """A setting; with `has_every_position`, fits use every output position while `positions_per_image` is patched."""
+    with pytest.MonkeyPatch.context() as patch:
+        if has_every_position:
+            use_every_position(patch)
+        return Setting(words)
+
+
+def use_every_position(patch):
+    patch.setattr(convolution_moments, "positions_per_image", lambda unknowns, positions, images: positions)
 
 
 def random_kept(module, share, seed=0):

@@ -56,7 +56,8 @@ class Layer:
         where = slice(ids.start, ids.stop)
         positions = draw_positions(ids, count, count, seed=0)
         weights = self.position_weights[where]
-        return moments_at([(self.inputs[where], self.convolution)], outputs[where], weights, positions)
+        source = [(self.inputs[where], self.convolution)]
+        return moments_at(source, outputs_at(outputs[where], positions), weights.gather(1, positions), positions)
 
     def fit(self, start: Tensor, moments: Moments, kept: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
         """Weight and constant for some input channels."""
@@ -166,7 +167,8 @@ def test_the_moments_of_two_processes_add_up_to_those_of_one(layer, cut):
 
     def moments(ids: range) -> Moments:
         positions, where = draw_positions(ids, count, -(-count // 3), seed=7), slice(ids.start, ids.stop)
-        outputs, weights = layer.outputs[where], layer.position_weights[where]
+        outputs = outputs_at(layer.outputs[where], positions)
+        weights = layer.position_weights[where].gather(1, positions)
         return moments_at([(layer.inputs[where], layer.convolution)], outputs, weights, positions)
 
     assert_equal(moments(range(cut)) + moments(range(cut, IMAGES)), moments(range(IMAGES)))
@@ -193,7 +195,9 @@ def test_moments_of_drawn_positions_are_those_of_all_on_average():
     outputs = convolution(inputs)
 
     def moments(count: int, seed: int) -> Tensor:
-        found = moments_at([(inputs, convolution)], outputs, weights, draw_positions(range(4), 36, count, seed))
+        positions = draw_positions(range(4), 36, count, seed)
+        drawn = weights.gather(1, positions) * 36 / count
+        found = moments_at([(inputs, convolution)], outputs_at(outputs, positions), drawn, positions)
         return torch.cat([found.weight[None], found.x, found.xx.flatten(), found.yx.flatten(), found.yy.flatten()])
 
     whole = moments(36, 0)

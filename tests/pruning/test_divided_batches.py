@@ -12,11 +12,16 @@ COUNTS = (1, 4, 2, 0, 7)  # boxes of the images, so that groups have other numbe
 ONE_SIZE = ((96, 96),) * len(COUNTS)
 
 
+def joined(batches):
+    """Images and targets of several batches."""
+    return [[item for batch in batches for item in batch[side]] for side in (0, 1)]
+
+
 @pytest.mark.parametrize("images_at_once", [1, 7])
 @torch.no_grad()
 def test_the_exact_loss_is_that_of_the_whole_first_batch(images_at_once):
     setting = Setting(DETECTORS["basic"], batches_of(counts=COUNTS), numbers=(0, 0, 1))
-    images, targets = (sum(parts, []) for parts in zip(*setting.batches[:2], strict=True))
+    images, targets = joined(setting.batches[:2])
     exact = ExactLoss(setting.model, setting.criterion, setting.cache, device=CPU, images_at_once=images_at_once)
     for name in (setting.blocks[1], "encoder.0.ffn"):
         module = setting.modules[name]
@@ -55,7 +60,7 @@ def test_an_image_has_the_weight_of_its_own_batch():
     setting = Setting(DETECTORS["basic"], batches_of(GROUPS, counts=COUNTS), numbers=(0, 0, 1))
     losses = []
     for parts in ((0, 1), (2,)):
-        images, targets = (sum((setting.batches[p][side] for p in parts), []) for side in (0, 1))
+        images, targets = joined([setting.batches[part] for part in parts])
         with torch.no_grad():
             loss = setting.criterion.weighted_sum(setting.criterion(setting.model(images), targets))
         losses.append(len(images) * float(loss))

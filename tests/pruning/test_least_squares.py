@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning import least_squares as fit
-from pruning.least_squares import Surgeon, error_covariance, low_rank_products, refit, value_directions
+from pruning.least_squares import (
+    Surgeon,
+    cholesky,
+    error_covariance,
+    errors_of_prefixes,
+    low_rank_products,
+    refit,
+    value_directions,
+)
 from pruning.moments import Moments, damped
 from tests.pruning.samples import least_error, quick, samples, weighted_error
 
@@ -111,6 +119,38 @@ def test_taking_channels_away_in_turn_leaves_what_one_refit_without_all_of_them_
     fitted = sample.weight[:, kept] + sample.weight[:, others] @ torch.linalg.solve(inner, regular[kept][:, others]).T
     expected = fitted.square().sum(0) / torch.linalg.inv(inner).diagonal()
     torch.testing.assert_close(surgeon.scores(), expected, rtol=1e-6, atol=1e-9)
+
+
+@quick
+@given(sample=samples(), damping=st.sampled_from([1e-4, 1e-2]), data=st.data())
+def test_errors_of_prefixes_are_those_of_a_fit_for_each_width(sample, damping, data):
+    size, outputs = sample.x.shape[1], len(sample.weight)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    judged = torch.randn(size, 3 * size + 5, generator=generator).double()
+    judged = judged @ judged.T
+    root = torch.randn(outputs, outputs, generator=generator).double()
+    metric, fitted_on = root @ root.T, damped(moments_of(sample).covariance_xx, damping)
+    weight = sample.weight
+    for fitted in (None, fitted_on):
+        expected = []
+        for kept in range(size + 1):
+            wrong = weight.clone()
+            wrong[:, :kept] = 0
+            if fitted is not None:
+                inner, cross = fitted[:kept, :kept], fitted[:kept, kept:]
+                wrong[:, :kept] = -weight[:, kept:] @ torch.linalg.solve(inner, cross).T
+            expected.append((metric * (wrong @ judged @ wrong.T)).sum())
+        found = errors_of_prefixes(weight, metric, judged, fitted)
+        assert found[-1] == 0
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=1e-6 * float(expected[0]))
+
+
+def test_a_matrix_that_rounding_made_indefinite_is_damped():
+    matrix = torch.ones(3, 3).double() - 1e-9 * torch.eye(3).double()
+    lower = cholesky(matrix)
+    torch.testing.assert_close(lower @ lower.T, matrix, rtol=0, atol=1e-4)
+    with pytest.raises(torch.linalg.LinAlgError):
+        cholesky(-torch.eye(3).double())
 
 
 @st.composite

@@ -47,7 +47,7 @@ class Setting:
             "fisher": lambda: GateGradient(self.calibration, 2),
             "first_order": lambda: GateGradient(self.calibration, 1),
             "exact": lambda: ExactLoss(self.model, self.criterion, self.cache, device=CPU, images_at_once=16),
-            "magnitude": lambda: Magnitude(self.reconstruction),
+            "magnitude": lambda: Magnitude(self.reconstruction.original),
             "random": lambda: RandomOrder(3),
         }[name]()
 
