@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -95,16 +95,34 @@ def cost_of(model: Detector, image_size_hw: tuple[int, int] = PAPER_IMAGE_SIZE_H
 
 
 def step_shares(model: Detector, image_size_hw: tuple[int, int], scope: str = "transformer") -> dict[str, float]:
-    """Return the share of each step of a scope in the multiply-accumulates of all its steps, in network order."""
+    """Return the share of each step of a scope in the multiply-accumulates of all its steps, in network order.
+
+    The projection after the backbone is computed with the last residual block.
+    """
     macs = dict.fromkeys(model.steps_in(scope), 0.0)
     for product in (*convolutions_of(model, image_size_hw), *products_of(model, image_size_hw)):
-        name = product.step
+        name = model.block_names[-1] if product.step.startswith("input_proj") else product.step
         if match := re.fullmatch(r"backbone\.0\.body\.(layer\d\.\d+)\..*", name):
             name = f"backbone.{match[1]}"
         if name in macs:
             macs[name] += product.macs
     total = sum(macs.values())
     return {name: of_step / total for name, of_step in macs.items()}
+
+
+def detector_gmacs_by_widths(model: Detector, image_size_hw: tuple[int, int]) -> Callable[[Widths], float]:
+    """Return a function from widths of `model`, at most its own, to the GMACs of the whole detector.
+
+    It builds no detector, so it is fast enough for every step of a search.
+    """
+    tokens, pixels = _run_front(model, image_size_hw)
+    whole, tables = sum(product.macs for product in convolutions(model, pixels)), block_macs(model, image_size_hw)
+
+    def gmacs(widths: Widths) -> float:
+        gone = sum(table[-1] - table[widths.of(name)] for name, table in tables.items()) if widths.backbone else 0
+        return (whole - gone + sum(product.macs for product in _products(model, widths, tokens))) / GIGA
+
+    return gmacs
 
 
 def params_per_channel(model: Detector) -> dict[str, int]:
