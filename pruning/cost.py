@@ -181,10 +181,14 @@ def _total_macs(model: Detector, widths: Widths, tokens: int) -> int:
     return sum(product.macs for product in _products(model, widths, tokens))
 
 
-def transformer_params_at(model: Detector, widths: Mapping[str, int]) -> int:
-    """Return the transformer's parameters if the modules of `widths` were that wide."""
-    gone = sum(cost.at(model.widths.of(name)) - cost.at(widths[name]) for name, cost in module_params(model).items())
-    return count_parameters(model.transformer) - int(gone)
+def params_by_widths(model: Detector) -> Callable[[Widths], float]:
+    """Return a function from widths of `model`, at most its own, to the parameters of the transformer."""
+    costs, whole, full = module_params(model), count_parameters(model.transformer), model.widths
+
+    def params(widths: Widths) -> float:
+        return whole - sum(cost.at(full.of(name)) - cost.at(widths.of(name)) for name, cost in costs.items())
+
+    return params
 
 
 def macs_per_channel(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from models.widths import Widths
-from reports.plots import WHOLE, by_kind, draw_ap_against_parameters, draw_widths, new_figure
+from reports.plots import WHOLE, CostAxis, by_kind, draw_ap_against_cost, draw_widths, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,14 +43,14 @@ def widths_plots(before: Widths, after: Widths) -> list[tuple[str, str]]:
     return found
 
 
-def ap_plot(points: Sequence[tuple[int, float, bool]], base_ap: float, base_params: int) -> str:
-    """Return a plot of AP against transformer parameters; see `reports.plots.plot_ap_against_parameters`."""
+def ap_plot(axis: CostAxis, base_ap: float) -> str:
+    """Return a plot of AP against cost; see `reports.plots.plot_ap_against_cost`."""
 
     def draw(axes: Axes) -> None:
-        draw_ap_against_parameters(axes, points, base_ap, base_params)
+        draw_ap_against_cost(axes, axis, base_ap)
         axes.locator_params(axis="x", nbins=6)  # more do not fit a phone
 
-    return svg(draw, "AP against transformer parameters")
+    return svg(draw, f"AP against {axis.label}")
 
 
 def curves(

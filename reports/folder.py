@@ -15,6 +15,7 @@ from datasets.coco import build_dataset
 from datasets.config import DataConfig, SplitConfig
 from models import build
 from models.config import DetectorConfig
+from models.detector import Detector
 from models.widths import Widths
 from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost, cost_of, cost_rows
 from reports import page
@@ -125,9 +126,14 @@ def image_size_of(data: DataConfig, split: str) -> tuple[int, int] | None:
 
 def cost_at(config: DetectorConfig, widths: Widths, image_size_hw: tuple[int, int] | None) -> Cost:
     """Return the cost of the run's detector with those widths; the GMACs are only valid with an image size."""
+    return cost_of(model_with(config, widths), image_size_hw or PAPER_IMAGE_SIZE_HW)
+
+
+def model_with(config: DetectorConfig, widths: Widths) -> Detector:
+    """Return the run's detector with those widths, without values."""
     with torch.device("meta"):
         model, _, _ = build(dataclasses.replace(config, cfgs=widths, pretrained_backbone=False))
-    return cost_of(model, image_size_hw or PAPER_IMAGE_SIZE_HW)
+    return model
 
 
 def cost_section(name: str, before: Cost, after: Cost | None, image_size_hw: tuple[int, int] | None) -> str:

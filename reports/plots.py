@@ -1,12 +1,16 @@
-"""Plots of a search: module widths before and after, and AP against parameters."""
+"""Plots of a search: module widths before and after, and AP against cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.detector import Detector
 from models.widths import BACKBONE, Widths
+from pruning.cost import detector_gmacs_by_widths, params_by_widths
+from pruning.journal import Decision, Trial
 from pruning.schedule import role_of
 from util.files import write_atomic
 
@@ -63,34 +67,78 @@ def draw_widths(axes: Axes, names: Sequence[str], before: Widths, after: Widths,
         label.set_horizontalalignment("right")
 
 
-def plot_ap_against_parameters(
-    path: str | Path, points: Sequence[tuple[int, float, bool]], base_ap: float, base_params: int, caption: str
-) -> None:
-    """Write a PNG of mAP on the whole split against transformer parameters, for widths tried and accepted.
+@dataclass(frozen=True)
+class CostAxis:
+    """The cost that a search's plot shows, of its steps and of the detector before the search.
+
+    Attributes:
+        label: what is counted, with its unit.
+        base: before the search, in that unit.
+        points: for widths that were tried: cost, mAP in [0, 1] of the whole split, and whether they were accepted.
+    """
+
+    label: str
+    base: float
+    points: Sequence[tuple[float, float, bool]]
+
+
+def cost_axis(
+    model: Detector,
+    image_size_hw: tuple[int, int],
+    before: Widths,
+    decisions: Sequence[Decision],
+    trials: Sequence[Trial],
+    best: Trial | None,
+) -> CostAxis:
+    """Return the costs of a search's steps: parameters of the transformer, or GMACs of a detector cut as a whole.
 
     Args:
-        points: transformer parameters, mAP in [0, 1], and whether they were accepted.
-        base_ap: mAP in [0, 1] before the search, with `base_params` transformer parameters.
+        model: the detector before the search, on any device.
+        before: its widths; they list the backbone's if its blocks were searched, too.
+        decisions, trials: of the search, one of them empty.
+        best: the chosen trial.
+    """
+    steps: list[tuple[Widths, float | None, bool]] = []
+    widths = before
+    for decision in decisions:
+        widths = widths.replace(decision.module, decision.width)
+        steps.append((widths, decision.full_ap, decision.accepted))
+    for trial in trials:
+        widths = before
+        for name, width in trial.widths.items():
+            widths = widths.replace(name, width)
+        steps.append((widths, trial.full_ap, trial is best))
+    if before.backbone is None:
+        label, unit, cost_of = "transformer parameters (millions)", 1e6, params_by_widths(model)
+    else:
+        label, unit, cost_of = "GMACs of the whole detector", 1.0, detector_gmacs_by_widths(model, image_size_hw)
+    points = [(cost_of(widths) / unit, ap, is_accepted) for widths, ap, is_accepted in steps if ap is not None]
+    return CostAxis(label, cost_of(before) / unit, points)
+
+
+def plot_ap_against_cost(path: str | Path, axis: CostAxis, base_ap: float, caption: str) -> None:
+    """Write a PNG of mAP on the whole split against cost, for widths tried and accepted.
+
+    Args:
+        base_ap: mAP in [0, 1] before the search.
         caption: title, such as schedule and split.
     """
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
-    draw_ap_against_parameters(axes, points, base_ap, base_params)
+    draw_ap_against_cost(axes, axis, base_ap)
     axes.set_title(caption, fontsize=10)
     save_figure(figure, path)
 
 
-def draw_ap_against_parameters(
-    axes: Axes, points: Sequence[tuple[int, float, bool]], base_ap: float, base_params: int
-) -> None:
-    """Draw the plot of `plot_ap_against_parameters` without its title."""
-    tried = [point for point in points if not point[2]]
-    accepted = [(base_params, base_ap), *(point[:2] for point in points if point[2])]
-    axes.plot([params / 1e6 for params, _ in accepted], [100 * ap for _, ap in accepted], "o-", label="accepted")
+def draw_ap_against_cost(axes: Axes, axis: CostAxis, base_ap: float) -> None:
+    """Draw the plot of `plot_ap_against_cost` without its title."""
+    tried = [point for point in axis.points if not point[2]]
+    accepted = [(axis.base, base_ap), *(point[:2] for point in axis.points if point[2])]
+    axes.plot([cost for cost, _ in accepted], [100 * ap for _, ap in accepted], "o-", label="accepted")
     if tried:
-        axes.plot([p / 1e6 for p, *_ in tried], [100 * ap for _, ap, _ in tried], "x", label="tried")
+        axes.plot([cost for cost, *_ in tried], [100 * ap for _, ap, _ in tried], "x", label="tried")
     axes.axhline(100 * base_ap, color=WHOLE, zorder=0)
-    axes.set_xlabel("transformer parameters (millions)")
+    axes.set_xlabel(axis.label)
     axes.set_ylabel("AP (points)")
     axes.invert_xaxis()
     axes.legend()

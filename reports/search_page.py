@@ -11,7 +11,7 @@ from datasets.annotations import load_annotations
 from datasets.coco import split_of
 from models.widths import Widths
 from pruning.config import SearchConfig
-from pruning.cost import Cost
+from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
 from reports import charts, page
 from reports.folder import (
@@ -23,8 +23,10 @@ from reports.folder import (
     duration,
     environment_section,
     image_size_of,
+    model_with,
     read_folder,
 )
+from reports.plots import cost_axis
 from reports.samples import Samples
 from reports.search_log import MODULE_COLUMNS, TRIAL_COLUMNS, module_rows, next_command, trial_rows
 from util.environment import ARGUMENTS_NAME
@@ -151,7 +153,7 @@ def search_page(path: Path, samples: Samples) -> str:
         _lead(facts, before, after),
         cost_section("before", before, after, facts.image_size_hw),
         page.section("Width of each module", page.plots(charts.widths_plots(facts.before, facts.after))),
-        page.section("AP against parameters", _ap_plot(facts, before.transformer_params)),
+        page.section("AP against cost", _ap_plot(facts)),
         _steps(facts),
         samples.section(folder.detector, folder.data, detectors) if facts.end is not None and facts.passed else "",
         _next_steps(facts, output) if facts.passed else "",
@@ -235,19 +237,12 @@ def _steps(facts: SearchFacts) -> str:
     return page.section("Trials", trials) + page.section("Modules", modules)
 
 
-def _ap_plot(facts: SearchFacts, base_params: int) -> str:
-    if facts.decisions:
-        points = [(d.transformer_params, d.full_ap, d.accepted) for d in facts.decisions if d.full_ap is not None]
-    else:
-        points = []
-        for trial in facts.trials:
-            widths = facts.before
-            for name, width in trial.widths.items():
-                widths = widths.replace(name, width)
-            params = cost_at(facts.folder.detector, widths, facts.image_size_hw).transformer_params
-            points.append((params, trial.full_ap, trial is facts.best))
+def _ap_plot(facts: SearchFacts) -> str:
+    model = model_with(facts.folder.detector, facts.before)
+    size_hw = facts.image_size_hw or PAPER_IMAGE_SIZE_HW
+    axis = cost_axis(model, size_hw, facts.before, facts.decisions, facts.trials, facts.best)
     caption = f"On {facts.split}, before fine-tuning"
-    return page.plots([(caption, charts.ap_plot(points, facts.start["base_ap"], base_params))])
+    return page.plots([(caption, charts.ap_plot(axis, facts.start["base_ap"]))])
 
 
 def _count_images(folder: RunFolder, config: SearchConfig) -> int | None:

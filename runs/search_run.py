@@ -32,7 +32,7 @@ from pruning.checks import (
     warn_of_images,
     warn_of_low_target,
 )
-from pruning.cost import Cost, cost_of, cost_table, step_shares, transformer_params_at
+from pruning.cost import Cost, cost_of, cost_table, step_shares
 from pruning.cost_tables import prices_of
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
 from pruning.kept_channels import Kept
@@ -84,6 +84,7 @@ class SearchRun:
         self.log = get_logger()
         self.decisions: list[Decision] = []
         self.trials: list[Trial] = []
+        self.best_trial: Trial | None = None
         self.kept_queries = kept_queries
         # Log lines about queries and data from before the log file was opened.
         self.notices: list[Notice] = [] if kept_queries is None else [kept_queries.notice]
@@ -342,15 +343,10 @@ class SearchRun:
         before, after = self._costs(result.widths)
         caption = f"{self.schedule.name.upper()} searching on {self.split}"
         plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.full_widths, result.widths)
-        if self.decisions:
-            points = [(d.transformer_params, d.full_ap, d.accepted) for d in self.decisions if d.full_ap is not None]
-        else:
-            points = [
-                (transformer_params_at(self.model, t.widths), t.full_ap, t is self.best_trial) for t in self.trials
-            ]
-        plots.plot_ap_against_parameters(
-            self.output_dir / AP_PICTURE, points, result.base_ap, before.transformer_params, caption
+        axis = plots.cost_axis(
+            self.model, self.image_size_hw, self.full_widths, self.decisions, self.trials, self.best_trial
         )
+        plots.plot_ap_against_cost(self.output_dir / AP_PICTURE, axis, result.base_ap, caption)
         self.journal.end(self._outcome(result, passed=True))
         write_report(self.output_dir, "search", Samples(self.device))
         self._log_result(result, before, after)

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from reports.plots import cost_axis
 from tests.tiny_run import write_coco
 
 # The files that take longest, in the order in which two workers take them: both then end at about the same time.
@@ -45,7 +46,7 @@ def draw_reports():
     def write(path: Path, *_: object) -> None:
         path.write_bytes(b"a picture")
 
-    drawings = SimpleNamespace(plot_widths=write, plot_ap_against_parameters=write)
+    drawings = SimpleNamespace(plot_widths=write, plot_ap_against_cost=write, cost_axis=cost_axis)
     with mock.patch("reports.report.render", return_value=""), mock.patch("runs.search_run.plots", drawings):
         yield
 

@@ -201,6 +201,21 @@ def test_shares_of_the_steps_are_those_of_the_products(network):
     assert all(share > 0 for share in shares.values())
 
 
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_the_projection_counts_with_the_last_block(network):
+    model = tiny_detector(network)[0]
+    shares = step_shares(model, (64, 64), "detector")
+    assert list(shares) == [*model.block_names, *model.step_names] and sum(shares.values()) == pytest.approx(1)
+    convolutions = {product.step: product.macs for product in convolutions_of(model, (64, 64))}
+    projection = sum(macs for name, macs in convolutions.items() if name.startswith("input_proj"))
+    last = model.block_names[-1]
+    of_block = sum(macs for name, macs in convolutions.items() if f".{last.removeprefix('backbone.')}." in name)
+    transformer = sum(product.macs for product in products_of(model, (64, 64)))
+    of_steps = sum(shares[name] for name in model.step_names)
+    assert shares[last] / of_steps == pytest.approx((of_block + projection) / transformer)
+    assert projection > 0 and of_block > 0
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_counting_leaves_the_detector_as_it_was(variant):
     model = tiny_detector(f"{VARIANTS[variant]} --batch_norm_type BatchNorm2d")[0].train()

@@ -126,7 +126,7 @@ def test_activations_are_named_with_module_and_images(setting, name, level, valu
         mock.patch.object(type(module.layer), "observe", spoiled),
         pytest.raises(NonFiniteLossError, match=rf"^calibration: activations of {name} are not .*\[12, 13\]$"),
     ):
-        reconstruction.apply(Order.natural(module).kept(16))
+        reconstruction.damages({16: Order.natural(module).kept(16)})
 
 
 @pytest.mark.parametrize("name", ["encoder.0.attention", "decoder.1.ffn"])
@@ -144,7 +144,7 @@ def test_a_fit_that_is_not_finite_is_no_damage_of_nothing(setting, name, level, 
         mock.patch.object(reconstruction_module, function, spoiled),
         pytest.raises(NonFiniteLossError, match=rf"^calibration: the fit of {name} is not finite$"),
     ):
-        reconstruction.apply(Order.natural(module).kept(16))
+        reconstruction.damages({16: Order.natural(module).kept(16)})
 
 
 def test_a_fit_that_lapack_refuses_is_a_one_line_error(setting):
@@ -181,7 +181,8 @@ def test_scores_of_weights_that_are_not_finite_are_named_with_their_module(setti
     module, reconstruction = setting.begin("decoder.1.ffn")
     reconstruction.original[f"{module.output_name}.weight"][0, 0] = INF
     with pytest.raises(NonFiniteLossError, match=r"^calibration: .* of decoder\.1\.ffn "):
-        kind(reconstruction)(module, ("hidden",), all_kept(module), torch.arange(32))
+        rank = Magnitude(reconstruction.original) if kind is Magnitude else kind(reconstruction)
+        rank(module, ("hidden",), all_kept(module), torch.arange(32))
 
 
 def test_the_first_that_any_process_has_met_is_named_with_the_images_of_all(monkeypatch):

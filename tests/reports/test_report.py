@@ -105,7 +105,7 @@ def trained(root, searched):
 def test_a_search_report_shows_its_results(root, searched):
     folder, result = searched
     page = read(folder)
-    assert page.headings == ["Cost", "Width of each module", "AP against parameters", "Trials", "Modules",
+    assert page.headings == ["Cost", "Width of each module", "AP against cost", "Trials", "Modules",
                              "Sample detections", "Go on", "Made with"]  # fmt: skip
     assert f"{result.base_ap:.4f}" in page.text and f"{result.ap:.4f}" in page.text and "on 7 images" in page.text
     args, _ = options("--coco_path", root, "--resume", result.path, "--eval --device cpu")

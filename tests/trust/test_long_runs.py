@@ -106,7 +106,7 @@ def decide(folder: Path, out: Path, warm_up: int, steps: int, network: str) -> t
     with (
         mock.patch.object(Journal, "decision", watched),
         mock.patch.object(Schedule, "full_threshold_ap", lambda *arguments: 1.1),
-        mock.patch.multiple(plots, plot_widths=mock.DEFAULT, plot_ap_against_parameters=mock.DEFAULT),
+        mock.patch.multiple(plots, plot_widths=mock.DEFAULT, plot_ap_against_cost=mock.DEFAULT),
         pytest.raises(RunFailedError),  # every module is whole in the end
     ):
         search(GP, args, typed)
