@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pruning.moments import Moments
 
-LEAST_SCALE = 1e-3  # relative to the largest scale of a batch norm; channels below it are not refitted
+LARGEST_GROWTH = 1e3  # of an output channel's weight in a fit, relative to the mean of its convolution
 
 
 def norm_scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -63,8 +63,8 @@ def convolution_weights(
 ) -> tuple[list[Tensor], Tensor]:
     """Convert a fit over the patches of several convolutions, whose outputs are added, to their weights.
 
-    Where a batch norm scales an output channel to nearly 0, the fit cannot be expressed: the channel keeps its weights
-    and gets the best constant.
+    Where a batch norm scales an output channel to nearly 0, the fit would need huge weights: the channel keeps its
+    weights and gets the best constant. Scales of other channels do not matter.
 
     Args:
         layers: convolutions of equally many outputs, each with its batch norm.
@@ -79,12 +79,13 @@ def convolution_weights(
     """
     scales, shifts = zip(*(norm_scale_and_shift(norm) for _, norm in layers), strict=True)
     old = [layer.weight.detach().double().cpu()[:, channels] for (layer, _), channels in zip(layers, kept, strict=True)]
-    is_dead = torch.stack([scale.abs() <= LEAST_SCALE * scale.abs().max() for scale in scales]).any(0)
+    parts = fitted.split([weight[0].numel() for weight in old], 1)
+    is_dead = torch.stack([_needs_huge_weights(*layer) for layer in zip(parts, scales, old, strict=True)]).any(0)
     start = torch.cat([scale[:, None] * weight.flatten(1) for scale, weight in zip(scales, old, strict=True)], 1)
     best = (moments.y - start @ moments.x) / moments.weight
     constant = torch.where(is_dead, best, constant)
     weights = []
-    for part, scale, weight in zip(fitted.split([w[0].numel() for w in old], 1), scales, old, strict=True):
+    for part, scale, weight in zip(parts, scales, old, strict=True):
         divided = (part / scale.masked_fill(is_dead, 1.0)[:, None]).view_as(weight)
         weights.append(torch.where(is_dead[:, None, None, None], weight, divided))
     # The shift contains the norm's bias; its other terms stay.
@@ -93,3 +94,13 @@ def convolution_weights(
         if convolution.bias is not None:
             bias = bias - scale * convolution.bias.detach().double().cpu()
     return weights, bias
+
+
+def _needs_huge_weights(fitted: Tensor, scale: Tensor, old: Tensor) -> Tensor:
+    """Return for each output channel whether `fitted` (D x inputs) divided by its scale is out of proportion.
+
+    Args:
+        old: weight of the convolution before the fit, D x kept x kh x kw.
+    """
+    usual = old.flatten(1).square().sum(1).mean().sqrt()
+    return (scale == 0) | (fitted.square().sum(1).sqrt() > LARGEST_GROWTH * usual * scale.abs())

@@ -301,6 +301,25 @@ def test_a_channel_that_the_norm_multiplies_with_nothing_keeps_its_weight_and_ge
     torch.testing.assert_close(layer.cut(kept, weight, bias)[:, 0].mean(), targets[:, 0].mean())
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_a_channel_is_refitted_whatever_the_scales_of_the_others(scale):
+    generator = torch.Generator().manual_seed(0)
+    convolution, norm = nn.Conv2d(3, 2, 1, bias=False).double(), random_norm(nn.BatchNorm2d, 2, generator)
+    inputs, kept = torch.rand(IMAGES, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 2])
+    found = []
+    for weight_of_other in (1.0, scale):
+        norm.weight.data = torch.tensor([1.0, weight_of_other]).double()
+        layer = Layer(convolution, norm, inputs, torch.ones(IMAGES, 16))
+        targets = layer.outputs + torch.rand(IMAGES, 2, 4, 4, generator=generator.manual_seed(1), dtype=torch.float64)
+        moments = layer.moments(targets)
+        fitted, constant = layer.fit(as_linear(convolution, norm)[0], moments, kept)
+        found.append(layer.weights(fitted, constant, kept, moments)[0])
+    assert not torch.allclose(found[0][0], convolution.weight[0, kept])
+    torch.testing.assert_close(found[1][0], found[0][0])
+    is_out_of_proportion = scale < 1  # of the other: its fit would need weights a billion times as large
+    assert torch.equal(found[1][1], convolution.weight[1, kept]) == is_out_of_proportion
+
+
 def test_a_block_that_adds_nothing_yet_keeps_its_weights():
     generator = torch.Generator().manual_seed(0)
     convolution, norm = nn.Conv2d(3, 2, 1, bias=False).double(), random_norm(nn.BatchNorm2d, 2, generator)
