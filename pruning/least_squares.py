@@ -163,9 +163,13 @@ def errors_of_prefixes(weight: Tensor, metric: Tensor, judged_on: Tensor, fitted
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """Return the Cholesky factor of a damped matrix; if rounding made it indefinite, it is damped further."""
-    for damping in (0.0, 1e-6, 1e-5, 1e-4, 1e-3):
-        lower, info = torch.linalg.cholesky_ex(matrix if damping == 0 else damped(matrix, damping))
+    """Return the Cholesky factor of a damped matrix; if rounding made it indefinite, it is damped further.
+
+    The covariance of constant inputs is nothing but rounding errors, hence the large dampings.
+    """
+    largest, identity = matrix.abs().amax().clamp(min=TINY), torch.eye(len(matrix), dtype=matrix.dtype)
+    for damping in (0.0, 1e-6, 1e-3, 1.0, 2.0 * len(matrix)):
+        lower, info = torch.linalg.cholesky_ex(matrix + damping * largest * identity if damping else matrix)
         if not info:
             return lower
     raise torch.linalg.LinAlgError(f"a matrix of {len(matrix)} rows is not positive definite")
