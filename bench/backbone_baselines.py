@@ -35,13 +35,15 @@ from pruning.kept_channels import Kept
 from pruning.method import FAST
 from pruning.scores import RandomOrder
 from pruning.transplant import cut_state_dict, slim_copy, widths_after
+from reports.plots import new_figure, save_figure
 from util.cli import real
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import file_digest, write_json
 from util.logging import table
 
-BUDGETS = (0.65, 0.5, 0.35)
+BUDGETS = (0.92, 0.65, 0.5, 0.35)
+MOST_OF_TRANSFORMER = 0.55  # of its MACs that it alone is pruned by
 REESTIMATED = ", norms re-estimated"
 SEARCH_IMAGES = 200
 OWN_IMAGES = 600  # on which this project's rows are calibrated, as fits of thousands of unknowns need more
@@ -143,8 +145,8 @@ class Row:
     repairs: bool = True
 
 
-def rows_of(subject: Subject, own_subject: Callable[[], Subject]) -> list[Row]:
-    """Return the rows of the table; `own_subject` returns that of this project's rows, with more images."""
+def rows_of(subject: Subject, own_subject: Callable[[], Subject], budget: float) -> list[Row]:
+    """Return the rows of a budget; `own_subject` returns the subject of this project's rows, with more images."""
     dense, size = subject.dense, subject.image_size_hw
     gradients = functools.cache(lambda: loss_gradients(dense, subject.seen, subject.criterion, "backbone"))
 
@@ -162,6 +164,11 @@ def rows_of(subject: Subject, own_subject: Callable[[], Subject]) -> list[Row]:
             "ours, whole detector", lambda keep, _: detector_pruner(own_subject()).searched(1 - keep)[0], repairs=False
         ),
         Row("ours, uniform widths", lambda keep, _: uniform_detector(own_subject(), keep), repairs=False),
+        *(
+            [Row("ours, transformer alone", lambda keep, _: transformer_alone(own_subject(), keep), repairs=False)]
+            if transformer_share(subject, budget) <= MOST_OF_TRANSFORMER
+            else []
+        ),
         Row("uniform, magnitude", uniform(lambda _: functools.partial(magnitude, dense.state_dict()))),
         Row("uniform, random", uniform(random_scores), RANDOM_SEEDS),
     ]
@@ -176,6 +183,18 @@ def rows_of(subject: Subject, own_subject: Callable[[], Subject]) -> list[Row]:
 def detector_pruner(subject: Subject) -> Pruner:
     """Return a pruner of the whole detector that calibrates on all images of the search."""
     return Pruner(subject, FAST, calibration_images=len(subject.seen.dataset), scope="detector")
+
+
+def transformer_alone(subject: Subject, keep: float) -> Detector:
+    """Cut only the transformer, to leave the share `keep` of the whole detector's MACs."""
+    pruner = Pruner(subject, FAST, calibration_images=len(subject.seen.dataset), cost="macs")
+    return pruner.searched(transformer_share(subject, keep))[0]
+
+
+def transformer_share(subject: Subject, keep: float) -> float:
+    """Return the share of the transformer's MACs to remove to leave the share `keep` of the whole detector's."""
+    found = cost_of(subject.dense, subject.image_size_hw)
+    return (1 - keep) * found.detector_gmacs / found.gmacs
 
 
 def uniform_detector(subject: Subject, keep: float) -> Detector:
@@ -290,6 +309,23 @@ def print_table(figures: Mapping[str, Any]) -> None:
     print(f"{figures['name']}, AP in points on val2017\n{table(titles, cells)}")
 
 
+def draw(figures: Mapping[str, Any], path: Path) -> None:
+    """Draw AP against the share of MACs, one line for each way of pruning, to a PNG file."""
+    figure = new_figure(8, 5)
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row["name"] for row in figures["rows"]):
+        rows = sorted((row for row in figures["rows"] if row["name"] in (name, "dense")), key=lambda row: row["share"])
+        own = name.startswith(("ours", "dense"))
+        axes.plot(
+            [100 * row["share"] for row in rows], [100 * row["ap"] for row in rows], marker="o",
+            linewidth=2.5 if own else 1, alpha=1 if own else 0.6, label=name,
+        )  # fmt: skip
+    axes.set(xlabel="multiply-accumulates kept, % of the detector's", ylabel="AP as cut")
+    axes.legend(fontsize=6, ncols=2)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the benchmark."""
     parser = get_subject_parser("bench.backbone_baselines", __doc__, search_images=SEARCH_IMAGES)
@@ -312,10 +348,11 @@ def main() -> None:
     results = open_results(subject, args)
     own = functools.cache(lambda: Subject(args.coco_path, args.checkpoint, 1, OWN_IMAGES, BATCH_SIZE))
     for keep in args.keep:
-        for row in rows_of(subject, own):
+        for row in rows_of(subject, own, keep):
             measure(results, subject, row, keep)
     results.figures["own_images"] = OWN_IMAGES
     results.write()
+    draw(results.figures, args.output / f"backbone_baselines_{args.name}.png")
     print_table(results.figures)
 
 

@@ -202,9 +202,9 @@ def ops(results: Path) -> str:
             if (case["shape"], case["dtype"]) == ("encoder", "float32")
         }
         text += (
-            f" CUDA: medians of {on_gpu['rounds']} rounds, of the kernels at commit {on_gpu['commit']}, which have "
-            f"changed since; in the encoder they were {original['forward']:.1f} and {original['backward']:.1f} times as "
-            f"quick as the original's algorithm, forward and backward. {measured_with(on_gpu)}"
+            f" CUDA: medians of {on_gpu['rounds']} rounds, of the kernels at commit {on_gpu['commit']}, which "
+            f"have changed since. In the encoder the original's algorithm took {original['forward']:.1f} times as "
+            f"long forward and {original['backward']:.1f} times backward. {measured_with(on_gpu)}"
         )
     return paragraph(text)
 

@@ -147,9 +147,11 @@ class Pruner:
         calibration_images: int = CALIBRATION_IMAGES,
         search: type[BudgetSearch] = BudgetSearch,
         scope: str = "transformer",
+        cost: str | None = None,
     ) -> None:
-        """`subset_batches`: subset sizes for an attention and an FFN, in batches; None for all."""
+        """`subset_batches`: subset sizes for an attention and an FFN, in batches; None for all. `cost` as `--cost`."""
         self._search = search
+        self._config = SearchConfig(scope=scope, cost=cost)
         self.scope = scope
         self._image_size_hw = subject.image_size_hw
         self.model = copy.deepcopy(subject.dense)
@@ -179,7 +181,7 @@ class Pruner:
     @functools.cached_property
     def budget(self) -> BudgetSearch:
         """The search by budget over this detector."""
-        prices = prices_of(SearchConfig(scope=self.scope), self.units, self.whole, self._image_size_hw)
+        prices = prices_of(self._config, self.units, self.whole, self._image_size_hw)
         powers = DETECTOR_POWERS if self.scope == "detector" else POWERS
         return self._search(self.bench, prices.costs, prices.total, self.bench.full_ap(), powers)
 

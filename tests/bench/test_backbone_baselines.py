@@ -250,10 +250,10 @@ def test_every_row_of_the_table_has_the_macs_of_its_budget(subject, tmp_path, mo
     pytest.importorskip("torch_pruning")
     monkeypatch.setattr("bench.subject.BLOCK_UNIT", 1)  # the tiny blocks have fewer channels than the default's step
     results = Results(subject, tmp_path / "r.json", {"name": "tiny"})
-    for row in rows_of(subject, lambda: subject):
+    for row in rows_of(subject, lambda: subject, 0.9):
         bench.measure(results, subject, row, 0.9)
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert len(rows) == 1 + sum(1 + row.repairs for row in rows_of(subject, lambda: subject))
+    assert len(rows) == 1 + sum(1 + row.repairs for row in rows_of(subject, lambda: subject, 0.9))
     assert len({row["name"] for row in rows}) == len(rows)
     for row in rows[1:]:
         assert row["share"] == pytest.approx(0.9, rel=TOLERANCE), row["name"]
@@ -280,12 +280,13 @@ def test_a_second_call_continues_unless_the_settings_changed(folder, tmp_path, m
     words = ["tiny", "--coco_path", str(folder), "--checkpoint", str(folder / "dense.pth"), "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", *words, "--search_images", "2", "--keep", "0.9"])
     monkeypatch.setattr(
-        bench, "rows_of", lambda subject, own: [bench.Row("a", lambda keep, seed: cut_somehow(subject))]
+        bench, "rows_of", lambda subject, own, keep: [bench.Row("a", lambda keep, seed: cut_somehow(subject))]
     )
     bench.main()
     path = tmp_path / "backbone_baselines_tiny.json"
     first = json.loads(path.read_text())
     assert [row["name"] for row in first["rows"]] == ["dense", "a", "a" + REESTIMATED]
+    assert (tmp_path / "backbone_baselines_tiny.png").stat().st_size > 1000
     with monkeypatch.context() as patch:
         patch.setattr(Results, "add", lambda *arguments, **options: pytest.fail("measured twice"))
         bench.main()
