@@ -104,7 +104,7 @@ def _log_start(run: Run, checkpoint: Checkpoint | None, new_parts: NewParts | No
     if checkpoint.trace and checkpoint.trace[-1].get("unfinished"):
         run.log.warning("%s: its search was interrupted; the remaining modules are unpruned", checkpoint.path)
     if (checkpoint.is_search or run.kept_queries is not None) and not run.options.run.eval:
-        ap = shown(run.evaluate(run.model).stats["AP"])
+        ap = shown(run.compare_start())
         ap = ap if isinstance(ap, str) else f"{ap:.4f}"
         run.log.info("AP before fine-tuning: %s, by %s", ap, evaluator_name())
 

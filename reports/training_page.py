@@ -10,6 +10,7 @@ from typing import Any
 from datasets.coco_eval import STAT_NAMES, shown
 from models.widths import Widths
 from reports import charts, page
+from reports.comparison import COLUMNS, read_comparison, table_rows
 from reports.folder import (
     LOG_NAME,
     RunFolder,
@@ -60,6 +61,7 @@ def training_page(path: Path, samples: Samples) -> str:
         _lead(folder, epochs, best),
         _curves(epochs, measured, best),
         page.section(f"COCO figures on {SPLIT}", _coco_table(measured, best, "test_AP" in epochs[-1])),
+        _comparison(path),
         page.section("Epochs", page.html_table(EPOCH_COLUMNS, epoch_rows(epochs))),
         _costs(folder, full, widths),
         samples.section(config, folder.data, _detectors(folder, best)),
@@ -120,6 +122,12 @@ def _coco_table(measured: Sequence[Mapping[str, Any]], best: Mapping[str, Any] |
     columns = columns[:1] if best is measured[-1] else columns
     rows = [(name, *(shown(line.get(f"test_{name}")) for _, line in columns)) for name in STAT_NAMES]
     return page.html_table(("", *(caption for caption, _ in columns)), rows)
+
+
+def _comparison(path: Path) -> str:
+    """Return the table of what fine-tuning gained; empty for another run."""
+    rows = read_comparison(path)
+    return page.section("What fine-tuning gained", page.html_table(COLUMNS, table_rows(rows))) if rows else ""
 
 
 def _costs(folder: RunFolder, full: Widths, widths: Widths) -> str:

@@ -97,6 +97,7 @@ class TrainingConfig(Config):
     accumulate: int = option(1, "batches per optimizer step", type=whole(1))
     ema_decay: float = option(0.0, "decay of the averaged weights, 0 for none", type=real(0, 1))
     eval_every: int = option(1, "epochs between evaluations", type=whole(1))
+    patience: int = option(0, "stop after so many epochs without a better AP, 0 for never", type=whole(0))
     cache_images: bool = option(False, stored="run", help="decode all images to memory once, for small sets")
 
 

@@ -50,7 +50,7 @@ def recipe_of(options: TrainingOptions, typed: Collection[str], checkpoint: Chec
         return []
     first = [part for part in _schedule(typed) if part.name not in typed]
     options = options.with_values({part.name: part.value for part in first})
-    rest = [*_rates(options), _precision(distributed.choose_device(options.run.device))]
+    rest = [*_rates(options, typed), _precision(distributed.choose_device(options.run.device))]
     if "distill" not in typed:
         rest += _teacher(checkpoint, options)
     return [*first, *(part for part in rest if part.name not in typed)]
@@ -69,7 +69,7 @@ def _schedule(typed: Collection[str]) -> list[Part]:
     return parts
 
 
-def _rates(options: TrainingOptions) -> list[Part]:
+def _rates(options: TrainingOptions, typed: Collection[str]) -> list[Part]:
     """Return learning rates, warm-up and averaging, which follow the batch size and the length of the run."""
     training = options.training
     images = len(load_annotations(split_of(options.data, "train2017").annotation_file).image_ids)
@@ -77,7 +77,7 @@ def _rates(options: TrainingOptions) -> list[Part]:
     batch = options.data.batch_size * training.accumulate * processes
     batches = math.ceil(math.ceil(images / processes) / options.data.batch_size)
     steps = math.ceil(batches / training.accumulate) * training.epochs
-    lr = _rounded(LR * math.sqrt(batch / BATCH))
+    lr = training.lr if "lr" in typed else _rounded(LR * math.sqrt(batch / BATCH))
     decay = round(min(MOST_EMA_DECAY, max(0.0, 1 - 1 / (EMA_SHARE * steps))), 5)
     return [
         Part("lr", lr, f"{LR:g} times the root of {batch} / {BATCH} images a step"),

@@ -21,10 +21,12 @@ from datasets.coco_eval import STAT_NAMES, GroundTruth, ap_by_category, evaluato
 from datasets.notices import measured_notices, training_notices
 from datasets.sizes import size_notices
 from pruning.cost import cost_of
+from reports.comparison import COMPARISON_NAME, CUT, DENSE, TUNED
 from reports.report import REPORT_NAME, write_report
 from reports.samples import Samples
 from reports.training_page import EPOCH_COLUMNS, epoch_rows
 from runs.batch_log import BatchLog
+from runs.comparison import Comparison
 from runs.config import TrainingOptions
 from runs.fewer_queries import KeptQueries
 from runs.resolve_options import build_distillation
@@ -32,7 +34,7 @@ from runs.training_state import TrainingState, resume_changes
 from util import distributed
 from util.board import Board
 from util.environment import record_run
-from util.errors import NonFiniteLossError
+from util.errors import NonFiniteLossError, UserError
 from util.files import append_json_line, copy_file, free_name, move_aside, write_atomic, write_json
 from util.logging import Notice, get_logger, show, table
 from weights.checkpoint_file import Checkpoint, plain_arguments, save_checkpoint
@@ -105,13 +107,31 @@ class Run:
         steps = math.ceil(len(self.train_loader) / options.training.accumulate)
         self.state = TrainingState(self.model, options.training, steps, len(dataset), options.run.amp)
         self.changes: list[str] = []
+        teacher = None if self.distillation is None else self.distillation.teacher
+        self.comparison = Comparison(self.output_dir, self.val_dataset, teacher, continuing=self.continuing)
         if continued is not None:
             self.state.load(continued.training or {}, self.state.best_model.state_dict(), str(continued.path))
+            self._refuse_stalled(continued.path)
             self.changes = resume_changes(continued, options, self.state)
+
+    def _refuse_stalled(self, path: Path) -> None:
+        if self.state.is_stalled:
+            raise UserError(
+                f"{path}: its training stopped after {self.state.training.patience} epochs without a better AP "
+                "(--patience), expected a larger --patience to continue, or --start_fresh to train its weights again"
+            )
 
     def _notice(self, notices: list[Notice]) -> None:
         show(notices)
         self.notices += notices
+
+    def compare_start(self) -> float:
+        """Before fine-tuning, evaluate the detector and its teacher; return the detector's AP."""
+        if self.comparison.teacher is not None:
+            self.comparison.add(DENSE, self.comparison.teacher, self.evaluate(self.comparison.teacher).stats)
+        stats = self.evaluate(self.model).stats
+        self.comparison.add(CUT, self.model, stats)
+        return stats["AP"]
 
     def costs(self) -> dict[str, Any]:
         """Return parameters, and GMACs of transformer and detector for an image of the first one's size."""
@@ -193,7 +213,7 @@ class Run:
             self.log.info("epoch %d continues with %s", state.epoch, ", ".join(self.changes))
         stats: dict[str, float] = {}
         lines: list[dict[str, Any]] = []
-        while state.epoch < training.epochs:
+        while state.epoch < training.epochs and not state.is_stalled:
             line = {"epoch": state.epoch, **self._train_epoch()}
             state.epoch += 1
             state.batches += len(self.train_loader)
@@ -211,7 +231,12 @@ class Run:
             self._save(lines[-1])
             self.board.add(_epoch_scalars(line), state.batches)
         self.board.close()
+        if state.is_stalled:
+            self.log.info("stopped: no better AP for %d epochs (--patience)", state.evaluated_epoch - state.best_epoch)
         self.log.info("%s", table(EPOCH_COLUMNS, epoch_rows(lines)))
+        if self.comparison.rows:
+            self.log.info("%s", distributed.on_main(lambda: self.comparison.finish(state.best_model)))
+            distributed.on_main(lambda: write_report(self.output_dir, "training", self.samples))
         return stats
 
     def _train_epoch(self) -> dict[str, Any]:
@@ -256,10 +281,7 @@ class Run:
         """Write the checkpoints and a line of log.txt, from which training can continue."""
         state = self.state
         ap = line.get("test_AP")
-        # If AP cannot be measured, the last epoch counts as the best.
-        is_best = ap is not None and (ap == -1 or ap > state.best_ap)
-        if ap is not None and is_best and ap != -1:
-            state.best_ap = ap
+        is_best = ap is not None and state.record_ap(ap)
         training = state.state_dict()
         distributed.on_main(lambda: self._write_epoch(line, training, is_best))
 
@@ -279,6 +301,10 @@ class Run:
             save_checkpoint(self.output_dir / "checkpoint_best.pth", **content)
         append_json_line(self.output_dir / "log.txt", line)
         save_checkpoint(self.output_dir / "checkpoint.pth", **content, training=training)
+        if self.comparison.rows and is_best:
+            stats = {name: line[f"test_{name}"] for name in ("AP", "AP50")}
+            self.comparison.add(TUNED, self.model, stats, line["epoch"])
+        self.comparison.write()
         write_report(self.output_dir, "training", self.samples)
         found = _shown_ap(line.get("test_AP"), is_best)
         seconds = line["train_seconds"] + line.get("test_seconds", 0)
@@ -296,7 +322,7 @@ class Run:
             continue_log(self.output_dir / "log.txt", epoch)
             return
         checkpoints = [f"{name}{suffix}" for name in ("checkpoint", "checkpoint_best") for suffix in (".pth", SUFFIX)]
-        moved = [move_aside(self.output_dir / name) for name in (*checkpoints, "log.txt", REPORT_NAME)]
+        moved = [move_aside(self.output_dir / name) for name in (*checkpoints, "log.txt", REPORT_NAME, COMPARISON_NAME)]
         if any(moved):
             names = ", ".join(path.name for path in moved if path is not None)
             self.log.info("%s held an older run; its files are now %s", self.output_dir, names)

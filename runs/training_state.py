@@ -33,6 +33,7 @@ class TrainingState:
         batches: batches done by one process.
         warmup_epochs: length of the warm-up, which a resumed run keeps even if its steps per epoch differ.
         best_ap: best AP so far; minus infinity before the first, and if val2017 has no boxes.
+        best_epoch, evaluated_epoch: epochs done at the best and at the last evaluation.
     """
 
     def __init__(
@@ -54,11 +55,30 @@ class TrainingState:
         self.weight_average = WeightAverage(model, training.ema_decay) if training.ema_decay > 0 else None
         self.epoch, self.batches = 0, 0
         self.best_ap = -math.inf
+        self.best_epoch, self.evaluated_epoch = 0, 0
 
     @property
     def best_model(self) -> nn.Module:
         """Model to evaluate and to save: the averaged one if there is one."""
         return self.model if self.weight_average is None else self.weight_average.model
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the last evaluation found no better AP for `--patience` epochs."""
+        return 0 < self.training.patience <= self.evaluated_epoch - self.best_epoch
+
+    def record_ap(self, ap: float) -> bool:
+        """Record the AP of the epoch that was just done; return whether it is the best so far.
+
+        If AP cannot be measured (-1), the last epoch counts as the best.
+        """
+        is_best = ap == -1 or ap > self.best_ap
+        self.evaluated_epoch = self.epoch
+        if is_best:
+            self.best_epoch = self.epoch
+        if is_best and ap != -1:
+            self.best_ap = ap
+        return is_best
 
     def rate_factor(self, step: int) -> float:
         """Return the learning rate factor at the middle of an optimizer step, counted from 0."""
@@ -94,6 +114,8 @@ class TrainingState:
             "generators": distributed.gather_objects(self.generators()),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "best_ap": self.best_ap,
+            "best_epoch": self.best_epoch,
+            "evaluated_epoch": self.evaluated_epoch,
         }
         if self.weight_average is not None:
             # The checkpoint's `model` holds the averaged weights; these are the trained ones.
@@ -138,6 +160,10 @@ class TrainingState:
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.best_ap = state["best_ap"]
+        # Older versions did not record these: patience then counts from here.
+        self.best_epoch, self.evaluated_epoch = (
+            state.get(name, self.epoch) for name in ("best_epoch", "evaluated_epoch")
+        )
         if len(state["generators"]) == distributed.world_size():
             self._set_generators(state["generators"][distributed.rank()])
 

@@ -74,7 +74,7 @@ def check_training(path: Path, content: Mapping[str, Any]) -> None:
     """
     scheduler = content.get("lr_scheduler")
     entries = {**content, **(scheduler if isinstance(scheduler, dict) else {})}
-    counts = ("last_epoch", "epoch", "average_steps", "steps_per_epoch", "batches")
+    counts = ("last_epoch", "epoch", "average_steps", "steps_per_epoch", "batches", "best_epoch", "evaluated_epoch")
     for key, count in ((key, entries[key]) for key in counts if key in entries):
         if type(count) is not int or count < 0:
             raise UserError(f"{path}: found {shorten(count)} under `{key}`, expected a whole number from 0 up")

@@ -124,6 +124,15 @@ def test_an_identical_set_is_kept_and_any_other_folder_is_refused(tmp_path):
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
 
 
+def test_several_processes_draw_the_files_of_one(tmp_path):
+    for jobs in (1, 2):
+        demo.draw_set(tmp_path / str(jobs), images=19, val_images=2, seed=5, size=64, jobs=jobs)
+    files = {path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "2") for path in (tmp_path / "2").rglob("*") if path.is_file()}
+    assert len(files) == 19 + 2 + 3
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in files)
+
+
 def test_a_failed_drawing_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("disk full")
