@@ -58,7 +58,13 @@ def recipe_of(options: TrainingOptions, typed: Collection[str], checkpoint: Chec
 
 def recipe_table(parts: list[Part]) -> str:
     """Return the recipe as a text table."""
-    return table(["recipe", "", "because"], [(f"--{part.name}", part.value, part.reason) for part in parts])
+    rows = [(f"--{part.name}", _as_typed(part.value), part.reason) for part in parts]
+    return table(["recipe", "", "because"], rows)
+
+
+def _as_typed(value: Any) -> str:
+    """Return a value as one types it: 2.5e-05, which a table of figures would round to 0."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _schedule(typed: Collection[str]) -> list[Part]:
