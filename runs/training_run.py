@@ -133,6 +133,14 @@ class Run:
         self.comparison.add(CUT, self.model, stats)
         return stats["AP"]
 
+    def _finish_comparison(self) -> str:
+        """Complete the comparison and the report, in the main process; return it as text, empty without rows."""
+        if not self.comparison.rows:
+            return ""
+        text = self.comparison.finish(self.state.best_model)
+        write_report(self.output_dir, "training", self.samples)
+        return text
+
     def costs(self) -> dict[str, Any]:
         """Return parameters, and GMACs of transformer and detector for an image of the first one's size."""
         height, width = self.val_dataset[0][0].shape[-2:]
@@ -234,9 +242,8 @@ class Run:
         if state.is_stalled:
             self.log.info("stopped: no better AP for %d epochs (--patience)", state.evaluated_epoch - state.best_epoch)
         self.log.info("%s", table(EPOCH_COLUMNS, epoch_rows(lines)))
-        if self.comparison.rows:
-            self.log.info("%s", distributed.on_main(lambda: self.comparison.finish(state.best_model)))
-            distributed.on_main(lambda: write_report(self.output_dir, "training", self.samples))
+        if compared := distributed.on_main(self._finish_comparison):
+            self.log.info("%s", compared)
         return stats
 
     def _train_epoch(self) -> dict[str, Any]:

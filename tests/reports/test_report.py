@@ -125,8 +125,8 @@ def test_a_search_report_shows_its_results(root, searched):
 
 def test_a_training_report_shows_its_epochs(trained, searched):
     page = read(trained)
-    assert page.headings == ["Curves", "COCO figures on val2017", "Epochs", "Cost", "Width of each module",
-                             "Sample detections", "Made with"]  # fmt: skip
+    assert page.headings == ["Curves", "COCO figures on val2017", "What fine-tuning gained", "Epochs", "Cost",
+                             "Width of each module", "Sample detections", "Made with"]  # fmt: skip
     lines = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
     best = max(lines, key=lambda line: line["test_AP"])
     assert f"best AP{best['test_AP']:.4f}epoch {best['epoch']}" in page.text
@@ -294,10 +294,12 @@ def test_a_failed_report_keeps_all_other_files(root, tmp_path, monkeypatch):
     result = run_search(root, tmp_path / "search", "--keep 0.7")
     main.main(*options("--coco_path", root, "--output_dir", tmp_path / "run", "--resume", result.path,
                        "--epochs 1 --batch_size 2 --augmentation flip --num_workers 0 --device cpu"))  # fmt: skip
-    for folder, output in ((tmp_path / "search", "pruned.pth"), (tmp_path / "run", "checkpoint.pth")):
+    # A training run writes its report after each epoch, and with the comparison at the end.
+    for name, output, reports in (("search", "pruned.pth", 1), ("run", "checkpoint.pth", 2)):
+        folder = tmp_path / name
         assert (folder / output).exists() and not (folder / "report.html").exists()
         log = (folder / "run.log").read_text()
-        assert log.count("report.html was not written (RuntimeError: no pen)") == 1
+        assert log.count("report.html was not written (RuntimeError: no pen)") == reports
     assert json.loads((tmp_path / "search" / "search.jsonl").read_text().splitlines()[-1])["event"] == "end"
 
 
