@@ -141,7 +141,7 @@ def test_a_training_report_shows_its_epochs(trained, searched):
         assert f"{name} {'not measurable' if figure == -1 else f'{figure:.4f}'}" in page.text
     assert figures["AP75"] > 0 and -1 in figures.values()  # not every object size occurs
     assert f"--cfgs '{searched[1].widths}'" in page.text and "Fine-tuning of pruned.pth" in page.text
-    assert "before fine-tuning: " in page.text and f"trained, epoch {best['epoch']}: " in page.text
+    assert "teacher: " in page.text and f"trained, epoch {best['epoch']}: " in page.text
     assert "learning rate" in page.content and "has not ended" not in page.text
 
 
