@@ -94,7 +94,8 @@ def check_affordable(keep: float, costs: Tables, total_cost: float) -> None:
     least = total_cost - sum(max(table.values()) - min(table.values()) for table in costs.values())
     if least > keep * total_cost:
         raise UserError(
-            f"--keep {keep:g}: found less than the smallest widths cost, expected at least {least / total_cost:.3f}"
+            f"--keep {keep:g}: found less than the smallest widths cost, expected at least "
+            f"{math.ceil(1000 * least / total_cost - 1e-9) / 1000:.3f}"
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,29 +87,54 @@ class BudgetSearch:
             UserError: one unit of every module costs more than `keep`, or `replayed` belongs to another search.
         """
         if keep is not None:
+            return next(self.run_each([keep]))
+        self._begin(ATTENTION_WIDTHS_MEASURED)
+        best, cut = self._least_that_passes(threshold_ap)
+        return self._show(best, cut), best
+
+    def run_each(self, keeps: Sequence[float]) -> Iterator[tuple[dict[str, Kept], Trial]]:
+        """Cut to one fraction of the cost after the other and yield the kept sets and the chosen trial of each.
+
+        Only the first fraction tries all powers; the others take its best one.
+
+        Raises:
+            UserError: one unit of every module costs more than a fraction, or `replayed` belongs to another search.
+        """
+        for keep in keeps:
             check_affordable(keep, self.costs, self.total_cost)
-        self._past, self.effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
         # With a given fraction there are few trials and the prediction matters more, so every width is measured.
-        self._orders, self.damages = self._predict(ATTENTION_WIDTHS_MEASURED if keep is None else None)
-        best, cut = self._least_that_passes(threshold_ap) if keep is None else self._best_power(keep)
+        self._begin(None)
+        powers = self.powers
+        for keep in keeps:
+            best, cut = self._best_power(keep, powers)
+            powers = (best.power,)
+            yield self._show(best, cut), best
+
+    def _begin(self, attention_widths: int | None) -> None:
+        self._past, self.effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
+        self._orders, self.damages = self._predict(attention_widths)
+
+    def _show(self, best: Trial | None, cut: Cut | None) -> dict[str, Kept]:
+        """Put the network into the state of a trial, unpruned for None, and return its kept sets."""
         if best is None or cut is None:  # a replayed trial has no cut
-            return self._cut(self._whole if best is None else best.widths), best
+            return self._cut(self._whole if best is None else best.widths)
         self.bench.load(cut.saved)
-        return cut.kept, best
+        return cut.kept
 
     @property
     def _whole(self) -> dict[str, int]:
         return {name: module.width for name, module in self.bench.modules.items()}
 
-    def _best_power(self, keep: float) -> tuple[Trial | None, Cut | None]:
+    def _best_power(self, keep: float, powers: Sequence[float]) -> tuple[Trial, Cut | None]:
         """Return the trial with the greatest mAP among `powers`, and its cut."""
         best: Trial | None = None
         best_cut: Cut | None = None
-        for power in self.powers:
+        for power in powers:
             widths = distributed.on_main(functools.partial(self._allocate, keep, power))
             trial, cut = self._trial(keep, power, widths)
             if best is None or trial.full_ap > best.full_ap:
                 best, best_cut = trial, cut
+        assert best is not None
         return best, best_cut
 
     def _least_that_passes(self, threshold_ap: float) -> tuple[Trial | None, Cut | None]:

@@ -18,11 +18,11 @@ def lowest_target_ap(schedule: Schedule, base_ap: float, visits: int) -> float:
     return min(schedule.target_ap(base_ap, visits - 1), schedule.full_threshold_ap(base_ap, visits - 1))
 
 
-def check_base_ap(split: Split, resume: str | None, base_ap: float, keep: float | None) -> None:
-    """Raise a `UserError` unless mAP is above 0; with 0, modules would shrink to one unit unless `keep` is given."""
+def check_base_ap(split: Split, resume: str | None, base_ap: float, has_budget: bool) -> None:
+    """Raise a `UserError` unless mAP is above 0; with 0, modules would shrink to one unit without a budget."""
     if base_ap < 0:
         raise UserError(f"--search_split {split.name}: found no boxes in its annotations, expected some")
-    if base_ap == 0 and keep is None:
+    if base_ap == 0 and not has_budget:
         raise UserError(
             f"--resume {resume}: found mAP 0 on {split.name}, expected a detector that finds the objects of "
             f"{split.annotation_file}"

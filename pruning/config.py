@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection
+import os
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,40 @@ from pruning.scores import RANKINGS
 from pruning.search import Units
 from pruning.selection import DIRECTIONS
 from util.cli import Config, option, options_of, real, refuse, whole
-from util.errors import UserError
+from util.errors import UserError, shorten
 
 PRECISIONS: dict[str, Any] = {"nargs": "?", "choices": tuple(engine.AMP_DTYPES), "const": "bf16"}
 CALIBRATION_IMAGES = 128  # on the demo, 320 keep no more mAP, and 64 about half a point less
 DETECTOR_CALIBRATION_IMAGES = 512  # fits of convolutions have more unknowns; 128 lose 0.3 AP on the demo
 TRAIN_IMAGES = 2000  # of train2017, without --search_images
 CACHE_DTYPES = ("same", "bfloat16")
+COSTS = ("params", "macs", "latency")
 TARGETS = ("map_tol", "skip_eval_converge")
+FRACTION, MILLISECONDS = real(0.001, at_most=1), real(0.001)
 # Options that only some searches use.
 READ_BY_VISITS = ("subset_batches_attention", "subset_batches_ffn", "decay_points", "decay_fraction")
 READ_BY = {
-    "fast": ("keep", "cost", "selection"),
+    "fast": ("keep", "target_ms", "cost", "latency_table", "selection"),
     "visit": (*READ_BY_VISITS, "selection"),
     "paper": (*READ_BY_VISITS, "num_candidates_attention", "num_candidates_ffn"),
 }
+
+
+def _numbers(name: str, kind: Callable[[str], float]) -> Callable[[Any], list[float]]:
+    """Return a function that reads the values of an option: one number, as older versions stored it, or several."""
+
+    def read(values: Any) -> list[float]:
+        found = list(values) if isinstance(values, list | tuple) else [values]
+        for value in found:
+            try:
+                is_valid = type(value) in (int, float) and kind(str(value)) == value
+            except (argparse.ArgumentTypeError, ValueError):
+                is_valid = False
+            if not is_valid:
+                raise UserError(f"found {shorten(value)} under `args.{name}`, expected a number of --{name}")
+        return found
+
+    return read
 
 
 def _images(text: str) -> int | str:
@@ -49,8 +69,8 @@ def _images(text: str) -> int | str:
 class PrecisionConfig(Config):
     """Precision of a search."""
 
-    amp: str = option("off", **PRECISIONS, help="mixed precision of the gradients that predict damage; --amp "
-        "alone is bf16")  # fmt: skip
+    amp: str = option("off", **PRECISIONS, help="mixed precision of the gradients that predict damage, and of the "
+        "passes that --cost latency times; --amp alone is bf16")  # fmt: skip
     eval_amp: str = option("off", **PRECISIONS, help="mixed precision of mAP and of cached features and "
         "states; off is float32, as in main.py --eval, whatever --amp says")  # fmt: skip
 
@@ -71,11 +91,18 @@ class TargetConfig(Config):
         "default")  # fmt: skip
     scope: str = option("transformer", choices=SCOPES, help="what is pruned: attentions and FFNs (transformer, the "
         "paper's scope), or also the backbone's residual blocks (detector)")  # fmt: skip
-    keep: float | None = option(None, type=real(0.001, at_most=1), help="fraction of the scope's cost to keep, "
-        "such as 0.5, whatever the mAP; by default as little as --map_tol allows")  # fmt: skip
-    cost: str | None = option(None, choices=("params", "macs"), help="cost that the fast search reduces: parameters "
-        "or multiply-accumulates at the size of the first image; by default params for --scope transformer, macs for "
-        "--scope detector")  # fmt: skip
+    keep: list[float] | None = option(None, type=FRACTION, nargs="+", read=_numbers("keep", FRACTION),
+        help="fraction of the scope's cost to keep, such as 0.5, whatever the mAP; several give a detector for each; "
+        "by default as little as --map_tol allows")  # fmt: skip
+    target_ms: list[float] | None = option(None, type=MILLISECONDS, nargs="+", read=_numbers("target_ms", MILLISECONDS),
+        help="milliseconds that the whole detector may take for a batch of --batch_size images, whatever the mAP; "
+        "several give a detector for each (--cost latency)")  # fmt: skip
+    cost: str | None = option(None, choices=COSTS, help="cost that the fast search reduces: parameters, "
+        "multiply-accumulates at the size of the first image, or the time measured on --device for a batch of "
+        "--batch_size such images; by default params for --scope transformer, macs for --scope detector, latency with "
+        "--target_ms")  # fmt: skip
+    latency_table: str | None = option(None, type=os.path.expanduser, metavar="FILE", stored="run", help="use the "
+        "latency.json of an earlier search and measure nothing (--cost latency)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,8 +172,22 @@ class SearchConfig(PrecisionConfig, TargetConfig, MethodConfig, StepConfig):
 
     @property
     def cost_unit(self) -> str:
-        """Cost that the fast search reduces, params or macs."""
+        """Cost that the fast search reduces, one of `COSTS`."""
+        if self.cost is None and self.target_ms is not None:
+            return "latency"
         return self.cost or ("macs" if self.scope == "detector" else "params")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a cost is asked for, whatever the mAP."""
+        return bool(self.budgets)
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The values of --keep or --target_ms by the names in the output files, the least first."""
+        if self.target_ms is not None:
+            return {f"{value:g}ms": value for value in sorted(self.target_ms)}
+        return {f"{v:.2f}" if round(v, 2) == v else f"{v:g}": v for v in sorted(self.keep or [])}
 
     @property
     def split(self) -> str:
@@ -197,9 +238,17 @@ def refuse_unused_by_search(config: SearchConfig, typed: Collection[str]) -> Non
     for name in sorted({name for names in READ_BY.values() for name in names} - set(READ_BY[config.search])):
         readers = " or ".join(search for search, names in READ_BY.items() if name in names)
         refuse([name], typed, f"--search {config.search} does not use it, expected --search {readers}")
-    if config.keep is not None:
-        for name in TARGETS:
-            refuse([name], typed, "found --keep as well, which ignores mAP")
+    budgets = [f"--{name}" for name in ("keep", "target_ms") if getattr(config, name) is not None]
+    if budgets:
+        refuse(TARGETS, typed, f"found {budgets[0]} as well, which ignores mAP")
+    for name in ("keep", "target_ms"):
+        for value in (values := getattr(config, name) or []):
+            if values.count(value) > 1:
+                raise UserError(f"--{name}: found {value:g} twice, expected different values")
+    if len(budgets) > 1:
+        raise UserError(f"{' and '.join(budgets)}: found both, expected one of them")
+    if config.cost_unit != "latency":
+        refuse(["target_ms", "latency_table"], typed, f"found --cost {config.cost_unit}, expected --cost latency")
     if config.scope == "transformer":
         refuse(["block_unit"], typed, "--scope transformer does not use it, expected --scope detector")
     if config.search == "paper" and config.reconstruct not in (None, "none"):

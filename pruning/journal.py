@@ -20,6 +20,7 @@ JOURNAL_NAME = "search.jsonl"
 LARGEST = 2**53  # bound of the numbers in a journal
 # Increase it when a search decides differently than before with the same arguments, data and weights.
 VERSION = 4
+EVENTS = ("start", "latency", "decision", "trial", "end")
 BASE_AP_TOLERANCE = 1e-3  # of mAP in [0, 1]; more than rounding differs between devices
 
 
@@ -101,6 +102,30 @@ class Trial:
         return cls(**{**values, "full_ap": float(values["full_ap"])})
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Latencies of one cut of the detector, see `pruning.latency`.
+
+    Attributes:
+        graphs: whether CUDA graphs were replayed.
+        widths: of each module.
+        milliseconds: of each step in each pass.
+    """
+
+    graphs: bool
+    widths: dict[str, int]
+    milliseconds: dict[str, list[float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Turn:
+        """Convert the values of `to_dict` back."""
+        return cls(**values)
+
+
 class Effort:
     """Cost of a search so far, including the time before it was resumed."""
 
@@ -123,7 +148,7 @@ class Effort:
 
 
 class Journal:
-    """Writes `search.jsonl`; the key `event` of a line is start, decision, trial or end."""
+    """Writes `search.jsonl`; the key `event` of a line is one of `EVENTS`."""
 
     def __init__(self, path: str | Path) -> None:
         """Write nothing yet; the first line moves an existing journal aside."""
@@ -141,6 +166,10 @@ class Journal:
     def trial(self, trial: Trial) -> None:
         """Write a trial."""
         self._write("trial", trial.to_dict())
+
+    def turn(self, turn: Turn) -> None:
+        """Write a turn of the latency measurement."""
+        self._write("latency", turn.to_dict())
 
     def end(self, facts: Mapping[str, Any]) -> None:
         """Write the result of the search."""
@@ -215,7 +244,7 @@ class Journal:
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 value = None
-            if not isinstance(value, dict) or value.get("event") not in ("start", "decision", "trial", "end"):
+            if not isinstance(value, dict) or value.get("event") not in EVENTS:
                 raise UserError(f"{self.path}: line {number} is not an event of a search, expected a journal")
             if number > 1 and value["event"] == "start":
                 raise UserError(f"{self.path}: line {number} is a start, expected a start on line 1 only")
@@ -231,14 +260,14 @@ class Journal:
         append_json_line(self.path, {"event": event, **facts})
 
 
-T = TypeVar("T", Decision, Trial)
+T = TypeVar("T", Decision, Trial, Turn)
 
 
 def read_events(lines: Sequence[Mapping[str, Any]], event: str, kind: type[T], source: str | Path) -> list[T]:
-    """Return the decisions or trials (`event`) of a journal's lines as objects of `kind`.
+    """Return the decisions, trials or latencies (`event`) of a journal's lines as objects of `kind`.
 
     Raises:
-        UserError: a decision or trial is damaged; the message names `source`.
+        UserError: one is damaged; the message names `source`.
     """
     found = []
     for line in lines:
@@ -263,6 +292,10 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < LARGEST
 
 
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
 # Check of a JSON value by the annotation of its field.
 TYPES: dict[str, Callable[[Any], bool]] = {
     "int": _is_whole,
@@ -271,6 +304,10 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "bool": lambda value: isinstance(value, bool),
     "str": lambda value: isinstance(value, str),
     "dict[str, int]": lambda value: isinstance(value, dict) and all(map(_is_whole, value.values())),
+    "dict[str, list[float]]": lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(times, list) and times and all(map(_is_time, times)) for times in value.values())
+    ),
     "Kept": lambda value: (
         isinstance(value, dict)
         and all(isinstance(indices, list) and all(map(_is_whole, indices)) for indices in value.values())
@@ -278,7 +315,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _check_types(values: Mapping[str, Any], kind: type[Decision] | type[Trial]) -> None:
+def _check_types(values: Mapping[str, Any], kind: type[Decision] | type[Trial] | type[Turn]) -> None:
     """Raise `ValueError` for a value of a wrong type, or an accepted decision without mAP."""
     for entry in fields(kind):
         if entry.name in values and not TYPES[str(entry.type)](values[entry.name]):

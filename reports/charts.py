@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from models.widths import Widths
-from reports.plots import WHOLE, CostAxis, by_kind, draw_ap_against_cost, draw_widths, new_figure
+from reports.plots import WHOLE, CostAxis, by_kind, draw_ap_against_cost, draw_curve, draw_widths, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,6 +51,11 @@ def ap_plot(axis: CostAxis, base_ap: float) -> str:
         axes.locator_params(axis="x", nbins=6)  # more do not fit a phone
 
     return svg(draw, f"AP against {axis.label}")
+
+
+def curve(points: Sequence[tuple[float, float]], axis: str) -> str:
+    """Return a plot of AP against a cost; see `reports.plots.plot_curve`."""
+    return svg(lambda axes: draw_curve(axes, points, axis), f"AP against {axis}")
 
 
 def curves(

@@ -88,7 +88,7 @@ def cost_axis(
     before: Widths,
     decisions: Sequence[Decision],
     trials: Sequence[Trial],
-    best: Trial | None,
+    chosen: Sequence[Trial],
 ) -> CostAxis:
     """Return the costs of a search's steps: parameters of the transformer, or GMACs of a detector cut as a whole.
 
@@ -96,7 +96,7 @@ def cost_axis(
         model: the detector before the search, on any device.
         before: its widths; they list the backbone's if its blocks were searched, too.
         decisions, trials: of the search, one of them empty.
-        best: the chosen trial.
+        chosen: the chosen trial, or that of each budget.
     """
     steps: list[tuple[Widths, float | None, bool]] = []
     widths = before
@@ -107,7 +107,7 @@ def cost_axis(
         widths = before
         for name, width in trial.widths.items():
             widths = widths.replace(name, width)
-        steps.append((widths, trial.full_ap, trial is best))
+        steps.append((widths, trial.full_ap, trial in chosen))
     if before.backbone is None:
         label, unit, cost_of = "transformer parameters (millions)", 1e6, params_by_widths(model)
     else:
@@ -141,6 +141,33 @@ def draw_ap_against_cost(axes: Axes, axis: CostAxis, base_ap: float) -> None:
     axes.set_xlabel(axis.label)
     axes.set_ylabel("AP (points)")
     axes.invert_xaxis()
+    axes.legend()
+
+
+def plot_curve(path: str | Path, points: Sequence[tuple[float, float]], axis: str, caption: str) -> None:
+    """Write a PNG of mAP against a cost, for the detector before a search (the first point) and of each budget.
+
+    Args:
+        points: cost and mAP in [0, 1].
+        axis: name and unit of the cost.
+        caption: title, such as schedule and split.
+    """
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
+    draw_curve(axes, points, axis)
+    axes.set_title(caption, fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_curve(axes: Axes, points: Sequence[tuple[float, float]], axis: str) -> None:
+    """Draw the plot of `plot_curve` without its title."""
+    costs, aps = [cost for cost, _ in points], [100 * ap for _, ap in points]
+    axes.plot(costs, aps, "o-", label="pruned")
+    axes.plot(costs[:1], aps[:1], "s", color="black", label="before")
+    axes.axhline(aps[0], color=WHOLE, zorder=0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(axis)
+    axes.set_ylabel("AP (points)")
     axes.legend()
 
 

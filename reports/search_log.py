@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,6 +22,8 @@ from weights.checkpoint_file import read_checkpoint
 from weights.teacher import teacher_of
 
 MODULE_COLUMNS = ("module", "before", "after", "mAP after", "seconds", "images", "whole passes")
+LATENCY_COLUMNS = ("", "ms measured", "spread", "ms predicted", "predicted / measured", "faster")
+POINT_COLUMNS = ("budget", "file", "cost kept", "mAP", "parameters", "GMACs, detector", "ms")
 TRIAL_COLUMNS = ("taken", "cost kept", "power", "mAP", "seconds", "images", "whole passes")
 
 
@@ -130,16 +133,16 @@ def trial_summary(trial: Trial, threshold_ap: float | None) -> str:
     return f"{100 * trial.kept_fraction:.1f} % kept: mAP {trial.full_ap:.4f}{target}, {trial.whole_passes:.0f} passes"
 
 
-def trial_table(trials: Sequence[Trial], best: Trial | None) -> str:
+def trial_table(trials: Sequence[Trial], chosen: Sequence[Trial]) -> str:
     """Return `trial_rows` as text."""
-    return table(TRIAL_COLUMNS, trial_rows(trials, best))
+    return table(TRIAL_COLUMNS, trial_rows(trials, chosen))
 
 
-def trial_rows(trials: Sequence[Trial], best: Trial | None) -> list[tuple[object, ...]]:
-    """Return a row of `TRIAL_COLUMNS` for each trial, with the chosen one marked."""
+def trial_rows(trials: Sequence[Trial], chosen: Sequence[Trial]) -> list[tuple[object, ...]]:
+    """Return a row of `TRIAL_COLUMNS` for each trial, with the chosen ones marked."""
     return [
         (
-            "*" if trial is best else "",
+            "*" if trial in chosen else "",
             f"{100 * trial.kept_fraction:.1f} %",
             trial.power,
             trial.full_ap,
@@ -154,6 +157,64 @@ def trial_rows(trials: Sequence[Trial], best: Trial | None) -> list[tuple[object
 def width_table(before: Widths, after: Widths) -> str:
     """Return the table of widths before and after."""
     return table(("module", "before", "after"), [(name, width, after.of(name)) for name, width in before.items()])
+
+
+def latency_table(compared: Mapping[str, Any]) -> str:
+    """Return `latency_rows` as text, with what was timed."""
+    return f"{latency_caption(compared)}\n{table(LATENCY_COLUMNS, latency_rows(compared))}"
+
+
+def latency_caption(compared: Mapping[str, Any]) -> str:
+    """Return what `latency_rows` were measured with."""
+    replayed = ", replaying CUDA graphs" if compared["graphs"] else ""
+    return f"Latency of the whole detector for {compared['setting']}{replayed}:"
+
+
+def latency_rows(compared: Mapping[str, Any]) -> list[tuple[object, ...]]:
+    """Return a row of `LATENCY_COLUMNS` for each detector, the first before the search; see `Latencies.compare`."""
+    before = compared["detectors"]["before"]
+    return [
+        (
+            name,
+            f"{found['milliseconds']:.4g}",
+            f"{found['spread']:.2g}",
+            f"{found['predicted']:.4g}",
+            f"{found['ratio']:.3f}",
+            f"{before['milliseconds'] / found['milliseconds']:.2f} x",
+        )
+        for name, found in compared["detectors"].items()
+    ]
+
+
+def points_table(points: Sequence[Mapping[str, Any]]) -> str:
+    """Return `point_rows` as text."""
+    return table(POINT_COLUMNS, point_rows(points))
+
+
+def point_rows(points: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
+    """Return a row of `POINT_COLUMNS` for each budget's detector, the first before the search."""
+    return [
+        (
+            point["name"],
+            point["file"] or "",
+            f"{100 * point['kept_fraction']:.1f} %",
+            point["ap"],
+            f"{point['params']:,}",
+            f"{point['detector_gmacs']:.3g}",
+            f"{point['milliseconds']:.4g}" if "milliseconds" in point else "",
+        )
+        for point in points
+    ]
+
+
+def ap_curves(points: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, list[tuple[float, float]]]]:
+    """Return by name the axis label and the points (cost and mAP) of AP against each cost that is known."""
+    axes = {"ms": ("milliseconds of the detector", "milliseconds"), "macs": ("GMACs of the detector", "detector_gmacs")}
+    return {
+        name: (label, [(point[key], point["ap"]) for point in points])
+        for name, (label, key) in axes.items()
+        if all(key in point for point in points)
+    }
 
 
 def next_command(modelname: str, data: DataConfig, use_dn: bool, pruned: Path) -> str:

@@ -13,7 +13,7 @@ from models.widths import Widths
 from pruning.config import SearchConfig
 from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
-from reports import charts, page
+from reports import charts, page, search_log
 from reports.folder import (
     RunFolder,
     change,
@@ -28,12 +28,21 @@ from reports.folder import (
 )
 from reports.plots import cost_axis
 from reports.samples import Samples
-from reports.search_log import MODULE_COLUMNS, TRIAL_COLUMNS, module_rows, next_command, trial_rows
+from reports.search_log import (
+    LATENCY_COLUMNS,
+    MODULE_COLUMNS,
+    TRIAL_COLUMNS,
+    latency_caption,
+    latency_rows,
+    module_rows,
+    next_command,
+    trial_rows,
+)
 from util.environment import ARGUMENTS_NAME
 from util.errors import UserError, shorten
 from weights.checkpoint_file import read_checkpoint
 
-SEARCH_OPTIONS = ("search", "search_split", "search_images", "keep", "cost", "map_tol", "use_dn")
+SEARCH_OPTIONS = ("search", "search_split", "search_images", "keep", "target_ms", "cost", "scope", "map_tol", "use_dn")
 VAL_WARNING = (
     "This search used val2017, so its AP is measured on the images that it chose channels on. "
     "For a fair AP, search on train2017 (--search_split train2017) and report val2017."
@@ -51,7 +60,7 @@ class SearchFacts:
         end: last line of its journal if the search has ended, else None.
         decisions: steps of a search by visits.
         trials: trials of a search of all modules at once.
-        best: the chosen trial.
+        chosen: the chosen trial, or that of each budget.
         images: number of images searched on, or None if unknown.
         image_size_hw: image size in pixels for GMACs, or None if unknown.
         before: widths at the start.
@@ -64,7 +73,7 @@ class SearchFacts:
     end: Mapping[str, Any] | None
     decisions: list[Decision]
     trials: list[Trial]
-    best: Trial | None
+    chosen: list[Trial]
     images: int | None
     image_size_hw: tuple[int, int] | None
     before: Widths
@@ -82,6 +91,11 @@ class SearchFacts:
             return self.end["ap"]
         accepted = [decision.full_ap for decision in self.decisions if decision.accepted]
         return accepted[-1] if accepted else self.start["base_ap"]
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """Figures of the detector before the search and of each of several budgets; see `SearchResults`."""
+        return (self.end or {}).get("points", [])
 
     @property
     def passed(self) -> bool:
@@ -124,11 +138,13 @@ def read_search(path: Path) -> SearchFacts:
             for decision in decisions:
                 after = after.replace(decision.module, decision.width) if decision.accepted else after
         size = (end or {}).get("image_size_hw") or image_size_of(folder.data, config.split)
-        taken = []
+        chosen = []
         if end is not None:  # a trial lists the modules that its search may cut
-            taken = [t for t in trials if all(after.of(name) == width for name, width in t.widths.items())]
+            results = [after, *(Widths.parse(p["widths"]) for p in end.get("points", []) if "widths" in p)]
+            chosen = [t for t in trials if any(_has_widths(widths, t) for widths in results)]
+            chosen = chosen if "points" in end else chosen[-1:]
         return SearchFacts(
-            folder, config, start, end, decisions, trials, taken[-1] if taken else None,
+            folder, config, start, end, decisions, trials, chosen,
             (end or {}).get("images") or _count_images(folder, config), size and tuple(size), before, after,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
@@ -137,12 +153,16 @@ def read_search(path: Path) -> SearchFacts:
         ) from None
 
 
+def _has_widths(widths: Widths, trial: Trial) -> bool:
+    return all(widths.of(name) == width for name, width in trial.widths.items())
+
+
 def search_page(path: Path, samples: Samples) -> str:
     """Return the report of the search in that folder as HTML."""
     facts = read_search(path)
     folder = facts.folder
     before, after = (cost_at(folder.detector, widths, facts.image_size_hw) for widths in (facts.before, facts.after))
-    resume, output = folder.first_resume, path / OUTPUT_NAME
+    resume, output = folder.first_resume, path / (facts.points[-1]["file"] if facts.points else OUTPUT_NAME)
     detector = "a detector" if resume is None else Path(resume).name
     title = f"{facts.start['schedule']['name'].upper()} search of {detector} on {facts.split}"
     is_dense = folder.detector.check_widths(facts.before) == folder.detector.full_widths
@@ -152,6 +172,8 @@ def search_page(path: Path, samples: Samples) -> str:
         title,
         _lead(facts, before, after),
         cost_section("before", before, after, facts.image_size_hw),
+        _budgets(facts),
+        _latency(facts),
         page.section("Width of each module", page.plots(charts.widths_plots(facts.before, facts.after))),
         page.section("AP against cost", _ap_plot(facts)),
         _steps(facts),
@@ -176,11 +198,12 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
     """Return a summary of the search, warnings, and the main figures."""
     folder, config, effort = facts.folder, facts.config, facts.effort
     count = "an unknown number of" if facts.images is None else f"{facts.images:,}"
-    asked = (
-        f"kept {100 * config.keep:g} % of its cost ({config.cost_unit})"
-        if config.keep
-        else f"--map_tol {config.map_tol:g}"
-    )
+    if config.keep is not None:
+        asked = f"kept {' and '.join(f'{100 * keep:g} %' for keep in config.keep)} of its cost ({config.cost_unit})"
+    elif config.target_ms is not None:
+        asked = f"at most {' and '.join(f'{target:g} ms' for target in config.target_ms)}"
+    else:
+        asked = f"--map_tol {config.map_tol:g}"
     text = f"{folder.detector.modelname}, {asked}, on {count} images of {facts.split} in {folder.data.coco_path}."
     base_ap = facts.start["base_ap"]
     figures = [
@@ -223,6 +246,26 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
     return "\n".join([page.paragraph(text), *notices, page.tiles(figures)])
 
 
+def _budgets(facts: SearchFacts) -> str:
+    """Return table and plots of several budgets; empty for one."""
+    if not facts.points:
+        return ""
+    found = search_log.ap_curves(facts.points).values()
+    plots = page.plots([(f"AP against {axis}", charts.curve(points, axis)) for axis, points in found])
+    return page.section(
+        "Budgets", page.html_table(search_log.POINT_COLUMNS, search_log.point_rows(facts.points)), plots
+    )
+
+
+def _latency(facts: SearchFacts) -> str:
+    """Return the table of measured and predicted latencies; empty for a search by another cost."""
+    compared = (facts.end or {}).get("latency")
+    if compared is None:
+        return ""
+    rows = page.html_table(LATENCY_COLUMNS, latency_rows(compared))
+    return page.section("Latency", page.paragraph(latency_caption(compared)), rows)
+
+
 def _tile(name: str, was: int, now: int) -> tuple[str, str, str]:
     return name, f"{now:,}", f"{change(was, now)}, from {was:,}"
 
@@ -232,7 +275,7 @@ def _steps(facts: SearchFacts) -> str:
     if facts.decisions:
         return page.section("Modules", page.html_table(MODULE_COLUMNS, module_rows(facts.decisions)))
     rows = [(name, width, facts.after.of(name)) for name, width in facts.before.items()]
-    trials = page.html_table(TRIAL_COLUMNS, trial_rows(facts.trials, facts.best)) if facts.trials else ""
+    trials = page.html_table(TRIAL_COLUMNS, trial_rows(facts.trials, facts.chosen)) if facts.trials else ""
     modules = page.html_table(("module", "before", "after"), rows) if facts.end is not None else ""
     return page.section("Trials", trials) + page.section("Modules", modules)
 
@@ -240,7 +283,7 @@ def _steps(facts: SearchFacts) -> str:
 def _ap_plot(facts: SearchFacts) -> str:
     model = model_with(facts.folder.detector, facts.before)
     size_hw = facts.image_size_hw or PAPER_IMAGE_SIZE_HW
-    axis = cost_axis(model, size_hw, facts.before, facts.decisions, facts.trials, facts.best)
+    axis = cost_axis(model, size_hw, facts.before, facts.decisions, facts.trials, facts.chosen)
     caption = f"On {facts.split}, before fine-tuning"
     return page.plots([(caption, charts.ap_plot(axis, facts.start["base_ap"]))])
 

@@ -17,7 +17,8 @@ from pruning.schedule import Schedule
 from runs.config import LogConfig, RunConfig, SearchOptions
 from runs.fewer_queries import keep_best_queries
 from runs.resolve_options import resolve_search
-from runs.search_run import Result, SearchRun
+from runs.search_results import Result
+from runs.search_run import SearchRun
 from runs.training_state import seed_everything
 from util import distributed
 from util.cli import add_options, parse, script_parser

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from datasets.coco import split_of
@@ -24,7 +26,7 @@ NOT_DECIDING = {name for name, field in OPTIONS.items() if field.metadata["store
 UNREAD = {*options_of(TrainingOptions)} - {*OPTIONS}
 # Facts that journals of older versions lack.
 ADDED: dict[str, dict[str, Any]] = {
-    "args": {"scope": "transformer", "block_unit": 8, "min_units": 1},
+    "args": {"scope": "transformer", "block_unit": 8, "min_units": 1, "target_ms": None},
     "units": {"block_unit": 8, "min_units": 1},
 }
 
@@ -37,6 +39,7 @@ def search_facts(
     base_ap: float,
     is_cache_halved: bool,
     kept_queries: list[int] | None = None,
+    latency: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return what the result depends on; only a search with the same facts can be resumed.
 
@@ -44,8 +47,12 @@ def search_facts(
         base_ap: mAP in [0, 1] before the search.
         is_cache_halved: whether cached features are in bfloat16.
         kept_queries: indices of the checkpoint's queries that are kept, None for all.
+        latency: what measured latencies depend on, empty for other costs.
     """
     args = plain_arguments(options.values())
+    for name in ("keep", "target_ms"):  # older journals have a single number
+        if isinstance(args[name], list) and len(args[name]) == 1:
+            (args[name],) = args[name]
     return {
         "version": VERSION,
         "args": {
@@ -61,4 +68,5 @@ def search_facts(
         "base_ap": base_ap,
         "full_widths": full_widths.to_list(),
         **({} if kept_queries is None else {"queries": kept_queries}),
+        **({"latency": latency} if latency else {}),
     }

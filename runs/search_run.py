@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,8 @@ from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import GroundTruth, evaluator_name
 from datasets.notices import measured_notices
 from datasets.sizes import size_notices
-from models import build
 from models.criterion import Criterion
 from models.detector import Detector
-from models.widths import Widths
 from pruning.budget import DETECTOR_POWERS, EVALUATIONS, POWERS, BudgetSearch
 from pruning.cache_plan import BatchShape, CachePlanner, shape_of
 from pruning.cache_setup import batch_numbers, cache_options, cache_uses, sizes_of, split_by_size
@@ -32,43 +28,27 @@ from pruning.checks import (
     warn_of_images,
     warn_of_low_target,
 )
-from pruning.cost import Cost, cost_of, cost_table, step_shares
+from pruning.cost import step_shares
 from pruning.cost_tables import prices_of
-from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
+from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, Turn, read_events
 from pruning.kept_channels import Kept
 from pruning.schedule import Schedule
 from pruning.search import Search
 from pruning.transplant import widths_after
 from pruning.workbench import DetectorBench, Passes, SearchImages
-from reports import plots, search_log
-from reports.report import REPORT_NAME, write_report
-from reports.samples import Samples
+from reports import search_log
 from runs.config import SearchOptions
 from runs.fewer_queries import KeptQueries
+from runs.latencies import Latencies
 from runs.search_facts import ADDED, UNREAD, search_facts
+from runs.search_results import Result, SearchResults, budget_file
 from util import distributed
 from util.board import Board
 from util.environment import record_run
 from util.errors import RunFailedError
-from util.files import move_aside
 from util.interrupt import stop_after_step
 from util.logging import Notice, bar_off, get_logger, show
-from weights.checkpoint_file import plain_arguments, save_checkpoint
-
-SAFETENSORS_NAME = "pruned.safetensors"
-WIDTHS_PICTURE = "widths.png"
-AP_PICTURE = "ap_params.png"
-
-
-@dataclass(frozen=True)
-class Result:
-    """Result of a search: AP in [0, 1] on the search split, and the path of the output."""
-
-    base_ap: float
-    ap: float
-    kept: Mapping[str, Kept]
-    widths: Widths
-    path: Path
+from weights.checkpoint_file import plain_arguments
 
 
 class SearchRun:
@@ -82,9 +62,7 @@ class SearchRun:
         self.output_dir, self.config, self.split = output_dir, options.search, options.search.split
         self.units = options.search.units(options.detector.nheads, options.run.seed)
         self.log = get_logger()
-        self.decisions: list[Decision] = []
-        self.trials: list[Trial] = []
-        self.best_trial: Trial | None = None
+        self.results = SearchResults(schedule, options, model, output_dir, device)
         self.kept_queries = kept_queries
         # Log lines about queries and data from before the log file was opened.
         self.notices: list[Notice] = [] if kept_queries is None else [kept_queries.notice]
@@ -106,13 +84,16 @@ class SearchRun:
             range(n * data.batch_size, min((n + 1) * data.batch_size, self.num_images)) for n in numbers
         ]
         height, width = dataset[0][0].shape[-2:]
-        self.image_size_hw = (height, width)
+        self.image_size_hw = self.results.image_size_hw = (height, width)
         size_hw = sizes_of(dataset, data.image_size, self.image_size_hw)
         if config.scope == "detector" and self.model.padding_rule != "reference":
             batches, numbers = split_by_size(batches, numbers, size_hw)
         loader = build_loader(dataset, batches, shuffle=False, num_workers=data.num_workers, seed=seed)
         shapes = [shape_of([size_hw(index) for index in batch]) for batch in batches]
-        self.prices = prices_of(config, self.units, self.model, self.image_size_hw)
+        if config.cost_unit == "latency":
+            self.results.latencies = Latencies(self.options, self.model, self.units, self.image_size_hw, self.device)
+        else:
+            self.prices = prices_of(config, self.units, self.model, self.image_size_hw)
         self.bench = DetectorBench(
             self.model,
             criterion,
@@ -156,8 +137,8 @@ class SearchRun:
             UserError: the mAP or a target is not above 0, with which every module would shrink to one unit.
         """
         base_ap = self.bench.full_ap()
-        check_base_ap(split_of(self.options.data, self.split), self.options.run.resume, base_ap, self.config.keep)
-        if self.config.keep is None:
+        check_base_ap(split_of(self.options.data, self.split), self.options.run.resume, base_ap, self.config.has_budget)
+        if not self.config.has_budget:
             check_targets(self.schedule, base_ap, self._visits)
         return base_ap
 
@@ -185,20 +166,30 @@ class SearchRun:
             self.log.info("%d images are not cached: each pass reads them and runs the backbone (--cache_gb)", left_out)
         self._warn(base_ap)
         is_global = self.bench.method.search == "global"
-        queries = None if self.kept_queries is None else self.kept_queries.indices
+        latencies = self.results.latencies
         facts = search_facts(
-            self.options, self.schedule, self.units, self.full_widths, base_ap, cache.storage.dtype is not None, queries
-        )
+            self.options, self.schedule, self.units, self.full_widths, base_ap, cache.storage.dtype is not None,
+            kept_queries=None if self.kept_queries is None else self.kept_queries.indices,
+            latency={} if latencies is None else latencies.facts(),
+        )  # fmt: skip
         base_ap, past = self._open_journal(facts)
+        turns = read_events(past, "latency", Turn, self.journal.path)
+        past = [line for line in past if line["event"] != "latency"]
         self.board.open(len(past))
         self.board.add({"search/mAP": base_ap}, 0)
         hint = f"stopped; continue with the same command and --resume_search, from {self.journal.path}"
         with stop_after_step(hint) as self.stop_if_asked:
+            if latencies is not None:
+                self.prices = latencies.prices(self.journal, turns, self.output_dir, self.stop_if_asked)
             kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
             self.stop_if_asked()
-        result = Result(base_ap, ap, kept, widths_after(self.full_widths, kept), self.output_dir / OUTPUT_NAME)
-        passed = self.config.keep is not None or result.widths != self.full_widths
-        distributed.on_main(lambda: self._write(result) if passed else self._write_failure(result))
+        result = next(iter(self.results.points.values()), self._result(base_ap, ap, kept, OUTPUT_NAME))
+        passed = self.config.has_budget or result.widths != self.full_widths
+        outcome = self._outcome(result, passed)
+        if passed:
+            distributed.on_main(lambda: self.results.write(result, self.journal, outcome))
+        else:
+            distributed.on_main(lambda: self.results.write_failure(self.journal, outcome))
         self.board.close()
         if not passed:
             target_ap = lowest_target_ap(self.schedule, base_ap, self._visits)
@@ -213,7 +204,7 @@ class SearchRun:
         if not distributed.is_main():
             return
         warn_of_base_ap(base_ap)
-        if self.config.keep is None:
+        if not self.config.has_budget:
             warn_of_low_target(lowest_target_ap(self.schedule, base_ap, self._visits), base_ap)
         warn_of_images(self.options.data, self.split, self.bench.method.is_calibrated)
 
@@ -230,7 +221,7 @@ class SearchRun:
             if self.config.resume_search:
                 base_ap, past = self.journal.resume(facts, UNREAD, ADDED)
             if not past:
-                self._move_results_aside()
+                self.results.move_aside()
                 if not self.journal.begun:
                     self.journal.start(facts)
             record_run(
@@ -253,21 +244,21 @@ class SearchRun:
         """Visit one module after the other; return the kept sets and mAP of the whole split."""
         units, order = self.units, self.schedule.order(self.bench.modules)
         replayed = read_events(past, "decision", Decision, self.journal.path)
-        self.decisions += replayed
+        self.results.decisions += replayed
         with search_log.ProgressBar(list(self.bench.modules.values()), units, self.bench.method, bar_off()) as bar:
             for decision in replayed:
                 bar.show(decision)
 
             def record(decision: Decision) -> None:
-                self.decisions.append(decision)
+                self.results.decisions.append(decision)
                 distributed.on_main(lambda: self.journal.decision(decision))
-                self.board.add(search_log.decision_scalars(decision), len(self.decisions))
+                self.board.add(search_log.decision_scalars(decision), len(self.results.decisions))
                 bar.show(decision)
                 if decision.accepted:
                     self.log.info("%s", search_log.module_line(decision))
                     left = order[decision.visit + 1 :]
                     if left and widths_after(self.full_widths, search.kept) != self.full_widths:
-                        distributed.on_main(lambda: self._save(search.kept, left))
+                        distributed.on_main(lambda: self.results.save(search.kept, left))
                 self.stop_if_asked()
 
             search = Search(self.bench, self.schedule, units, base_ap, record, replayed)
@@ -277,11 +268,12 @@ class SearchRun:
 
     def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
         """Price all modules at once; return the kept sets and mAP of the whole split."""
-        config, prices = self.config, self.prices
+        prices = self.prices
+        budgets = prices.fractions(self.config)
         search = BudgetSearch(self.bench, prices.costs, prices.total, base_ap)
-        if config.scope == "detector":
+        if self.config.scope == "detector":
             search.powers = DETECTOR_POWERS
-        sweeps = 1 + (EVALUATIONS if config.keep is None else len(POWERS))
+        sweeps = 1 + (len(POWERS) + len(budgets) - 1 if budgets else EVALUATIONS)
         threshold_ap = self.schedule.fast_threshold_ap(base_ap)
         with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
             numbers = itertools.count(len(past) + 1)
@@ -290,7 +282,7 @@ class SearchRun:
                 distributed.on_main(lambda: self.journal.trial(trial))
                 self.board.add(search_log.trial_scalars(trial), next(numbers))
                 self.log.info("%s", search_log.trial_line(trial))
-                bar.set_postfix_str(search_log.trial_summary(trial, None if config.keep else threshold_ap))
+                bar.set_postfix_str(search_log.trial_summary(trial, None if budgets else threshold_ap))
                 self.stop_if_asked()
 
             def show(name: str, width: int | None) -> None:
@@ -299,10 +291,25 @@ class SearchRun:
 
             search.replayed = read_events(past, "trial", Trial, self.journal.path)
             search.on_trial, search.progress = record, show
-            self.log.info("mAP to keep: %s", "any" if config.keep else f"{threshold_ap:.4f}")
-            kept, best = search.run(config.keep, threshold_ap)
-        self.trials, self.best_trial, self.effort = search.trials, best, search.effort
+            self.log.info("mAP to keep: %s", "any" if budgets else f"{threshold_ap:.4f}")
+            self.results.trials = search.trials
+            if not budgets:
+                kept, best = search.run(None, threshold_ap)
+                self.results.chosen = [] if best is None else [best]
+            found = search.run_each([*budgets.values()]) if budgets else []
+            for name, (kept_of_budget, trial) in zip(budgets, found, strict=True):
+                self.results.chosen.append(trial)
+                if len(self.results.chosen) == 1:
+                    kept, best = kept_of_budget, trial
+                if len(budgets) > 1:
+                    point = self._result(base_ap, trial.full_ap, kept_of_budget, budget_file(name))
+                    self.results.points[name] = point
+                    distributed.on_main(functools.partial(self.results.save, point.kept, path=point.path))
+        self.effort = search.effort
         return kept, base_ap if best is None else best.full_ap
+
+    def _result(self, base_ap: float, ap: float, kept: Mapping[str, Kept], file_name: str) -> Result:
+        return Result(base_ap, ap, kept, widths_after(self.full_widths, kept), self.output_dir / file_name)
 
     def _outcome(self, result: Result, passed: bool) -> dict[str, Any]:
         return {
@@ -314,81 +321,3 @@ class SearchRun:
             **self.effort.so_far(),
             "passes_since_resume": self.bench.counter.to_dict(),
         }
-
-    def _save(self, kept: Mapping[str, Kept], left: Sequence[str] = ()) -> None:
-        """Write the output file; `left` are the modules not yet visited, which are still unpruned.
-
-        While there are any, the trace ends with an entry that lists them.
-        """
-        steps: list[Decision | Trial] = [*self.decisions, *self.trials]
-        trace = [{key: value for key, value in step.to_dict().items() if key != "kept"} for step in steps]
-        if left:
-            trace.append({"unfinished": True, "modules_left": list(left)})
-        save_checkpoint(
-            self.output_dir / OUTPUT_NAME,
-            state_dict=self.model.state_dict(),
-            widths=widths_after(self.full_widths, kept),
-            full_widths=self.full_widths,
-            arguments=self.options.values(),
-            num_classes=self.options.detector.num_classes,
-            categories=self.options.detector.categories,
-            kept=kept,
-            trace=trace,
-            safetensors=self.options.run.save_safetensors,
-        )
-
-    def _write(self, result: Result) -> None:
-        """Write output file, pictures, journal end and report; then log tables and the fine-tuning command."""
-        self._save(result.kept)
-        before, after = self._costs(result.widths)
-        caption = f"{self.schedule.name.upper()} searching on {self.split}"
-        plots.plot_widths(self.output_dir / WIDTHS_PICTURE, self.full_widths, result.widths)
-        axis = plots.cost_axis(
-            self.model, self.image_size_hw, self.full_widths, self.decisions, self.trials, self.best_trial
-        )
-        plots.plot_ap_against_cost(self.output_dir / AP_PICTURE, axis, result.base_ap, caption)
-        self.journal.end(self._outcome(result, passed=True))
-        write_report(self.output_dir, "search", Samples(self.device))
-        self._log_result(result, before, after)
-
-    def _log_result(self, result: Result, before: Cost, after: Cost) -> None:
-        """Log tables of widths and costs, and the fine-tuning command."""
-        if result.ap < result.base_ap / 2:
-            self.log.warning("mAP fell below half: %.4f before, %.4f after", result.base_ap, result.ap)
-        self._log_steps()
-        if not self.decisions:
-            self.log.info("%s", search_log.width_table(self.full_widths, result.widths))
-        effort = self.effort.so_far()
-        self.log.info("%s", cost_table([("before", before), ("after", after)]))
-        self.log.info(
-            "mAP on %s: %.4f before, %.4f after, by %s; %d images through the backbone, %d through part of the rest, "
-            "equal to %.0f full passes; %.0f s",
-            self.split, result.base_ap, result.ap, evaluator_name(), self.bench.counter.backbone_images,
-            effort["image_passes"], effort["whole_passes"], effort["seconds"],
-        )  # fmt: skip
-        self.log.info("--cfgs '%s'", result.widths)
-        modelname, data = self.options.detector.modelname, self.options.data
-        self.log.info("next: %s", search_log.next_command(modelname, data, self.config.use_dn, result.path))
-
-    def _write_failure(self, result: Result) -> None:
-        """Write journal end and report of a search in which no trial passed; log the table of trials."""
-        self._move_results_aside()
-        self.journal.end(self._outcome(result, passed=False))
-        write_report(self.output_dir, "search", Samples(self.device))
-        self._log_steps()
-
-    def _move_results_aside(self) -> None:
-        """Rename the files of an older search, so that they are not mistaken for this one's."""
-        for name in (OUTPUT_NAME, SAFETENSORS_NAME, WIDTHS_PICTURE, AP_PICTURE, REPORT_NAME):
-            move_aside(self.output_dir / name)
-
-    def _log_steps(self) -> None:
-        if self.decisions:
-            self.log.info("%s", search_log.module_table(self.decisions))
-        else:
-            self.log.info("%s", search_log.trial_table(self.trials, self.best_trial))
-
-    def _costs(self, widths: Widths) -> tuple[Cost, Cost]:
-        with torch.device("meta"):
-            slim, _, _ = build(dataclasses.replace(self.options.detector, cfgs=widths))
-        return cost_of(self.model, self.image_size_hw), cost_of(slim, self.image_size_hw)

@@ -46,8 +46,8 @@ def draw_reports():
     def write(path: Path, *_: object) -> None:
         path.write_bytes(b"a picture")
 
-    drawings = SimpleNamespace(plot_widths=write, plot_ap_against_cost=write, cost_axis=cost_axis)
-    with mock.patch("reports.report.render", return_value=""), mock.patch("runs.search_run.plots", drawings):
+    drawings = SimpleNamespace(plot_widths=write, plot_ap_against_cost=write, plot_curve=write, cost_axis=cost_axis)
+    with mock.patch("reports.report.render", return_value=""), mock.patch("runs.search_results.plots", drawings):
         yield
 
 

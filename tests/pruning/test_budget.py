@@ -109,7 +109,7 @@ def test_the_power_with_the_best_map_is_used_and_its_cut_kept(aps):
             number = POWERS.index(power)
             return Trial(keep, power, {"encoder.0.ffn": number}, aps[number], keep), number
 
-    trial, cut = search_of({"encoder.0.ffn": [1.0, 0.0]}, Scripted)._best_power(0.5)
+    trial, cut = search_of({"encoder.0.ffn": [1.0, 0.0]}, Scripted)._best_power(0.5, POWERS)
     assert trial.full_ap == 0.3
     assert cut == aps.index(0.3)
 

@@ -26,7 +26,7 @@ from pruning.schedule import GP, MGP, Schedule
 from reports import plots
 from runs.search_command import get_pruning_parser, search
 from runs.search_facts import NOT_DECIDING
-from runs.search_run import SearchRun
+from runs.search_results import SearchResults
 from tests.pruning.test_end_to_end import ROOT, SMALL, ap_of, folder, write_folder  # noqa: F401
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
 from tests.soak import rest_in_soak
@@ -145,7 +145,7 @@ def test_what_a_search_found_learns_from_the_detector_it_was_cut_from(folders, s
 
 def test_a_global_search_draws_what_it_tried(folder, tmp_path):  # noqa: F811
     text = words(folder, tmp_path, "keep", "--attention_unit 4 --ffn_unit 16 --keep 0.8")
-    with mock.patch("runs.search_run.plots", plots):
+    with mock.patch("runs.search_results.plots", plots):
         search(MGP, *parse(get_pruning_parser(MGP, "a test"), text.split()))
     for name in ("widths.png", "ap_params.png"):
         assert Image.open(tmp_path / name).size > (500, 400)
@@ -331,7 +331,7 @@ def test_a_search_in_which_nothing_passes_leaves_no_output_and_ends_with_code_1(
     coarse = "--attention_unit 8 --ffn_unit 16"
     with (
         mock.patch.multiple(Schedule, fast_threshold_ap=never, full_threshold_ap=never),
-        mock.patch.object(SearchRun, "_save", side_effect=AssertionError("nothing was removed")),
+        mock.patch.object(SearchResults, "save", side_effect=AssertionError("nothing was removed")),
         pytest.raises(SystemExit) as end,
     ):
         run_cli(lambda: run(folder, tmp_path, kind, coarse if kind == "paper" else ""))

@@ -74,7 +74,7 @@ def test_a_fraction_to_keep_is_above_0_and_up_to_1(value, capsys):
 
 @pytest.mark.parametrize("value", [0.25, 1.0])
 def test_a_fraction_to_keep_is_a_number(value):
-    assert read(f"--keep {value}")[0].keep == value
+    assert read(f"--keep {value}")[0].keep == [value]
 
 
 @pytest.mark.parametrize("option", ["--ranking", "--selection", "--reconstruct", "--index_sets", "--search", "--cost"])

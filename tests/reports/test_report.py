@@ -196,8 +196,8 @@ def test_the_accepted_trial_is_found_if_the_backbone_was_cut_before(searched, tm
     lines[0]["full_widths"].append([[60, 64]])
     lines[-1]["widths"].append([[60, 64]])
     (tmp_path / "search.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    taken, expected = read_search(tmp_path).best, read_search(folder).best
-    assert expected is not None and taken is not None and taken.widths == expected.widths
+    (taken,), (expected,) = read_search(tmp_path).chosen, read_search(folder).chosen
+    assert taken.widths == expected.widths
 
 
 def test_an_interrupted_search_is_reported_and_resumes_with_another_command(root, tmp_path):

@@ -42,7 +42,7 @@ def train(words: Sequence[str]) -> None:
 
 def prune(schedule: Schedule, words: Sequence[str]) -> None:
     """A search with these options, without its pictures: drawing them takes a third of the time."""
-    plots.plot_widths = plots.plot_ap_against_cost = lambda *arguments: None
+    plots.plot_widths = plots.plot_ap_against_cost = plots.plot_curve = lambda *arguments: None
     search(schedule, *parse(get_pruning_parser(schedule, "a test"), list(words)))
 
 

@@ -1,0 +1,141 @@
+"""Latencies of a search: measure or read their table, and compare it with the slim detector at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from models.detector import Detector
+from models.widths import Widths
+from pruning.cost_tables import Prices, latency_prices, widths_of
+from pruning.journal import Journal, Turn
+from pruning.latency import (
+    TABLE_NAME,
+    Entry,
+    LatencyTable,
+    Measurement,
+    Setting,
+    check_table,
+    cut_copy,
+    measure_whole,
+    random_images,
+    read_table,
+    unpruned_copy,
+)
+from pruning.search import Units
+from pruning.step_timing import kinds_of, launches_dominate, steps_of
+from runs.config import SearchOptions
+from util import distributed
+from util.environment import environment
+from util.files import write_json
+from util.logging import bar_off, get_logger
+
+
+class Latencies:
+    """Latencies of the modules of one search, measured in the main process.
+
+    Attributes:
+        setting: what they are measured with.
+        table: the table, None until `prices` has measured it.
+    """
+
+    def __init__(
+        self,
+        options: SearchOptions,
+        model: Detector,
+        units: Units,
+        image_size_hw: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        """Read and check --latency_table, if it is given.
+
+        Raises:
+            UserError: it was measured for another detector, setting or other widths.
+        """
+        config = options.search
+        self.scope, self.device, self._model = config.scope, device, model
+        self.setting = Setting.of(device, image_size_hw, options.data.batch_size, config.amp)
+        self.widths = widths_of(model, self.scope, units)
+        self.table: LatencyTable | None = None
+        self._given = None if config.latency_table is None else Path(config.latency_table)
+        if self._given is not None:
+            self.table = distributed.on_main(self._read)
+
+    def _read(self) -> LatencyTable:
+        assert self._given is not None
+        found = read_table(self._given, self.setting, self.scope)
+        whole = unpruned_copy(self._model, self.scope)
+        steps = steps_of(whole, random_images(self.setting, self.device), self.scope)
+        check_table(found, kinds_of(steps, self.device, self.setting.amp), self.widths, self._given)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the latencies depend on, for the journal."""
+        given = None
+        if self._given is not None and self.table is not None:
+            given = hashlib.sha256(json.dumps(self.table.to_dict()).encode()).hexdigest()
+        return {**self.setting.to_dict(), "table": given}
+
+    def prices(
+        self, journal: Journal, turns: Sequence[Turn], output_dir: Path, after_turn: Callable[[], Any]
+    ) -> Prices:
+        """Return the prices in milliseconds; measure what `turns` lack, and write the table to `output_dir`.
+
+        Each turn is written to the journal. `after_turn` is called after each.
+        """
+        log = get_logger()
+        if self.table is None:
+            measurement = Measurement(self._model, self.scope, self.setting, self.widths, self.device, turns)
+            measurement.graphs = turns[0].graphs if turns else distributed.on_main(self._launches_dominate)
+            log.info("latencies of %s", self.setting)
+            with tqdm(desc="latencies", unit="turn", disable=bar_off(), leave=False, initial=len(turns)) as bar:
+                while len(measurement.turns) < measurement.num_turns:
+                    bar.total = measurement.num_turns
+                    measurement.add(distributed.on_main(measurement.measure))
+                    distributed.on_main(lambda: journal.turn(measurement.turns[-1]))
+                    bar.update()
+                    after_turn()
+            self.table = distributed.on_main(measurement.table)
+        else:
+            log.info("latencies of %s, from %s", self.setting, self._given)
+        found = self.table
+        distributed.on_main(
+            lambda: write_json(output_dir / TABLE_NAME, {"environment": environment(self.device), **found.to_dict()})
+        )
+        prices = latency_prices(found, self.widths)
+        log.info(
+            "the whole detector takes %.4g ms, of which %.4g ms are in the scope; at least %.4g ms with the fastest "
+            "widths", prices.outside + prices.total, prices.total, prices.outside + prices.least,
+        )  # fmt: skip
+        return prices
+
+    def _launches_dominate(self) -> bool:
+        whole, images = unpruned_copy(self._model, self.scope), random_images(self.setting, self.device)
+        return launches_dominate(whole, images, self.device, self.setting.amp)
+
+    def compare(self, widths: Mapping[str, Widths]) -> dict[str, Any]:
+        """Time the detector before the search and with other `widths` in turns.
+
+        Returns:
+            What was timed, and under `detectors`, by name, the first of which is `before`, measured and predicted
+            milliseconds.
+        """
+        found = self.table
+        assert found is not None
+        cuts = {"before": {name: max(of_module) for name, of_module in self.widths.items()}}
+        cuts |= {name: {module: of_all.of(module) for module in self.widths} for name, of_all in widths.items()}
+        models = {name: cut_copy(self._model, self.scope, cut) for name, cut in cuts.items()}
+        measured = measure_whole(models, self.setting, self.device, graphs=found.graphs)
+        detectors = {name: _compared(measured[name], found.milliseconds(cut)) for name, cut in cuts.items()}
+        return {"graphs": found.graphs, "setting": str(self.setting), "detectors": detectors}
+
+
+def _compared(measured: Entry, predicted: float) -> dict[str, float]:
+    return {**dataclasses.asdict(measured), "predicted": predicted, "ratio": predicted / measured.milliseconds}
