@@ -171,7 +171,7 @@ def gated_step(model: nn.Module, name: str, state: DetectorState, gate: Tensor |
     if block == "self_attention":
         # An ungated step computes the positional queries.
         placed = model.run_steps(state, name, following)
-        return placed.replace(queries=layer.self_attention(state.queries * gate, placed.query_pos, state.query_mask))
+        return placed.replace(queries=layer.self_attention(state.queries * gate, placed))
     return state.replace(queries=layer.cross_attention(state.queries * gate, state))
 
 

@@ -87,7 +87,7 @@ class _Blocks(nn.Module):
         anchors = x[..., :4]
         state = DetectorState(x, x, None, x, None, anchors, anchors, query_pos=x, query_sine=x)
         outputs = [attention(x) for attention in self.encoder_attentions]
-        outputs += [layer.self_attention(x, x, None) for layer in self.decoder_layers]
+        outputs += [layer.self_attention(x, state) for layer in self.decoder_layers]
         outputs += [layer.cross_attention(x, state) for layer in self.decoder_layers]
         return outputs + [layer.ffn(x) for layer in (*self.encoder_layers, *self.decoder_layers)]
 

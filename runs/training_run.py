@@ -26,7 +26,7 @@ from reports.report import REPORT_NAME, write_report
 from reports.samples import Samples
 from reports.training_page import EPOCH_COLUMNS, epoch_rows
 from runs.batch_log import BatchLog
-from runs.comparison import Comparison
+from runs.compared_detectors import Comparison
 from runs.config import TrainingOptions
 from runs.fewer_queries import KeptQueries
 from runs.resolve_options import build_distillation

@@ -8,7 +8,7 @@ import pytest
 import main
 from reports.comparison import COMPARISON_NAME, read_comparison
 from reports.training_page import training_page
-from runs.comparison import Comparison
+from runs.compared_detectors import Comparison
 from runs.config import TrainingConfig
 from runs.training_run import Run
 from runs.training_state import TrainingState

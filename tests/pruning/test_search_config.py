@@ -51,7 +51,7 @@ def test_options_without_effect_are_refused(words, message):
         "--keep 0.5 --cost macs",
         "--amp --eval_amp fp16 --cls_loss_coef 2",
         "--search paper --eval_amp --cls_loss_coef 2",
-        "--search visit --ranking magnitude --reconstruct none --amp --focal_alpha 0.5",
+        "--search visit --ranking first_order --reconstruct none --amp --focal_alpha 0.5",
         "--map_tol 0.1 --skip_eval_converge 0.0 --cost macs",
         "--search visit --map_tol 0.1 --decay_points 1 --subset_batches_ffn 3 --selection forward",
         "--search paper --decay_fraction 0.1",
