@@ -311,7 +311,7 @@ def print_table(figures: Mapping[str, Any]) -> None:
 
 def draw(figures: Mapping[str, Any], path: Path) -> None:
     """Draw AP against the share of MACs, one line for each way of pruning, to a PNG file."""
-    figure = new_figure(8, 5)
+    figure = new_figure(8, 8)
     axes = figure.add_subplot()
     for name in dict.fromkeys(row["name"] for row in figures["rows"]):
         rows = sorted((row for row in figures["rows"] if row["name"] in (name, "dense")), key=lambda row: row["share"])
@@ -321,7 +321,7 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
             linewidth=2.5 if own else 1, alpha=1 if own else 0.6, label=name,
         )  # fmt: skip
     axes.set(xlabel="multiply-accumulates kept, % of the detector's", ylabel="AP as cut")
-    axes.legend(fontsize=6, ncols=2)
+    figure.legend(fontsize=6, ncols=2, loc="outside lower center")
     axes.grid(alpha=0.3)
     save_figure(figure, path)
 
