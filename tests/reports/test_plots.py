@@ -69,9 +69,9 @@ def test_the_cost_of_each_step_is_that_of_the_detector_cut_to_its_widths(network
 
     one = before.replace(names[0], 4)
     both = one.replace(names[-1], 8)
-    by_trial = plots.cost_axis(model, SIZE_HW, before, [], [trial], trial)
+    by_trial = plots.cost_axis(model, SIZE_HW, before, [], [trial], [trial])
     assert by_trial.points == [(pytest.approx(cost(both)), 0.3, True)]
-    by_decision = plots.cost_axis(model, SIZE_HW, before, decisions, [], None)
+    by_decision = plots.cost_axis(model, SIZE_HW, before, decisions, [], [])
     assert by_decision.points == [(pytest.approx(cost(widths)), 0.4, True) for widths in (one, both)]
     for axis in (by_trial, by_decision):
         assert axis.base == pytest.approx(cost(before))
