@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,11 +123,7 @@ def plot_ap_against_cost(path: str | Path, axis: CostAxis, base_ap: float, capti
         base_ap: mAP in [0, 1] before the search.
         caption: title, such as schedule and split.
     """
-    figure = new_figure(7, 4.5)
-    axes = figure.subplots()
-    draw_ap_against_cost(axes, axis, base_ap)
-    axes.set_title(caption, fontsize=10)
-    save_figure(figure, path)
+    _save_plot(path, lambda axes: draw_ap_against_cost(axes, axis, base_ap), caption)
 
 
 def draw_ap_against_cost(axes: Axes, axis: CostAxis, base_ap: float) -> None:
@@ -152,11 +148,7 @@ def plot_curve(path: str | Path, points: Sequence[tuple[float, float]], axis: st
         axis: name and unit of the cost.
         caption: title, such as schedule and split.
     """
-    figure = new_figure(7, 4.5)
-    axes = figure.subplots()
-    draw_curve(axes, points, axis)
-    axes.set_title(caption, fontsize=10)
-    save_figure(figure, path)
+    _save_plot(path, lambda axes: draw_curve(axes, points, axis), caption)
 
 
 def draw_curve(axes: Axes, points: Sequence[tuple[float, float]], axis: str) -> None:
@@ -169,6 +161,15 @@ def draw_curve(axes: Axes, points: Sequence[tuple[float, float]], axis: str) -> 
     axes.set_xlabel(axis)
     axes.set_ylabel("AP (points)")
     axes.legend()
+
+
+def _save_plot(path: str | Path, draw: Callable[[Axes], None], caption: str) -> None:
+    """Write a PNG of what `draw` draws, with the caption as its title."""
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
+    draw(axes)
+    axes.set_title(caption, fontsize=10)
+    save_figure(figure, path)
 
 
 def new_figure(width: float, height: float) -> Figure:

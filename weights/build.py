@@ -176,14 +176,14 @@ def build_teacher(path: str, config: DetectorConfig, student: Detector) -> tuple
     if path == "":
         raise UserError("--distill: found an empty name, expected the path of a checkpoint, or no --distill")
     try:
-        teacher = _teacher_of(path, config, student)
+        teacher = _teacher_of(path, config)
         queries = _queries_of(path, teacher, student)
     except UserError as error:
         raise UserError(f"--distill {error}") from None
     return teacher.to(next(student.parameters()).device), queries
 
 
-def _teacher_of(path: str, config: DetectorConfig, student: Detector) -> Detector:
+def _teacher_of(path: str, config: DetectorConfig) -> Detector:
     checkpoint = read_checkpoint(path)
     if checkpoint.is_search:
         raise UserError(f"{path}: found the output of a search, expected the detector that it pruned")
