@@ -251,8 +251,9 @@ def _losses(
     """
     with precision:
         queries = None if distillation is None else distillation.draw(targets)
-        outputs = model(images, targets if queries is None else queries)
-        lesson = None if distillation is None else distillation.teach(images, queries)
+        inputs = images if distillation is None else distillation.begin(images)
+        outputs = model(inputs, targets if queries is None else queries)
+        lesson = None if distillation is None else distillation.teach(inputs, queries)
     outputs = _to_float32(outputs)
     losses = criterion(outputs, targets)
     loss = criterion.weighted_sum(losses)

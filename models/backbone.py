@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
+from typing import NamedTuple
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -16,6 +18,20 @@ from util.errors import UserError, reason_of
 NORM_LAYERS = {"FrozenBatchNorm2d": FrozenBatchNorm2d, "BatchNorm2d": nn.BatchNorm2d}
 FROZEN_STAGES = ("conv1", "bn1", "layer1")
 STEM_STRIDE = 4  # of the first convolution and the pooling after it
+
+
+class PartialFeatures(NamedTuple):
+    """The result of a backbone's first layers for a batch of images.
+
+    Attributes:
+        layers: how many of the stem's layers and stages were run.
+        maps: the last one's output, B x C x h x w.
+        outputs: of the stages among them, by name.
+    """
+
+    layers: int
+    maps: Tensor
+    outputs: dict[str, Tensor]
 
 
 class Backbone(nn.Module):
@@ -115,17 +131,32 @@ class Backbone(nn.Module):
         """Set training or eval mode; a frozen backbone stays in eval mode, so that its statistics do not change."""
         return super().train(mode and not self.frozen)
 
-    def forward(self, images: Tensor, stages: Sequence[str]) -> list[Tensor]:
+    def forward(self, images: Tensor, stages: Sequence[str], begun: PartialFeatures | None = None) -> list[Tensor]:
         """Images B x 3 x H x W -> the outputs of the named stages (such as `layer2`), each B x C x h x w, in order.
 
-        h is ceil(H / stride), w is ceil(W / stride).
+        h is ceil(H / stride), w is ceil(W / stride). `begun` has the result of the first layers, which are not run.
         """
-        x, found = self.stem(images), []
-        for name in self._stages():
-            x = self.body[name](x)
-            if name in stages:
-                found.append(x)
-        return found
+        outputs = self.run(images, len(self.body), begun).outputs
+        return [outputs[stage] for stage in self._stages() if stage in stages]
+
+    def run(self, images: Tensor, layers: int, begun: PartialFeatures | None = None) -> PartialFeatures:
+        """Run the first `layers` of the stem's layers and stages on images (B x 3 x H x W), those not in `begun`."""
+        done, x, outputs = begun or (0, images, {})
+        found = dict(outputs)
+        for name, layer in [*self.body.items()][done:layers]:
+            x = layer(x)
+            if name.startswith("layer"):
+                found[name] = x
+        return PartialFeatures(layers, x, found)
+
+    def layers_shared_with(self, other: Backbone) -> int:
+        """Return how many of the first layers give the same as those of `other` and do not change in training."""
+        pairs = zip(self.body.values(), other.body.values(), strict=False)
+        return len([*takewhile(lambda pair: self._is_fixed(pair[0]) and _are_equal(*pair), pairs)])
+
+    def _is_fixed(self, layer: nn.Module) -> bool:
+        norms = [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
+        return not any(p.requires_grad for p in layer.parameters()) and (self.frozen or not norms)
 
     def stem(self, images: Tensor) -> Tensor:
         """Images B x 3 x H x W -> the input of the first residual block, B x C x h x w."""
@@ -133,6 +164,12 @@ class Backbone(nn.Module):
         for name, layer in self.body.items():
             x = x if name.startswith("layer") else layer(x)
         return x
+
+
+def _are_equal(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two layers compute the same; their texts have widths, strides and dilation."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    return repr(one) == repr(other) and all(torch.equal(ours[key], theirs[key].to(ours[key])) for key in ours)
 
 
 def _output_channels(stage: nn.Module) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.backbone import Backbone
+from models.backbone import Backbone, PartialFeatures
 from models.denoising_queries import (
     DenoisingSettings,
     ExtraQueries,
@@ -102,9 +102,12 @@ class Detector(nn.Module, ABC):
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Project the outputs of the stages `stages` to B x hidden_dim x h x w for each level, finest first."""
 
-    def feature_maps(self, batch: Tensor) -> list[Tensor]:
-        """Project the features of images (B x 3 x H x W) to B x hidden_dim x h x w for each level, finest first."""
-        return self.project(self.backbone[0](batch, self.stages))
+    def feature_maps(self, batch: Tensor, begun: PartialFeatures | None = None) -> list[Tensor]:
+        """Project the features of images (B x 3 x H x W) to B x hidden_dim x h x w for each level, finest first.
+
+        `begun` has what the backbone's first layers give for them.
+        """
+        return self.project(self.backbone[0](batch, self.stages, begun))
 
     @abstractmethod
     def first_state(
@@ -173,7 +176,7 @@ class Detector(nn.Module, ABC):
         return pad_images(images, 1 if self.padding_rule == "reference" else self.image_multiple)
 
     def _features_of_batch(self, images: PaddedImages) -> Features:
-        return self._as_features(self.feature_maps(images.batch), images.padding)
+        return self._as_features(self.feature_maps(images.batch, images.begun), images.padding)
 
     def _as_features(self, maps: Sequence[Tensor], padding_of_images: Tensor | None) -> Features:
         paddings = []

@@ -73,6 +73,10 @@ class Distillation:
         queries: the teacher's matching query of each of the student's; None if they have the same.
         kinds: kinds of queries to compare, of `QUERIES`.
         noise: of the denoising queries; None without them.
+        student: what the frozen first layers of its backbone share with the teacher's is computed once; see `begin`.
+
+    Attributes:
+        shared_layers: number of these layers.
     """
 
     def __init__(
@@ -83,7 +87,11 @@ class Distillation:
         queries: Tensor | None = None,
         kinds: Sequence[str] = ("matching",),
         noise: DenoisingSettings | None = None,
+        student: Detector | None = None,
     ) -> None:
+        self.shared_layers = 0
+        if student is not None and student.padding_rule == teacher.padding_rule:
+            self.shared_layers = student.backbone[0].layers_shared_with(teacher.backbone[0])
         self.teacher = teacher.eval().requires_grad_(False)
         last = len(teacher.widths.decoder) - 1
         num_layers = num_layers or last + 1
@@ -122,6 +130,14 @@ class Distillation:
             for row, target in zip(anchors["targets"], targets, strict=True):
                 row[: len(target["boxes"])] = target["boxes"]
         return ExtraQueries(draw_noise(targets, self.teacher.num_classes, self.noise), anchors)
+
+    @torch.no_grad()
+    def begin(self, images: list[Tensor]) -> list[Tensor] | PaddedImages:
+        """Pad images (each 3 x H x W) as in training, and run the layers that student and teacher share on them."""
+        if not self.shared_layers:
+            return images
+        padded = self.teacher.pad(images)
+        return padded._replace(begun=self.teacher.backbone[0].run(padded.batch, self.shared_layers))
 
     @torch.no_grad()
     def teach(self, images: list[Tensor] | Tensor | PaddedImages, queries: ExtraQueries | None = None) -> Lesson:
@@ -174,11 +190,13 @@ class Distillation:
             for kind in self.kinds
             for layer, total in enumerate(_confidence(taught[kind][0]).sum((1, 2)) if kind in taught else zeros)
         }
-        # Gradients are averaged over the processes, so each process divides by the mean total.
+        # Gradients are averaged over the processes, so each process divides by the mean total; the total of all is at
+        # least 1.
         totals = distributed.average({**totals, "pixels": lesson.pixels.sum()})
         losses = {}
+        least = 1 / distributed.world_size()
         for kind in self.kinds:
-            total = torch.stack([totals[f"{kind} {layer}"] for layer in range(len(self.suffixes))]).clamp(min=1)
+            total = torch.stack([totals[f"{kind} {layer}"] for layer in range(len(self.suffixes))]).clamp(min=least)
             sums = _distances(answers[kind], taught[kind]) if kind in taught else dict.fromkeys(DISTANCES, zeros)
             for name, values in sums.items():
                 for suffix, value in zip(self.suffixes, values / total, strict=True):

@@ -6,15 +6,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.backbone import PartialFeatures
+
 # "exact": in eval mode, the result of an image does not depend on its batch. "reference": the rule of DN-DETR.
 PADDING_RULES = ("exact", "reference")
 
 
 class PaddedImages(NamedTuple):
-    """A batch of images (B x 3 x H x W) and its padding (B x H x W bool, True on padding), or None without padding."""
+    """A batch of images, padded to one size.
+
+    Attributes:
+        batch: B x 3 x H x W.
+        padding: B x H x W bool, True on padding; None without padding.
+        begun: what the backbone's first layers give for them, if they have run.
+    """
 
     batch: Tensor
     padding: Tensor | None
+    begun: PartialFeatures | None = None
 
 
 class SizeGroup(NamedTuple):

@@ -160,4 +160,4 @@ def build_distillation(options: TrainingOptions, student: Detector) -> Distillat
         "loss_distill_memory": asked.distill_memory_coef,
     }
     kinds = asked.distill_queries or ["matching"]
-    return Distillation(teacher, weights, options.detector.dec_layers, queries, kinds, student.denoising)
+    return Distillation(teacher, weights, options.detector.dec_layers, queries, kinds, student.denoising, student)

@@ -112,6 +112,9 @@ class Towards:
     def draw(self, targets):
         return targets
 
+    def begin(self, images):
+        return images
+
     def teach(self, images, queries):
         self.autocast.add(torch.is_autocast_enabled("cpu"))
         return torch.stack(images) @ self.weight

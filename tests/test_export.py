@@ -70,7 +70,7 @@ def test_onnx_of_a_slim_detector_takes_other_sizes_and_batches_and_selects_detec
     images, _ = pictures(
         ((64, 160), (80, 70), (64, 64), (64, 65))
     )  # none of the sizes that it was made or checked with
-    batch, padding = pad_images(images)
+    batch, padding, _ = pad_images(images)
     found = exporting.onnx_runner(data)({"images": batch, "mask": padding})
     with torch.no_grad():
         outputs = model(PaddedImages(batch, padding))

@@ -64,7 +64,7 @@ def check_export(
             images = [
                 torch.randn(3, height - i * height // 5, width - i * width // 7, generator=generator) for i in shrink
             ]
-            batch, padding = pad_images(images)
+            batch, padding, _ = pad_images(images)
             if padding is None:
                 padding = torch.zeros(batch_size, height, width, dtype=torch.bool)
             found = run({"images": batch, **({"mask": padding} if with_mask else {})})

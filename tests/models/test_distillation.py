@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchvision.ops import FrozenBatchNorm2d
 
+from models.backbone import FROZEN_STAGES
 from models.denoising_queries import DenoisingSettings
 from models.distillation import QUERIES, Distillation, Lesson
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
@@ -204,3 +206,81 @@ def test_a_batch_without_targets_has_all_losses():
     losses = teaching(tiny_detector("", seed=1)[0].train()(images, queries), teaching.teach(images, queries))
     assert set(losses) == set(teaching.weight_dict) and float(losses["loss_distill_denoising_logits"]) == 0
     assert all(bool(torch.isfinite(value)) for value in losses.values())
+
+
+@each_variant
+@pytest.mark.parametrize("frozen", [False, True])
+def test_shared_layers_run_once_and_change_nothing(network, frozen):
+    """Losses and gradients are those of two separate forward passes; images of several sizes are padded alike."""
+    teaching = distillation(network)
+    student = copy.deepcopy(teaching.teacher).requires_grad_(True).train()
+    backbone = student.backbone[0]
+    backbone.frozen = frozen
+    for name, layer in backbone.body.items():
+        layer.requires_grad_(not frozen and name not in FROZEN_STAGES)
+    student.train()
+    with torch.no_grad():
+        student.transformer.encoder.layers[0].linear1.weight.mul_(1.1)
+    sharing = Distillation(teaching.teacher, WEIGHTS, student=student)
+    assert sharing.shared_layers == (len(backbone.body) if frozen else [*backbone.body].index("layer1") + 1)
+    images, _ = pictures(((40, 70), (65, 33), (97, 64)))
+    calls = []
+    stem = [module.body["conv1"] for module in (backbone, teaching.teacher.backbone[0])]
+    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in stem]
+    found = []
+    for inputs in (images, sharing.begin(images)):
+        student.zero_grad()
+        losses = sharing(student(inputs), sharing.teach(inputs))
+        sharing.weighted_sum(losses).backward()
+        found.append([losses, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}])
+    assert len(calls) == 2 + 1
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(*found)
+    assert any(name.startswith("backbone") for name in found[1][1]) == (not frozen)
+
+
+def test_only_layers_that_cannot_differ_are_shared():
+    teacher, changed = tiny_detector()[0], tiny_detector()[0]
+    backbone = changed.backbone[0]
+    first_stage = [*backbone.body].index("layer1")
+    assert Distillation(teacher, WEIGHTS, student=changed).shared_layers == first_stage + 1
+    next(module for module in backbone.body["layer1"].modules() if isinstance(module, FrozenBatchNorm2d)).bias += 1
+    assert Distillation(teacher, WEIGHTS, student=changed).shared_layers == first_stage
+    backbone.body["maxpool"].padding = 0
+    assert Distillation(teacher, WEIGHTS, student=changed).shared_layers == first_stage - 1
+    trainable = tiny_detector("--batch_norm_type BatchNorm2d")[0]
+    assert Distillation(copy.deepcopy(trainable), WEIGHTS, student=trainable).shared_layers == 0
+    trainable.backbone[0].requires_grad_(False)  # the statistics still change
+    assert Distillation(copy.deepcopy(trainable), WEIGHTS, student=trainable).shared_layers == 1
+    reference = tiny_detector()[0]
+    reference.padding_rule = "reference"
+    assert Distillation(teacher, WEIGHTS, student=reference).shared_layers == 0
+    images, _ = pictures()
+    assert Distillation(teacher, WEIGHTS, student=reference).begin(images) is images
+
+
+@pytest.mark.parametrize("confidence", [0.05, 0.9])
+def test_two_processes_have_the_mean_gradient_of_one(confidence, monkeypatch):
+    """Also where the confidences of all queries sum to less than 1."""
+    outputs, lesson = example()
+    lesson = replace(lesson, probabilities=lesson.probabilities * confidence)
+    whole = distillation()(outputs, lesson)
+    parts = []
+    for image in ([0], [1]):
+        layers = [{"pred_logits": a["pred_logits"][image], "pred_boxes": a["pred_boxes"][image]}
+                  for a in (outputs["aux_outputs"][0], outputs)]  # fmt: skip
+        found = {**layers[1], "aux_outputs": layers[:1], "memory": outputs["memory"][image]}
+        taught = replace(lesson, probabilities=lesson.probabilities[:, image], memory=lesson.memory[image],
+                         boxes_cxcywh=lesson.boxes_cxcywh[:, image], pixels=lesson.pixels[image])  # fmt: skip
+        parts.append((found, taught))
+    given = []
+    monkeypatch.setattr("util.distributed.average", lambda values: given.append(values) or values)
+    for part in parts:
+        distillation()(*part)
+    means = {name: (given[0][name] + given[1][name]) / 2 for name in given[0]}
+    monkeypatch.setattr("util.distributed.average", lambda values: means)
+    monkeypatch.setattr("util.distributed.world_size", lambda: 2)
+    losses = [distillation()(*part) for part in parts]
+    for name, value in whole.items():
+        torch.testing.assert_close((losses[0][name] + losses[1][name]) / 2, value)

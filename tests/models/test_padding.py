@@ -191,7 +191,7 @@ def test_gradients_reach_the_backbone_through_joined_maps():
 def test_padding_images_fills_in_zeros_and_rounds_up():
     images = images_of((5, 9), (7, 4))
     for multiple, size in ((1, (7, 9)), (4, (8, 12)), (7, (7, 14))):
-        batch, padding = pad_images(images, multiple)
+        batch, padding, _ = pad_images(images, multiple)
         assert batch.shape == (2, 3, *size) and padding.shape == (2, *size)
         for canvas, mask, image in zip(batch, padding, images, strict=True):
             height, width = image.shape[1:]
