@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +20,18 @@ WIDTHS_TRIED = 16  # at least, of each module, if it has as many
 Tables = Mapping[str, Mapping[int, float]]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """A limit on the sum of the `costs` of the chosen widths."""
+
+    costs: Tables
+    limit: float
+
+    def fits(self, widths: Mapping[str, int]) -> bool:
+        """Return whether the widths cost at most the limit."""
+        return sum_of(self.costs, widths) <= self.limit
+
+
 def allocate(damages: Tables, costs: Tables, budget: float, power: float = 1.0) -> dict[str, int]:
     """Return widths with a small sum of damage ** power and a total cost of at most `budget`.
 
@@ -26,7 +39,7 @@ def allocate(damages: Tables, costs: Tables, budget: float, power: float = 1.0) 
         ValueError: the cheapest widths cost more.
     """
     widths = at_lowest_price(damages, costs, budget, power)
-    return spend_rest(widths, damages, costs, budget, power)
+    return spend_rest(widths, damages, [Budget(costs, budget)], power)
 
 
 def at_lowest_price(damages: Tables, costs: Tables, budget: float, power: float) -> dict[str, int]:
@@ -59,20 +72,26 @@ def at_lowest_price(damages: Tables, costs: Tables, budget: float, power: float)
     return widths
 
 
-def spend_rest(
-    widths: Mapping[str, int], damages: Tables, costs: Tables, budget: float, power: float
-) -> dict[str, int]:
-    """Widen one module by one step at a time, the one with the largest gain per cost, while it fits `budget`."""
+def spend_rest(widths: Mapping[str, int], damages: Tables, budgets: Sequence[Budget], power: float) -> dict[str, int]:
+    """Widen one module by one step at a time, the one with the largest gain per cost, while all `budgets` allow it.
+
+    Costs are counted as fractions of the budgets.
+    """
     widths = dict(widths)
     while True:
-        rest, best = budget - sum_of(costs, widths), None
+        rests, best = [budget.limit - sum_of(budget.costs, widths) for budget in budgets], None
         for name, damage in damages.items():
             wider = min((w for w in damage if w > widths[name]), default=None)
-            if wider is None or (cost := costs[name][wider] - costs[name][widths[name]]) > rest:
+            if wider is None:
                 continue
-            gain = (damage[widths[name]] ** power - damage[wider] ** power) / cost
-            if gain >= 0 and (best is None or gain > best[0]):
-                best = (gain, name, wider)
+            costs = [budget.costs[name][wider] - budget.costs[name][widths[name]] for budget in budgets]
+            if any(cost > rest for cost, rest in zip(costs, rests, strict=True)):
+                continue
+            gain = damage[widths[name]] ** power - damage[wider] ** power
+            share = sum(cost / budget.limit for cost, budget in zip(costs, budgets, strict=True) if cost > 0)
+            rate = gain / share if share else math.inf
+            if gain >= 0 and (best is None or rate > best[0]):
+                best = (rate, name, wider)
         if best is None:
             return widths
         widths[best[1]] = best[2]
@@ -89,14 +108,24 @@ def widths_tried(width: int, unit: int, min_units: int = 1) -> list[int]:
     return sorted({min(min_units * unit, width), min(unit, width), *range(step, width, step), width})
 
 
-def check_affordable(keep: float, costs: Tables, total_cost: float) -> None:
+def check_affordable(keep: float, costs: Tables, total_cost: float, option: str = "keep") -> None:
     """Raise a `UserError` if the smallest widths cost more than the fraction `keep` of `total_cost`."""
-    least = total_cost - sum(max(table.values()) - min(table.values()) for table in costs.values())
+    least = least_cost(costs, total_cost)
     if least > keep * total_cost:
         raise UserError(
-            f"--keep {keep:g}: found less than the smallest widths cost, expected at least "
-            f"{math.ceil(1000 * least / total_cost - 1e-9) / 1000:.3f}"
+            f"--{option} {keep:g}: found less than the smallest widths cost, expected at least "
+            f"{rounded_up(least / total_cost)}"
         )
+
+
+def least_cost(costs: Tables, total_cost: float) -> float:
+    """Return what is left of `total_cost` with the cheapest width of each module; the last one is whole."""
+    return total_cost - sum(table[max(table)] - min(table.values()) for table in costs.values())
+
+
+def rounded_up(fraction: float) -> str:
+    """Return a fraction with three decimals, not less than it."""
+    return f"{math.ceil(1000 * fraction - 1e-9) / 1000:.3f}"
 
 
 def between(measured: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:

@@ -16,10 +16,12 @@ from typing import Any
 
 from models.prunable import PrunableModule
 from pruning.allocation import Tables, allocate, between, check_affordable, sum_of
+from pruning.cost_tables import Prices
 from pruning.journal import Effort, Trial
 from pruning.kept_channels import Kept
 from pruning.search import Workbench
 from pruning.selection import Order
+from pruning.two_budgets import allocate_both
 from util import distributed
 from util.errors import UserError
 
@@ -58,6 +60,8 @@ class BudgetSearch:
         costs: of each module at each of its widths, in parameters or multiply-accumulates; see `pruning.allocation`.
         total_cost: of the whole transformer or detector.
         base_ap: mAP in [0, 1] of the whole split before the search.
+        params: the prices in parameters, with two budgets.
+        keep_params: fraction of the parameters to keep, with two budgets.
         powers: of the damages, in the order in which they are tried.
         on_trial: called with each new trial.
         replayed: earlier trials of a resumed search, in order; they are not measured again.
@@ -70,6 +74,8 @@ class BudgetSearch:
     costs: Tables
     total_cost: float
     base_ap: float
+    params: Prices | None = None
+    keep_params: float | None = None
     powers: Sequence[float] = POWERS
     on_trial: Callable[[Trial], None] = lambda trial: None
     replayed: Sequence[Trial] = ()
@@ -213,13 +219,17 @@ class BudgetSearch:
         return high
 
     def _allocate(self, keep: float, power: float) -> dict[str, int]:
-        """Return widths that cost at most the fraction `keep` of the whole."""
-        fixed_cost = self.total_cost - sum_of(self.costs, self._whole)
-        return allocate(self.damages, self.costs, keep * self.total_cost - fixed_cost, power)
+        """Return widths that cost at most the fraction `keep` of the whole, and `keep_params` of its parameters."""
+        budget = Prices(self.total_cost, self.costs).budget(keep)
+        if self.params is None or self.keep_params is None:
+            return allocate(self.damages, self.costs, budget.limit, power)
+        return allocate_both(self.damages, (budget, self.params.budget(self.keep_params)), power)
 
     def _kept_fraction(self, widths: Mapping[str, int]) -> float:
-        gone = (self.costs[name][full] - self.costs[name][widths[name]] for name, full in self._whole.items())
-        return (self.total_cost - sum(gone)) / self.total_cost
+        return Prices(self.total_cost, self.costs).kept_fraction(widths)
+
+    def _kept_params(self, widths: Mapping[str, int]) -> float | None:
+        return None if self.params is None else self.params.kept_fraction(widths)
 
     def _trial_of(self, widths: Mapping[str, int]) -> Trial | None:
         """Return the trial with these widths, or None."""
@@ -241,7 +251,11 @@ class BudgetSearch:
                 cut = Cut(kept, self.bench.save())
             else:
                 ap = known.full_ap
-            trial = Trial(keep, power, widths, ap, self._kept_fraction(widths), **self.effort.so_far())
+            kept_params = self._kept_params(widths)
+            trial = Trial(
+                keep, power, widths, ap, self._kept_fraction(widths), self.keep_params, kept_params,
+                **self.effort.so_far(),
+            )  # fmt: skip
             self.on_trial(trial)
         self.trials.append(trial)
         return trial, cut
@@ -256,11 +270,21 @@ class BudgetSearch:
         )
         if not known or trial.power != power:
             raise UserError(f"journal: found a trial (power {trial.power:g}) of other modules or widths than these")
-        cost = self._kept_fraction(trial.widths)
-        if abs(cost - trial.kept_fraction) > ROUNDING or cost > trial.keep + ROUNDING:
+        self._check_kept("cost", trial.keep, trial.kept_fraction, self._kept_fraction(trial.widths))
+        params = self._kept_params(trial.widths)
+        if trial.keep_params != self.keep_params or (trial.kept_params is None) != (params is None):
             raise UserError(
-                f"journal: found a trial that keeps {trial.kept_fraction:g} of the cost, expected {cost:g}, the cost "
-                f"of its widths, and at most {trial.keep:g}"
+                f"journal: found a trial with keep_params {trial.keep_params} and kept_params {trial.kept_params}, "
+                f"expected keep_params {self.keep_params} and kept_params {params}"
+            )
+        if trial.keep_params is not None and trial.kept_params is not None and params is not None:
+            self._check_kept("parameters", trial.keep_params, trial.kept_params, params)
+
+    def _check_kept(self, what: str, keep: float, kept: float, expected: float) -> None:
+        if abs(expected - kept) > ROUNDING or expected > keep + ROUNDING:
+            raise UserError(
+                f"journal: found a trial that keeps {kept:g} of the {what}, expected {expected:g}, the {what} "
+                f"of its widths, and at most {keep:g}"
             )
 
     def _predict(self, attention_widths: int | None) -> tuple[dict[str, Order], Tables]:

@@ -32,7 +32,7 @@ FRACTION, MILLISECONDS = real(0.001, at_most=1), real(0.001)
 # Options that only some searches use.
 READ_BY_VISITS = ("subset_batches_attention", "subset_batches_ffn", "decay_points", "decay_fraction")
 READ_BY = {
-    "fast": ("keep", "target_ms", "cost", "latency_table", "selection"),
+    "fast": ("keep", "target_ms", "keep_params", "cost", "latency_table", "selection"),
     "visit": (*READ_BY_VISITS, "selection"),
     "paper": (*READ_BY_VISITS, "num_candidates_attention", "num_candidates_ffn"),
 }
@@ -97,6 +97,8 @@ class TargetConfig(Config):
     target_ms: list[float] | None = option(None, type=MILLISECONDS, nargs="+", read=_numbers("target_ms", MILLISECONDS),
         help="milliseconds that the whole detector may take for a batch of --batch_size images, whatever the mAP; "
         "several give a detector for each (--cost latency)")  # fmt: skip
+    keep_params: float | None = option(None, type=FRACTION, help="fraction of the scope's parameters to keep at most, "
+        "besides --keep or --target_ms")  # fmt: skip
     cost: str | None = option(None, choices=COSTS, help="cost that the fast search reduces: parameters, "
         "multiply-accumulates at the size of the first image, or the time measured on --device for a batch of "
         "--batch_size such images; by default params for --scope transformer, macs for --scope detector, latency with "
@@ -239,6 +241,8 @@ def refuse_unused_by_search(config: SearchConfig, typed: Collection[str]) -> Non
         readers = " or ".join(search for search, names in READ_BY.items() if name in names)
         refuse([name], typed, f"--search {config.search} does not use it, expected --search {readers}")
     budgets = [f"--{name}" for name in ("keep", "target_ms") if getattr(config, name) is not None]
+    if not budgets:
+        refuse(["keep_params"], typed, "found neither --keep nor --target_ms, expected one of them as well")
     if budgets:
         refuse(TARGETS, typed, f"found {budgets[0]} as well, which ignores mAP")
     for name in ("keep", "target_ms"):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.detector import Detector
-from pruning.allocation import Tables, check_affordable, widths_tried
+from pruning.allocation import Budget, Tables, check_affordable, least_cost, rounded_up, widths_tried
 from pruning.config import SearchConfig
 from pruning.cost import block_macs, block_params, cost_of, module_macs, module_params
 from pruning.latency import LatencyTable
 from pruning.search import Units
+from pruning.two_budgets import least_within
 from util.errors import UserError
 
 
@@ -23,16 +24,29 @@ class Prices:
         total: cost of the whole transformer, or of the whole detector for that scope.
         costs: cost of each module at each of its widths; see `pruning.allocation`.
         outside: milliseconds of the rest of the detector.
+        params: the prices in parameters, with --keep_params.
     """
 
     total: float
     costs: Tables
     outside: float = 0.0
+    params: Prices | None = None
 
     @property
     def least(self) -> float:
         """Cost of the least widths."""
-        return self.total - sum(max(table.values()) - min(table.values()) for table in self.costs.values())
+        return least_cost(self.costs, self.total)
+
+    def kept_fraction(self, widths: Mapping[str, int]) -> float:
+        """Return the fraction of `total` that is left with these widths."""
+        gone = (table[max(table)] - table[widths[name]] for name, table in self.costs.items())
+        return (self.total - sum(gone)) / self.total
+
+    def budget(self, keep: float) -> Budget:
+        """Return the limit for the modules that leaves the fraction `keep` of `total`, at least the least widths."""
+        fixed = self.total - sum(table[max(table)] for table in self.costs.values())
+        least = sum(min(table.values()) for table in self.costs.values())  # is affordable, whatever the rounding
+        return Budget(self.costs, max(keep * self.total - fixed, least))
 
     def fractions(self, config: SearchConfig) -> dict[str, float]:
         """Return the fraction of `total` that each of the search's budgets leaves, by the budgets' names.
@@ -41,10 +55,28 @@ class Prices:
             UserError: one is less than the least widths cost.
         """
         if config.target_ms is not None:
-            return {name: self.fraction_in(value) for name, value in config.budgets.items()}
-        for value in config.budgets.values():
-            check_affordable(value, self.costs, self.total)
-        return config.budgets
+            fractions = {name: self.fraction_in(value) for name, value in config.budgets.items()}
+        else:
+            fractions = config.budgets
+            for value in fractions.values():
+                check_affordable(value, self.costs, self.total)
+        if config.keep_params is not None:
+            option = "keep" if config.target_ms is None else "target_ms"
+            for asked, keep in zip(config.budgets.values(), fractions.values(), strict=True):
+                self._check_params(config.keep_params, keep, f"--{option} {asked:g}")
+        return fractions
+
+    def _check_params(self, keep_params: float, keep: float, other: str) -> None:
+        """Raise a `UserError` if no widths meet --keep_params and the budget `keep`, which is typed as `other`."""
+        assert self.params is not None
+        check_affordable(keep_params, self.params.costs, self.params.total, "keep_params")
+        widths = least_within(self.params.costs, self.budget(keep))
+        least = self.params.kept_fraction(widths)
+        if not self.params.budget(keep_params).fits(widths):
+            raise UserError(
+                f"--keep_params {keep_params:g}: found less than is possible with {other}, expected at least "
+                f"{rounded_up(least)}"
+            )
 
     def fraction_in(self, target_ms: float) -> float:
         """Return the fraction of `total` with which the whole detector takes `target_ms`.
@@ -66,22 +98,38 @@ def widths_of(model: Detector, scope: str, steps: Units) -> dict[str, list[int]]
     return {n: widths_tried(m.width, steps.channels(m), steps.min_units) for n, m in modules.items()}
 
 
-def latency_prices(table: LatencyTable, widths: Mapping[str, Sequence[int]]) -> Prices:
-    """Return the prices in milliseconds; those of the detector include the rest, those of the transformer do not."""
-    costs, whole = table.costs(widths), {name: max(of_module) for name, of_module in widths.items()}
+def latency_prices(table: LatencyTable, widths: Mapping[str, Sequence[int]], params: Prices | None = None) -> Prices:
+    """Return the prices in milliseconds; those of the detector include the rest, those of the transformer do not.
+
+    Those besides prices in parameters include all widths: one that is slower than a larger one has fewer parameters.
+    """
+    costs = table.costs(widths, every=params is not None)
+    whole = {name: max(of_module) for name, of_module in widths.items()}
     detector = table.milliseconds(whole)
     total = detector if table.scope == "detector" else sum(costs[name][width] for name, width in whole.items())
-    return Prices(total, costs, detector - total)
+    return Prices(total, costs, detector - total, params)
 
 
 def prices_of(config: SearchConfig, steps: Units, model: Detector, image_size_hw: tuple[int, int]) -> Prices:
     """Return the prices in parameters or multiply-accumulates, for one image of that size in pixels.
 
     Raises:
-        UserError: --keep is below the cost of the least widths.
+        UserError: --keep or --keep_params is below the cost of the least widths.
     """
+    prices = _prices_in(config.cost_unit, config.scope, steps, model, image_size_hw)
+    prices = replace(prices, params=params_prices(config, steps, model, image_size_hw))
+    prices.fractions(config)
+    return prices
+
+
+def params_prices(config: SearchConfig, steps: Units, model: Detector, image_size_hw: tuple[int, int]) -> Prices | None:
+    """Return the prices in parameters, None without --keep_params."""
+    return None if config.keep_params is None else _prices_in("params", config.scope, steps, model, image_size_hw)
+
+
+def _prices_in(cost_unit: str, scope: str, steps: Units, model: Detector, image_size_hw: tuple[int, int]) -> Prices:
     cost, modules = cost_of(model, image_size_hw), model.prunable_modules()
-    is_params, is_detector = config.cost_unit == "params", config.scope == "detector"
+    is_params, is_detector = cost_unit == "params", scope == "detector"
     of_modules = module_params(model) if is_params else module_macs(model, image_size_hw)
     costs: dict[str, dict[int, float]] = {}
     if is_detector:
@@ -97,6 +145,4 @@ def prices_of(config: SearchConfig, steps: Units, model: Detector, image_size_hw
         total: float = cost.params if is_detector else cost.transformer_params
     else:
         total = 1e9 * (cost.detector_gmacs if is_detector else cost.gmacs)
-    prices = Prices(total, costs)
-    prices.fractions(config)
-    return prices
+    return Prices(total, costs)

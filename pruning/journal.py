@@ -80,6 +80,8 @@ class Trial:
         widths: of each module.
         full_ap: mAP in [0, 1] of the whole split.
         kept_fraction: remaining fraction of the transformer's cost.
+        keep_params: requested fraction of the parameters, None without --keep_params.
+        kept_params: remaining fraction of the parameters, None without --keep_params.
         image_passes, whole_passes, seconds: since the search began, as in `Decision`.
     """
 
@@ -88,6 +90,8 @@ class Trial:
     widths: dict[str, int]
     full_ap: float
     kept_fraction: float
+    keep_params: float | None = None
+    kept_params: float | None = None
     image_passes: int = field(default=0, compare=False)
     whole_passes: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)

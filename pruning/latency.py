@@ -108,10 +108,10 @@ class LatencyTable:
     entries: Mapping[str, Mapping[int, Entry]]
     rest: Mapping[str, Entry]
 
-    def costs(self, widths: Mapping[str, Collection[int]]) -> dict[str, dict[int, float]]:
+    def costs(self, widths: Mapping[str, Collection[int]], every: bool = False) -> dict[str, dict[int, float]]:
         """Return the milliseconds of each module at those of its `widths` that are worth choosing.
 
-        These are the whole width, and each width that is faster than all larger ones.
+        These are the whole width, and each width that is faster than all larger ones, or `every` width.
         """
         costs = {}
         for name, of_module in widths.items():
@@ -119,7 +119,7 @@ class LatencyTable:
             chosen: dict[int, float] = {}
             for width in sorted(of_module, reverse=True):
                 milliseconds = entries[width].milliseconds
-                if milliseconds < min(chosen.values(), default=float("inf")):
+                if every or milliseconds < min(chosen.values(), default=float("inf")):
                     chosen[width] = milliseconds
             costs[name] = dict(sorted(chosen.items()))
         return costs

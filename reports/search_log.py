@@ -113,24 +113,33 @@ def decision_scalars(decision: Decision) -> dict[str, float]:
     }
 
 
+def kept_cost(kept: Mapping[str, Any]) -> str:
+    """Return the kept fraction of the cost, or what two budgets asked for and kept; `kept` is a trial or point."""
+    cost = f"{100 * kept['kept_fraction']:.1f} %"
+    if kept.get("keep_params") is None:
+        return cost
+    params = f"parameters {100 * kept['kept_params']:.1f} % of at most {100 * kept['keep_params']:.4g} %"
+    return f"{cost} of at most {100 * kept['keep']:.4g} %, {params}"
+
+
 def trial_scalars(trial: Trial) -> dict[str, float]:
     """Return TensorBoard scalars of a trial: mAP and kept cost, each in [0, 1], and all widths."""
     widths = {f"width/{name}": width for name, width in trial.widths.items()}
-    return {"search/mAP": trial.full_ap, "search/cost_kept": trial.kept_fraction, **widths}
+    params = {} if trial.kept_params is None else {"search/params_kept": trial.kept_params}
+    return {"search/mAP": trial.full_ap, "search/cost_kept": trial.kept_fraction, **params, **widths}
 
 
 def trial_line(trial: Trial) -> str:
     """Return the log line of a trial."""
-    return (
-        f"{100 * trial.kept_fraction:.1f} % of the cost kept, power {trial.power:g} of the damages: "
-        f"mAP {trial.full_ap:.4f}"
-    )
+    kept = kept_cost(trial.to_dict())
+    kept = f"{kept} of the cost kept" if trial.keep_params is None else f"cost kept: {kept}"
+    return f"{kept}, power {trial.power:g} of the damages: mAP {trial.full_ap:.4f}"
 
 
 def trial_summary(trial: Trial, threshold_ap: float | None) -> str:
     """Return the progress bar's text for the last trial; `threshold_ap` is None if mAP is not a criterion."""
     target = "" if threshold_ap is None else f" target {threshold_ap:.4f}"
-    return f"{100 * trial.kept_fraction:.1f} % kept: mAP {trial.full_ap:.4f}{target}, {trial.whole_passes:.0f} passes"
+    return f"{kept_cost(trial.to_dict())} kept: mAP {trial.full_ap:.4f}{target}, {trial.whole_passes:.0f} passes"
 
 
 def trial_table(trials: Sequence[Trial], chosen: Sequence[Trial]) -> str:
@@ -143,7 +152,7 @@ def trial_rows(trials: Sequence[Trial], chosen: Sequence[Trial]) -> list[tuple[o
     return [
         (
             "*" if trial in chosen else "",
-            f"{100 * trial.kept_fraction:.1f} %",
+            kept_cost(trial.to_dict()),
             trial.power,
             trial.full_ap,
             f"{trial.seconds:.1f}",
@@ -197,7 +206,7 @@ def point_rows(points: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
         (
             point["name"],
             point["file"] or "",
-            f"{100 * point['kept_fraction']:.1f} %",
+            kept_cost(point),
             point["ap"],
             f"{point['params']:,}",
             f"{point['detector_gmacs']:.3g}",

@@ -42,7 +42,18 @@ from util.environment import ARGUMENTS_NAME
 from util.errors import UserError, shorten
 from weights.checkpoint_file import read_checkpoint
 
-SEARCH_OPTIONS = ("search", "search_split", "search_images", "keep", "target_ms", "cost", "scope", "map_tol", "use_dn")
+SEARCH_OPTIONS = (
+    "search",
+    "search_split",
+    "search_images",
+    "keep",
+    "target_ms",
+    "keep_params",
+    "cost",
+    "scope",
+    "map_tol",
+    "use_dn",
+)
 VAL_WARNING = (
     "This search used val2017, so its AP is measured on the images that it chose channels on. "
     "For a fair AP, search on train2017 (--search_split train2017) and report val2017."
@@ -204,6 +215,8 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
         asked = f"at most {' and '.join(f'{target:g} ms' for target in config.target_ms)}"
     else:
         asked = f"--map_tol {config.map_tol:g}"
+    if config.keep_params is not None:
+        asked += f" and {100 * config.keep_params:g} % of its parameters"
     text = f"{folder.detector.modelname}, {asked}, on {count} images of {facts.split} in {folder.data.coco_path}."
     base_ap = facts.start["base_ap"]
     figures = [
@@ -243,6 +256,9 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
                 "--resume_search.", "notice",
             )
         )  # fmt: skip
+    if config.keep_params is not None and facts.end is not None:
+        kept = " / ".join(search_log.kept_cost(trial.to_dict()) for trial in facts.chosen)
+        notices.append(page.paragraph(f"Kept: {kept}."))
     return "\n".join([page.paragraph(text), *notices, page.tiles(figures)])
 
 

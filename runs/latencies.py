@@ -84,11 +84,17 @@ class Latencies:
         return {**self.setting.to_dict(), "table": given}
 
     def prices(
-        self, journal: Journal, turns: Sequence[Turn], output_dir: Path, after_turn: Callable[[], Any]
+        self,
+        journal: Journal,
+        turns: Sequence[Turn],
+        output_dir: Path,
+        after_turn: Callable[[], Any],
+        params: Prices | None = None,
     ) -> Prices:
         """Return the prices in milliseconds; measure what `turns` lack, and write the table to `output_dir`.
 
-        Each turn is written to the journal. `after_turn` is called after each.
+        Each turn is written to the journal. `after_turn` is called after each. `params` are the prices in parameters of
+        a search with two budgets.
         """
         log = get_logger()
         if self.table is None:
@@ -109,7 +115,7 @@ class Latencies:
         distributed.on_main(
             lambda: write_json(output_dir / TABLE_NAME, {"environment": environment(self.device), **found.to_dict()})
         )
-        prices = latency_prices(found, self.widths)
+        prices = latency_prices(found, self.widths, params)
         log.info(
             "the whole detector takes %.4g ms, of which %.4g ms are in the scope; at least %.4g ms with the fastest "
             "widths", prices.outside + prices.total, prices.total, prices.outside + prices.least,

@@ -34,6 +34,7 @@ SAFETENSORS_NAME = "pruned.safetensors"
 WIDTHS_PICTURE = "widths.png"
 AP_PICTURE = "ap_params.png"
 SUMMARY_NAME = "summary.json"
+BUDGET_KEYS = ("keep", "kept_fraction", "keep_params", "kept_params")  # of two budgets, asked and reached
 CURVES = ("ap_ms.png", "ap_macs.png")
 
 
@@ -117,7 +118,9 @@ class SearchResults:
             outcome["points"] = self._points(result.base_ap, before, latency)
             for name, (label, curve) in search_log.ap_curves(outcome["points"]).items():
                 plots.plot_curve(self._folder / f"ap_{name}.png", curve, label, caption)
-        if latency is not None or self.points:
+        if self._options.search.keep_params is not None:
+            outcome["budgets"] = [{key: getattr(trial, key) for key in BUDGET_KEYS} for trial in self.chosen]
+        if latency is not None or self.points or "budgets" in outcome:
             write_json(self._folder / SUMMARY_NAME, {"environment": environment(self._device), **outcome})
         journal.end(outcome)
         write_report(self._folder, "search", Samples(self._device))
@@ -129,7 +132,8 @@ class SearchResults:
         costs = [before]
         for (name, point), trial in reversed([*zip(self.points.items(), self.chosen, strict=True)]):
             about = {"name": name, "file": point.path.name, "ap": point.ap, "kept_fraction": trial.kept_fraction}
-            found.append({**about, "widths": point.widths.to_list()})
+            two = {} if trial.keep_params is None else {key: getattr(trial, key) for key in BUDGET_KEYS}
+            found.append({**about, **two, "widths": point.widths.to_list()})
             costs.append(self._costs(point.widths)[1])
         for entry, cost in zip(found, costs, strict=True):
             entry |= {"params": cost.params, "detector_gmacs": cost.detector_gmacs}

@@ -29,7 +29,7 @@ from pruning.checks import (
     warn_of_low_target,
 )
 from pruning.cost import step_shares
-from pruning.cost_tables import prices_of
+from pruning.cost_tables import params_prices, prices_of
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, Turn, read_events
 from pruning.kept_channels import Kept
 from pruning.schedule import Schedule
@@ -180,7 +180,10 @@ class SearchRun:
         hint = f"stopped; continue with the same command and --resume_search, from {self.journal.path}"
         with stop_after_step(hint) as self.stop_if_asked:
             if latencies is not None:
-                self.prices = latencies.prices(self.journal, turns, self.output_dir, self.stop_if_asked)
+                self.prices = latencies.prices(
+                    self.journal, turns, self.output_dir, self.stop_if_asked,
+                    params_prices(self.config, self.units, self.model, self.image_size_hw),
+                )  # fmt: skip
             kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
             self.stop_if_asked()
         result = next(iter(self.results.points.values()), self._result(base_ap, ap, kept, OUTPUT_NAME))
@@ -269,8 +272,9 @@ class SearchRun:
     def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
         """Price all modules at once; return the kept sets and mAP of the whole split."""
         prices = self.prices
-        budgets = prices.fractions(self.config)
+        budgets = distributed.on_main(lambda: prices.fractions(self.config))
         search = BudgetSearch(self.bench, prices.costs, prices.total, base_ap)
+        search.params, search.keep_params = prices.params, self.config.keep_params
         if self.config.scope == "detector":
             search.powers = DETECTOR_POWERS
         sweeps = 1 + (len(POWERS) + len(budgets) - 1 if budgets else EVALUATIONS)

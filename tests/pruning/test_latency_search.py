@@ -4,16 +4,21 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from models.widths import Widths
 from pruning.latency import ROUNDS
-from tests.pruning.test_end_to_end import folder  # noqa: F401
-from tests.pruning.test_resume import assert_same_file, lines_of, search_with, words_of
+from tests.pruning.test_end_to_end import ROOT, folder  # noqa: F401
+from tests.pruning.test_resume import assert_same_file, lines_of, search_with, wait_for_lines, words_of
+from tests.tiny_run import RUN_SCRIPT
 from util.errors import UserError
 
 UNITS = "--attention_unit 4 --ffn_unit 16 --cost latency --search_split val2017"
@@ -124,6 +129,25 @@ def test_a_search_killed_at_any_step_ends_as_it_would_have(folder, searched, tmp
         if count > turns:  # the same noise, so the same widths
             assert_same_file(result.path.parent, out)
             assert (out / "latency.json").read_text() == result.path.with_name("latency.json").read_text()
+
+
+def test_a_process_killed_while_it_measures_leaves_turns_that_are_used(folder, tmp_path):  # noqa: F811
+    words = words_of(folder, tmp_path, f"{UNITS} --scope transformer --keep 0.75")
+    line = [sys.executable, RUN_SCRIPT, "prune_greedy_ad.py", *words.split()]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as in this process, which resumes
+    process = subprocess.Popen(line, cwd=ROOT, env=os.environ | threads, stdout=subprocess.DEVNULL)
+    journal = tmp_path / "search.jsonl"
+    wait_for_lines(process, journal, 3)
+    process.kill()
+    process.communicate()
+    before = [line for line in journal.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    assert len(before) >= 3 and [*map(measuring, before)] == [False, *[True] * (len(before) - 1)]
+    resumed = run(folder, tmp_path, "--scope transformer --keep 0.75 --resume_search")
+    after = lines_of(resumed)
+    assert after[: len(before)] == before and json.loads(after[-1])["event"] == "end"
+    turns = [json.loads(line)["widths"] for line in after if measuring(line)]
+    in_round = max(len({turn[name] for turn in turns}) for name in turns[0])
+    assert len(turns) > len(before) and len(turns) % in_round == 0
 
 
 def test_a_table_is_used_again_without_measuring(folder, searched, tmp_path):  # noqa: F811

@@ -110,7 +110,7 @@ MUTANTS = (
     ),
     Mutant(
         "what is left of a budget is not spent to the end: >= for >", "pruning/allocation.py",
-        "costs[name][widths[name]]) > rest:", "costs[name][widths[name]]) >= rest:", ALLOCATION,
+        "if any(cost > rest for", "if any(cost >= rest for", ALLOCATION,
     ),
     Mutant(
         "a unit of an attention counted once, not for each head", "pruning/search.py",
