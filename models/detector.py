@@ -229,8 +229,8 @@ class Detector(nn.Module, ABC):
         if self.padding_rule != "reference" and len({image.shape for image in images}) > 1:
             found = ", ".join(sorted({f"{image.shape[1]} x {image.shape[2]}" for image in images}))
             raise UserError(
-                f"--scope detector: found images of {found} pixels in one batch, expected one size: their width and "
-                "height in the annotation file are missing or wrong"
+                f"--scope detector: found images of {found} pixels in one batch, expected one size, or "
+                "--padding_rule reference"
             )
         padded = self.pad(images) if self.padding_rule == "reference" else PaddedImages(torch.stack(images), None)
         return BackboneState(self.backbone[0].stem(padded.batch), padding=padded.padding)

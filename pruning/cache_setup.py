@@ -8,6 +8,7 @@ from pathlib import Path
 
 from datasets.coco import CocoDataset
 from datasets.coco_eval import BYTES_PER_DETECTION, default_backend
+from datasets.decode import read_listed, read_size
 from datasets.transforms import eval_transforms, transformed_size
 from pruning.cache_plan import CPU, BatchShape, CacheOptions, Uses
 from pruning.config import CACHE_DTYPES, SearchConfig
@@ -24,19 +25,24 @@ def batch_numbers(images: int, batch_size: int) -> list[int]:
     return [0, *(number for number in share if number)]
 
 
-def sizes_of(dataset: CocoDataset, image_size: int, default_hw: tuple[int, int]) -> Callable[[int], tuple[int, int]]:
-    """Return a function from an image's index to its transformed height and width by its listed size.
+def sizes_of(dataset: CocoDataset, image_size: int, *, reads_files: bool) -> Callable[[int], tuple[int, int]]:
+    """Return a function from an image's index to its transformed height and width.
 
     Args:
         image_size: short side in pixels, as for `eval_transforms`.
-        default_hw: transformed size of images without a listed size.
+        reads_files: take sizes from the headers of the files, since listed ones may be wrong; otherwise only where none
+            is listed.
     """
     transforms = eval_transforms(image_size)
     resized = functools.cache(lambda size_hw: transformed_size(transforms, size_hw))
 
     def size_hw(index: int) -> tuple[int, int]:
         listed = dataset.annotations.listed_size_wh(index)
-        return default_hw if listed is None else resized((listed[1], listed[0]))
+        if listed is not None and not reads_files:
+            return resized(listed[::-1])
+        path = dataset.image_path(index)
+        found = read_size(path, listed)
+        return resized(tuple(read_listed(path, listed).pixels.shape[1:]) if found is None else found[::-1])
 
     return size_hw
 

@@ -85,8 +85,9 @@ class SearchRun:
         ]
         height, width = dataset[0][0].shape[-2:]
         self.image_size_hw = self.results.image_size_hw = (height, width)
-        size_hw = sizes_of(dataset, data.image_size, self.image_size_hw)
-        if config.scope == "detector" and self.model.padding_rule != "reference":
+        is_split = config.scope == "detector" and self.model.padding_rule != "reference"
+        size_hw = sizes_of(dataset, data.image_size, reads_files=is_split)
+        if is_split:
             batches, numbers = split_by_size(batches, numbers, size_hw)
         loader = build_loader(dataset, batches, shuffle=False, num_workers=data.num_workers, seed=seed)
         shapes = [shape_of([size_hw(index) for index in batch]) for batch in batches]

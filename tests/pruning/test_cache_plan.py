@@ -303,22 +303,40 @@ def test_a_gpu_that_cannot_hold_one_image_ends_all_processes_with_a_one_line_err
     assert choice == 0 and problem.startswith("cuda")
 
 
-def test_shapes_are_those_of_the_batches_without_reading_images(variant):
+@pytest.fixture
+def sized(variant):
+    """A data set, the shapes of its batches as read, and a function that returns those that are planned."""
     folder, network = variant
     args = tiny_args(f"{SMALL} {network} --coco_path {folder}")
     batches = [range(2), range(2, 4), range(4, 7)]
     dataset = build_dataset("val2017", args)
     read = [shape_of([tuple(dataset[index][0].shape[-2:]) for index in batch]) for batch in batches]
-    dataset.folder = None
+    assert {shape.is_padded for shape in read} == {True}
 
-    def shapes(default_hw):
-        size_hw = sizes_of(dataset, args.image_size, default_hw)
+    def planned(reads_files):
+        size_hw = sizes_of(dataset, args.image_size, reads_files=reads_files)
         return [shape_of([size_hw(index) for index in batch]) for batch in batches]
 
-    assert shapes((1, 1)) == read
-    dataset.annotations = dataclasses.replace(dataset.annotations, sizes_wh=0 * dataset.annotations.sizes_wh)
-    assert shapes((5, 7))[0] == shape_of([(5, 7), (5, 7)])
-    assert {shape.is_padded for shape in read} == {True}
+    return dataset, read, planned
+
+
+def test_shapes_are_those_of_the_batches_without_decoding_images(sized, monkeypatch):
+    dataset, read, planned = sized
+    listed = dataset.annotations.sizes_wh
+    monkeypatch.setattr("datasets.decode._decode", None)
+    for factor, kinds in ((1, (False, True)), (0, (False, True)), (2, (True,))):  # right, missing and wrong sizes
+        dataset.annotations = dataclasses.replace(dataset.annotations, sizes_wh=factor * listed)
+        assert all(planned(reads_files) == read for reads_files in kinds)
+    dataset.annotations = dataclasses.replace(dataset.annotations, sizes_wh=listed)
+    dataset.folder = None
+    assert planned(False) == read  # reads no file
+
+
+def test_a_file_without_a_size_is_named(sized, tmp_path):
+    dataset, _, planned = sized
+    dataset.folder = tmp_path
+    with pytest.raises(UserError, match=r"000000\.png cannot be read as an image"):
+        planned(True)
 
 
 def test_batches_are_split_into_images_of_one_size():

@@ -176,20 +176,27 @@ def test_a_search_of_the_detector_does_not_continue_one_of_the_transformer(folde
         run(folder, tmp_path, "keep", "--resume_search")
 
 
-def test_images_of_another_size_than_listed_are_refused_before_the_search(folder, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    ("rule", "sizes"), rest_in_soak([("exact", "missing"), ("exact", "wrong"), ("reference", "missing")],
+                                    [("exact", "missing"), ("exact", "wrong")])
+)  # fmt: skip
+def test_listed_sizes_change_no_result(folder, searched, tmp_path, rule, sizes):  # noqa: F811
+    """Batches of images of 64 and 80 pixels' width, where no sizes are listed, or one for all."""
     root = tmp_path / "data"
-    root.mkdir()
+    (root / "annotations").mkdir(parents=True)
     for name in ("val2017", "train2017", "dense.pth"):
         (root / name).symlink_to(folder / name)
-    (root / "annotations").mkdir()
     for path in (folder / "annotations").iterdir():
         content = json.loads(path.read_text())
         for image in content["images"]:
-            image["width"], image["height"] = 64, 64  # some are 80 wide
+            del image["width"], image["height"]
+            image.update({"width": 64, "height": 64} if sizes == "wrong" else {})
         (root / "annotations" / path.name).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"found images of .* in one batch, expected one size"):
-        run(root, tmp_path / "out", "keep")
-    assert not (tmp_path / "out" / "pruned.pth").exists()
+    more = f"--batch_size 5 --padding_rule {rule}"
+    (whole := tmp_path / "whole").mkdir()
+    run(folder, whole, "keep", more)
+    run(root, tmp_path / "out", "keep", more)
+    assert_same_file(whole, tmp_path / "out")
 
 
 def test_the_unit_of_blocks_is_refused_without_blocks(folder, tmp_path):  # noqa: F811
