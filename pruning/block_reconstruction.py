@@ -188,7 +188,7 @@ class BlockReconstruction:
         """
         if not self._halves:
             numbers = [self._number_after(of_module) for of_module in self._module.parts]
-            found = iter(self._sums(lambda stream: self._input_moments(stream, numbers)))
+            found = iter(self._sums(lambda stream: self._input_moments(stream, numbers), 2 * len(numbers)))
             for of_module in self._module.parts:
                 first, second = next(found), next(found)
                 some = first or second
@@ -196,9 +196,8 @@ class BlockReconstruction:
                 self._halves[of_module] = first or some.scaled(0.0), second or some.scaled(0.0)
         return self._halves[part]
 
-    def _input_moments(self, stream: Stream, numbers: Sequence[int]) -> list[Moments | None]:
-        """Return for each convolution the moments of its inputs on the images of the first and of the second half."""
-        found: list[Moments | None] = []
+    def _input_moments(self, stream: Stream, numbers: Sequence[int]) -> Iterator[Moments | None]:
+        """Yield for each convolution the moments of its inputs on the images of the first and of the second half."""
         for number, inputs in enumerate(self._block.inputs(stream.maps), 1):
             if number not in numbers:
                 continue
@@ -207,12 +206,11 @@ class BlockReconstruction:
             for half in (False, True):
                 rows = [row for row, i in enumerate(stream.image_ids) if (i in self._second_half) == half]
                 nothing = inputs.new_zeros(len(rows), positions.shape[1], 0)
-                found.append(
+                yield (
                     self._moments_at([(inputs[rows], convolution)], nothing, weights[rows], positions[rows])
                     if rows
                     else None
                 )
-        return found
 
     def _measure_targets(self, numbers: Sequence[int]) -> None:
         """Store the outputs of these convolutions in the unpruned detector, at the positions of the fits.
@@ -292,7 +290,7 @@ class BlockReconstruction:
         """
         is_last = number == len(self._block.convolutions())
 
-        def moments_of(stream: Stream) -> list[Moments | None]:
+        def moments_of(stream: Stream) -> Iterator[Moments]:
             all_inputs = self._block.input_of(number, stream.maps)
             positions, weights = self._positions(number, all_inputs, stream), self._weights(number, stream, all_inputs)
             inputs = all_inputs[:, channels] if len(channels) < all_inputs.shape[1] else all_inputs
@@ -309,9 +307,9 @@ class BlockReconstruction:
                 beside = 0.0 if added is None else added[:, part]
                 return one_sided(y + beside, x @ weight.T + constant + beside) - beside
 
-            return [self._moments_at(sources, targets, weights, positions, None if last is None else change)]
+            yield self._moments_at(sources, targets, weights, positions, None if last is None else change)
 
-        (found,) = self._sums(moments_of)
+        (found,) = self._sums(moments_of, 1)
         assert found is not None
         return found
 
@@ -327,22 +325,24 @@ class BlockReconstruction:
         self._calibration.cache.counter.moment_macs += positions.numel() * found.macs_per_row
         return found
 
-    def _sums(self, measure: Callable[[Stream], list[Moments | None]]) -> list[Moments | None]:
-        """Return the sums over all batches of all processes of what `measure` returns, None where there is nothing.
+    def _sums(self, measure: Callable[[Stream], Iterator[Moments | None]], count: int) -> list[Moments | None]:
+        """Return the `count` sums over all batches of all processes of what `measure` yields, None for nothing.
 
         Raises:
             NonFiniteLossError: an activation is not finite; raised in every process.
         """
-        totals: list[Moments | None] = []
+        totals: list[Moments | None] = [None] * count
         bad: set[int] = set()
         for stream in self._streams(self._calibration.cache):
-            found = measure(stream)
-            if not are_finite(sums for moments in found if moments is not None for sums in (moments.x, moments.y)):
-                bad.update(stream.image_ids)
-            totals = [_added(*pair) for pair in zip(totals, found, strict=True)] if totals else found
+            for place, found in enumerate(measure(stream)):
+                if found is None:
+                    continue
+                if not are_finite([found.x, found.y]):
+                    bad.update(stream.image_ids)
+                total = totals[place]
+                totals[place] = found if total is None else total.add_(found)
         check_everywhere({f"activations of {self._module.name} are": bad})
-        gathered = [part for part in distributed.gather_objects(totals) if part]
-        return [functools.reduce(_added, parts) for parts in zip(*gathered, strict=True)]
+        return [Moments.over_processes(total) for total in totals]
 
     def _streams(self, cache: StateCache) -> Iterator[Stream]:
         """Yield the current block's inputs for each calibration batch, in the detector of `cache`."""
@@ -392,7 +392,3 @@ def chains(sets: Mapping[int, Tensor]) -> list[dict[int, Tensor]]:
             found.append({})
         found[-1][key] = channels
     return found
-
-
-def _added(one: Moments | None, other: Moments | None) -> Moments | None:
-    return one if other is None else other if one is None else one.add_(other)

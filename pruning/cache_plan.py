@@ -12,7 +12,9 @@ import torch
 
 from engine import autocast
 from models.detector import Detector
-from models.state import BackboneState, DetectorState, Features, State
+from models.state import BackboneState, DetectorState, Features
+from pruning.fit_memory import fit_memory
+from pruning.layer_outputs import kept_outputs
 from util import distributed
 from util.errors import UserError
 from util.logging import Notice, show
@@ -20,7 +22,7 @@ from util.memory import USABLE_SHARE, PeakMemory, free_bytes, storage_bytes
 
 CPU = torch.device("cpu")
 GB = 1e9
-# Memory that calibration keeps (outputs of a module, weights of all tokens) per byte of its features in float32.
+# Memory that calibration keeps (outputs of a module, weights of all tokens) per byte of the features in float32.
 CALIBRATION_SHARE = 1.5
 
 
@@ -107,14 +109,16 @@ class Work:
     """Peak bytes that a search takes besides its cache.
 
     Attributes:
-        passes: on the device, for passes through the network and the calibration.
+        passes: on the device, for passes through the network, the calibration and the fits.
         reading: in RAM, for prefetched images.
         evaluation: in RAM, for the boxes of all images on which mAP is measured.
+        fits: in RAM, see `FitMemory`.
     """
 
     passes: float
     reading: float
     evaluation: float
+    fits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ class Uses:
         images_at_once: most images scored in one pass.
         reading, evaluation: see `Work`.
         images: number of images of all processes.
+        fits_layers: whether calibration also measures gradients at the modules' outputs and fits weights.
         amp, eval_amp: precision of passes with gradients, and of those without.
     """
 
@@ -138,8 +143,17 @@ class Uses:
     reading: float
     evaluation: float
     images: int
+    fits_layers: bool = False
     amp: str = "off"
     eval_amp: str = "off"
+
+
+@dataclass(frozen=True)
+class _BlockInput:
+    """Bytes of the state at the input of a residual block for one image, and rows and columns of its map."""
+
+    nbytes: int
+    maps_hw: tuple[int, int]
 
 
 class CachePlanner:
@@ -197,9 +211,10 @@ class CachePlanner:
         uses, model = self._uses, self._model
         one = features.map(lambda tensor: tensor[:1].clone())
         with autocast(self._device, uses.eval_amp), PeakMemory() as forward:
-            state, backbone_bytes = self._run(model.start(one))
+            state, inputs = self._run(model.start(one))
             model.outputs(model.run_steps(state, model.step_names[-1]))
         backward = self._backward_bytes(one) if uses.calibrated_batches else 0
+        backbone_bytes = max((block.nbytes for block in inputs.values()), default=0)
         first = uses.shapes[0]
         scales = [shape.pixels / first.pixels for shape in uses.shapes]
         images = [shape.images for shape in uses.shapes]
@@ -219,17 +234,29 @@ class CachePlanner:
             forward.peak_bytes * max(max(n, uses.images_at_once) * s for n, s in zip(images, scales, strict=True)),
             backward * max(scales),
         )
-        passes += CALIBRATION_SHARE * calibrated * one.content.numel() * torch.float32.itemsize
-        return need, Work(passes, uses.reading, uses.evaluation)
+        passes += CALIBRATION_SHARE * calibrated * state.memory.numel() * torch.float32.itemsize
+        if not uses.fits_layers or not uses.calibrated_batches:
+            return need, Work(passes, uses.reading, uses.evaluation)
+        fits = fit_memory(
+            model, self._scope(one), {name: block.maps_hw for name, block in inputs.items()},
+            [(images[batch], scales[batch]) for batch in uses.calibrated_batches],
+        )  # fmt: skip
+        return need, Work(passes + fits.device, uses.reading, uses.evaluation, fits.ram)
 
-    def _run(self, state: State) -> tuple[DetectorState, int]:
-        """Run one image up to the last step; return its state there, and the most bytes of a residual block's input."""
-        names, most = self._model.steps_in("detector" if isinstance(state, BackboneState) else "transformer"), 0
+    def _scope(self, start: Features | BackboneState) -> str:
+        return "detector" if isinstance(start, BackboneState) else "transformer"
+
+    def _run(self, state: BackboneState | DetectorState) -> tuple[DetectorState, dict[str, _BlockInput]]:
+        """Run one image up to the last step; return its state there, and what each residual block has as input."""
+        names = self._model.steps_in("detector" if isinstance(state, BackboneState) else "transformer")
+        inputs = {}
         for name, following in itertools.pairwise(names):
-            most = max(most, state.nbytes if isinstance(state, BackboneState) else 0)
+            if isinstance(state, BackboneState):
+                rows, columns = state.maps.shape[-2:]
+                inputs[name] = _BlockInput(state.nbytes, (rows, columns))
             state = self._model.run_steps(state, name, following)
         assert isinstance(state, DetectorState)
-        return state, most
+        return state, inputs
 
     def _state_bytes(self, state: DetectorState, scales: Sequence[float]) -> float:
         """Return the bytes of all kept states at the last step's input, from the state of one image (`state`)."""
@@ -245,14 +272,15 @@ class CachePlanner:
 
     def _backward_bytes(self, one: Features | BackboneState) -> int:
         """Return the peak bytes of a forward and backward pass of one image."""
-        with torch.enable_grad(), PeakMemory() as memory:
+        modules = self._model.prunable_modules(self._scope(one)).values() if self._uses.fits_layers else ()
+        with torch.enable_grad(), kept_outputs(self._model, modules) as kept, PeakMemory() as memory:
             with autocast(self._device, self._uses.amp):
                 leaf = one.content.float().requires_grad_()
                 start = one.map(lambda tensor: leaf if tensor is one.content else tensor)
                 outputs = self._model.outputs(self._model.run_steps(self._model.start(start)))
             layers = [outputs, *outputs["aux_outputs"]]
             loss = sum(layer[key].float().sum() for layer in layers for key in ("pred_logits", "pred_boxes"))
-            torch.autograd.grad(loss, leaf)
+            torch.autograd.grad(loss, [leaf, *kept.values()])
         return memory.peak_bytes
 
     def _devices(self) -> list[torch.device]:
@@ -277,7 +305,7 @@ class CachePlanner:
     def _beside(self, device: torch.device, work: Work) -> float:
         """Return the bytes that the search takes on a device besides its cache."""
         passes = work.passes if device.type == self._device.type else 0.0
-        return passes + (work.reading + work.evaluation if device.type == "cpu" else 0.0)
+        return passes + (work.reading + work.evaluation + work.fits if device.type == "cpu" else 0.0)
 
     def _problem(self, work: Work, free: Mapping[torch.device, float]) -> str | None:
         """Return why the search cannot run even without a cache, or None; --cache_gb skips this check."""
@@ -285,6 +313,7 @@ class CachePlanner:
         if self._options.gigabytes is not None or beside <= USABLE_SHARE * free[CPU]:
             return None
         passes = f"{work.passes / GB:.1f} GB for passes through the network, " if self._device.type == "cpu" else ""
+        passes += f"{work.fits / GB:.1f} GB for fits, " if work.fits else ""
         return (
             f"{self._options.searched}: found {free[CPU] / GB:.1f} GB of free RAM{_each()}, expected at least "
             f"{beside / USABLE_SHARE / GB:.1f} GB: {work.evaluation / GB:.1f} GB for mAP of {self._uses.images:,} "

@@ -82,6 +82,7 @@ def cache_uses(
         reading=batches_ahead * BYTES_PER_PIXEL * max(shape.images * shape.pixels for shape in shapes),
         evaluation=detections * BYTES_PER_DETECTION[default_backend()],
         images=images,
+        fits_layers=config.method.uses_sensitivities,
         amp=config.amp,
         eval_amp=config.eval_amp,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from models.criterion import Criterion
 from models.detector import Detector
 from models.padding import resize_padding
 from models.prunable import PrunableModule
-from models.residual import BLOCK, ResidualBlock
+from models.residual import ResidualBlock
 from models.state import BackboneState, State
 from pruning.backward import LossGradients
 from pruning.convolution_moments import block_positions
 from pruning.finite_checks import are_finite, check_everywhere, image_ids
+from pruning.layer_outputs import kept_outputs, outputs_of
 from pruning.moments import TINY
 from pruning.state_cache import StateCache, Targets
 from util import distributed
@@ -150,21 +150,11 @@ class Calibration:
             yield state.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor), targets
 
     def _measure_sensitivities(self) -> None:
-        names = {key: name for module in self._modules.values() for key, name in outputs_of(module).items()}
-        outputs: dict[str, Tensor] = {}
+        names = [key for module in self._modules.values() for key in outputs_of(module)]
         found = {key: _Gradients([[] for _ in self.batches], [[] for _ in self.batches]) for key in names}
         loss_sum = 0.0
         bad: dict[str, set[int]] = {key: set() for key in names}
-
-        def keep(key: str, output: Tensor) -> Tensor:
-            outputs[key] = output
-            return output.clone()  # what follows may change it in place
-
-        hooks = [
-            self.model.get_submodule(name).register_forward_hook(lambda _, inputs, output, key=key: keep(key, output))
-            for key, name in names.items()
-        ]
-        try:
+        with kept_outputs(self.model, self._modules.values()) as outputs:
             for place, state, loss, gradients in self.gradients(
                 self.cache.steps[0], lambda: list(outputs.values()), lambda images: outputs.clear()
             ):
@@ -173,17 +163,11 @@ class Calibration:
                     if not are_finite([gradient]):
                         bad[key].update(self.image_ids(place))
                     self._add(found[key], key, place, gradient, state)
-        finally:
-            for hook in hooks:
-                hook.remove()
         # A gradient that is not finite spoils those of all earlier modules, so the error names the last module.
         check_everywhere({f"the loss's gradient at {key} is": bad[key] for key in reversed(bad)})
         images = self.num_images
         self.loss = sum(distributed.gather_objects(loss_sum)) / images
-        gathered = distributed.gather_objects(found if self.batches else {})
-        self.sensitivities = {
-            key: _sensitivity(found[key], [part[key] for part in gathered if part], images) for key in names
-        }
+        self.sensitivities = {key: _sensitivity(found.pop(key), images) for key in names}
 
     def _add(self, found: _Gradients, key: str, place: int, gradient: Tensor, state: State) -> None:
         """Add the gradient of a piece of a batch to the sums of an output."""
@@ -239,25 +223,21 @@ class _Gradients:
     energy: float = 0.0
 
 
-def outputs_of(module: PrunableModule) -> dict[str, str]:
-    """Return the layers at whose output a module's sensitivity is measured, by key of `Calibration.sensitivities`."""
-    if module.kind != BLOCK:
-        return {module.name: module.output_name}
-    prefix = module.output_name.rpartition(".")[0]
-    return {f"{module.name}.bn{number}": f"{prefix}.bn{number}" for number in range(1, len(module.parts) + 2)}
-
-
-def _sensitivity(own: _Gradients, gathered: Sequence[_Gradients], images: int) -> Sensitivity:
+def _sensitivity(own: _Gradients, images: int) -> Sensitivity:
     """Return the sensitivity with token weights of this process; means are over all processes, with `images` images."""
     squares, real = ([*map(torch.cat, batches)] for batches in (own.squares, own.real))
-    all_squares = [torch.cat(batch) for part in gathered for batch in part.squares]
-    all_real = [torch.cat(batch) for part in gathered for batch in part.real]
-    weights = [batch.float() for batch in token_weights(squares, real, all_squares, all_real)]
-    metrics = [part.metric for part in gathered if part.metric is not None]
-    metric = functools.reduce(torch.add, metrics) if metrics else torch.zeros(0, 0, dtype=torch.float64)
+    weights = [batch.float() for batch in token_weights(squares, real)]
+    metrics = distributed.sum_tensors([] if own.metric is None else [own.metric])
+    metric = metrics[0] if metrics else torch.zeros(0, 0, dtype=torch.float64)
     width, trace = len(metric), metric.diagonal().sum()
     metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / max(width, 1)
-    return Sensitivity(weights, metric, sum(part.energy for part in gathered) / images)
+    return Sensitivity(weights, metric, _over_processes(own.energy)[0] / images)
+
+
+def _over_processes(*own: float) -> list[float]:
+    """Return the sums of these numbers over all processes."""
+    (sums,) = distributed.sum_tensors([torch.tensor(own, dtype=torch.float64)])
+    return sums.tolist()
 
 
 def _rows(gradient: Tensor) -> Tensor:
@@ -269,24 +249,19 @@ def _as_list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def token_weights(
-    squares: Sequence[Tensor], real: Sequence[Tensor], all_squares: Sequence[Tensor], all_real: Sequence[Tensor]
-) -> list[Tensor]:
+def token_weights(squares: Sequence[Tensor], real: Sequence[Tensor]) -> list[Tensor]:
     """Return the weight of each token in a fit: 0 on padding, mean 1 over the real tokens of all processes.
 
     Args:
-        squares: for each batch B x L, squared norms of the loss's gradient at this process's tokens.
+        squares: for each batch of this process B x L, squared norms of the loss's gradient at the tokens.
         real: the same shapes, 1 on real tokens and 0 on padding.
-        all_squares, all_real: those of all processes.
     """
-    tokens = float(sum(batch.sum() for batch in all_real))
-    mean = _sum_of_products(all_squares, all_real) / tokens
+    tokens, total = _over_processes(sum(float(batch.sum()) for batch in real), _sum_of_products(squares, real))
+    mean = total / tokens
     if mean < TINY:
         return list(real)
-    clamped, all_clamped = (
-        [(batch / mean).clamp(max=OUTLIER) for batch in batches] for batches in (squares, all_squares)
-    )
-    mean = _sum_of_products(all_clamped, all_real) / tokens
+    clamped = [(batch / mean).clamp(max=OUTLIER) for batch in squares]
+    mean = _over_processes(_sum_of_products(clamped, real))[0] / tokens
     return [r * (EVEN_SHARE + (1 - EVEN_SHARE) / mean * s) for s, r in zip(clamped, real, strict=True)]
 
 

@@ -40,8 +40,8 @@ def refit(weight: Tensor, moments: Moments, damping: float = DAMPING) -> tuple[T
         return weight, moments.y / moments.weight
     xx = moments.covariance_xx
     missing = moments.covariance_yx - weight @ xx
-    level = penalty(moments, damping)
-    fitted = weight + torch.linalg.solve(xx + level * torch.eye(len(xx), dtype=xx.dtype), missing, left=False)
+    xx.diagonal().add_(penalty(moments, damping))
+    fitted = weight + torch.linalg.solve(xx, missing, left=False)
     bias = (moments.y - fitted @ moments.x) / moments.weight
     return fitted, bias
 
@@ -154,8 +154,8 @@ def errors_of_prefixes(weight: Tensor, metric: Tensor, judged_on: Tensor, fitted
     if fitted_on is not None:
         lower = cholesky(fitted_on)
         right = weight @ lower
-        half = torch.linalg.solve_triangular(lower, judged_on, upper=False)
-        second = torch.linalg.solve_triangular(lower, half.T, upper=False)
+        second = torch.linalg.solve_triangular(lower, judged_on, upper=False).T
+        second = torch.linalg.solve_triangular(lower, second, upper=False)
     products = (right.T @ (metric @ right)).mul_(second)
     own = products.diagonal().clone()
     added = own + 2 * products.triu_(1).sum(1)
@@ -167,9 +167,14 @@ def cholesky(matrix: Tensor) -> Tensor:
 
     The covariance of constant inputs is nothing but rounding errors, hence the large dampings.
     """
-    largest, identity = matrix.abs().amax().clamp(min=TINY), torch.eye(len(matrix), dtype=matrix.dtype)
-    for damping in (0.0, 1e-6, 1e-3, 1.0, 2.0 * len(matrix)):
-        lower, info = torch.linalg.cholesky_ex(matrix + damping * largest * identity if damping else matrix)
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if not info:
+        return lower
+    largest = matrix.abs().amax().clamp(min=TINY)
+    for damping in (1e-6, 1e-3, 1.0, 2.0 * len(matrix)):
+        stronger = matrix.clone()
+        stronger.diagonal().add_(damping * largest)
+        lower, info = torch.linalg.cholesky_ex(stronger)
         if not info:
             return lower
     raise torch.linalg.LinAlgError(f"a matrix of {len(matrix)} rows is not positive definite")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from util import distributed
+
 TINY = torch.finfo(torch.float64).tiny ** 0.5  # lower bound of divisors that may be 0
 DAMPING = 1e-4  # of the mean diagonal; keeps a fit from following the noise of few tokens
 
@@ -59,6 +61,15 @@ class Moments:
         for mine, others in zip(self._sums(), other._sums(), strict=True):
             mine.add_(others)
         return self
+
+    @staticmethod
+    def over_processes(own: Moments | None) -> Moments | None:
+        """Return the sum of the moments of all processes, in every process; None if none has any.
+
+        The tensors of `own` are used for it.
+        """
+        sums = distributed.sum_tensors([] if own is None else own._sums())
+        return Moments(*sums) if sums else None
 
     def scaled(self, factor: float) -> Moments:
         """Return the moments with all weights times `factor`."""
@@ -125,8 +136,9 @@ def _shifted(centred: Tensor, mean_y: Tensor, mean_x: Tensor, rest_y: Tensor, re
 
 def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:
     """Add `damping` times the mean diagonal of a covariance to its diagonal, so that it is invertible."""
-    level = damping * covariance.diagonal().mean().clamp(min=TINY)
-    return covariance + level * torch.eye(len(covariance), dtype=covariance.dtype)
+    result = covariance.clone()
+    result.diagonal().add_(damping * covariance.diagonal().mean().clamp(min=TINY))
+    return result
 
 
 def square_root(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -243,8 +243,7 @@ class Reconstruction:
             keys = (key.expand(images, -1, -1) for key in seen["keys"])
             squares += [_centred_per_head(key, module.nheads, seen["key_mask"]) for key in keys]
             sums = [a + b for a, b in zip(sums, squares, strict=True)] if sums else squares
-        gathered = [part for part in distributed.gather_objects(sums) if part]
-        sums = [sum(parts) for parts in zip(*gathered, strict=True)]
+        sums = distributed.sum_tensors(sums)
         half = len(sums) // 2
         self._second_moments = sums[:half], sums[half:]
 
@@ -259,9 +258,9 @@ class Reconstruction:
             part = Moments.of(x, y, weights[place])
             self._calibration.cache.counter.moment_macs += weights[place].numel() * part.macs_per_row
             total = part if total is None else total + part
-        # Some processes may have no calibration batch.
-        first, *others = (part for part in distributed.gather_objects(total) if part is not None)
-        return sum(others, first)
+        total = Moments.over_processes(total)
+        assert total is not None
+        return total
 
     def _fit_logits(
         self, module: PrunableModule, kept_queries: Tensor, queries: list[Tensor], keys: list[Tensor]

@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -87,6 +87,23 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def sum_tensors(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Add CPU tensors over the processes, in place; return the sums in every process, none if no process has any.
+
+    The processes that have any pass equally many, of the same shapes and dtypes.
+    """
+    if world_size() == 1:
+        return list(own)
+    kinds = next((kinds for kinds in gather_objects([(t.shape, t.dtype) for t in own]) if kinds), [])
+    sums = list(own) or [torch.zeros(shape, dtype=dtype) for shape, dtype in kinds]
+    on_gpu = dist.get_backend() == "nccl"
+    for tensor in (tensor for tensor in sums if tensor.numel()):
+        sent = tensor.cuda() if on_gpu else tensor.contiguous()
+        dist.all_reduce(sent)
+        tensor.copy_(sent)
+    return sums
 
 
 def from_main(value: Any) -> Any:

@@ -63,7 +63,10 @@ def test_steps_from_the_stem_give_what_the_detector_gives(words, padding):
 
 def test_images_of_several_sizes_in_one_batch_are_refused_where_each_has_its_own_result():
     model = tiny_detector()[0].eval()
-    with pytest.raises(UserError, match="found images of 64 x 96, 96 x 96 pixels in one batch, expected one size, or --padding_rule ref"):
+    with pytest.raises(
+        UserError,
+        match="found images of 64 x 96, 96 x 96 pixels in one batch, expected one size, or --padding_rule ref",
+    ):
         model.stem_state([torch.zeros(3, 96, 96), torch.zeros(3, 64, 96)])
 
 

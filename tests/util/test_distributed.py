@@ -1,4 +1,4 @@
-"""Work of the main process only: its result or error reaches every process."""
+"""Work of the main process only, whose result or error reaches every process, and sums over all processes."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from util import distributed
 from util.errors import UserError
@@ -97,10 +98,10 @@ MESSAGES = {
 }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
-def test_an_error_that_cannot_be_pickled_reaches_every_process(tmp_path):
+def run(script, folder):
+    """The lines that a script prints."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "store")],
+        [sys.executable, "-c", script, str(folder / "store")],
         cwd=Path(distributed.__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -108,10 +109,51 @@ def test_an_error_that_cannot_be_pickled_reaches_every_process(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    printed = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+def test_an_error_that_cannot_be_pickled_reaches_every_process(tmp_path):
+    printed = run(SCRIPT, tmp_path)
     assert printed[::3] == [*MESSAGES]
     for place, (name, messages) in enumerate(MESSAGES.items()):
         lines = sorted(printed[3 * place + 1 : 3 * place + 3])
         assert [line[:2] for line in lines] == ["0 ", "1 "], name
         for line, message in zip(lines, messages, strict=True):
             assert line[2:].startswith(message), name
+
+
+SUMS = """
+import datetime, multiprocessing, sys
+import torch
+import torch.distributed as dist
+from util import distributed
+
+def work(rank, store):
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=3,
+                            timeout=datetime.timedelta(seconds=300))
+    assert distributed.sum_tensors([]) == []
+    tall = torch.arange(6.0).view(3, 2).T * 10**rank
+    own = [] if rank == 1 else [tall, torch.zeros(0, 4), torch.tensor(rank + 0.5, dtype=torch.float64)]
+    sums = distributed.sum_tensors(own)
+    assert [sum.dtype for sum in sums] == [torch.float32, torch.float32, torch.float64]
+    assert torch.equal(sums[0], torch.arange(6.0).view(3, 2).T * 101) and float(sums[2]) == 3
+    assert sums[1].shape == (0, 4) and (rank == 1 or sums[0] is own[0])
+    distributed.stop()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(rank, sys.argv[1])) for rank in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    sys.exit(any(worker.exitcode for worker in workers))
+"""
+
+
+def test_tensors_are_added_also_over_processes_that_have_none(tmp_path):
+    own = [torch.ones(2), torch.zeros(0, 0)]
+    assert all(one is other for one, other in zip(distributed.sum_tensors(own), own, strict=True))
+    if sys.platform == "linux":  # processes are forked
+        run(SUMS, tmp_path)

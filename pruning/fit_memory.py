@@ -1,0 +1,99 @@
+"""Memory that the fits of a search take: moments in RAM; patches and the unpruned detector's outputs on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from models.detector import Detector
+from models.prunable import PrunableModule
+from models.residual import ResidualBlock
+from pruning.convolution import kernel_area
+from pruning.convolution_moments import ROW_BYTES_AT_ONCE, output_size, positions_per_image
+from util.memory import storage_bytes
+
+# Float64 matrices of (inputs + outputs)^2 that ranking, pricing or fitting a module holds at its largest, and float32
+# ones on the device; measured in tests/pruning/test_fit_memory.py.
+MATRICES = 7
+MATRICES_ON_DEVICE = 3
+COPIES_OF_PATCHES = 4  # as gathered, centred and weighted
+BYTES_PER_ROW = 12  # of a drawn position: its squared gradient and whether it is on padding
+
+
+@dataclass(frozen=True)
+class FitMemory:
+    """Peak bytes of the fits of a search in one process.
+
+    Attributes:
+        ram: moments, matrices of a fit, and what is kept of the loss's gradients.
+        device: on the device of the passes.
+    """
+
+    ram: float
+    device: float
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that is fitted: its inputs (with those of the identity path) and outputs, and rows of a process."""
+
+    inputs: int
+    outputs: int
+    rows: int = 0
+
+    @property
+    def elements(self) -> int:
+        return (self.inputs + self.outputs) ** 2
+
+
+def fit_memory(
+    model: Detector, scope: str, maps_hw: Mapping[str, tuple[int, int]], batches: Sequence[tuple[int, float]]
+) -> FitMemory:
+    """Estimate the memory of fits, which are made for one module after the other.
+
+    Args:
+        maps_hw: rows and columns at the input of each residual block, for an image of scale 1.
+        batches: images of each calibration batch of this process, and their pixels relative to scale 1.
+    """
+    elements = inputs = rows = targets = metrics = 0
+    for name, module in model.prunable_modules(scope).items():
+        if not isinstance(module.layer, ResidualBlock):
+            outputs = model.hidden_dim
+            elements = max(elements, (module.width + outputs) ** 2)
+            metrics += outputs**2
+            continue
+        first, *others = layers = [*_layers_of(module, maps_hw[name], batches)]
+        # Moments of all layers after pruned channels are measured in one pass.
+        elements = max(elements, first.elements, sum(layer.elements for layer in others))
+        inputs = max(inputs, *(layer.rows * layer.inputs for layer in layers))
+        rows += sum(layer.rows for layer in layers)
+        targets = max(targets, sum(layer.rows * layer.outputs for layer in layers))
+        metrics += sum(layer.outputs**2 for layer in others)
+    patches = COPIES_OF_PATCHES * min(ROW_BYTES_AT_ONCE, 4 * inputs)
+    # The weights before any cut, and for residual blocks the unpruned detector.
+    copies = storage_bytes(model.parameters()) * (2 if maps_hw else 1)
+    return FitMemory(
+        ram=8 * (MATRICES * elements + metrics) + BYTES_PER_ROW * rows,
+        device=4 * (MATRICES_ON_DEVICE * elements + targets) + patches + copies,
+    )
+
+
+def _layers_of(
+    module: PrunableModule, size_hw: tuple[int, int], batches: Sequence[tuple[int, float]]
+) -> Iterator[_Layer]:
+    """Yield the convolutions of a residual block with the rows of their fits, see `block_positions`."""
+    block = module.layer
+    assert isinstance(block, ResidualBlock)
+    images = sum(count for count, _ in batches)
+    for number, (convolution, _) in enumerate(block.convolutions(), 1):
+        size_hw = output_size(convolution, size_hw)
+        inputs = convolution.in_channels * kernel_area(convolution)
+        if number == len(block.convolutions()) and block.downsample is not None:
+            inputs += sum(layer.in_channels for layer in block.downsample.children() if isinstance(layer, nn.Conv2d))
+        rows = sum(
+            count * positions_per_image(inputs, round(scale * size_hw[0] * size_hw[1]), images)
+            for count, scale in batches
+        )
+        yield _Layer(inputs, convolution.out_channels, rows)
