@@ -206,11 +206,8 @@ class BlockReconstruction:
             for half in (False, True):
                 rows = [row for row, i in enumerate(stream.image_ids) if (i in self._second_half) == half]
                 nothing = inputs.new_zeros(len(rows), positions.shape[1], 0)
-                yield (
-                    self._moments_at([(inputs[rows], convolution)], nothing, weights[rows], positions[rows])
-                    if rows
-                    else None
-                )
+                source = inputs[rows], convolution
+                yield self._moments_at([source], nothing, weights[rows], positions[rows]) if rows else None
 
     def _measure_targets(self, numbers: Sequence[int]) -> None:
         """Store the outputs of these convolutions in the unpruned detector, at the positions of the fits.
@@ -376,6 +373,14 @@ class BlockReconstruction:
 
     def _number_after(self, part: str) -> int:
         return self._module.parts.index(part) + 2
+
+
+def passes_of_fit(level: str, convolutions: int) -> int:
+    """Return how often the calibration images pass, at most, while a block of so many convolutions is fitted once.
+
+    At level `full` each convolution takes two passes and the targets one; at `output` the first is not fitted.
+    """
+    return {"none": 0, "output": convolutions, "full": 1 + (1 + ONE_SIDED_FITS) * convolutions}[level]
 
 
 def second_half(image_ids: Sequence[int]) -> set[int]:

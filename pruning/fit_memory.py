@@ -14,10 +14,11 @@ from pruning.convolution import kernel_area
 from pruning.convolution_moments import ROW_BYTES_AT_ONCE, output_size, positions_per_image
 from util.memory import storage_bytes
 
-# Float64 matrices of (inputs + outputs)^2 that ranking, pricing or fitting a module holds at its largest, and float32
-# ones on the device; measured in tests/pruning/test_fit_memory.py.
-MATRICES = 7
-MATRICES_ON_DEVICE = 3
+# Matrices held at the same time, measured in tests/pruning/test_fit_memory.py: float64 ones of inputs^2 while a module
+# is ranked and priced, of (inputs + outputs)^2 while it is fitted beside two of the former, and on the device.
+PRICING_MATRICES = 8
+FIT_MATRICES = 4
+DEVICE_MATRICES = 3
 COPIES_OF_PATCHES = 4  # as gathered, centred and weighted
 BYTES_PER_ROW = 12  # of a drawn position: its squared gradient and whether it is on padding
 
@@ -37,14 +38,22 @@ class FitMemory:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer that is fitted: its inputs (with those of the identity path) and outputs, and rows of a process."""
+    """A layer that is fitted.
 
+    Attributes:
+        own_inputs, inputs: its inputs without and with those of the identity path.
+        outputs: its outputs.
+        rows: of a fit, in this process.
+    """
+
+    own_inputs: int
     inputs: int
     outputs: int
     rows: int = 0
 
     @property
-    def elements(self) -> int:
+    def fit_elements(self) -> int:
+        """Elements of the joint moments of inputs and outputs."""
         return (self.inputs + self.outputs) ** 2
 
 
@@ -57,26 +66,27 @@ def fit_memory(
         maps_hw: rows and columns at the input of each residual block, for an image of scale 1.
         batches: images of each calibration batch of this process, and their pixels relative to scale 1.
     """
-    elements = inputs = rows = targets = metrics = 0
+    matrices = joint = inputs = rows = targets = metrics = 0
     for name, module in model.prunable_modules(scope).items():
-        if not isinstance(module.layer, ResidualBlock):
-            outputs = model.hidden_dim
-            elements = max(elements, (module.width + outputs) ** 2)
-            metrics += outputs**2
-            continue
-        first, *others = layers = [*_layers_of(module, maps_hw[name], batches)]
+        if isinstance(module.layer, ResidualBlock):
+            layers = [*_layers_of(module, maps_hw[name], batches)]
+        else:
+            layers = [_Layer(0, 0, 0), _Layer(module.width, module.width, model.hidden_dim)]
         # Moments of all layers after pruned channels are measured in one pass.
-        elements = max(elements, first.elements, sum(layer.elements for layer in others))
+        priced = sum(layer.own_inputs**2 for layer in layers[1:])
+        fitted = max(layer.fit_elements for layer in layers)
+        matrices = max(matrices, PRICING_MATRICES * priced, 2 * priced + FIT_MATRICES * fitted)
+        joint = max(joint, fitted)
         inputs = max(inputs, *(layer.rows * layer.inputs for layer in layers))
         rows += sum(layer.rows for layer in layers)
         targets = max(targets, sum(layer.rows * layer.outputs for layer in layers))
-        metrics += sum(layer.outputs**2 for layer in others)
+        metrics += sum(layer.outputs**2 for layer in layers[1:])
     patches = COPIES_OF_PATCHES * min(ROW_BYTES_AT_ONCE, 4 * inputs)
     # The weights before any cut, and for residual blocks the unpruned detector.
     copies = storage_bytes(model.parameters()) * (2 if maps_hw else 1)
     return FitMemory(
-        ram=8 * (MATRICES * elements + metrics) + BYTES_PER_ROW * rows,
-        device=4 * (MATRICES_ON_DEVICE * elements + targets) + patches + copies,
+        ram=8 * (matrices + metrics) + BYTES_PER_ROW * rows,
+        device=4 * (DEVICE_MATRICES * joint + targets) + patches + copies,
     )
 
 
@@ -89,11 +99,11 @@ def _layers_of(
     images = sum(count for count, _ in batches)
     for number, (convolution, _) in enumerate(block.convolutions(), 1):
         size_hw = output_size(convolution, size_hw)
-        inputs = convolution.in_channels * kernel_area(convolution)
+        inputs = own_inputs = convolution.in_channels * kernel_area(convolution)
         if number == len(block.convolutions()) and block.downsample is not None:
             inputs += sum(layer.in_channels for layer in block.downsample.children() if isinstance(layer, nn.Conv2d))
         rows = sum(
             count * positions_per_image(inputs, round(scale * size_hw[0] * size_hw[1]), images)
             for count, scale in batches
         )
-        yield _Layer(inputs, convolution.out_channels, rows)
+        yield _Layer(own_inputs, inputs, convolution.out_channels, rows)

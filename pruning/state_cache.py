@@ -170,10 +170,10 @@ class StateCache:
         """Number of images."""
         return sum(map(len, self.targets))
 
-    @property
-    def images_without_features(self) -> int:
-        """Number of images whose features do not fit, so that the backbone runs each time."""
-        return sum(len(t) for t, kept in zip(self.targets, self._features, strict=True) if kept is None)
+    def images_without_features(self, batches: Sequence[int] | None = None) -> int:
+        """Return how many images of all or the given batches have no features here, so that each pass reads them."""
+        chosen = range(len(self)) if batches is None else batches
+        return sum(len(self.targets[batch]) for batch in chosen if self._features[batch] is None)
 
     def states(self, batches: Sequence[int] | None = None, is_kept: bool = True) -> Iterator[tuple[Any, Targets]]:
         """Yield the state and targets of all or the given batches, as a loader for `engine.evaluate`; see `state`.

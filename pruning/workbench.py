@@ -15,6 +15,8 @@ from datasets.coco_eval import GroundTruth
 from engine import evaluate
 from models.criterion import Criterion
 from models.detector import Detector
+from models.residual import BLOCK
+from pruning.block_reconstruction import passes_of_fit
 from pruning.cache_plan import Plan
 from pruning.calibration import Calibration
 from pruning.cost import count_parameters, module_params
@@ -151,6 +153,13 @@ class DetectorBench:
         if name == "elimination":
             return Elimination(self._reconstruction)
         return GateGradient(self._calibration, {"first_order": 1, "fisher": 2}[name])
+
+    def uncached_fits(self) -> tuple[int, int]:
+        """Return this process's calibration images without features, and how often each passes for a block's fit."""
+        places = [] if self._calibration is None else self._calibration.batches
+        convolutions = [len(module.parts) + 1 for module in self.modules.values() if module.kind == BLOCK]
+        passes = passes_of_fit(self.method.reconstruction, max(convolutions, default=0))
+        return self.cache.images_without_features(places), passes if convolutions else 0
 
     def reset(self) -> None:
         """Remove all gates and restore the original weights."""

@@ -163,8 +163,14 @@ class SearchRun:
             self.schedule.name, self.split, self.num_images, base_ap, evaluator_name(),
             cache.nbytes / 1e6, cache.storage.device, " in bfloat16" if cache.storage.dtype else "",
         )  # fmt: skip
-        if left_out := cache.images_without_features:
+        if left_out := cache.images_without_features():
             self.log.info("%d images are not cached: each pass reads them and runs the backbone (--cache_gb)", left_out)
+            calibrated, passes = self.bench.uncached_fits()
+            if calibrated and passes:
+                self.log.info(
+                    "%d of them are for calibration: in each trial, the fit of a residual block takes up to %d passes",
+                    calibrated, passes,
+                )  # fmt: skip
         self._warn(base_ap)
         is_global = self.bench.method.search == "global"
         latencies = self.results.latencies

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pruning.block_reconstruction import chains, second_half
+from pruning.block_reconstruction import chains, passes_of_fit, second_half
 from pruning.method import METHODS
 from pruning.reconstruction import LEVELS
 from pruning.scores import Elimination
@@ -74,6 +74,22 @@ def test_the_ranking_and_the_prices_of_a_block_run_only_the_pruned_detector():
     assert setting.cache.counter.images_by_range == {(first, second): images, (second, setting.blocks[2]): images}
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_images_without_features_pass_as_often_as_is_logged(kind, level):
+    setting = Setting(DETECTORS[kind], max_bytes=0)
+    reconstruction, counter, images = setting.reconstruction(level), setting.cache.counter, setting.cache.images
+    found = []
+    for name in setting.blocks:
+        module = setting.begin(reconstruction, name)
+        before = counter.backbone_images
+        reconstruction.apply(random_kept(module, 0.5))
+        found.append((counter.backbone_images - before) / images)
+    assert max(found) == passes_of_fit(level, len(module.parts) + 1)
+    assert setting.cache.images_without_features() == images
+    assert setting.cache.images_without_features([2]) == 1
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_each_half_of_the_images_has_one_whatever_their_ids(count):
     for first in range(50):
@@ -132,3 +148,4 @@ def test_a_bench_loads_what_it_saved_to_the_last_bit_and_continues():
     bench.set_kept(last, kept[last])
     assert all(torch.equal(a, b) for a, b in zip(state(), more, strict=True))
     assert bench.counter.moment_macs > 0
+    assert bench.uncached_fits() == (0, 7)

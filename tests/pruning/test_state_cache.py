@@ -120,9 +120,9 @@ def test_a_cap_on_the_cache_changes_no_output_and_is_kept(network, share, dtype)
             if name == "decoder.1.ffn":
                 assert_same(found, outputs[batch])
             assert capped.nbytes <= cap
-    assert whole.images_without_features == 0
-    assert (capped.images_without_features == 5) == (share == 0)
-    assert capped.counter.backbone_images == 5 + 2 * capped.images_without_features
+    assert whole.images_without_features() == 0
+    assert (capped.images_without_features() == 5) == (share == 0)
+    assert capped.counter.backbone_images == 5 + 2 * capped.images_without_features()
 
 
 @torch.no_grad()
