@@ -327,8 +327,7 @@ def test_shapes_are_those_of_the_batches_without_decoding_images(sized, monkeypa
     for factor, kinds in ((1, (False, True)), (0, (False, True)), (2, (True,))):  # right, missing and wrong sizes
         dataset.annotations = dataclasses.replace(dataset.annotations, sizes_wh=factor * listed)
         assert all(planned(reads_files) == read for reads_files in kinds)
-    dataset.annotations = dataclasses.replace(dataset.annotations, sizes_wh=listed)
-    dataset.folder = None
+    dataset.folder, dataset.annotations = None, dataclasses.replace(dataset.annotations, sizes_wh=listed)
     assert planned(False) == read  # reads no file
 
 
