@@ -168,7 +168,7 @@ class SearchRun:
             calibrated, passes = self.bench.uncached_fits()
             if calibrated and passes:
                 self.log.info(
-                    "%d of them are for calibration: in each trial, the fit of a residual block needs at most %d passes",
+                    "%d of them are for calibration: in a trial, the fit of a residual block needs at most %d passes",
                     calibrated, passes,
                 )  # fmt: skip
         self._warn(base_ap)

@@ -140,7 +140,7 @@ def test_memory_changes_no_result(folder, searched, tmp_path):  # noqa: F811
     run(folder, tmp_path, "keep", "--cache_gb 0")
     assert_same_file(result.path.parent, tmp_path)
     log = " ".join((tmp_path / "run.log").read_text().split())
-    assert "are for calibration: in each trial, the fit of a residual block needs at most 5 passes" in log
+    assert "are for calibration: in a trial, the fit of a residual block needs at most 5 passes" in log
 
 
 def test_the_reference_rule_for_padding_needs_no_batches_of_one_size(tmp_path):
