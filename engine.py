@@ -20,7 +20,7 @@ from models.criterion import Criterion
 from models.distillation import Distillation
 from util import distributed
 from util.ema import WeightAverage
-from util.errors import NonFiniteLossError
+from util.errors import NonFiniteLossError, UserError
 from util.logging import bar_off, get_logger, table
 
 LEAST_SCALE = 2.0**-30  # of the fp16 loss; if the scale falls below it, the gradient is NaN and not an overflow
@@ -173,6 +173,7 @@ def evaluate(
 
     Raises:
         NonFiniteLossError: a score or a box is not finite; raised in all processes.
+        UserError: there are no images, but metrics `by_layer` are asked for.
     """
     rows: dict[int, list[np.ndarray]] = {}  # of each image, the detections after each layer
     means = Means()
@@ -192,6 +193,8 @@ def evaluate(
     for part in distributed.gather_objects(rows):
         merged.update(part)
     image_ids = sorted(merged)
+    if by_layer and not image_ids:
+        raise UserError("--ap_by_layer: found no images, expected at least one")
     layers = [_joined(of_layer) for of_layer in zip(*(merged[i] for i in image_ids), strict=True)] or [np.zeros((0, 7))]
     stats = [coco_stats(ground_truth, found, image_ids=image_ids, backend=backend) for found in layers]
     return EvalResult(stats[-1], means.read(), layers[-1], image_ids, stats if by_layer else [])

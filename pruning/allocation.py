@@ -16,6 +16,7 @@ from pruning.moments import TINY
 from util.errors import UserError
 
 WIDTHS_TRIED = 16  # at least, of each module, if it has as many
+ROUNDING = 1e-9  # of the whole cost, by which a budget may be missed
 
 Tables = Mapping[str, Mapping[int, float]]
 
@@ -111,11 +112,16 @@ def widths_tried(width: int, unit: int, min_units: int = 1) -> list[int]:
 def check_affordable(keep: float, costs: Tables, total_cost: float, option: str = "keep") -> None:
     """Raise a `UserError` if the smallest widths cost more than the fraction `keep` of `total_cost`."""
     least = least_cost(costs, total_cost)
-    if least > keep * total_cost:
+    if not is_affordable(keep, least, total_cost):
         raise UserError(
             f"--{option} {keep:g}: found less than the smallest widths cost, expected at least "
             f"{rounded_up(least / total_cost)}"
         )
+
+
+def is_affordable(keep: float, least: float, total_cost: float) -> bool:
+    """Return whether the least widths, which cost `least`, leave at most the fraction `keep` of `total_cost`."""
+    return least <= (keep + ROUNDING) * total_cost
 
 
 def least_cost(costs: Tables, total_cost: float) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.prunable import PrunableModule
-from pruning.allocation import Tables, allocate, between, check_affordable, sum_of
+from pruning.allocation import ROUNDING, Tables, allocate, between, check_affordable, sum_of
 from pruning.cost_tables import Prices
 from pruning.journal import Effort, Trial
 from pruning.kept_channels import Kept
@@ -36,7 +36,6 @@ ATTENTION_WIDTHS_MEASURED = 4
 STEEPEST = 4.0  # largest exponent of mAP loss as a power of damage
 MIN_LOSS = 1e-4  # of mAP; smaller losses are raised to it, since they give no slope
 AIM = 0.97  # of the allowed mAP loss, so that a slightly wrong prediction still passes
-ROUNDING = 1e-9  # of the whole cost
 NEAR = 0.1  # of the allowed mAP loss; a trial this close to it ends the search
 # Relative fall of mAP per predicted relative rise of the loss: 4.2 to 5.0 on the demo for mAP losses of 3 to 30 %. Only
 # the first trial uses it.

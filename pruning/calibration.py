@@ -39,8 +39,8 @@ class Sensitivity:
     Attributes:
         token_weights: for each calibration batch B x L, float32, 0 on padding; see `token_weights`. L counts tokens,
             or of a batch norm's output the positions that `block_positions` draws.
-        metric: D x D second moment of the gradient's direction, with trace 1; 0 x 0 for the first batch norm of a
-            residual block, before which nothing is removed.
+        metric: D x D second moment of the gradient's direction, with trace 1, without padding; 0 x 0 for the first
+            batch norm of a residual block, before which nothing is removed.
         level: sum over the tokens of an image of the squared norm of the gradient, mean over images.
     """
 
@@ -173,11 +173,11 @@ class Calibration:
         """Add the gradient of a piece of a batch to the sums of an output."""
         done = sum(map(len, found.squares[place]))
         real = self._real_tokens(key, gradient, state, done)
-        rows = _rows(gradient)  # B x L x D
+        rows = _rows(gradient) * real.unsqueeze(-1)  # B x L x D, 0 on padding
         scale = rows.abs().amax().clamp(min=SMALLEST)
         rows = rows / scale  # squares of small gradients would be 0 in float32
         squares = rows.square().sum(-1)
-        found.energy += float((squares * real).sum(dtype=torch.float64) * scale.double() ** 2)
+        found.energy += float(squares.sum(dtype=torch.float64) * scale.double() ** 2)
         if not key.endswith(".bn1"):
             self.cache.counter.moment_macs += rows.numel() * rows.shape[-1]
             moment = (rows.flatten(0, 1).T @ rows.flatten(0, 1)).double().cpu() * float(scale) ** 2
@@ -213,8 +213,8 @@ class _Gradients:
     Attributes:
         squares: for each batch and piece B x L, squared norms at the tokens or drawn positions, float64.
         real: the same shapes, 1 on tokens and 0 on padding.
-        metric: sum of second moments, D x D; None for the first batch norm of a block.
-        energy: sum of the squared norms at all tokens.
+        metric: sum of second moments at real tokens, D x D; None for the first batch norm of a block.
+        energy: sum of the squared norms at real tokens.
     """
 
     squares: list[list[Tensor]]

@@ -55,6 +55,14 @@ def _numbers(name: str, kind: Callable[[str], float]) -> Callable[[Any], list[fl
     return read
 
 
+def _keep_name(keep: float) -> str:
+    return f"{keep:.2f}" if round(keep, 2) == keep else f"{keep:g}"
+
+
+def _ms_name(target_ms: float) -> str:
+    return f"{target_ms:g}ms"
+
+
 def _images(text: str) -> int | str:
     """Option type: a number of images, or "all"."""
     if text == "all":
@@ -188,8 +196,8 @@ class SearchConfig(PrecisionConfig, TargetConfig, MethodConfig, StepConfig):
     def budgets(self) -> dict[str, float]:
         """The values of --keep or --target_ms by the names in the output files, the least first."""
         if self.target_ms is not None:
-            return {f"{value:g}ms": value for value in sorted(self.target_ms)}
-        return {f"{v:.2f}" if round(v, 2) == v else f"{v:g}": v for v in sorted(self.keep or [])}
+            return {_ms_name(value): value for value in sorted(self.target_ms)}
+        return {_keep_name(value): value for value in sorted(self.keep or [])}
 
     @property
     def split(self) -> str:
@@ -245,10 +253,12 @@ def refuse_unused_by_search(config: SearchConfig, typed: Collection[str]) -> Non
         refuse(["keep_params"], typed, "found neither --keep nor --target_ms, expected one of them as well")
     if budgets:
         refuse(TARGETS, typed, f"found {budgets[0]} as well, which ignores mAP")
-    for name in ("keep", "target_ms"):
-        for value in (values := getattr(config, name) or []):
-            if values.count(value) > 1:
-                raise UserError(f"--{name}: found {value:g} twice, expected different values")
+    for name, name_of in (("keep", _keep_name), ("target_ms", _ms_name)):
+        by_name: dict[str, float] = {}
+        for value in getattr(config, name) or []:
+            if (budget := name_of(value)) in by_name:
+                raise UserError(f"--{name}: found {by_name[budget]} and {value}, expected values that differ more")
+            by_name[budget] = value
     if len(budgets) > 1:
         raise UserError(f"{' and '.join(budgets)}: found both, expected one of them")
     if config.cost_unit != "latency":

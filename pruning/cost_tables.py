@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from models.detector import Detector
-from pruning.allocation import Budget, Tables, check_affordable, least_cost, rounded_up, widths_tried
+from pruning.allocation import Budget, Tables, check_affordable, is_affordable, least_cost, rounded_up, widths_tried
 from pruning.config import SearchConfig
 from pruning.cost import block_macs, block_params, cost_of, module_macs, module_params
 from pruning.latency import LatencyTable
@@ -82,14 +82,20 @@ class Prices:
         """Return the fraction of `total` with which the whole detector takes `target_ms`.
 
         Raises:
-            UserError: the least widths take longer.
+            UserError: the least widths take longer, or the whole detector takes no longer.
         """
-        if self.outside + self.least > target_ms:
+        if target_ms >= self.outside + self.total:
+            raise UserError(
+                f"--target_ms {target_ms:g}: found no less than the unpruned detector takes, expected less than "
+                f"{self.outside + self.total:.4g} ms"
+            )
+        keep = (target_ms - self.outside) / self.total
+        if not is_affordable(keep, self.least, self.total):
             raise UserError(
                 f"--target_ms {target_ms:g}: found less than the smallest widths take, expected at least "
-                f"{math.ceil(1000 * (self.outside + self.least)) / 1000:g}"
+                f"{math.ceil(1000 * (self.outside + self.least)) / 1000:.12g}"
             )
-        return min((target_ms - self.outside) / self.total, 1.0)
+        return keep
 
 
 def widths_of(model: Detector, scope: str, steps: Units) -> dict[str, list[int]]:

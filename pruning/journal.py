@@ -114,11 +114,13 @@ class Turn:
         graphs: whether CUDA graphs were replayed.
         widths: of each module.
         milliseconds: of each step in each pass.
+        seconds: that the turn took, passes that are not timed included.
     """
 
     graphs: bool
     widths: dict[str, int]
     milliseconds: dict[str, list[float]]
+    seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON values."""

@@ -1,15 +1,17 @@
 """Tables of measured latency: milliseconds of each module of a detector at each width that a search may choose.
 
 A *turn* cuts every module of the detector to one of its widths and times each step within whole forward passes. The
-turns of a *round* give every module each of its widths once. Rounds are repeated, so that the load of the machine
-affects all widths alike. A figure is the median over all turns and all modules of the same kind: those with the same
-operations on tensors of the same shapes.
+turns of a *round* give every module each of its widths. Rounds are repeated, so that the load of the machine affects
+all widths alike, and each combines the widths of neighbouring modules, which share work, in another way. A figure is
+the median over all turns and all modules of the same kind: those with the same operations on tensors of the same
+shapes.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,10 +33,8 @@ from util.errors import UserError, reason_of, shorten
 TABLE_NAME = "latency.json"
 PASSES = 3  # timed in a turn
 ROUNDS = (3, 12)  # least and most
-SECONDS = 20.0  # to measure for, within these rounds
+SECONDS = 20.0  # to measure for, cuts and passes that are not timed included, within these rounds
 END_TURNS = 7  # of the dense and the slim detector at the end
-SHIFT = 5  # between the widths that consecutive modules have in one turn
-REST = (FRONT, HEADS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Setting:
         image_size_hw: height and width of the images in pixels.
         batch_size: images in a forward pass.
         amp: precision, a key of `engine.AMP_DTYPES`.
+        torch_version: of PyTorch.
     """
 
     device: str
@@ -54,12 +55,13 @@ class Setting:
     image_size_hw: tuple[int, int]
     batch_size: int
     amp: str
+    torch_version: str
 
     @classmethod
     def of(cls, device: torch.device, image_size_hw: tuple[int, int], batch_size: int, amp: str) -> Setting:
         """Return the setting of this process."""
         machine = environment(device)
-        return cls(machine["device"], machine["threads"], image_size_hw, batch_size, amp)
+        return cls(machine["device"], machine["threads"], image_size_hw, batch_size, amp, machine["torch"])
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON values."""
@@ -96,9 +98,10 @@ class LatencyTable:
         setting: what they were measured with.
         scope: one of `models.prunable.SCOPES`.
         graphs: whether CUDA graphs were replayed.
-        kinds: kind of each module, see `pruning.step_timing.kinds_of`.
+        kinds: kind of each step, see `pruning.step_timing.kinds_of`.
         entries: of each kind at each width.
-        rest: of the part before the scope's modules and of the heads.
+        rest: of the steps without widths: the part before the scope's modules, what is left of modules that were
+            removed before the search, and the heads.
     """
 
     setting: Setting
@@ -134,12 +137,12 @@ class LatencyTable:
         kinds = [
             {
                 "kind": kind,
-                "modules": [name for name, of_module in self.kinds.items() if of_module == kind],
+                "modules": [n for n, of_step in self.kinds.items() if of_step == kind and n not in self.rest],
                 "widths": {str(width): asdict(entry) for width, entry in entries.items()},
             }
             for kind, entries in self.entries.items()
         ]
-        rest = {name: asdict(entry) for name, entry in self.rest.items()}
+        rest = {name: {"kind": self.kinds[name], **asdict(entry)} for name, entry in self.rest.items()}
         about = {"scope": self.scope, "graphs": self.graphs, **self.setting.to_dict()}
         return {**about, "rest": rest, "kinds": kinds}
 
@@ -159,36 +162,59 @@ def read_table(path: Path, setting: Setting, scope: str) -> LatencyTable:
                     f"--latency_table {path}: found {name} {shorten(found[name], 80)}, expected {shorten(value, 80)}, "
                     "as in this run"
                 )
-        entries = {
-            kind["kind"]: {int(width): _entry(entry) for width, entry in kind["widths"].items()}
-            for kind in found["kinds"]
-        }
-        kinds = {name: kind["kind"] for kind in found["kinds"] for name in kind["modules"]}
-        rest = {name: _entry(found["rest"][name]) for name in REST}
-        return LatencyTable(setting, scope, bool(found["graphs"]), kinds, entries, rest)
+        return _table(found, setting, scope)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"--latency_table {path}: cannot be read ({reason_of(error)}), expected the {TABLE_NAME} of a search"
         ) from None
 
 
+def _table(found: Mapping[str, Any], setting: Setting, scope: str) -> LatencyTable:
+    entries: dict[str, dict[int, Entry]] = {}
+    kinds = {name: values["kind"] for name, values in found["rest"].items()}
+    for kind in found["kinds"]:
+        if kind["kind"] in entries:
+            raise ValueError(f"found the kind {shorten(kind['kind'], 80)} twice")
+        entries[kind["kind"]] = {int(width): _entry(entry) for width, entry in kind["widths"].items()}
+        for name in kind["modules"]:
+            if name in kinds:
+                raise ValueError(f"found {shorten(name, 80)} twice")
+            kinds[name] = kind["kind"]
+    if not {FRONT, HEADS} <= {*found["rest"]}:
+        raise ValueError(f"found no {FRONT} or {HEADS}")
+    if not isinstance(found["graphs"], bool):
+        raise ValueError(f"found graphs {shorten(found['graphs'], 80)}, expected true or false")
+    rest = {name: _entry(entry) for name, entry in found["rest"].items()}
+    return LatencyTable(setting, scope, found["graphs"], kinds, entries, rest)
+
+
 def _entry(values: Mapping[str, Any]) -> Entry:
-    entry = Entry(float(values["milliseconds"]), float(values["spread"]), int(values["samples"]))
-    if not 0 < entry.milliseconds < float("inf"):
-        raise ValueError(f"found {entry.milliseconds:g} milliseconds")
+    entry = Entry(values["milliseconds"], values["spread"], values["samples"])
+    for name, is_valid in (
+        ("milliseconds", _is_number(entry.milliseconds) and 0 < entry.milliseconds < float("inf")),
+        ("spread", _is_number(entry.spread) and 0 <= entry.spread < float("inf")),
+        ("samples", type(entry.samples) is int and entry.samples > 0),
+    ):
+        if not is_valid:
+            raise ValueError(f"found {name} {shorten(values[name], 80)}")
     return entry
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def check_table(
     table: LatencyTable, kinds: Mapping[str, str], widths: Mapping[str, Collection[int]], source: object
 ) -> None:
-    """Raise a `UserError` unless a table has the modules of this detector (`kinds`) at all their `widths`."""
-    for name, of_module in widths.items():
-        if table.kinds.get(name) != kinds[name]:
+    """Raise a `UserError` unless a table is of this detector's steps (`kinds`), with its modules at all `widths`."""
+    for name in (*kinds, *table.kinds):
+        if table.kinds.get(name) != kinds.get(name) or (name in table.rest) == (name in widths):
             raise UserError(
                 f"--latency_table {source}: found another {name} than that of this detector, expected a table of this "
-                "detector, measured with this version of PyTorch"
+                "detector"
             )
+    for name, of_module in widths.items():
         missing = sorted({*of_module} - {*table.entries[kinds[name]]})
         if missing:
             raise UserError(
@@ -236,13 +262,18 @@ class Measurement:
         in_round = self.turns_in_round
         if len(self.turns) < in_round:
             return ROUNDS[0] * in_round
-        first = sum(sum(map(sum, turn.milliseconds.values())) for turn in self.turns[:in_round])
-        return in_round * min(max(round(1000 * SECONDS / first), ROUNDS[0]), ROUNDS[1])
+        first = sum(turn.seconds for turn in self.turns[:in_round])
+        return in_round * (ROUNDS[1] if first * ROUNDS[1] < SECONDS else max(int(SECONDS / first), ROUNDS[0]))
 
     def turn_widths(self, turn: int) -> dict[str, int]:
-        """Return the widths of all modules in a turn."""
-        shifted = enumerate(self.widths.items())
-        return {name: widths[(turn + SHIFT * place) % len(widths)] for place, (name, widths) in shifted}
+        """Return the widths of all modules in a turn.
+
+        The shift between neighbours grows from round to round, so that those with three or more widths seldom go in
+        step.
+        """
+        shift = 1 + turn // self.turns_in_round
+        placed = enumerate(self.widths.items())
+        return {name: widths[(turn + shift * place) % len(widths)] for place, (name, widths) in placed}
 
     def add(self, turn: Turn) -> None:
         """Add a measured turn."""
@@ -250,11 +281,12 @@ class Measurement:
 
     def measure(self) -> Turn:
         """Measure the next turn and return it."""
-        widths = self.turn_widths(len(self.turns))
+        began, widths = time.monotonic(), self.turn_widths(len(self.turns))
         slim = cut_copy(self._model, self.scope, widths)
         steps = steps_of(slim, self._images, self.scope)
         times = time_steps(steps, self.device, self.setting.amp, repeats=PASSES, graphs=self.graphs)
-        return Turn(self.graphs, widths, {name: [round(t, 6) for t in of_step] for name, of_step in times.items()})
+        milliseconds = {name: [round(t, 6) for t in of_step] for name, of_step in times.items()}
+        return Turn(self.graphs, widths, milliseconds, round(time.monotonic() - began, 3))
 
     def table(self) -> LatencyTable:
         """Return the table of all turns.
@@ -270,35 +302,36 @@ class Measurement:
                     f"journal: found turn {number} of the latencies with other modules or widths than these"
                 )
             for name, of_step in turn.milliseconds.items():
-                if name in REST:
-                    rest[name] += of_step
-                else:
+                if name in self.widths:
                     times[self.kinds[name], turn.widths[name]] += of_step
+                else:
+                    rest[name] += of_step
         entries: dict[str, dict[int, Entry]] = defaultdict(dict)
         for (kind, width), of_kind in sorted(times.items(), key=lambda item: item[0][1]):
             entries[kind][width] = Entry.of(of_kind)
-        kinds = {name: self.kinds[name] for name in self.widths}
-        ordered = {kind: entries[kind] for kind in kinds.values()}
-        return LatencyTable(
-            self.setting, self.scope, self.graphs, kinds, ordered, {name: Entry.of(rest[name]) for name in REST}
-        )
+        ordered = {kind: entries[kind] for kind in dict.fromkeys(self.kinds[name] for name in self.widths)}
+        of_rest = {name: Entry.of(of_step) for name, of_step in rest.items()}
+        return LatencyTable(self.setting, self.scope, self.graphs, self.kinds, ordered, of_rest)
 
 
 def measure_whole(
-    models: Mapping[str, Detector],
+    models: Mapping[str, Callable[[], Detector]],
     setting: Setting,
     device: torch.device,
     *,
     graphs: bool,
     on_turn: Callable[[], Any] = lambda: None,
 ) -> dict[str, Entry]:
-    """Time whole forward passes of several detectors in turns."""
+    """Time whole forward passes of several detectors in turns.
+
+    `models` build them. A detector is built anew for each of its turns, so that only one takes memory.
+    """
     times: dict[str, list[float]] = {name: [] for name in models}
     images = random_images(setting, device)
     for _ in range(END_TURNS):
-        for name, model in models.items():
-            steps = whole_of(model, images)
-            times[name] += time_steps(steps, device, setting.amp, repeats=PASSES, graphs=graphs)[WHOLE]
+        for name, build in models.items():
+            found = time_steps(whole_of(build(), images), device, setting.amp, repeats=PASSES, graphs=graphs)
+            times[name] += found[WHOLE]
         on_turn()
     return {name: Entry.of(of_model) for name, of_model in times.items()}
 

@@ -8,7 +8,7 @@ not retrained. Its decoder mixes queries, so those that stay give other outputs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torchvision.ops import box_convert, box_iou
 from datasets.coco import CocoLoader
 from engine import detect, eval_mode
 from models.detector import Detector
+from pruning.finite_checks import are_finite, image_ids
 from util import distributed
-from util.errors import UserError
+from util.errors import NonFiniteLossError, UserError
 
 QUERY_IMAGES = 512  # on the demo set, 128 choose queries with up to 2 AP less
 
@@ -37,13 +38,17 @@ def choose_queries(
 
     Raises:
         UserError: the images have no objects.
+        NonFiniteLossError: a score or a box is not finite; raised in all processes.
     """
     own = range(distributed.rank(), len(loader), distributed.world_size())
     found: dict[int, list[np.ndarray]] = {}
+    not_finite: list[int] = []
     with eval_mode(model), torch.no_grad():
         for number, (images, targets) in zip(own, loader.read(own), strict=True):
             sizes_hw = torch.stack([target["orig_size"] for target in targets])
             outputs, _ = detect(model, lambda *_: [], images, sizes_hw, device=device, amp=amp)
+            if not are_finite((outputs["pred_logits"], outputs["pred_boxes"])):
+                not_finite += image_ids(targets)
             found[number] = [
                 found_objects(logits.cpu(), boxes.cpu(), target, model.num_queries)
                 for logits, boxes, target in zip(outputs["pred_logits"], outputs["pred_boxes"], targets, strict=True)
@@ -52,6 +57,8 @@ def choose_queries(
     for part in distributed.gather_objects(found):
         merged.update(part)
     table = np.concatenate([of_image for number in sorted(merged) for of_image in merged[number]])
+    if bad := sorted(image for of_process in distributed.gather_objects(not_finite) for image in of_process):
+        raise NonFiniteLossError(f"--keep_queries {count}: scores or boxes are not finite, on the images {bad}")
     if not len(table):
         raise UserError(f"{loader.coco.annotation_file}: found no boxes to choose queries by (--keep_queries)")
     return torch.tensor(distributed.on_main(lambda: most_found(table, count)))
@@ -73,13 +80,21 @@ def found_objects(logits: Tensor, boxes_cxcywh: Tensor, target: dict[str, Tensor
 def most_found(table: np.ndarray, count: int) -> list[int]:
     """Return the ascending columns, chosen greedily, with the greatest sum over the rows of their maximum.
 
-    Columns that add nothing come last, by their own sum.
+    Columns that add nothing come last, by their own sum. A column's gain falls as others are chosen, so it is computed
+    again only where its last value is the greatest (Minoux 1978).
     """
-    best, totals = np.zeros(len(table)), table.sum(0)
-    chosen: list[int] = []
+    columns = np.ascontiguousarray(table.T)
+    best, chosen = np.zeros(len(table)), list[int]()
+    totals = [column.sum() for column in columns]
+    heap = [(-total, -total, column, 0) for column, total in enumerate(totals)]  # the last entry: columns then chosen
+    heapq.heapify(heap)
     while len(chosen) < count:
-        gains = np.maximum(table - best[:, None], 0).sum(0)
-        left: Sequence[int] = [column for column in range(table.shape[1]) if column not in chosen]
-        chosen.append(max(left, key=lambda column: (gains[column], totals[column])))
-        best = np.maximum(best, table[:, chosen[-1]])
+        _, _, column, known = heap[0]
+        if known == len(chosen):
+            heapq.heappop(heap)
+            chosen.append(column)
+            best = np.maximum(best, columns[column])
+        else:
+            gain = np.maximum(columns[column] - best, 0).sum()
+            heapq.heapreplace(heap, (-gain, -totals[column], column, len(chosen)))
     return sorted(chosen)

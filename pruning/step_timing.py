@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from engine import autocast
 from models.detector import Detector
@@ -55,7 +55,7 @@ def kinds_of(steps: Sequence[Step], device: torch.device, amp: str) -> dict[str,
 
 
 class _Operations(TorchDispatchMode):
-    """Records the operations that run, with the shapes and strides of their tensors and all other arguments."""
+    """Records the operations that run, with the shapes and strides of their tensors and all arguments but devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,9 +64,14 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Record and run one operation."""
         kwargs = kwargs or {}
-        shown = tree_map_only(Tensor, lambda t: (tuple(t.shape), t.stride(), str(t.dtype)), (args, kwargs))
-        self.found.append(f"{func} {shown}")
+        self.found.append(f"{func} {tree_map(_shown, (args, kwargs))}")
         return func(*args, **kwargs)
+
+
+def _shown(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return tuple(argument.shape), argument.stride(), str(argument.dtype)
+    return "device" if isinstance(argument, torch.device) else argument
 
 
 @torch.no_grad()

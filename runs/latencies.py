@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from pruning.step_timing import kinds_of, launches_dominate, steps_of
 from runs.config import SearchOptions
 from util import distributed
 from util.environment import environment
+from util.errors import reason_of
 from util.files import write_json
 from util.logging import bar_off, get_logger
 
@@ -98,8 +100,8 @@ class Latencies:
         """
         log = get_logger()
         if self.table is None:
-            measurement = Measurement(self._model, self.scope, self.setting, self.widths, self.device, turns)
-            measurement.graphs = turns[0].graphs if turns else distributed.on_main(self._launches_dominate)
+            graphs = turns[0].graphs if turns else distributed.on_main(self._launches_dominate)
+            measurement = Measurement(self._model, self.scope, self.setting, self.widths, self.device, turns, graphs)
             log.info("latencies of %s", self.setting)
             with tqdm(desc="latencies", unit="turn", disable=bar_off(), leave=False, initial=len(turns)) as bar:
                 while len(measurement.turns) < measurement.num_turns:
@@ -126,19 +128,23 @@ class Latencies:
         whole, images = unpruned_copy(self._model, self.scope), random_images(self.setting, self.device)
         return launches_dominate(whole, images, self.device, self.setting.amp)
 
-    def compare(self, widths: Mapping[str, Widths]) -> dict[str, Any]:
+    def compare(self, widths: Mapping[str, Widths]) -> dict[str, Any] | None:
         """Time the detector before the search and with other `widths` in turns.
 
         Returns:
             What was timed, and under `detectors`, by name, the first of which is `before`, measured and predicted
-            milliseconds.
+            milliseconds. None if timing fails; a warning says why.
         """
         found = self.table
         assert found is not None
         cuts = {"before": {name: max(of_module) for name, of_module in self.widths.items()}}
         cuts |= {name: {module: of_all.of(module) for module in self.widths} for name, of_all in widths.items()}
-        models = {name: cut_copy(self._model, self.scope, cut) for name, cut in cuts.items()}
-        measured = measure_whole(models, self.setting, self.device, graphs=found.graphs)
+        models = {name: functools.partial(cut_copy, self._model, self.scope, cut) for name, cut in cuts.items()}
+        try:
+            measured = measure_whole(models, self.setting, self.device, graphs=found.graphs)
+        except RuntimeError as error:  # such as too little memory; the search has its result
+            get_logger().warning("the detectors before and after could not be timed: %s", reason_of(error))
+            return None
         detectors = {name: _compared(measured[name], found.milliseconds(cut)) for name, cut in cuts.items()}
         return {"graphs": found.graphs, "setting": str(self.setting), "detectors": detectors}
 

@@ -8,6 +8,7 @@ from torch import nn
 import engine
 from datasets.coco_eval import GroundTruth
 from util.ema import WeightAverage
+from util.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -227,6 +228,8 @@ def test_only_the_images_seen_are_counted_and_each_of_them_once():
     result = evaluate((4, 4))
     assert result.stats["AP"] == pytest.approx(1) and len(result.detections) == 1
     assert evaluate(()).stats["AP"] == -1
+    with pytest.raises(UserError, match=r"^--ap_by_layer: found no images, expected at least one$"):
+        evaluate((), by_layer=True)
 
 
 def test_evaluation_leaves_the_mode_of_a_module_and_weights_losses_by_images():

@@ -1,6 +1,8 @@
 """Allocation on tables alone: what is spent, what is bought, and how near that is to the best of all divisions."""
 
 import itertools
+import math
+import random
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from pruning.allocation import allocate, at_lowest_price, check_affordable, sum_of, widths_tried
 from pruning.budget import POWERS
+from pruning.cost_tables import Prices
 from tests.pruning.samples import quick
 from util.errors import UserError
 
@@ -159,3 +162,26 @@ def test_what_cannot_be_cut_counts_in_the_whole():
 )
 def test_widths_are_the_least_one_and_spread_evenly_up_to_the_whole(width, unit, expected):
     assert widths_tried(width, unit) == expected
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_target_of_exactly_the_least_time_is_met(seed):
+    rng = random.Random(seed)
+    times = {str(name): sorted(round(rng.uniform(0.1, 5), 6) for _ in range(5)) for name in range(20)}
+    costs = {name: dict(enumerate(of_module)) for name, of_module in times.items()}
+    damages = {name: {width: (4 - width) * rng.random() for width in range(5)} for name in times}
+    prices = Prices(sum(table[4] for table in costs.values()), costs, outside=round(rng.uniform(1, 20), 6))
+    for target_ms in (prices.outside + prices.least, math.ceil(1000 * (prices.outside + prices.least)) / 1000):
+        keep = prices.fraction_in(target_ms)
+        check_affordable(keep, costs, prices.total)
+        widths = allocate(damages, costs, prices.budget(keep).limit)
+        assert prices.outside + sum_of(costs, widths) <= target_ms * (1 + 1e-9)
+    with pytest.raises(UserError, match=r"^--target_ms .*, expected at least "):
+        prices.fraction_in(prices.outside + prices.least - 1e-3)
+
+
+def test_the_least_time_is_told_with_all_its_digits():
+    prices = Prices(5000.0, {"a": {1: 1000.0, 2: 4765.439}})
+    with pytest.raises(UserError, match=r"expected at least 1234\.561$"):
+        prices.fraction_in(1234.56)
+    assert prices.fraction_in(1234.561) == pytest.approx(1234.561 / 5000)

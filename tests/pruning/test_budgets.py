@@ -111,7 +111,9 @@ def test_budgets_in_milliseconds_are_drawn_against_the_measured_ones(folder, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--keep 0.8 0.8", r"--keep: found 0\.8 twice, expected different values"),
+        ("--keep 0.8 0.8", r"--keep: found 0\.8 and 0\.8, expected values that differ more"),
+        ("--keep 0.7000001 0.7000002", r"--keep: found 0\.7000001 and 0\.7000002, expected values that differ more"),
+        ("--cost latency --target_ms 33.33331 9 33.33332", r"--target_ms: found 33\.33331 and 33\.33332, expected"),
         ("--keep 0.9 0.01", r"--keep 0\.01: found less than the smallest widths cost, expected at least 0\."),
         ("--keep 0.9 2", r"argument --keep: 2: expected a number in \[0\.001, 1\]"),
     ],

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pruning import calibration
 from pruning.calibration import EVEN_SHARE, OUTLIER, Calibration, token_weights
 from pruning.state_cache import PassCounter, StateCache
 from tests.pruning.samples import quick
@@ -135,3 +136,19 @@ def test_weights_of_padded_batches_are_1_on_average_over_real_tokens(network):
             assert torch.equal(weights > 0, real)
             weights = weights[real]
         assert float(weights.mean()) == pytest.approx(1)
+
+
+def test_metric_and_level_of_padded_images_count_the_same_pixels(monkeypatch):
+    sums = []
+    sensitivity = calibration._sensitivity
+    monkeypatch.setattr(calibration, "_sensitivity", lambda own, *rest: sums.append(own) or sensitivity(own, *rest))
+    model, criterion, _ = tiny_detector("--padding_rule reference")
+    counter = PassCounter(dict.fromkeys(model.steps_in("detector"), 1.0))
+    images, targets = pictures()
+    targets = [{**target, "image_id": torch.tensor(number)} for number, target in enumerate(targets)]
+    cache = StateCache(model.eval(), [(images, targets)], counter, device=CPU, scope="detector")
+    found = Calibration(model, criterion.eval(), cache, range(1), CPU)
+    assert not all(own.real[0][0].all() for own in sums) and {"backbone.layer4.0.bn2"} <= {*found.sensitivities}
+    for own in sums:
+        if own.metric is not None:
+            assert float(own.metric.trace()) == pytest.approx(own.energy, rel=1e-5)

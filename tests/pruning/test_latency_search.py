@@ -42,7 +42,7 @@ def by_width(steps, device, amp, *, repeats, warm_up=1, graphs=False):
 
 
 def run(root, out, options, times=by_width):
-    with mock.patch("pruning.latency.time_steps", times):
+    with mock.patch("pruning.latency.time_steps", times), mock.patch("pruning.latency.SECONDS", 0.0):
         return search_with(words_of(root, out, f"{UNITS} {with_scope(options)}"))
 
 
@@ -107,7 +107,7 @@ def test_a_target_that_cannot_be_met_names_the_least_that_can(folder, tmp_path, 
     assert not (tmp_path / "pruned.pth").exists()
     name, least = option.split()[0], str(refused.value).rsplit(" ", 1)[1]
     table = tmp_path / "latency.json"  # what was measured is not lost
-    assert run(folder, tmp_path / "again", f"{name} {float(least) + 1e-3} --latency_table {table}")
+    assert run(folder, tmp_path / "again", f"{name} {least} --latency_table {table}")
 
 
 def test_a_search_killed_at_any_step_ends_as_it_would_have(folder, searched, tmp_path):  # noqa: F811
@@ -218,6 +218,31 @@ def test_the_end_compares_what_was_predicted_with_what_is_measured(folder, tmp_p
     assert "2.00 x" in (tmp_path / "run.log").read_text()
 
 
+def test_a_search_whose_end_cannot_be_timed_keeps_its_result(folder, tmp_path, caplog):  # noqa: F811
+    def times(steps, *args, **options):
+        if [name for name, _ in steps] == ["detector"]:
+            raise torch.OutOfMemoryError("out of memory")
+        return by_width(steps, *args, **options)
+
+    result = run(folder, tmp_path, "--keep 0.9 0.7", times)
+    end = json.loads(lines_of(result)[-1])
+    assert end["event"] == "end" and end["passed"] and "latency" not in end
+    assert [point["name"] for point in end["points"]] == ["before", "0.90", "0.70"]
+    assert json.loads((tmp_path / "summary.json").read_text())["points"] == end["points"]
+    assert "before and after could not be timed: out of memory" in (tmp_path / "run.log").read_text()
+
+
+def test_a_detector_with_removed_modules_is_searched_again(folder, tmp_path):  # noqa: F811
+    first = run(folder, tmp_path / "first", "--keep 0.35 --min_units 0")
+    assert 0 in dict(first.widths.items()).values()
+    words = words_of(folder, tmp_path / "again", f"{UNITS} {with_scope('--keep 0.9')}")
+    with mock.patch("pruning.latency.time_steps", by_width):
+        again = search_with(words.replace(f"{folder}/dense.pth", str(first.path)))
+    rest = json.loads((tmp_path / "again" / "latency.json").read_text())["rest"]
+    assert {*rest} == {"front", "heads", *(name for name, width in first.widths.items() if not width)}
+    assert sum(width for _, width in again.widths.items()) < sum(width for _, width in first.widths.items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -237,7 +262,7 @@ def test_options_that_do_not_fit_are_refused(folder, tmp_path, options, message)
 
 
 def test_milliseconds_mean_latency(folder, tmp_path):  # noqa: F811
-    words = f"{UNITS.replace('--cost latency', '')} --target_ms 500 --scope detector"
+    words = f"{UNITS.replace('--cost latency', '')} --target_ms 300 --scope detector"
     with mock.patch("pruning.latency.time_steps", by_width):
         result = search_with(words_of(folder, tmp_path, words))
     assert json.loads(lines_of(result)[0])["args"]["cost"] == "latency"

@@ -1,10 +1,15 @@
 """Latency tables: what shares an entry, what a turn times, and which tables are refused."""
 
+import dataclasses
+import gc
+import itertools
 import json
 import re
+import weakref
 
 import pytest
 import torch
+from torch import nn
 
 from pruning import latency
 from pruning.config import SearchConfig
@@ -27,18 +32,21 @@ from tests.pruning.tiny import VARIANTS, tiny_detector
 from util.errors import UserError
 
 CPU = torch.device("cpu")
-SETTING = Setting("a processor", 1, (64, 64), 2, "off")
-UNITS = Units(2, 8, 4, 8, 8, 0)
+SETTING = Setting("a processor", 1, (64, 64), 2, "off", "2.11.0")
+UNITS = Units(attention_unit=2, ffn_unit=8, block_unit=4, attention_candidates=8, ffn_candidates=8, seed=0, min_units=0)
 SCOPES = ("transformer", "detector")
 
 
 def measurement_of(scope="detector", network="--enc_layers 2", turns=()):
-    model = tiny_detector(network)[0].eval()
+    return measurement_for(tiny_detector(network)[0].eval(), scope, turns)
+
+
+def measurement_for(model, scope, turns=()):
     return Measurement(model, scope, SETTING, widths_of(model, scope, UNITS), CPU, turns)
 
 
 def kinds_at(model, image_hw=(64, 64), scope="detector"):
-    images = random_images(Setting("", 1, image_hw, 2, "off"), CPU)
+    images = random_images(dataclasses.replace(SETTING, image_size_hw=image_hw), CPU)
     return kinds_of(steps_of(model, images, scope), CPU, "off")
 
 
@@ -96,7 +104,7 @@ def test_a_cut_copy_has_the_widths_and_leaves_the_model_as_it_is(model):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     widths = {name: min(of_module) for name, of_module in widths_of(model, "detector", UNITS).items()}
     slim = cut_copy(model, "detector", widths)
-    assert {name: module.width for name, module in slim.prunable_modules("detector").items()} == widths
+    assert {name: slim.widths_in("detector").of(name) for name in widths} == widths and 0 in widths.values()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -120,19 +128,41 @@ def test_a_round_gives_every_module_each_of_its_widths(scope):
         assert {turn[name] for turn in turns} == {*widths}
 
 
-@pytest.mark.parametrize(("first_ms", "rounds"), [(1e-3, 12), (4000.0, 5), (1e6, 3)])
-def test_slow_detectors_are_measured_in_fewer_rounds(first_ms, rounds):
+@pytest.mark.parametrize("scope", SCOPES)
+def test_neighbours_have_each_others_widths_in_different_turns_of_each_round(scope):
+    measurement = measurement_of(scope)
+    in_round, names = measurement.turns_in_round, [*measurement.widths]
+    for one, other in itertools.pairwise(names):
+        count = len(measurement.widths[one])
+        if count < 4 or count != len(measurement.widths[other]):
+            continue
+        for number in range(latency.ROUNDS[0]):
+            turns = [measurement.turn_widths(number * in_round + turn) for turn in range(count)]
+            assert all(turn[one] != turn[other] for turn in turns)
+
+
+@pytest.mark.parametrize(("first_seconds", "rounds"), [(1e-3, 12), (3.9, 5), (1e6, 3), (1.7, 11), (0.0, 12)])
+def test_slow_detectors_are_measured_in_fewer_rounds(first_seconds, rounds):
     measurement = measurement_of("transformer")
     in_round = measurement.turns_in_round
     assert measurement.num_turns == latency.ROUNDS[0] * in_round
     for turn in range(in_round):
-        measurement.add(Turn(False, measurement.turn_widths(turn), {"front": [first_ms / in_round]}))
+        measurement.add(Turn(False, measurement.turn_widths(turn), {"front": [1e-3]}, first_seconds / in_round))
     assert measurement.num_turns == rounds * in_round
+
+
+def test_a_turn_counts_the_time_of_all_it_does(monkeypatch):
+    measurement = measurement_of()
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(latency, "time_steps", fake_times)
+    monkeypatch.setattr(latency.time, "monotonic", lambda: next(clock))
+    assert measurement.measure().seconds == 2.5
 
 
 def test_a_table_has_the_median_of_all_modules_of_a_kind(monkeypatch):
     measurement = measurement_of()
     monkeypatch.setattr(latency, "time_steps", fake_times)
+    monkeypatch.setattr(latency, "SECONDS", 0.0)
     while len(measurement.turns) < measurement.num_turns:
         measurement.add(measurement.measure())
     table = measurement.table()
@@ -151,7 +181,7 @@ def test_turns_of_another_search_are_refused(monkeypatch):
     measurement = measurement_of()
     monkeypatch.setattr(latency, "time_steps", fake_times)
     turn = measurement.measure()
-    measurement.add(Turn(False, {**turn.widths, "encoder.0.ffn": 1}, turn.milliseconds))
+    measurement.add(Turn(False, {**turn.widths, "encoder.0.ffn": 1}, turn.milliseconds, 0.0))
     with pytest.raises(UserError, match="journal: found turn 0 of the latencies with other modules or widths"):
         measurement.table()
 
@@ -164,7 +194,7 @@ def test_the_spread_is_the_interquartile_range():
 def table_of(milliseconds, scope="detector", rest=(3.0, 1.0)):
     """A table in which each module is of its own kind."""
     entries = {name: {w: Entry(ms, 0.0, 1) for w, ms in table.items()} for name, table in milliseconds.items()}
-    kinds = {name: name for name in milliseconds}
+    kinds = {name: name for name in (FRONT, HEADS, *milliseconds)}
     return LatencyTable(SETTING, scope, False, kinds, entries,
                         {name: Entry(ms, 0.0, 1) for name, ms in zip((FRONT, HEADS), rest, strict=True)})  # fmt: skip
 
@@ -187,12 +217,20 @@ def test_a_budget_counts_the_rest_of_the_detector_in_its_scope_alone(scope, tota
     assert prices.fractions(SearchConfig()) == {}
     assert prices.fractions(SearchConfig(target_ms=[9.5]))["9.5ms"] == pytest.approx((9.5 - prices.outside) / total)
     assert prices.fraction_in(9.0) == pytest.approx((9.0 - prices.outside) / total)
-    assert prices.fraction_in(20.0) == 1.0
+    for target_ms in (11.0, 20.0):
+        with pytest.raises(UserError, match=rf"--target_ms {target_ms:g}: found no less .*, expected less than 11 ms$"):
+            prices.fraction_in(target_ms)
     assert prices.fraction_in(8.0) * total == pytest.approx(prices.least) == pytest.approx(total - 3.0)
     with pytest.raises(UserError, match=r"--target_ms 7\.99: found less than the smallest .* expected at least 8$"):
         prices.fraction_in(7.99)
     with pytest.raises(UserError, match=r"--keep 0\.5: found less than the smallest widths cost, expected at least"):
         prices.fractions(SearchConfig(keep=[0.9, 0.5]))
+
+
+def kind_with(**values):
+    """A kind as in a file, of the module m at width 8, with other `values`."""
+    entry = {"milliseconds": 1.0, "spread": 0.0, "samples": 1, **values}
+    return {"kind": "a", "modules": ["m"], "widths": {"8": entry}}
 
 
 def written(table, path):
@@ -214,9 +252,20 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
         ({"batch_size": 1}, "found batch_size 1, expected 2"),
         ({"amp": "bf16"}, "found amp 'bf16', expected 'off'"),
         ({"scope": "transformer"}, "found scope 'transformer', expected 'detector'"),
-        ({"rest": {}}, r"cannot be read .*, expected the latency\.json of a search"),
-        ({"kinds": [{"kind": "a", "modules": ["m"], "widths": {"8": {"milliseconds": -1}}}]}, "cannot be read"),
+        ({"torch_version": "2.9.1"}, r"found torch_version '2\.9\.1', expected '2\.11\.0'"),
+        ({"rest": {}}, r"cannot be read \(found no front or heads\), expected the latency\.json of a search"),
         ({"kinds": 3}, "cannot be read"),
+        ({"graphs": "false"}, r"cannot be read \(found graphs 'false', expected true or false\)"),
+        ({"kinds": [kind_with(milliseconds=-1)]}, r"cannot be read \(found milliseconds -1\)"),
+        ({"kinds": [kind_with(milliseconds="1")]}, r"cannot be read \(found milliseconds '1'\)"),
+        ({"kinds": [kind_with(milliseconds=float("nan"))]}, r"cannot be read \(found milliseconds nan\)"),
+        ({"kinds": [kind_with(spread=-0.5)]}, r"cannot be read \(found spread -0\.5\)"),
+        ({"kinds": [kind_with(spread=True)]}, r"cannot be read \(found spread True\)"),
+        ({"kinds": [kind_with(samples=0)]}, r"cannot be read \(found samples 0\)"),
+        ({"kinds": [kind_with(samples=1.5)]}, r"cannot be read \(found samples 1\.5\)"),
+        ({"kinds": [kind_with(), kind_with()]}, r"cannot be read \(found the kind 'a' twice\)"),
+        ({"kinds": [kind_with(), {**kind_with(), "kind": "b"}]}, r"cannot be read \(found 'm' twice\)"),
+        ({"kinds": [{**kind_with(), "modules": ["heads"]}]}, r"cannot be read \(found 'heads' twice\)"),
     ],
 )
 def test_a_table_of_another_setting_is_refused(tmp_path, changed, message):
@@ -237,13 +286,39 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, content):
 
 
 def test_a_table_of_another_detector_or_of_other_widths_is_refused():
-    table = table_of({"encoder.0.ffn": {8: 1.0, 16: 2.0}})
-    kinds = {"encoder.0.ffn": "encoder.0.ffn"}
-    check_table(table, kinds, {"encoder.0.ffn": [8, 16]}, "a file")
+    table, widths = table_of({"encoder.0.ffn": {8: 1.0, 16: 2.0}}), {"encoder.0.ffn": [8, 16]}
+    kinds = dict(table.kinds)
+    check_table(table, kinds, widths, "a file")
     with pytest.raises(UserError, match=r"found no width 4 of encoder\.0\.ffn, expected a table measured with the"):
         check_table(table, kinds, {"encoder.0.ffn": [4, 8, 16]}, "a file")
-    with pytest.raises(UserError, match=r"a file: found another encoder\.0\.ffn than that of this detector"):
-        check_table(table, {"encoder.0.ffn": "other"}, {"encoder.0.ffn": [8, 16]}, "a file")
+    fewer = {FRONT: FRONT, HEADS: HEADS}
+    for name, changed, of_modules in (
+        ("encoder.0.ffn", {**kinds, "encoder.0.ffn": "other"}, widths),
+        ("front", {**kinds, FRONT: "other"}, widths),
+        ("heads", {**kinds, HEADS: "other"}, widths),
+        ("encoder.0.ffn", fewer, {}),
+        ("encoder.0.ffn", kinds, {}),  # removed here
+        ("encoder.1.ffn", {**kinds, "encoder.1.ffn": "more"}, {**widths, "encoder.1.ffn": [8]}),
+    ):
+        with pytest.raises(UserError, match=rf"a file: found another {re.escape(name)} than that of this detector"):
+            check_table(table, changed, of_modules, "a file")
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_table_does_not_fit_a_detector_with_other_heads_or_another_backbone(model, scope):
+    kinds = kinds_at(model, scope=scope)
+    table = LatencyTable(SETTING, scope, False, kinds, {}, dict.fromkeys(kinds, Entry(1.0, 0.0, 1)))
+    thin = tiny_detector("--enc_layers 2", cfgs=model.widths_in("detector").replace("backbone.layer2.0", 8))[0].eval()
+    classes = tiny_detector("--enc_layers 2")[0].eval()
+    classes.class_embed = nn.Linear(32, 50)
+    for other, step in ((thin, FRONT if scope == "transformer" else r"backbone\.layer2\.0"), (classes, HEADS)):
+        with pytest.raises(UserError, match=f"found another {step} than that of this detector"):
+            check_table(table, kinds_at(other, scope=scope), {}, "a file")
+
+
+def test_a_kind_is_the_same_on_each_device():
+    kinds = [kinds_of([("a", lambda _, to=to: torch.zeros(2, device=to))], CPU, "off") for to in ("cpu", "meta")]
+    assert kinds[0] == kinds[1]
 
 
 def test_the_dense_and_the_slim_detector_take_turns(model, monkeypatch):
@@ -255,6 +330,21 @@ def test_the_dense_and_the_slim_detector_take_turns(model, monkeypatch):
 
     monkeypatch.setattr(latency, "time_steps", times)
     slim = cut_copy(model, "detector", {"encoder.0.ffn": 8})
-    found = latency.measure_whole({"before": model, "after": slim}, SETTING, CPU, graphs=False)
+    found = latency.measure_whole({"before": lambda: model, "after": lambda: slim}, SETTING, CPU, graphs=False)
     assert len(asked) == 2 * latency.END_TURNS
     assert found["after"].milliseconds - found["before"].milliseconds == 1.0
+
+
+def test_one_detector_at_a_time_takes_memory(model, monkeypatch):
+    alive = weakref.WeakSet()
+
+    def build():
+        gc.collect()
+        assert not alive
+        copy = unpruned_copy(model, "detector")
+        alive.add(copy)
+        return copy
+
+    monkeypatch.setattr(latency, "time_steps", lambda *args, repeats, **options: {WHOLE: [1.0] * repeats})
+    monkeypatch.setattr(latency, "END_TURNS", 1)
+    latency.measure_whole(dict.fromkeys("abc", build), SETTING, CPU, graphs=False)

@@ -17,7 +17,7 @@ from tests.pruning.tiny import VARIANTS, ListedBatches, pictures, tiny_detector
 from tests.test_main import SLOW
 from tests.tiny_run import options, write_self_annotated
 from util.cli import parse
-from util.errors import UserError
+from util.errors import NonFiniteLossError, UserError
 from weights.checkpoint_file import read_checkpoint
 
 CPU = torch.device("cpu")
@@ -38,6 +38,36 @@ def test_the_chosen_queries_find_almost_as_much_as_the_best_ones():
             assert value(table, chosen) >= (1 - 1 / np.e) * best
             if count == 1:
                 assert value(table, chosen) == best
+
+
+def test_each_query_is_the_one_that_adds_most():
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        table = np.round(generator.random((30, 9)) ** 2, 1 + seed % 2)  # ties, and columns that add nothing
+        chosen, best = [], np.zeros(len(table))
+        for count in range(1, 10):
+            gains = [float(np.maximum(column - best, 0).sum()) for column in table.T.copy()]
+            order = sorted({*range(9)} - {*chosen}, key=lambda c: (-gains[c], -table.T.copy()[c].sum(), c))
+            chosen.append(order[0])
+            best = np.maximum(best, table[:, order[0]])
+            assert most_found(table, count) == sorted(chosen)
+
+
+def test_few_gains_are_computed_again(monkeypatch):
+    table, computed = np.random.default_rng(0).random((50, 200)) ** 8, []
+    maximum = np.maximum
+    monkeypatch.setattr(np, "maximum", lambda *arrays: computed.append(arrays) or maximum(*arrays))
+    most_found(table, 100)
+    assert len(computed) < 100 * 200 / 4 and all(array.ndim == 1 for array, _ in computed)
+
+
+def test_scores_that_are_not_finite_choose_nothing():
+    model = tiny_detector()[0]
+    torch.nn.init.constant_(model.class_embed.bias, float("nan"))
+    images, targets = pictures()
+    targets = [{**t, "orig_size": torch.ones(2), "image_id": torch.tensor(7 + i)} for i, t in enumerate(targets)]
+    with pytest.raises(NonFiniteLossError, match=r"^--keep_queries 3: scores or boxes are not finite, .* \[7, 8\]$"):
+        choose_queries(model, ListedBatches([(images, targets)]), 3, device=CPU)
 
 
 def test_a_second_query_for_the_same_objects_is_left_for_one_that_finds_others():
