@@ -135,6 +135,15 @@ class Widths:
         layers[index][position] = width
         return replace(self, **{stack: tuple(map(tuple, layers))})
 
+    def first_layers(self, count: int) -> Widths:
+        """Return a copy with the first `count` decoder layers only."""
+        return replace(self, decoder=self.decoder[:count])
+
+    def padded_to(self, whole: Widths) -> Widths:
+        """Return a copy with width 0 in the decoder layers that only `whole` has, for tables and plots."""
+        dropped = whole.decoder[len(self.decoder) :]
+        return replace(self, decoder=(*self.decoder, *((0,) * len(layer) for layer in dropped)))
+
     def _locate(self, module_name: str) -> tuple[str, int, int]:
         """Return the stack of a module, its layer's index and its own index in the layer."""
         if module_name not in self.names():

@@ -109,9 +109,12 @@ def widths_tried(width: int, unit: int, min_units: int = 1) -> list[int]:
     return sorted({min(min_units * unit, width), min(unit, width), *range(step, width, step), width})
 
 
-def check_affordable(keep: float, costs: Tables, total_cost: float, option: str = "keep") -> None:
-    """Raise a `UserError` if the smallest widths cost more than the fraction `keep` of `total_cost`."""
-    least = least_cost(costs, total_cost)
+def check_affordable(keep: float, costs: Tables, total_cost: float, option: str = "keep", dropped: float = 0.0) -> None:
+    """Raise a `UserError` if the smallest widths cost more than the fraction `keep` of `total_cost`.
+
+    `dropped` is the part of it in dropped decoder layers, whose modules `costs` lack.
+    """
+    least = least_cost(costs, total_cost - dropped)
     if not is_affordable(keep, least, total_cost):
         raise UserError(
             f"--{option} {keep:g}: found less than the smallest widths cost, expected at least "

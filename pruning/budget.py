@@ -58,12 +58,15 @@ class BudgetSearch:
         bench: the whole network, without gates.
         costs: of each module at each of its widths, in parameters or multiply-accumulates; see `pruning.allocation`.
         total_cost: of the whole transformer or detector.
+        dropped_cost: the part of it in dropped decoder layers, whose modules `bench` and `costs` lack.
+        decoder_layers: number of those that are left, for the trials; None if the search drops none.
         base_ap: mAP in [0, 1] of the whole split before the search.
         params: the prices in parameters, with two budgets.
         keep_params: fraction of the parameters to keep, with two budgets.
         powers: of the damages, in the order in which they are tried.
         on_trial: called with each new trial.
         replayed: earlier trials of a resumed search, in order; they are not measured again.
+        effort: that of a search that began before this one; None begins now.
         progress: called after each module with its name and cut width (None after predicting its damage).
         trials: all trials, including replayed ones.
         damages: predictions of the last `run` for each module at each of its widths.
@@ -78,6 +81,9 @@ class BudgetSearch:
     powers: Sequence[float] = POWERS
     on_trial: Callable[[Trial], None] = lambda trial: None
     replayed: Sequence[Trial] = ()
+    dropped_cost: float = 0.0
+    decoder_layers: int | None = None
+    effort: Effort | None = None
     progress: Callable[[str, int | None], Any] = lambda name, width: None
     trials: list[Trial] = field(default_factory=list)
     damages: Tables = field(default_factory=dict)
@@ -106,7 +112,7 @@ class BudgetSearch:
             UserError: one unit of every module costs more than a fraction, or `replayed` belongs to another search.
         """
         for keep in keeps:
-            check_affordable(keep, self.costs, self.total_cost)
+            check_affordable(keep, self.costs, self.total_cost, dropped=self.dropped_cost)
         # With a given fraction there are few trials and the prediction matters more, so every width is measured.
         self._begin(None)
         powers = self.powers
@@ -116,7 +122,8 @@ class BudgetSearch:
             yield self._show(best, cut), best
 
     def _begin(self, attention_widths: int | None) -> None:
-        self._past, self.effort = deque(self.replayed), Effort(self.bench.counter, self.replayed)
+        self._past = deque(self.replayed)
+        self._effort = self.effort or Effort(self.bench.counter, self.replayed)
         self._orders, self.damages = self._predict(attention_widths)
 
     def _show(self, best: Trial | None, cut: Cut | None) -> dict[str, Kept]:
@@ -219,13 +226,17 @@ class BudgetSearch:
 
     def _allocate(self, keep: float, power: float) -> dict[str, int]:
         """Return widths that cost at most the fraction `keep` of the whole, and `keep_params` of its parameters."""
-        budget = Prices(self.total_cost, self.costs).budget(keep)
+        budget = self._prices.budget(keep)
         if self.params is None or self.keep_params is None:
             return allocate(self.damages, self.costs, budget.limit, power)
         return allocate_both(self.damages, (budget, self.params.budget(self.keep_params)), power)
 
+    @property
+    def _prices(self) -> Prices:
+        return Prices(self.total_cost, self.costs, dropped=self.dropped_cost)
+
     def _kept_fraction(self, widths: Mapping[str, int]) -> float:
-        return Prices(self.total_cost, self.costs).kept_fraction(widths)
+        return self._prices.kept_fraction(widths)
 
     def _kept_params(self, widths: Mapping[str, int]) -> float | None:
         return None if self.params is None else self.params.kept_fraction(widths)
@@ -250,10 +261,9 @@ class BudgetSearch:
                 cut = Cut(kept, self.bench.save())
             else:
                 ap = known.full_ap
-            kept_params = self._kept_params(widths)
             trial = Trial(
-                keep, power, widths, ap, self._kept_fraction(widths), self.keep_params, kept_params,
-                **self.effort.so_far(),
+                keep, power, widths, ap, self._kept_fraction(widths), self.keep_params, self._kept_params(widths),
+                self.decoder_layers, **self._effort.so_far(),
             )  # fmt: skip
             self.on_trial(trial)
         self.trials.append(trial)

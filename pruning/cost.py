@@ -182,11 +182,19 @@ def _total_macs(model: Detector, widths: Widths, tokens: int) -> int:
 
 
 def params_by_widths(model: Detector) -> Callable[[Widths], float]:
-    """Return a function from widths of `model`, at most its own, to the parameters of the transformer."""
+    """Return a function from widths of `model`, at most its own, to the parameters of the transformer.
+
+    They may have fewer decoder layers.
+    """
     costs, whole, full = module_params(model), count_parameters(model.transformer), model.widths
+    parts = (model.get_submodule(f"transformer.decoder.{name}") for name in ("layers", "bbox_embed"))
+    by_layer = [part for part in parts if isinstance(part, nn.ModuleList)]
 
     def params(widths: Widths) -> float:
-        return whole - sum(cost.at(full.of(name)) - cost.at(widths.of(name)) for name, cost in costs.items())
+        left, layers = dict(widths.items()), len(widths.decoder)
+        dropped = sum(count_parameters(part[layers:]) for part in by_layer)
+        gone = (cost.at(full.of(name)) - cost.at(left[name]) for name, cost in costs.items() if name in left)
+        return whole - dropped - sum(gone)
 
     return params
 

@@ -25,26 +25,28 @@ class Prices:
         costs: cost of each module at each of its widths; see `pruning.allocation`.
         outside: milliseconds of the rest of the detector.
         params: the prices in parameters, with --keep_params.
+        dropped: the part of `total` in dropped decoder layers, whose modules `costs` lack.
     """
 
     total: float
     costs: Tables
     outside: float = 0.0
     params: Prices | None = None
+    dropped: float = 0.0
 
     @property
     def least(self) -> float:
         """Cost of the least widths."""
-        return least_cost(self.costs, self.total)
+        return least_cost(self.costs, self.total - self.dropped)
 
     def kept_fraction(self, widths: Mapping[str, int]) -> float:
         """Return the fraction of `total` that is left with these widths."""
         gone = (table[max(table)] - table[widths[name]] for name, table in self.costs.items())
-        return (self.total - sum(gone)) / self.total
+        return (self.total - self.dropped - sum(gone)) / self.total
 
     def budget(self, keep: float) -> Budget:
         """Return the limit for the modules that leaves the fraction `keep` of `total`, at least the least widths."""
-        fixed = self.total - sum(table[max(table)] for table in self.costs.values())
+        fixed = self.total - self.dropped - sum(table[max(table)] for table in self.costs.values())
         least = sum(min(table.values()) for table in self.costs.values())  # is affordable, whatever the rounding
         return Budget(self.costs, max(keep * self.total - fixed, least))
 
@@ -59,7 +61,7 @@ class Prices:
         else:
             fractions = config.budgets
             for value in fractions.values():
-                check_affordable(value, self.costs, self.total)
+                check_affordable(value, self.costs, self.total, dropped=self.dropped)
         if config.keep_params is not None:
             option = "keep" if config.target_ms is None else "target_ms"
             for asked, keep in zip(config.budgets.values(), fractions.values(), strict=True):
@@ -77,6 +79,10 @@ class Prices:
                 f"--keep_params {keep_params:g}: found less than is possible with {other}, expected at least "
                 f"{rounded_up(least)}"
             )
+
+    def with_layers(self, fewer: Prices) -> Prices:
+        """Return these prices without the last decoder layers; `fewer` are those of the detector without them."""
+        return replace(self, costs=fewer.costs, dropped=self.total - fewer.total)
 
     def fraction_in(self, target_ms: float) -> float:
         """Return the fraction of `total` with which the whole detector takes `target_ms`.
@@ -117,15 +123,9 @@ def latency_prices(table: LatencyTable, widths: Mapping[str, Sequence[int]], par
 
 
 def prices_of(config: SearchConfig, steps: Units, model: Detector, image_size_hw: tuple[int, int]) -> Prices:
-    """Return the prices in parameters or multiply-accumulates, for one image of that size in pixels.
-
-    Raises:
-        UserError: --keep or --keep_params is below the cost of the least widths.
-    """
+    """Return the prices in parameters or multiply-accumulates, for one image of that size in pixels."""
     prices = _prices_in(config.cost_unit, config.scope, steps, model, image_size_hw)
-    prices = replace(prices, params=params_prices(config, steps, model, image_size_hw))
-    prices.fractions(config)
-    return prices
+    return replace(prices, params=params_prices(config, steps, model, image_size_hw))
 
 
 def params_prices(config: SearchConfig, steps: Units, model: Detector, image_size_hw: tuple[int, int]) -> Prices | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from models.widths import Widths
 from pruning.kept_channels import Kept, from_lists, to_lists
 from pruning.state_cache import PassCounter
 from util.errors import UserError, one_line, reason_of, shorten
@@ -20,7 +21,7 @@ JOURNAL_NAME = "search.jsonl"
 LARGEST = 2**53  # bound of the numbers in a journal
 # Increase it when a search decides differently than before with the same arguments, data and weights.
 VERSION = 4
-EVENTS = ("start", "latency", "decision", "trial", "end")
+EVENTS = ("start", "latency", "layers", "decision", "trial", "end")
 BASE_AP_TOLERANCE = 1e-3  # of mAP in [0, 1]; more than rounding differs between devices
 
 
@@ -82,6 +83,7 @@ class Trial:
         kept_fraction: remaining fraction of the transformer's cost.
         keep_params: requested fraction of the parameters, None without --keep_params.
         kept_params: remaining fraction of the parameters, None without --keep_params.
+        decoder_layers: number of decoder layers that are left; None if the search drops none.
         image_passes, whole_passes, seconds: since the search began, as in `Decision`.
     """
 
@@ -92,6 +94,7 @@ class Trial:
     kept_fraction: float
     keep_params: float | None = None
     kept_params: float | None = None
+    decoder_layers: int | None = None
     image_passes: int = field(default=0, compare=False)
     whole_passes: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
@@ -104,6 +107,29 @@ class Trial:
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:
         """Convert the values of `to_dict` back."""
         return cls(**{**values, "full_ap": float(values["full_ap"])})
+
+    def widths_after(self, before: Widths) -> Widths:
+        """Return the widths of the whole detector, which had the widths `before`."""
+        after = before if self.decoder_layers is None else before.first_layers(self.decoder_layers)
+        for name, width in self.widths.items():
+            after = after.replace(name, width)
+        return after
+
+
+@dataclass(frozen=True)
+class Layers:
+    """mAP in [0, 1] of the whole split after each decoder layer of the detector before the search."""
+
+    ap_by_layer: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Layers:
+        """Convert the values of `to_dict` back."""
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -176,6 +202,10 @@ class Journal:
     def turn(self, turn: Turn) -> None:
         """Write a turn of the latency measurement."""
         self._write("latency", turn.to_dict())
+
+    def layers(self, layers: Layers) -> None:
+        """Write mAP after each decoder layer."""
+        self._write("layers", layers.to_dict())
 
     def end(self, facts: Mapping[str, Any]) -> None:
         """Write the result of the search."""
@@ -266,11 +296,11 @@ class Journal:
         append_json_line(self.path, {"event": event, **facts})
 
 
-T = TypeVar("T", Decision, Trial, Turn)
+T = TypeVar("T", Decision, Trial, Turn, Layers)
 
 
 def read_events(lines: Sequence[Mapping[str, Any]], event: str, kind: type[T], source: str | Path) -> list[T]:
-    """Return the decisions, trials or latencies (`event`) of a journal's lines as objects of `kind`.
+    """Return the decisions, trials, latencies or layers (`event`) of a journal's lines as objects of `kind`.
 
     Raises:
         UserError: one is damaged; the message names `source`.
@@ -305,11 +335,13 @@ def _is_time(value: Any) -> bool:
 # Check of a JSON value by the annotation of its field.
 TYPES: dict[str, Callable[[Any], bool]] = {
     "int": _is_whole,
+    "int | None": lambda value: value is None or _is_whole(value),
     "float": _is_number,
     "float | None": lambda value: value is None or _is_number(value),
     "bool": lambda value: isinstance(value, bool),
     "str": lambda value: isinstance(value, str),
     "dict[str, int]": lambda value: isinstance(value, dict) and all(map(_is_whole, value.values())),
+    "list[float]": lambda value: isinstance(value, list) and all(map(_is_number, value)),
     "dict[str, list[float]]": lambda value: (
         isinstance(value, dict)
         and all(isinstance(times, list) and times and all(map(_is_time, times)) for times in value.values())
@@ -321,7 +353,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _check_types(values: Mapping[str, Any], kind: type[Decision] | type[Trial] | type[Turn]) -> None:
+def _check_types(values: Mapping[str, Any], kind: type[Decision | Trial | Turn | Layers]) -> None:
     """Raise `ValueError` for a value of a wrong type, or an accepted decision without mAP."""
     for entry in fields(kind):
         if entry.name in values and not TYPES[str(entry.type)](values[entry.name]):

@@ -31,16 +31,18 @@ class PassCounter:
             with residual blocks.
         moment_macs: multiply-accumulates for the moments that fits use.
         images_by_range: images through the steps from one name to another (excluded; None for the end).
+        end: first step of the decoder layers that are dropped, where passes end; None without such.
     """
 
     step_shares: Mapping[str, float]
     backbone_images: int = 0
     moment_macs: int = 0
     images_by_range: dict[tuple[str, str | None], int] = field(default_factory=dict)
+    end: str | None = None
 
     def add(self, start: str, stop: str | None, images: int) -> None:
         """Count `images` through the steps from `start` until before `stop`."""
-        key = (start, stop)
+        key = (start, self.end if stop is None else stop)
         self.images_by_range[key] = self.images_by_range.get(key, 0) + images
 
     @property
@@ -142,10 +144,13 @@ class StateCache:
     def twin(self, model: Detector) -> StateCache:
         """Return a cache of the states of `model`, which has the same weights before its first step.
 
+        It may have fewer decoder layers.
+
         Both share images, features and the memory that is left.
         """
         other = copy.copy(self)
         other._model, other._stored, other.position = model, {}, self.steps[0]
+        other.steps = model.steps_in(self.scope)
         return other
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,14 +107,12 @@ class DetectorBench:
                 `StateCache`.
             progress: see `StateCache`.
         """
-        self.modules = model.prunable_modules(scope)
         self.counter = PassCounter(step_shares)
         self.method = method
         self._postprocess = postprocess
-        self._images = images
+        self._images, self._passes, self._seed = images, passes, seed
         self._device = passes.device
         clear_gates(model.eval())
-        criterion.eval()
         calibrated = images.own(images.calibration_batches) if method.is_calibrated else []
         kept = {*(calibrated if method.search == "global" else images.own())}
         if method.ranking == "exact":
@@ -124,6 +123,26 @@ class DetectorBench:
             plan=None if cache_plan is None else cache_plan(kept, calibrated),
         )  # fmt: skip
         self._num_batches = max(map(max, distributed.gather_objects(list(images.numbers)))) + 1
+        self._begin_with(model, criterion, calibrated)
+
+    def shallower(self, model: Detector, criterion: Criterion) -> DetectorBench:
+        """Return a bench for a detector with fewer decoder layers, the original weights and the same features.
+
+        This bench is not to be used after that: the passes of both are counted together, and end after these layers.
+        """
+        self.cache.forget()
+        other = copy.copy(self)
+        other.cache = self.cache.twin(model.eval())
+        self.counter.end = [*self.counter.step_shares][len(other.cache.steps)]
+        images = self._images
+        other._begin_with(model, criterion, images.own(images.calibration_batches) if self.method.is_calibrated else [])
+        return other
+
+    def _begin_with(self, model: Detector, criterion: Criterion, calibrated: Sequence[int]) -> None:
+        """Prepare to prune `model`, at whose first module the cache is."""
+        method, passes = self.method, self._passes
+        criterion.eval()
+        self.modules = model.prunable_modules(self.cache.scope)
         self._transformer_params = count_parameters(model.transformer)
         self._module_params = module_params(model)
         self._measured: dict[int, float] = {}  # mAP by number of batches, for the current gates and weights
@@ -139,7 +158,7 @@ class DetectorBench:
                 self._calibration, method.reconstruction, refits_whole=method.search == "global"
             )
             self.loss = self._calibration.loss
-        self.ranking = self._build_ranking(model, criterion, passes.images_at_once, seed)
+        self.ranking = self._build_ranking(model, criterion, passes.images_at_once, self._seed)
 
     def _build_ranking(self, model: Detector, criterion: Criterion, images_at_once: int, seed: int) -> Ranking:
         name = self.method.ranking
@@ -227,6 +246,14 @@ class DetectorBench:
     def full_ap(self) -> float:
         """Return mAP of all batches."""
         return self._ap()
+
+    def ap_by_layer(self) -> list[float]:
+        """Return mAP of all batches after each decoder layer, from one pass."""
+        states, truth = self.cache.states(self._images.own(), is_kept=False), self._images.ground_truth
+        result = evaluate(
+            self.cache.predict, self._postprocess, states, truth, device=self._device, progress=False, by_layer=True
+        )
+        return distributed.on_main(lambda: [float(stats["AP"]) for stats in result.stats_by_layer])
 
     def transformer_params(self, kept: Mapping[str, Kept]) -> int:
         """Return the number of parameters of the transformer cut to `kept`."""

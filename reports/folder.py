@@ -132,7 +132,8 @@ def cost_at(config: DetectorConfig, widths: Widths, image_size_hw: tuple[int, in
 def model_with(config: DetectorConfig, widths: Widths) -> Detector:
     """Return the run's detector with those widths, without values."""
     with torch.device("meta"):
-        model, _, _ = build(dataclasses.replace(config, cfgs=widths, pretrained_backbone=False))
+        layers = len(widths.decoder)  # a search may drop the last ones
+        model, _, _ = build(dataclasses.replace(config, cfgs=widths, dec_layers=layers, pretrained_backbone=False))
     return model
 
 

@@ -52,6 +52,7 @@ def by_kind(widths: Widths) -> dict[str, list[str]]:
 def draw_widths(axes: Axes, names: Sequence[str], before: Widths, after: Widths, *, horizontal: bool = False) -> None:
     """Draw bars of the modules' widths before (grey) and after; `horizontal` ones from the top down."""
     draw = axes.barh if horizontal else axes.bar
+    after = after.padded_to(before)
     draw(names, [before.of(name) for name in names], color=WHOLE, label="before")
     colours = [COLOURS.get(role_of(name), BLOCK_COLOUR) for name in names]
     bars = draw(names, [after.of(name) for name in names], color=colours)
@@ -103,11 +104,7 @@ def cost_axis(
     for decision in decisions:
         widths = widths.replace(decision.module, decision.width)
         steps.append((widths, decision.full_ap, decision.accepted))
-    for trial in trials:
-        widths = before
-        for name, width in trial.widths.items():
-            widths = widths.replace(name, width)
-        steps.append((widths, trial.full_ap, trial in chosen))
+    steps += [(trial.widths_after(before), trial.full_ap, trial in chosen) for trial in trials]
     if before.backbone is None:
         label, unit, cost_of = "transformer parameters (millions)", 1e6, params_by_widths(model)
     else:

@@ -24,7 +24,7 @@ from weights.teacher import teacher_of
 MODULE_COLUMNS = ("module", "before", "after", "mAP after", "seconds", "images", "whole passes")
 LATENCY_COLUMNS = ("", "ms measured", "spread", "ms predicted", "predicted / measured", "faster")
 POINT_COLUMNS = ("budget", "file", "cost kept", "mAP", "parameters", "GMACs, detector", "ms")
-TRIAL_COLUMNS = ("taken", "cost kept", "power", "mAP", "seconds", "images", "whole passes")
+TRIAL_COLUMNS = ("taken", "cost kept", "decoder layers", "power", "mAP", "seconds", "images", "whole passes")
 
 
 class ProgressBar:
@@ -133,7 +133,8 @@ def trial_line(trial: Trial) -> str:
     """Return the log line of a trial."""
     kept = kept_cost(trial.to_dict())
     kept = f"{kept} of the cost kept" if trial.keep_params is None else f"cost kept: {kept}"
-    return f"{kept}, power {trial.power:g} of the damages: mAP {trial.full_ap:.4f}"
+    layers = "" if trial.decoder_layers is None else f", decoder layers: {trial.decoder_layers}"
+    return f"{kept}{layers}, power {trial.power:g} of the damages: mAP {trial.full_ap:.4f}"
 
 
 def trial_summary(trial: Trial, threshold_ap: float | None) -> str:
@@ -153,6 +154,7 @@ def trial_rows(trials: Sequence[Trial], chosen: Sequence[Trial]) -> list[tuple[o
         (
             "*" if trial in chosen else "",
             kept_cost(trial.to_dict()),
+            trial.decoder_layers or "all",
             trial.power,
             trial.full_ap,
             f"{trial.seconds:.1f}",
@@ -165,7 +167,13 @@ def trial_rows(trials: Sequence[Trial], chosen: Sequence[Trial]) -> list[tuple[o
 
 def width_table(before: Widths, after: Widths) -> str:
     """Return the table of widths before and after."""
-    return table(("module", "before", "after"), [(name, width, after.of(name)) for name, width in before.items()])
+    return table(("module", "before", "after"), width_rows(before, after))
+
+
+def width_rows(before: Widths, after: Widths) -> list[tuple[str, int, int]]:
+    """Return name, width before and width after of each module, 0 in dropped decoder layers."""
+    after = after.padded_to(before)
+    return [(name, width, after.of(name)) for name, width in before.items()]
 
 
 def latency_table(compared: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ from reports.search_log import (
     module_rows,
     next_command,
     trial_rows,
+    width_rows,
 )
 from util.environment import ARGUMENTS_NAME
 from util.errors import UserError, shorten
@@ -152,7 +153,7 @@ def read_search(path: Path) -> SearchFacts:
         chosen = []
         if end is not None:  # a trial lists the modules that its search may cut
             results = [after, *(Widths.parse(p["widths"]) for p in end.get("points", []) if "widths" in p)]
-            chosen = [t for t in trials if any(_has_widths(widths, t) for widths in results)]
+            chosen = [t for t in trials if t.widths_after(before) in results]
             chosen = chosen if "points" in end else chosen[-1:]
         return SearchFacts(
             folder, config, start, end, decisions, trials, chosen,
@@ -162,10 +163,6 @@ def read_search(path: Path) -> SearchFacts:
         raise UserError(
             f"{journal}: found a damaged journal ({shorten(error, 120)}), expected that of a search"
         ) from None
-
-
-def _has_widths(widths: Widths, trial: Trial) -> bool:
-    return all(widths.of(name) == width for name, width in trial.widths.items())
 
 
 def search_page(path: Path, samples: Samples) -> str:
@@ -290,9 +287,12 @@ def _steps(facts: SearchFacts) -> str:
     """Return the table of modules or trials, as in the log."""
     if facts.decisions:
         return page.section("Modules", page.html_table(MODULE_COLUMNS, module_rows(facts.decisions)))
-    rows = [(name, width, facts.after.of(name)) for name, width in facts.before.items()]
     trials = page.html_table(TRIAL_COLUMNS, trial_rows(facts.trials, facts.chosen)) if facts.trials else ""
-    modules = page.html_table(("module", "before", "after"), rows) if facts.end is not None else ""
+    modules = (
+        page.html_table(("module", "before", "after"), width_rows(facts.before, facts.after))
+        if facts.end is not None
+        else ""
+    )
     return page.section("Trials", trials) + page.section("Modules", modules)
 
 

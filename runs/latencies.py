@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from models.detector import Detector
 from models.widths import Widths
-from pruning.cost_tables import Prices, latency_prices, widths_of
+from pruning.cost_tables import Prices, widths_of
 from pruning.journal import Journal, Turn
 from pruning.latency import (
     TABLE_NAME,
@@ -33,6 +33,7 @@ from pruning.latency import (
 from pruning.search import Units
 from pruning.step_timing import kinds_of, launches_dominate, steps_of
 from runs.config import SearchOptions
+from runs.depth_search import latencies_by_layers
 from util import distributed
 from util.environment import environment
 from util.errors import reason_of
@@ -62,7 +63,7 @@ class Latencies:
             UserError: it was measured for another detector, setting or other widths.
         """
         config = options.search
-        self.scope, self.device, self._model = config.scope, device, model
+        self.scope, self.device, self._model, self._options = config.scope, device, model, options
         self.setting = Setting.of(device, image_size_hw, options.data.batch_size, config.amp)
         self.widths = widths_of(model, self.scope, units)
         self.table: LatencyTable | None = None
@@ -92,11 +93,11 @@ class Latencies:
         output_dir: Path,
         after_turn: Callable[[], Any],
         params: Prices | None = None,
-    ) -> Prices:
-        """Return the prices in milliseconds; measure what `turns` lack, and write the table to `output_dir`.
+    ) -> dict[int, Prices]:
+        """Return the prices in milliseconds by the number of decoder layers, the most first.
 
-        Each turn is written to the journal. `after_turn` is called after each. `params` are the prices in parameters of
-        a search with two budgets.
+        What `turns` lack is measured, and the table written to `output_dir`. Each turn is written to the journal.
+        `after_turn` is called after each. `params` are the prices in parameters of a search with two budgets.
         """
         log = get_logger()
         if self.table is None:
@@ -117,10 +118,12 @@ class Latencies:
         distributed.on_main(
             lambda: write_json(output_dir / TABLE_NAME, {"environment": environment(self.device), **found.to_dict()})
         )
-        prices = latency_prices(found, self.widths, params)
+        full_widths = self._model.widths_in(self.scope)
+        prices = latencies_by_layers(self._options, found, self.widths, full_widths, params)
+        whole, least = prices[max(prices)], prices[min(prices)].least
         log.info(
             "the whole detector takes %.4g ms, of which %.4g ms are in the scope; at least %.4g ms with the fastest "
-            "widths", prices.outside + prices.total, prices.total, prices.outside + prices.least,
+            "widths", whole.outside + whole.total, whole.total, whole.outside + least,
         )  # fmt: skip
         return prices
 
@@ -128,8 +131,11 @@ class Latencies:
         whole, images = unpruned_copy(self._model, self.scope), random_images(self.setting, self.device)
         return launches_dominate(whole, images, self.device, self.setting.amp)
 
-    def compare(self, widths: Mapping[str, Widths]) -> dict[str, Any] | None:
-        """Time the detector before the search and with other `widths` in turns.
+    def compare(self, slim: Mapping[str, tuple[Detector, Widths]]) -> dict[str, Any] | None:
+        """Time the detector before and after the search in turns.
+
+        Args:
+            slim: by name, a detector that the search cut, perhaps with fewer decoder layers, and its widths.
 
         Returns:
             What was timed, and under `detectors`, by name, the first of which is `before`, measured and predicted
@@ -138,8 +144,10 @@ class Latencies:
         found = self.table
         assert found is not None
         cuts = {"before": {name: max(of_module) for name, of_module in self.widths.items()}}
-        cuts |= {name: {module: of_all.of(module) for module in self.widths} for name, of_all in widths.items()}
-        models = {name: functools.partial(cut_copy, self._model, self.scope, cut) for name, cut in cuts.items()}
+        models = {"before": functools.partial(cut_copy, self._model, self.scope, cuts["before"])}
+        for name, (model, widths) in slim.items():
+            cuts[name] = {module: widths.of(module) for module in model.prunable_modules(self.scope)}
+            models[name] = functools.partial(cut_copy, model, self.scope, cuts[name])
         try:
             measured = measure_whole(models, self.setting, self.device, graphs=found.graphs)
         except RuntimeError as error:  # such as too little memory; the search has its result

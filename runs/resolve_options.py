@@ -15,6 +15,7 @@ from runs.config import (
     TrainingLogConfig,
     TrainingOptions,
 )
+from runs.depth_search import check_min_layers
 from runs.fewer_queries import check_keep_queries
 from runs.recipe import recipe_of
 from util.cli import options_of, refuse
@@ -104,6 +105,7 @@ def resolve_search(options: SearchOptions, typed: Collection[str] = ()) -> tuple
     options = take_from_checkpoint(options, typed, checkpoint)
     refuse_unused_by_network(options.detector, typed)
     check_keep_queries(options, checkpoint)
+    check_min_layers(options)
     search = options.search.with_images()
     splits = ["val2017"] if search.split == "val2017" else ["val2017", "train2017"]
     return dataclasses.replace(

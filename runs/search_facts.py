@@ -26,7 +26,14 @@ NOT_DECIDING = {name for name, field in OPTIONS.items() if field.metadata["store
 UNREAD = {*options_of(TrainingOptions)} - {*OPTIONS}
 # Facts that journals of older versions lack.
 ADDED: dict[str, dict[str, Any]] = {
-    "args": {"scope": "transformer", "block_unit": 8, "min_units": 1, "target_ms": None, "keep_params": None},
+    "args": {
+        "scope": "transformer",
+        "block_unit": 8,
+        "min_units": 1,
+        "target_ms": None,
+        "keep_params": None,
+        "min_dec_layers": None,
+    },
     "units": {"block_unit": 8, "min_units": 1},
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +11,18 @@ from typing import Any
 import torch
 
 from datasets.coco_eval import evaluator_name
-from models import build
 from models.detector import Detector
 from models.widths import Widths
 from pruning.cost import Cost, cost_of, cost_table
 from pruning.journal import OUTPUT_NAME, Decision, Journal, Trial
 from pruning.kept_channels import Kept
 from pruning.schedule import Schedule
-from pruning.transplant import widths_after
 from reports import plots, search_log
+from reports.folder import model_with
 from reports.report import REPORT_NAME, write_report
 from reports.samples import Samples
 from runs.config import SearchOptions
+from runs.depth_search import with_layers
 from runs.latencies import Latencies
 from util.environment import environment
 from util.files import move_aside, write_json
@@ -45,13 +44,17 @@ def budget_file(name: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a search: AP in [0, 1] on the search split, and the path of the output."""
+    """Result of a search: AP in [0, 1] on the search split, and the path of the output.
+
+    `model` is the detector that was cut; it may lack the last decoder layers.
+    """
 
     base_ap: float
     ap: float
     kept: Mapping[str, Kept]
     widths: Widths
     path: Path
+    model: Detector
 
 
 class SearchResults:
@@ -78,32 +81,33 @@ class SearchResults:
         self._folder, self._full_widths = output_dir, model.widths_in(options.search.scope)
         self._log = get_logger()
 
-    def save(self, kept: Mapping[str, Kept], left: Sequence[str] = (), path: Path | None = None) -> None:
-        """Write an output file, by default `OUTPUT_NAME`; `left` are the modules not yet visited, still unpruned.
+    def save(self, result: Result, left: Sequence[str] = ()) -> None:
+        """Write an output file; `left` are the modules not yet visited, still unpruned.
 
         While there are any, the trace ends with an entry that lists them.
         """
+        options = with_layers(self._options, len(result.widths.decoder))
         steps: list[Decision | Trial] = [*self.decisions, *self.trials]
         trace = [{key: value for key, value in step.to_dict().items() if key != "kept"} for step in steps]
         if left:
             trace.append({"unfinished": True, "modules_left": list(left)})
         save_checkpoint(
-            path or self._folder / OUTPUT_NAME,
-            state_dict=self._model.state_dict(),
-            widths=widths_after(self._full_widths, kept),
-            full_widths=self._full_widths,
-            arguments=self._options.values(),
+            result.path,
+            state_dict=result.model.state_dict(),
+            widths=result.widths,
+            full_widths=result.model.widths_in(options.search.scope),
+            arguments=options.values(),
             num_classes=self._options.detector.num_classes,
             categories=self._options.detector.categories,
-            kept=kept,
+            kept=result.kept,
             trace=trace,
             safetensors=self._options.run.save_safetensors,
         )
 
     def write(self, result: Result, journal: Journal, outcome: Mapping[str, Any]) -> None:
         """Write output file, pictures, journal end and report; then log tables and the fine-tuning command."""
-        if not self.points:
-            self.save(result.kept)
+        if not self._options.search.has_budget:
+            self.save(result)
         before, after = self._costs(result.widths)
         caption = f"{self._schedule.name.upper()} searching on {self._options.search.split}"
         plots.plot_widths(self._folder / WIDTHS_PICTURE, self._full_widths, result.widths)
@@ -111,8 +115,8 @@ class SearchResults:
             self._model, self.image_size_hw, self._full_widths, self.decisions, self.trials, self.chosen
         )
         plots.plot_ap_against_cost(self._folder / AP_PICTURE, axis, result.base_ap, caption)
-        after_search = {name: point.widths for name, point in self.points.items()} or {"after": result.widths}
-        latency = None if self.latencies is None else self.latencies.compare(after_search)
+        slim = {name: (point.model, point.widths) for name, point in (self.points or {"after": result}).items()}
+        latency = None if self.latencies is None else self.latencies.compare(slim)
         outcome = {**outcome, **({} if latency is None else {"latency": latency})}
         if self.points:
             outcome["points"] = self._points(result.base_ap, before, latency)
@@ -195,6 +199,5 @@ class SearchResults:
             self._log.info("%s", search_log.trial_table(self.trials, self.chosen))
 
     def _costs(self, widths: Widths) -> tuple[Cost, Cost]:
-        with torch.device("meta"):
-            slim, _, _ = build(dataclasses.replace(self._options.detector, cfgs=widths))
+        slim = model_with(self._options.detector, widths)
         return cost_of(self._model, self.image_size_hw), cost_of(slim, self.image_size_hw)

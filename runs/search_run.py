@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from datasets.notices import measured_notices
 from datasets.sizes import size_notices
 from models.criterion import Criterion
 from models.detector import Detector
+from pruning.allocation import is_affordable
 from pruning.budget import DETECTOR_POWERS, EVALUATIONS, POWERS, BudgetSearch
 from pruning.cache_plan import BatchShape, CachePlanner, shape_of
 from pruning.cache_setup import batch_numbers, cache_options, cache_uses, sizes_of, split_by_size
@@ -29,8 +31,8 @@ from pruning.checks import (
     warn_of_low_target,
 )
 from pruning.cost import step_shares
-from pruning.cost_tables import params_prices, prices_of
-from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, Turn, read_events
+from pruning.cost_tables import params_prices
+from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Effort, Journal, Layers, Trial, Turn, read_events
 from pruning.kept_channels import Kept
 from pruning.schedule import Schedule
 from pruning.search import Search
@@ -38,6 +40,7 @@ from pruning.transplant import widths_after
 from pruning.workbench import DetectorBench, Passes, SearchImages
 from reports import search_log
 from runs.config import SearchOptions
+from runs.depth_search import ap_by_layers, first_layers_of, prices_by_layers
 from runs.fewer_queries import KeptQueries
 from runs.latencies import Latencies
 from runs.search_facts import ADDED, UNREAD, search_facts
@@ -94,7 +97,8 @@ class SearchRun:
         if config.cost_unit == "latency":
             self.results.latencies = Latencies(self.options, self.model, self.units, self.image_size_hw, self.device)
         else:
-            self.prices = prices_of(config, self.units, self.model, self.image_size_hw)
+            self.prices = prices_by_layers(self.options, self.units, self.model, self.image_size_hw)
+            self.prices[min(self.prices)].fractions(config)
         self.bench = DetectorBench(
             self.model,
             criterion,
@@ -181,7 +185,8 @@ class SearchRun:
         )  # fmt: skip
         base_ap, past = self._open_journal(facts)
         turns = read_events(past, "latency", Turn, self.journal.path)
-        past = [line for line in past if line["event"] != "latency"]
+        self.past_layers = read_events(past, "layers", Layers, self.journal.path)
+        past = [line for line in past if line["event"] in ("decision", "trial")]
         self.board.open(len(past))
         self.board.add({"search/mAP": base_ap}, 0)
         hint = f"stopped; continue with the same command and --resume_search, from {self.journal.path}"
@@ -191,9 +196,8 @@ class SearchRun:
                     self.journal, turns, self.output_dir, self.stop_if_asked,
                     params_prices(self.config, self.units, self.model, self.image_size_hw),
                 )  # fmt: skip
-            kept, ap = (self._search_globally if is_global else self._search_modules)(base_ap, past)
+            result = (self._search_globally if is_global else self._search_modules)(base_ap, past)
             self.stop_if_asked()
-        result = next(iter(self.results.points.values()), self._result(base_ap, ap, kept, OUTPUT_NAME))
         passed = self.config.has_budget or result.widths != self.full_widths
         outcome = self._outcome(result, passed)
         if passed:
@@ -250,8 +254,8 @@ class SearchRun:
             self.log.info("%s holds no decision yet: starting the search", self.journal.path)
         return base_ap, past
 
-    def _search_modules(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
-        """Visit one module after the other; return the kept sets and mAP of the whole split."""
+    def _search_modules(self, base_ap: float, past: list[dict[str, Any]]) -> Result:
+        """Visit one module after the other."""
         units, order = self.units, self.schedule.order(self.bench.modules)
         replayed = read_events(past, "decision", Decision, self.journal.path)
         self.results.decisions += replayed
@@ -268,59 +272,112 @@ class SearchRun:
                     self.log.info("%s", search_log.module_line(decision))
                     left = order[decision.visit + 1 :]
                     if left and widths_after(self.full_widths, search.kept) != self.full_widths:
-                        distributed.on_main(lambda: self.results.save(search.kept, left))
+                        so_far = self._result(base_ap, decision.full_ap or 0.0, search.kept)
+                        distributed.on_main(lambda: self.results.save(so_far, left))
                 self.stop_if_asked()
 
             search = Search(self.bench, self.schedule, units, base_ap, record, replayed)
             kept = search.run()
         self.effort = search.effort
-        return kept, search.ap
+        return self._result(base_ap, search.ap, kept)
 
-    def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> tuple[Mapping[str, Kept], float]:
-        """Price all modules at once; return the kept sets and mAP of the whole split."""
-        prices = self.prices
-        budgets = distributed.on_main(lambda: prices.fractions(self.config))
-        search = BudgetSearch(self.bench, prices.costs, prices.total, base_ap)
+    def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> Result:
+        """Price all modules at once."""
+        budgets = distributed.on_main(lambda: self.prices[min(self.prices)].fractions(self.config))
+        replayed = read_events(past, "trial", Trial, self.journal.path)
+        self.effort, self._numbers = Effort(self.bench.counter, replayed), itertools.count(len(past) + 1)
+        if budgets:
+            self.log.info("mAP to keep: any")
+            return self._search_budgets(base_ap, budgets, replayed)
+        threshold_ap = self.schedule.fast_threshold_ap(base_ap)
+        self.log.info("mAP to keep: %.4f", threshold_ap)
+        with self._budget_search(self.bench, max(self.prices), replayed, EVALUATIONS, base_ap, threshold_ap) as search:
+            kept, best = search.run(None, threshold_ap)
+        self.results.trials, self.results.chosen = search.trials, [] if best is None else [best]
+        return self._result(base_ap, base_ap if best is None else best.full_ap, kept)
+
+    def _search_budgets(self, base_ap: float, budgets: Mapping[str, float], replayed: Sequence[Trial]) -> Result:
+        """Find and save the detector of each budget, with the decoder layers that give it most mAP.
+
+        Returns the result of the least budget.
+        """
+        layers_before, model, bench = max(self.prices), self.model, self.bench
+        unpruned_ap = {layers_before: base_ap}
+        if len(self.prices) > 1:
+            unpruned_ap = ap_by_layers(bench, self.journal, self.past_layers, layers_before)
+        found: dict[str, Result] = {}
+        chosen: dict[str, Trial] = {}
+        for layers, prices in self.prices.items():
+            wanted = {
+                name: keep
+                for name, keep in budgets.items()
+                if (layers == min(self.prices) or is_affordable(keep, prices.least, prices.total))
+                and (name not in found or unpruned_ap[layers] > found[name].ap)
+            }
+            if not wanted:
+                continue
+            if layers < layers_before:
+                bench.reset()
+                model, criterion = first_layers_of(self.options, model, layers)
+                bench = bench.shallower(model, criterion)
+            earlier, cuts = self.results.trials, len(POWERS) + len(wanted) - 1
+            with self._budget_search(bench, layers, replayed, cuts) as search:
+                for name, (kept, trial) in zip(wanted, search.run_each([*wanted.values()]), strict=True):
+                    self.results.trials = [*earlier, *search.trials]
+                    if name in found and trial.full_ap <= found[name].ap:
+                        continue
+                    file_name = budget_file(name) if len(budgets) > 1 else OUTPUT_NAME
+                    result = self._result(base_ap, trial.full_ap, kept, file_name, model)
+                    found[name], chosen[name] = result, trial
+                    distributed.on_main(functools.partial(self.results.save, result))
+        if self.config.min_dec_layers is not None:
+            for name in budgets:
+                left = len(found[name].widths.decoder)
+                self.log.info("budget %s: %d of %d decoder layers are left", name, left, layers_before)
+        self.results.chosen = [chosen[name] for name in budgets]
+        if len(budgets) > 1:
+            self.results.points = {name: found[name] for name in budgets}
+        return found[next(iter(budgets))]
+
+    @contextlib.contextmanager
+    def _budget_search(
+        self, bench: DetectorBench, layers: int, replayed: Sequence[Trial], cuts: int, base_ap: float = 0.0,
+        threshold_ap: float | None = None,
+    ) -> Iterator[BudgetSearch]:  # fmt: skip
+        """Yield a search with `layers` decoder layers; each trial is shown, logged and written to the journal.
+
+        `cuts` is the most that it makes. `base_ap` and `threshold_ap` are for a search without budget.
+        """
+        prices, decoder_layers = self.prices[layers], None if self.config.min_dec_layers is None else layers
+        search = BudgetSearch(bench, prices.costs, prices.total, base_ap, dropped_cost=prices.dropped)
+        search.decoder_layers, search.effort = decoder_layers, self.effort
         search.params, search.keep_params = prices.params, self.config.keep_params
+        search.replayed = [trial for trial in replayed if trial.decoder_layers == decoder_layers]
         if self.config.scope == "detector":
             search.powers = DETECTOR_POWERS
-        sweeps = 1 + (len(POWERS) + len(budgets) - 1 if budgets else EVALUATIONS)
-        threshold_ap = self.schedule.fast_threshold_ap(base_ap)
-        with tqdm(total=sweeps * len(self.bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
-            numbers = itertools.count(len(past) + 1)
+        with tqdm(total=(1 + cuts) * len(bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
 
             def record(trial: Trial) -> None:
                 distributed.on_main(lambda: self.journal.trial(trial))
-                self.board.add(search_log.trial_scalars(trial), next(numbers))
+                self.board.add(search_log.trial_scalars(trial), next(self._numbers))
                 self.log.info("%s", search_log.trial_line(trial))
-                bar.set_postfix_str(search_log.trial_summary(trial, None if budgets else threshold_ap))
+                bar.set_postfix_str(search_log.trial_summary(trial, threshold_ap))
                 self.stop_if_asked()
 
             def show(name: str, width: int | None) -> None:
                 bar.set_description(f"{name} {'every width' if width is None else width}", refresh=False)
                 bar.update()
 
-            search.replayed = read_events(past, "trial", Trial, self.journal.path)
             search.on_trial, search.progress = record, show
-            self.log.info("mAP to keep: %s", "any" if budgets else f"{threshold_ap:.4f}")
-            self.results.trials = search.trials
-            if not budgets:
-                kept, best = search.run(None, threshold_ap)
-                self.results.chosen = [] if best is None else [best]
-            found = search.run_each([*budgets.values()]) if budgets else []
-            for name, (kept_of_budget, trial) in zip(budgets, found, strict=True):
-                self.results.chosen.append(trial)
-                if len(self.results.chosen) == 1:
-                    kept, best = kept_of_budget, trial
-                if len(budgets) > 1:
-                    point = self._result(base_ap, trial.full_ap, kept_of_budget, budget_file(name))
-                    self.results.points[name] = point
-                    distributed.on_main(functools.partial(self.results.save, point.kept, path=point.path))
-        self.effort = search.effort
-        return kept, base_ap if best is None else best.full_ap
+            yield search
 
-    def _result(self, base_ap: float, ap: float, kept: Mapping[str, Kept], file_name: str) -> Result:
-        return Result(base_ap, ap, kept, widths_after(self.full_widths, kept), self.output_dir / file_name)
+    def _result(
+        self, base_ap: float, ap: float, kept: Mapping[str, Kept], file_name: str = OUTPUT_NAME,
+        model: Detector | None = None,
+    ) -> Result:  # fmt: skip
+        model = model or self.model
+        widths = widths_after(model.widths_in(self.config.scope), kept)
+        return Result(base_ap, ap, kept, widths, self.output_dir / file_name, model)
 
     def _outcome(self, result: Result, passed: bool) -> dict[str, Any]:
         return {

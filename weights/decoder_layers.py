@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from models.config import NetworkConfig
-from models.widths import Widths
 from util.errors import UserError
 from weights.formats import Checkpoint
 
@@ -41,7 +40,7 @@ def first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
     found = len(checkpoint.widths.decoder)
     if count >= found:
         return checkpoint
-    widths, full, kept = _first(checkpoint.widths, count), checkpoint.full_widths, checkpoint.kept
+    widths, full, kept = checkpoint.widths.first_layers(count), checkpoint.full_widths, checkpoint.kept
     arguments = {**checkpoint.arguments, "dec_layers": count}
     if arguments.get("cfgs") is not None:
         arguments["cfgs"] = widths.to_list()
@@ -49,7 +48,7 @@ def first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
         checkpoint,
         state_dict=first_of(LAYER, checkpoint.state_dict, count),
         widths=widths,
-        full_widths=None if full is None else _first(full, count),
+        full_widths=None if full is None else full.first_layers(count),
         kept=None if kept is None else first_of(MODULE, kept, count),
         arguments=arguments,
         training=None,
@@ -62,7 +61,3 @@ def first_of(pattern: re.Pattern[str], values: Mapping[str, V], count: int) -> d
     return {
         name: value for name, value in values.items() if not (match := pattern.match(name)) or int(match[1]) < count
     }
-
-
-def _first(widths: Widths, count: int) -> Widths:
-    return dataclasses.replace(widths, decoder=widths.decoder[:count])

@@ -1,0 +1,109 @@
+"""Searches by budget that may drop the last decoder layers (`--min_dec_layers`).
+
+One pass gives mAP of the unpruned detector after each decoder layer. The budget is divided among the modules of each
+number of layers whose unpruned mAP is above the best found so far. Each division is cut and measured; the best one is
+chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from models import build
+from models.criterion import Criterion
+from models.detector import Detector
+from models.widths import Widths
+from pruning.cost_tables import Prices, latency_prices, prices_of
+from pruning.journal import Journal, Layers
+from pruning.latency import LatencyTable
+from pruning.search import Units
+from pruning.workbench import DetectorBench
+from reports.folder import model_with
+from runs.config import SearchOptions
+from util import distributed
+from util.errors import UserError
+from util.logging import get_logger, table
+from weights.decoder_layers import LAYER, first_of
+
+
+def check_min_layers(options: SearchOptions) -> None:
+    """Raise a `UserError` if the detector has fewer decoder layers than --min_dec_layers."""
+    least, found = options.search.min_dec_layers, options.detector.dec_layers
+    if least is not None and least > found:
+        raise UserError(f"--min_dec_layers {least}: the detector has {found} decoder layers, expected 1 to {found}")
+
+
+def fewer_layers(options: SearchOptions) -> range:
+    """Return the numbers of decoder layers to try besides all, the most first."""
+    layers = options.detector.dec_layers
+    return range(layers - 1, (options.search.min_dec_layers or layers) - 1, -1)
+
+
+def with_layers(options: SearchOptions, layers: int) -> SearchOptions:
+    """Return the options of the detector with its first decoder layers."""
+    cfgs = options.detector.cfgs
+    return options.with_values({"dec_layers": layers, "cfgs": None if cfgs is None else cfgs.first_layers(layers)})
+
+
+def first_layers_of(options: SearchOptions, whole: Detector, layers: int) -> tuple[Detector, Criterion]:
+    """Return a detector with the first decoder layers of `whole` and their weights, on its device, and its losses."""
+    options, device = with_layers(options, layers), next(whole.parameters()).device
+    with torch.random.fork_rng(devices=[]):  # the weights are replaced
+        model, criterion, _ = build(options.detector, options.losses)
+    model.load_state_dict(first_of(LAYER, whole.state_dict(), layers))
+    return model.to(device), criterion.to(device)
+
+
+def prices_by_layers(
+    options: SearchOptions, units: Units, model: Detector, image_size_hw: tuple[int, int]
+) -> dict[int, Prices]:
+    """Return the prices in parameters or multiply-accumulates by the number of decoder layers, the most first."""
+    whole = prices_of(options.search, units, model, image_size_hw)
+    widths, prices = model.widths_in(options.search.scope), {options.detector.dec_layers: whole}
+    for layers in fewer_layers(options):
+        fewer = model_with(options.detector, widths.first_layers(layers))
+        prices[layers] = whole.with_layers(prices_of(options.search, units, fewer, image_size_hw))
+    return prices
+
+
+def latencies_by_layers(
+    options: SearchOptions, found: LatencyTable, widths: Mapping[str, Sequence[int]], full_widths: Widths,
+    params: Prices | None = None,
+) -> dict[int, Prices]:  # fmt: skip
+    """Return the prices in milliseconds by the number of decoder layers, the most first.
+
+    Args:
+        found: the latencies of all modules.
+        widths: that the search may give each module.
+        full_widths: of the detector before the search.
+        params: its prices in parameters, of a search with two budgets, which drops no layers.
+    """
+    whole = latency_prices(found, widths, params)
+    prices = {options.detector.dec_layers: whole}
+    for layers in fewer_layers(options):
+        left = full_widths.first_layers(layers).names()
+        of_left = {name: of_module for name, of_module in widths.items() if name in left}
+        prices[layers] = whole.with_layers(latency_prices(found, of_left))
+    return prices
+
+
+def ap_by_layers(bench: DetectorBench, journal: Journal, past: Sequence[Layers], layers: int) -> dict[int, float]:
+    """Return mAP of the unpruned detector by the number of decoder layers, of which it has `layers`; log a table.
+
+    It is written to the journal, or comes from its lines `past` if the search is resumed.
+
+    Raises:
+        UserError: those have another number of layers.
+    """
+    if past:
+        found = past[-1].ap_by_layer
+    else:
+        found = bench.ap_by_layer()
+        distributed.on_main(lambda: journal.layers(Layers(found)))
+    if len(found) != layers:
+        raise UserError(f"{journal.path}: found mAP after {len(found)} decoder layers, expected {layers}")
+    rows = [*enumerate(found, 1)]
+    get_logger().info("%s", table(["decoder layers", "mAP, unpruned"], rows))
+    return dict(rows)
