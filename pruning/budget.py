@@ -115,7 +115,7 @@ class BudgetSearch:
             check_affordable(keep, self.costs, self.total_cost, dropped=self.dropped_cost)
         # With a given fraction there are few trials and the prediction matters more, so every width is measured.
         self._begin(None)
-        powers = self.powers
+        powers = self.powers if self.base_ap > 0 else self.powers[:1]  # an mAP of 0 cannot choose
         for keep in keeps:
             best, cut = self._best_power(keep, powers)
             powers = (best.power,)

@@ -92,6 +92,14 @@ def test_a_fraction_is_divided_in_several_ways_and_the_best_by_map_is_taken():
     assert not any(entry[0] == "subset" for entry in bench.asked)
 
 
+def test_a_detector_without_map_is_cut_once_for_each_fraction():
+    """An mAP of 0 cannot choose between the powers."""
+    trials = []
+    bench = FakeBench(fake_modules(), constant(0.0), damage=damage)
+    list(search_over(bench, 2, base_ap=0.0, on_trial=trials.append).run_each([0.6, 0.8]))
+    assert [(trial.keep, trial.power) for trial in trials] == [(0.6, POWERS[0]), (0.8, POWERS[0])]
+
+
 def test_every_trial_begins_with_the_whole_network_and_cuts_in_network_order():
     bench, _, trials, *_ = run(constant(0.5), 0.6)
     events = [entry[0] for entry in bench.asked]
