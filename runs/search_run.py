@@ -291,7 +291,7 @@ class SearchRun:
             return self._search_budgets(base_ap, budgets, replayed)
         threshold_ap = self.schedule.fast_threshold_ap(base_ap)
         self.log.info("mAP to keep: %.4f", threshold_ap)
-        with self._budget_search(self.bench, max(self.prices), replayed, EVALUATIONS, base_ap, threshold_ap) as search:
+        with self._budget_search(self.bench, max(self.prices), base_ap, replayed, EVALUATIONS, threshold_ap) as search:
             kept, best = search.run(None, threshold_ap)
         self.results.trials, self.results.chosen = search.trials, [] if best is None else [best]
         return self._result(base_ap, base_ap if best is None else best.full_ap, kept)
@@ -321,7 +321,7 @@ class SearchRun:
                 model, criterion = first_layers_of(self.options, model, layers)
                 bench = bench.shallower(model, criterion)
             earlier, cuts = self.results.trials, len(POWERS) + len(wanted) - 1
-            with self._budget_search(bench, layers, replayed, cuts) as search:
+            with self._budget_search(bench, layers, unpruned_ap[layers], replayed, cuts) as search:
                 for name, (kept, trial) in zip(wanted, search.run_each([*wanted.values()]), strict=True):
                     self.results.trials = [*earlier, *search.trials]
                     if name in found and trial.full_ap <= found[name].ap:
@@ -341,12 +341,13 @@ class SearchRun:
 
     @contextlib.contextmanager
     def _budget_search(
-        self, bench: DetectorBench, layers: int, replayed: Sequence[Trial], cuts: int, base_ap: float = 0.0,
+        self, bench: DetectorBench, layers: int, base_ap: float, replayed: Sequence[Trial], cuts: int,
         threshold_ap: float | None = None,
     ) -> Iterator[BudgetSearch]:  # fmt: skip
         """Yield a search with `layers` decoder layers; each trial is shown, logged and written to the journal.
 
-        `cuts` is the most that it makes. `base_ap` and `threshold_ap` are for a search without budget.
+        `base_ap` is the mAP of these layers unpruned, `cuts` the most that it makes; without a budget it keeps mAP at
+        `threshold_ap`.
         """
         prices, decoder_layers = self.prices[layers], None if self.config.min_dec_layers is None else layers
         search = BudgetSearch(bench, prices.costs, prices.total, base_ap, dropped_cost=prices.dropped)
