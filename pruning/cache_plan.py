@@ -131,7 +131,7 @@ class Uses:
         calibrated_batches: batches for gradients; none without calibration.
         images_at_once: most images scored in one pass.
         reading, evaluation: see `Work`.
-        images: number of images of all processes.
+        images, calibrated_images: numbers of images and of calibration images of all processes.
         fits_layers: whether calibration also measures gradients at the modules' outputs and fits weights.
         amp, eval_amp: precision of passes with gradients, and of those without.
     """
@@ -143,6 +143,7 @@ class Uses:
     reading: float
     evaluation: float
     images: int
+    calibrated_images: int
     fits_layers: bool = False
     amp: str = "off"
     eval_amp: str = "off"
@@ -239,7 +240,7 @@ class CachePlanner:
             return need, Work(passes, uses.reading, uses.evaluation)
         fits = fit_memory(
             model, self._scope(one), {name: block.maps_hw for name, block in inputs.items()},
-            [(images[batch], scales[batch]) for batch in uses.calibrated_batches],
+            [(images[batch], scales[batch]) for batch in uses.calibrated_batches], uses.calibrated_images,
         )  # fmt: skip
         return need, Work(passes + fits.device, uses.reading, uses.evaluation, fits.ram)
 

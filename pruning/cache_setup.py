@@ -36,6 +36,7 @@ def sizes_of(dataset: CocoDataset, image_size: int, *, reads_files: bool) -> Cal
     transforms = eval_transforms(image_size)
     resized = functools.cache(lambda size_hw: transformed_size(transforms, size_hw))
 
+    @functools.cache  # batches are split by size and then described
     def size_hw(index: int) -> tuple[int, int]:
         listed = dataset.annotations.listed_size_wh(index)
         if listed is not None and not reads_files:
@@ -72,7 +73,11 @@ def cache_uses(
     num_workers: int,
     detections: int,
 ) -> Uses:
-    """Return how a search uses batches of these shapes; `images` and `detections` count all processes."""
+    """Return how a search uses batches of these shapes; `images` and `detections` count all processes.
+
+    All processes must call this.
+    """
+    calibrated_images = sum(distributed.gather_objects(sum(shapes[batch].images for batch in calibrated_batches)))
     batches_ahead = 1 + READ_AHEAD * num_workers
     return Uses(
         shapes,
@@ -82,6 +87,7 @@ def cache_uses(
         reading=batches_ahead * BYTES_PER_PIXEL * max(shape.images * shape.pixels for shape in shapes),
         evaluation=detections * BYTES_PER_DETECTION[default_backend()],
         images=images,
+        calibrated_images=calibrated_images,
         fits_layers=config.method.uses_sensitivities,
         amp=config.amp,
         eval_amp=config.eval_amp,

@@ -58,18 +58,23 @@ class _Layer:
 
 
 def fit_memory(
-    model: Detector, scope: str, maps_hw: Mapping[str, tuple[int, int]], batches: Sequence[tuple[int, float]]
+    model: Detector,
+    scope: str,
+    maps_hw: Mapping[str, tuple[int, int]],
+    batches: Sequence[tuple[int, float]],
+    images: int,
 ) -> FitMemory:
     """Estimate the memory of fits, which are made for one module after the other.
 
     Args:
         maps_hw: rows and columns at the input of each residual block, for an image of scale 1.
         batches: images of each calibration batch of this process, and their pixels relative to scale 1.
+        images: calibration images of all processes, over which a fit draws its rows.
     """
     matrices = joint = inputs = rows = targets = metrics = 0
     for name, module in model.prunable_modules(scope).items():
         if isinstance(module.layer, ResidualBlock):
-            layers = [*_layers_of(module, maps_hw[name], batches)]
+            layers = [*_layers_of(module, maps_hw[name], batches, images)]
         else:
             layers = [_Layer(0, 0, 0), _Layer(module.width, module.width, model.hidden_dim)]
         # Moments of all layers after pruned channels are measured in one pass.
@@ -91,12 +96,11 @@ def fit_memory(
 
 
 def _layers_of(
-    module: PrunableModule, size_hw: tuple[int, int], batches: Sequence[tuple[int, float]]
+    module: PrunableModule, size_hw: tuple[int, int], batches: Sequence[tuple[int, float]], images: int
 ) -> Iterator[_Layer]:
     """Yield the convolutions of a residual block with the rows of their fits, see `block_positions`."""
     block = module.layer
     assert isinstance(block, ResidualBlock)
-    images = sum(count for count, _ in batches)
     for number, (convolution, _) in enumerate(block.convolutions(), 1):
         size_hw = output_size(convolution, size_hw)
         inputs = own_inputs = convolution.in_channels * kernel_area(convolution)

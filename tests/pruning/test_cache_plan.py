@@ -45,7 +45,7 @@ def run(schedule, folder, out, more):
 def planner_of(model, device=CPU, options=None, **uses):
     uses = {
         "kept_batches": range(4), "calibrated_batches": [], "images_at_once": 1, "reading": 0.0, "evaluation": 0.0,
-        "images": 8, **uses,
+        "images": 8, "calibrated_images": 8, **uses,
     }  # fmt: skip
     return CachePlanner(model, Uses(SHAPES, **uses), options or CacheOptions(), device)
 

@@ -5,10 +5,14 @@ import torch
 
 from pruning import fit_memory as planned
 from pruning.cache_plan import CacheOptions, CachePlanner, Uses, shape_of
+from pruning.cache_setup import cache_uses
+from pruning.config import SearchConfig
+from pruning.convolution_moments import positions_per_image
 from pruning.fit_memory import fit_memory
 from pruning.scores import Elimination
 from pruning.selection import order_channels
 from tests.pruning.block_setting import CPU, DETECTORS, Setting, batches_of, random_kept
+from util import distributed
 from util.errors import UserError
 from util.memory import PeakMemory, storage_bytes
 
@@ -31,7 +35,7 @@ def maps_of(setting):
 
 
 def test_ranking_pricing_and_fitting_take_what_is_planned(setting):
-    found = fit_memory(setting.model, "detector", maps_of(setting), BATCHES)
+    found = fit_memory(setting.model, "detector", maps_of(setting), BATCHES, 4)
     reconstruction, peaks = setting.reconstruction("full"), []
     for name in setting.blocks:
         module = setting.begin(reconstruction, name)
@@ -55,7 +59,7 @@ def test_targets_and_gradients_have_the_planned_rows(setting):
     setting.begin(reconstruction, first)
     reconstruction.apply(random_kept(setting.modules[first], 0.5))
     module = setting.begin(reconstruction, name)
-    layers = [*planned._layers_of(module, maps[name], BATCHES)]
+    layers = [*planned._layers_of(module, maps[name], BATCHES, 4)]
     blocks = reconstruction._blocks
     blocks._measure_targets(range(1, len(layers) + 1))
     held = sum(target.nbytes for batch in blocks._targets for target in batch)
@@ -70,7 +74,8 @@ def test_the_estimate_grows_with_what_is_kept():
     setting = Setting(DETECTORS["basic"], batches_of(GROUPS, SIZES))
 
     def found(batches, scope="detector"):
-        return fit_memory(setting.model, scope, maps_of(setting) if scope == "detector" else {}, batches)
+        maps = maps_of(setting) if scope == "detector" else {}
+        return fit_memory(setting.model, scope, maps, batches, sum(count for count, _ in batches))
 
     whole, transformer = found(BATCHES), found(BATCHES, "transformer")
     assert found([(4, 1.0)]) == whole
@@ -81,9 +86,35 @@ def test_the_estimate_grows_with_what_is_kept():
     assert 0 < transformer.ram < whole.ram and transformer == found([], "transformer")
 
 
+def test_a_process_plans_the_rows_that_it_draws_of_the_images_of_all(monkeypatch):
+    """64 of 512 images: the draw divides the rows of a fit by all images."""
+    setting = Setting(LARGE["basic"], batches_of(GROUPS, SIZES))
+    config, shapes = SearchConfig(scope="detector"), [shape_of([(800, 1066)] * 2)] * 32
+
+    def uses_of(processes):
+        monkeypatch.setattr(distributed, "gather_objects", lambda own: [own] * processes)
+        return cache_uses(config, shapes, 512, range(32), range(32), num_workers=0, detections=1)
+
+    assert [uses_of(processes).calibrated_images for processes in (1, 8)] == [64, 512]
+    name, maps_hw = setting.blocks[-1], (400, 533)
+    for layer in planned._layers_of(setting.modules[name], maps_hw, [(2, 1.0)] * 32, 512):
+        assert layer.rows == 64 * positions_per_image(layer.inputs, 10**9, 512)
+    maps = dict.fromkeys(setting.blocks, maps_hw)
+    one, of_eight = (fit_memory(setting.model, "detector", maps, [(2, 1.0)] * 32, count) for count in (64, 512))
+    assert of_eight.device < one.device and of_eight.ram < one.ram
+
+
+def test_the_plan_divides_by_the_calibration_images_of_all_processes(setting):
+    with torch.no_grad():
+        front = setting.model.front(setting.batches[0][0], "detector")
+    found = fit_memory(setting.model, "detector", maps_of(setting), BATCHES, 400)
+    _, work = planner_of(setting, fits_layers=True, calibrated_images=400).measure(front, 0)
+    assert work.fits == found.ram < fit_memory(setting.model, "detector", maps_of(setting), BATCHES, 4).ram
+
+
 def planner_of(setting, options=None, **uses):
     shapes = [shape_of(SIZES[:2])] * 2
-    uses = {"images_at_once": 1, "reading": 0.0, "evaluation": 0.0, "images": 4, **uses}
+    uses = {"images_at_once": 1, "reading": 0.0, "evaluation": 0.0, "images": 4, "calibrated_images": 4, **uses}
     return CachePlanner(setting.model, Uses(shapes, range(2), range(2), **uses), options or CacheOptions(), CPU)
 
 
@@ -99,7 +130,7 @@ def test_the_gradients_of_an_image_take_what_is_planned(setting):
 def test_fits_are_part_of_the_plan_and_of_its_error(setting, monkeypatch):
     with torch.no_grad():
         front = setting.model.front(setting.batches[0][0], "detector")
-    found = fit_memory(setting.model, "detector", maps_of(setting), BATCHES)
+    found = fit_memory(setting.model, "detector", maps_of(setting), BATCHES, 4)
     _, without = planner_of(setting).measure(front, 0)
     _, work = planner_of(setting, fits_layers=True).measure(front, 0)
     assert work.fits == found.ram and without.fits == 0
