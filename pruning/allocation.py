@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pruning.moments import TINY
-from util.errors import UserError
+from util.errors import NonFiniteLossError, UserError
 
 WIDTHS_TRIED = 16  # at least, of each module, if it has as many
 ROUNDING = 1e-9  # of the whole cost, by which a budget may be missed
@@ -37,10 +37,20 @@ def allocate(damages: Tables, costs: Tables, budget: float, power: float = 1.0) 
     """Return widths with a small sum of damage ** power and a total cost of at most `budget`.
 
     Raises:
+        NonFiniteLossError: a damage is not finite.
         ValueError: the cheapest widths cost more.
     """
+    check_damages(damages)
     widths = at_lowest_price(damages, costs, budget, power)
     return spend_rest(widths, damages, [Budget(costs, budget)], power)
+
+
+def check_damages(damages: Tables) -> None:
+    """Raise a `NonFiniteLossError` that names the first module with a damage that is not finite."""
+    for name, table in damages.items():
+        for width, damage in table.items():
+            if not math.isfinite(damage):
+                raise NonFiniteLossError(f"calibration: the damage of {name} at width {width} is not finite")
 
 
 def at_lowest_price(damages: Tables, costs: Tables, budget: float, power: float) -> dict[str, int]:

@@ -268,6 +268,8 @@ def refuse_unused_by_search(config: SearchConfig, typed: Collection[str]) -> Non
         raise UserError(f"{' and '.join(budgets)}: found both, expected one of them")
     if config.cost_unit != "latency":
         refuse(["target_ms", "latency_table"], typed, f"found --cost {config.cost_unit}, expected --cost latency")
+    if config.cost_unit == "params":
+        refuse(["keep_params"], typed, "found --cost params, which --keep limits already, expected another --cost")
     if config.scope == "transformer":
         refuse(["block_unit"], typed, "--scope transformer does not use it, expected --scope detector")
     if config.search == "paper" and config.reconstruct not in (None, "none"):

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from models.detector import Detector
-from pruning.allocation import Budget, Tables, check_affordable, is_affordable, least_cost, rounded_up, widths_tried
+from pruning.allocation import (
+    ROUNDING,
+    Budget,
+    Tables,
+    check_affordable,
+    is_affordable,
+    least_cost,
+    rounded_up,
+    widths_tried,
+)
 from pruning.config import SearchConfig
 from pruning.cost import block_macs, block_params, cost_of, module_macs, module_params
 from pruning.latency import LatencyTable
@@ -45,10 +54,13 @@ class Prices:
         return (self.total - self.dropped - sum(gone)) / self.total
 
     def budget(self, keep: float) -> Budget:
-        """Return the limit for the modules that leaves the fraction `keep` of `total`, at least the least widths."""
+        """Return the limit for the modules that leaves the fraction `keep` of `total`, at least the least widths.
+
+        It may be missed by `ROUNDING`, so that a fraction that some widths leave exactly allows these widths.
+        """
         fixed = self.total - self.dropped - sum(table[max(table)] for table in self.costs.values())
         least = sum(min(table.values()) for table in self.costs.values())  # is affordable, whatever the rounding
-        return Budget(self.costs, max(keep * self.total - fixed, least))
+        return Budget(self.costs, max((keep + ROUNDING) * self.total - fixed, least))
 
     def fractions(self, config: SearchConfig) -> dict[str, float]:
         """Return the fraction of `total` that each of the search's budgets leaves, by the budgets' names.

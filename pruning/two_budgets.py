@@ -17,12 +17,15 @@ That is less than the error of the predicted damages, and `--map_tol` allocates 
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from pruning.allocation import Budget, Tables, spend_rest, sum_of
+from pruning.allocation import Budget, Tables, check_damages, spend_rest, sum_of
+from util.logging import show
 from util.native_output import without_native_stdout
 
 GAP = 1e-4  # relative distance to the optimum at which HiGHS may stop
@@ -35,8 +38,10 @@ def allocate_both(damages: Tables, budgets: tuple[Budget, Budget], power: float 
     """Return widths with about the least sum of damage ** power that cost at most both `budgets`.
 
     Raises:
+        NonFiniteLossError: a damage is not finite.
         ValueError: no widths do.
     """
+    check_damages(damages)
     first, second = budgets
     start = least_within(second.costs, first)
     if not (first.fits(start) and second.fits(start)):
@@ -54,24 +59,34 @@ def least_within(costs: Tables, budget: Budget) -> dict[str, int]:
         return least
     cheapest = {name: min(table, key=lambda w: (table[w], costs[name][w])) for name, table in names.items()}
     above = {name: {w: cost - table[least[name]] for w, cost in table.items()} for name, table in costs.items()}
-    return choose(above, [budget], cheapest)
+    return choose(above, [budget], cheapest, "cost")
 
 
-def choose(objective: Tables, budgets: Sequence[Budget], start: dict[str, int]) -> dict[str, int]:
+def choose(objective: Tables, budgets: Sequence[Budget], start: dict[str, int], of: str = "damage") -> dict[str, int]:
     """Return widths within all `budgets` with about the least sum of `objective`, whose values are not negative.
 
     Args:
         start: widths within all budgets, which are returned if no better ones are found.
+        of: what the `objective` is, for a warning if the widths may not be the best.
     """
     most = sum_of(objective, start)
     if not most:
         return start
     choices = _choices(objective, budgets, start)
     for margin in MARGINS:
-        widths = _solve(objective, budgets, choices, most, margin)
+        widths, is_proven = _solve(objective, budgets, choices, most, margin)
         if widths is not None and all(budget.fits(widths) for budget in budgets):
+            if not is_proven:
+                _warn_once(of)
             return widths if sum_of(objective, widths) < most else start
+    _warn_once(of)
     return start
+
+
+@functools.cache
+def _warn_once(of: str) -> None:
+    text = f"two budgets: the solver could not prove that no widths have less {of} than the chosen ones, which fit"
+    show([(logging.WARNING, text)])
 
 
 def _choices(objective: Tables, budgets: Sequence[Budget], start: dict[str, int]) -> dict[str, list[int]]:
@@ -102,10 +117,10 @@ def _spare(budget: Budget) -> float:
 
 def _solve(
     objective: Tables, budgets: Sequence[Budget], choices: dict[str, list[int]], most: float, margin: float
-) -> dict[str, int] | None:
+) -> tuple[dict[str, int] | None, bool]:
     """Return the best of the `choices` within the fraction 1 - `margin` of each budget's spare, None if not found.
 
-    They may exceed it by the tolerance of HiGHS.
+    They may exceed it by the tolerance of HiGHS. Also return whether they are proven to be the best within `GAP`.
     """
     sizes = [len(widths) for widths in choices.values()]
     is_of_module = np.repeat(np.eye(len(sizes)), sizes, axis=1)
@@ -121,8 +136,9 @@ def _solve(
     values = np.array([objective[name][width] / most for name, widths in choices.items() for width in widths])
     options = {"mip_rel_gap": GAP, "node_limit": NODES}
     with without_native_stdout():  # some versions of HiGHS print messages for their developers
-        found = milp(values, constraints=constraints, bounds=Bounds(0, 1), integrality=1, options=options).x
-    if found is None:
-        return None
-    parts = np.split(found, np.cumsum(sizes)[:-1])
-    return {name: widths[np.argmax(part)] for (name, widths), part in zip(choices.items(), parts, strict=True)}
+        found = milp(values, constraints=constraints, bounds=Bounds(0, 1), integrality=1, options=options)
+    if found.x is None:
+        return None, False
+    parts = np.split(found.x, np.cumsum(sizes)[:-1])
+    best = {name: widths[np.argmax(part)] for (name, widths), part in zip(choices.items(), parts, strict=True)}
+    return best, found.status == 0

@@ -24,6 +24,11 @@ def read(words, schedule=MGP):
         ("--search visit --keep 0.5", "--keep: --search visit does not use it"),
         ("--keep 0.5 --map_tol 0.1", "--map_tol: found --keep as well"),
         ("--keep 0.5 --skip_eval_converge 0.1", "--skip_eval_converge: found --keep as well"),
+        (
+            "--keep 0.6 --keep_params 0.5",
+            "^--keep_params: found --cost params, which --keep limits .*, expected another",
+        ),
+        ("--keep 0.6 --keep_params 0.5 --scope detector --cost params", "^--keep_params: found --cost params, which"),
         ("--decay_points 1", "--decay_points: --search fast does not use it, expected --search visit or paper"),
         ("--decay_fraction 0.1", "--decay_fraction: --search fast does not use it"),
         ("--subset_batches_attention 3", "--subset_batches_attention: .* expected --search visit or paper"),
@@ -49,6 +54,9 @@ def test_options_without_effect_are_refused(words, message):
     [
         "",
         "--keep 0.5 --cost macs",
+        "--keep 0.6 --keep_params 0.5 --cost macs",
+        "--keep 0.6 --keep_params 0.5 --scope detector",
+        "--target_ms 5 --keep_params 0.5",
         "--amp --eval_amp fp16 --cls_loss_coef 2",
         "--search paper --eval_amp --cls_loss_coef 2",
         "--search visit --ranking first_order --reconstruct none --amp --focal_alpha 0.5",

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.allocation import Budget, sum_of
+from pruning import two_budgets
+from pruning.allocation import Budget, allocate, sum_of
 from pruning.budget import POWERS
 from pruning.config import SearchConfig
 from pruning.cost_tables import Prices
 from pruning.two_budgets import GAP, allocate_both, choose, least_within
 from tests.pruning.samples import quick
 from tests.pruning.test_allocation import all_divisions, damage_of
-from util.errors import UserError
+from util.errors import NonFiniteLossError, UserError
 from util.native_output import without_native_stdout
 
 
@@ -126,6 +127,32 @@ def test_a_start_that_is_the_best_stays():
     assert choose({"a": {1: 0.0, 2: 0.0}}, [Budget(costs, 2.0)], {"a": 1}) == {"a": 1}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damage_that_is_not_finite_is_named_with_its_module(value):
+    costs, damages = {"a": {1: 1.0, 2: 2.0}, "b": {1: 1.0, 2: 2.0}}, {"a": {1: 1.0, 2: 0.0}, "b": {1: value, 2: 0.0}}
+    for run in (lambda: allocate_both(damages, (Budget(costs, 3.0),) * 2), lambda: allocate(damages, costs, 3.0)):
+        with pytest.raises(NonFiniteLossError, match=r"^calibration: the damage of b at width 1 is not finite$"):
+            run()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "margins", "warnings"),
+    [(two_budgets.NODES, two_budgets.MARGINS, 0), (1, two_budgets.MARGINS, 1), (two_budgets.NODES, (), 1)],
+)
+def test_widths_that_are_not_proven_to_be_the_best_are_warned_of_once(monkeypatch, nodes, margins, warnings):
+    logged = []
+    two_budgets._warn_once.cache_clear()
+    monkeypatch.setattr(two_budgets, "show", logged.extend)
+    monkeypatch.setattr(two_budgets, "NODES", nodes)
+    monkeypatch.setattr(two_budgets, "MARGINS", margins)
+    damages, *both = realistic(15)
+    budgets = tuple(Budget(table, 0.6 * sum_of(table, dict.fromkeys(table, 17))) for table in both)
+    for _ in range(2):
+        widths = allocate_both(damages, budgets)
+    assert all(budget.fits(widths) for budget in budgets)
+    assert len(logged) == warnings and all("no widths have less damage than the chosen" in text for _, text in logged)
+
+
 def two_prices():
     """Module a's narrow width is slow; b's is fast."""
     milliseconds = {"a": {8: 5.0, 16: 2.0, 24: 4.0}, "b": {8: 1.0, 16: 6.0}}
@@ -136,7 +163,19 @@ def two_prices():
 def test_the_whole_width_counts_where_another_is_slower():
     prices = two_prices()
     assert prices.least == 3.0 and prices.kept_fraction({"a": 24, "b": 16}) == 1.0
-    assert prices.budget(0.6).limit == 6.0 and prices.budget(0.1).limit == 3.0
+    assert prices.budget(0.6).limit == pytest.approx(6.0) and prices.budget(0.1).limit == 3.0
+
+
+def test_rounding_cuts_no_module_where_all_may_be_kept():
+    """The rest of the cost is a difference, the last bit of which may be lost."""
+    for count in range(2, 40):
+        costs = {f"{number}": {1: 0.05, 2: 0.1 * (1 + number)} for number in range(count)}
+        whole, half = dict.fromkeys(costs, 2), {name: 1 + number % 2 for number, name in enumerate(costs)}
+        prices = Prices(sum_of(costs, whole) + 100.1, costs)
+        params = Prices(1000 * count, {name: {1: 1, 2: 100} for name in costs})
+        damages = {name: {1: 1.0, 2: 0.0} for name in costs}
+        assert allocate_both(damages, (prices.budget(1.0), params.budget(1.0))) == whole
+        assert prices.budget(prices.kept_fraction(half)).fits(half)
 
 
 def test_budgets_that_can_only_be_met_one_at_a_time_are_one_sentence_with_the_least_that_can():
