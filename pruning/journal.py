@@ -108,6 +108,11 @@ class Trial:
         """Convert the values of `to_dict` back."""
         return cls(**{**values, "full_ap": float(values["full_ap"])})
 
+    @property
+    def name(self) -> list[Any]:
+        """Fraction, power and decoder layers, which no two trials of a search share; their widths may be the same."""
+        return [self.keep, self.power, self.decoder_layers]
+
     def widths_after(self, before: Widths) -> Widths:
         """Return the widths of the whole detector, which had the widths `before`."""
         after = before if self.decoder_layers is None else before.first_layers(self.decoder_layers)

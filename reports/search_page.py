@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,19 +150,26 @@ def read_search(path: Path) -> SearchFacts:
             for decision in decisions:
                 after = after.replace(decision.module, decision.width) if decision.accepted else after
         size = (end or {}).get("image_size_hw") or image_size_of(folder.data, config.split)
-        chosen = []
-        if end is not None:  # a trial lists the modules that its search may cut
-            results = [after, *(Widths.parse(p["widths"]) for p in end.get("points", []) if "widths" in p)]
-            chosen = [t for t in trials if t.widths_after(before) in results]
-            chosen = chosen if "points" in end else chosen[-1:]
         return SearchFacts(
-            folder, config, start, end, decisions, trials, chosen,
+            folder, config, start, end, decisions, trials, _chosen(trials, end, before),
             (end or {}).get("images") or _count_images(folder, config), size and tuple(size), before, after,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{journal}: found a damaged journal ({shorten(error, 120)}), expected that of a search"
         ) from None
+
+
+def _chosen(trials: Sequence[Trial], end: Mapping[str, Any] | None, before: Widths) -> list[Trial]:
+    """Return the chosen trial, or that of each budget; older journals do not name them, so widths decide."""
+    if end is None:
+        return []
+    if "chosen" in end:
+        named = {tuple(trial.name): trial for trial in trials}
+        return [named[tuple(name)] for name in end["chosen"]]
+    results = [Widths.parse(found["widths"]) for found in (end, *end.get("points", [])) if "widths" in found]
+    chosen = [trial for trial in trials if trial.widths_after(before) in results]
+    return chosen if "points" in end else chosen[-1:]
 
 
 def search_page(path: Path, samples: Samples) -> str:

@@ -126,7 +126,7 @@ class SearchResults:
             outcome["budgets"] = [{key: getattr(trial, key) for key in BUDGET_KEYS} for trial in self.chosen]
         if latency is not None or self.points or "budgets" in outcome:
             write_json(self._folder / SUMMARY_NAME, {"environment": environment(self._device), **outcome})
-        journal.end(outcome)
+        journal.end({**outcome, "chosen": [trial.name for trial in self.chosen]})
         write_report(self._folder, "search", Samples(self._device))
         self._log_result(result, before, after, outcome, latency)
 
@@ -178,7 +178,7 @@ class SearchResults:
     def write_failure(self, journal: Journal, outcome: Mapping[str, Any]) -> None:
         """Write journal end and report of a search in which no trial passed; log the table of trials."""
         self.move_aside()
-        journal.end(outcome)
+        journal.end({**outcome, "chosen": [trial.name for trial in self.chosen]})
         write_report(self._folder, "search", Samples(self._device))
         self._log_steps()
 

@@ -10,7 +10,7 @@ from pruning.budget import POWERS
 from pruning.config import SearchConfig
 from pruning.cost import cost_of
 from reports.samples import Samples
-from reports.search_page import search_page
+from reports.search_page import read_search, search_page
 from tests.pruning.test_end_to_end import SMALL, folder  # noqa: F401
 from tests.pruning.test_latency_search import by_width, time_of
 from tests.pruning.test_resume import lines_of, search_with, words_of
@@ -94,6 +94,31 @@ def test_the_report_has_each_budget(searched):
     text = search_page(searched.path.parent, Samples(torch.device("cpu")))
     assert all(f"pruned_{name}.pth" in text for name in KEEPS) and "AP against GMACs of the detector" in text
     assert "kept 85 % and 90 % and 80.5 %" in text
+
+
+def test_trials_of_equal_widths_are_chosen_once_for_each_budget(folder, tmp_path):  # noqa: F811
+    """All powers and both budgets lead to the same widths."""
+    narrow = {}
+
+    def allocate(damages, costs, budget, power):
+        narrow.update({name: min(table) for name, table in costs.items()})
+        return dict(narrow)
+
+    with mock.patch("pruning.budget.allocate", allocate):
+        run(folder, tmp_path, "--keep 0.9 0.85")
+    trials = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()[1:-1]]
+    assert [trial["widths"] for trial in trials] == [narrow] * (len(POWERS) + 1)
+    expected = [(0.85, POWERS[0]), (0.9, POWERS[0])]
+    assert [(trial.keep, trial.power) for trial in read_search(tmp_path).chosen] == expected
+    assert search_page(tmp_path, Samples(torch.device("cpu"))).count("<td>*</td>") == 2
+    *others, end = (tmp_path / "search.jsonl").read_text().splitlines()
+    older = {key: value for key, value in json.loads(end).items() if key != "chosen"}
+    (tmp_path / "search.jsonl").write_text("\n".join([*others, json.dumps(older)]) + "\n")
+    assert len(read_search(tmp_path).chosen) == len(trials)
+    damaged = {**older, "chosen": [[0.85, 3.0, None]]}
+    (tmp_path / "search.jsonl").write_text("\n".join([*others, json.dumps(damaged)]) + "\n")
+    with pytest.raises(UserError, match="found a damaged journal"):
+        read_search(tmp_path)
 
 
 def test_budgets_in_milliseconds_are_drawn_against_the_measured_ones(folder, tmp_path):  # noqa: F811
