@@ -230,6 +230,16 @@ def demo_checkpoint(results: Path) -> str:
     )
 
 
+def decoder_layers(results: Path) -> str:
+    """Describe the comparison of searches that may drop decoder layers."""
+    found = read_figures(results, "decoder_layers_demo.json")
+    return paragraph(
+        f"{found['detector']}, on {found['images']:,} + {found['val_images']} images of the demo set, with "
+        f"`--search_images {found['search_images']}`, {found['calibration_images']} of them for calibration, without "
+        f"fine-tuning. {measured_with(found)}"
+    )
+
+
 def first_stages(results: Path) -> str:
     """Report what training the stem and first stage of a pruned detector gives."""
     found = read_figures(results, "first_stages_demo.json")
@@ -300,6 +310,7 @@ TEXTS: dict[str, Callable[[Path], str]] = {
         demo_deformable,
         ops,
         demo_checkpoint,
+        decoder_layers,
         first_stages,
         fit_memory,
     )

@@ -204,6 +204,19 @@ def search_parts(results: Path) -> str:
     ])  # fmt: skip
 
 
+def decoder_layers(results: Path) -> str:
+    """Compare searches by budget that may drop decoder layers or not, before fine-tuning."""
+    found = read_figures(results, "decoder_layers_demo.json")
+    titles = ("", "decoder layers", f"AP, {found['search_images']} images searched on", "AP, val2017")
+    return markdown(titles, [
+        (
+            f"`{row['options']}`" if row["options"] else "before", row["decoder_layers"],
+            points(row["ap_searched"]), points(row["ap"]),
+        )
+        for row in found["rows"]
+    ])  # fmt: skip
+
+
 def coco_eval(results: Path) -> str:
     """Compare the mAP evaluators."""
     backends = read_figures(results, "coco_eval.json")["backends"]
@@ -260,6 +273,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         search_cost,
         search_cost_full_size,
         search_parts,
+        decoder_layers,
         coco_eval,
         demo_deformable,
         ops,
