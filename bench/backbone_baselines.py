@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import engine
 from bench.backbone_torch_pruning import TOLERANCE, Setting, prune_backbone
 from bench.batch_norms import with_norms_reestimated
-from bench.subject import CPU, Pruner, Subject, cut_in_order, get_subject_parser
+from bench.subject import Pruner, Subject, cut_in_order, get_subject_parser
 from bench.torch_pruning_baseline import loss_gradients
 from models.detector import Detector
 from models.prunable import PrunableModule
@@ -100,12 +99,7 @@ class Results:
         shares = [cost.detector_gmacs / self._dense_gmacs for cost in costs]
         if max(shares) > keep * (1 + TOLERANCE):
             raise UserError(f"{name}: found {max(shares):.3f} of the dense detector's MACs, expected {keep} at most")
-        stats = [
-            engine.evaluate(
-                detector, subject.postprocess, subject.val, subject.val_truth, device=CPU, progress=False
-            ).stats
-            for detector in detectors
-        ]
+        stats = [subject.evaluate(detector) for detector in detectors]
         row = {
             "name": name,
             "keep": keep,

@@ -101,6 +101,10 @@ class Subject:
         """The transformer's input for each batch of val2017, and the targets."""
         return [(self.dense.prepare(images), targets) for images, targets in self.val]
 
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return COCO's metrics on val2017 of a detector."""
+        return engine.evaluate(model, self.postprocess, self.val, self.val_truth, device=CPU, progress=False).stats
+
     def ap_before_tuning(self, model: nn.Module) -> float:
         """Return AP on val2017 of a detector with the backbone and queries, and so the features, of the dense one."""
         result = engine.evaluate(

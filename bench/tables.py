@@ -263,6 +263,29 @@ def latency(results: Path) -> str:
     ])  # fmt: skip
 
 
+def latency_curve(results: Path) -> str:
+    """Show AP as cut against measured milliseconds after searches by multiply-accumulates and by latency.
+
+    Includes BCCD if its figures exist.
+    """
+    rows: list[tuple[str, ...]] = []
+    for name in QUALITY_SETS:
+        file = f"latency_curve_{name}.json"
+        if name != "demo" and not (results / file).exists():
+            continue
+        found = read_figures(results, file)["rows"]
+        dense = found[0]
+        for row in found:
+            share = row["detector_gmacs"] / dense["detector_gmacs"]
+            rows.append(
+                (
+                    f"{name}, {row['name']}", points(row["ap"]), f"{100 * share:.0f} %", f"{row['milliseconds']:.2f}",
+                    f"{dense['milliseconds'] / row['milliseconds']:.2f}",
+                )
+            )  # fmt: skip
+    return markdown(("", "AP", "MACs", "ms an image", "times as fast"), rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     function.__name__: function
     for function in (
@@ -278,6 +301,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         demo_deformable,
         ops,
         latency,
+        latency_curve,
         published,
     )
 }
