@@ -3,10 +3,11 @@
     python -m bench.latency [--device cuda] [--subjects gp mgp demo] [--modes eager bf16] [--batches 1 8]
 
 The subjects are the paper's GP and MGP widths (ResNet-50, 300 queries, 91 classes, 800 x 1066 pixels), that detector
-with all modules, those of the backbone too, cut alike to 75, 50 and 35 % of its multiply-accumulates, and the demo's.
+with all modules, those of the backbone too, cut alike to 75, 50 and 35 % of its multiply-accumulates, and the demo's:
+that of `make demo`, and the one that `bench.backbone_baselines` searched for 50 % of the multiply-accumulates.
 Each is compared with its dense detector; weights are random. The layers before the transformer are timed separately,
 once for all detectors with the same backbone; a detector's time is the sum. The detectors take turns so that machine
-load affects all alike, and ratios are medians over the turns. Writes latency_cpu.json or latency_cuda.json to --output;
+load affects all alike, and ratios are medians over the turns. Writes NAME_cpu.json or NAME_cuda.json to --output;
 earlier cases of the same machine and versions stay unless measured again.
 """
 
@@ -50,8 +51,9 @@ from weights.checkpoint_file import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO_IMAGE_HW = (800, 1066)  # a 480 x 640 image resized
-SUBJECTS = ("gp", "mgp", "whole", "demo")
+SUBJECTS = ("gp", "mgp", "whole", "demo", "demo50")
 KEPT_SHARES = (0.75, 0.5, 0.35)  # of the whole detector's multiply-accumulates
+OWN_ROW = "ours, whole detector"  # of bench.backbone_baselines
 UNIT = 16  # channels; every width of the whole detectors is a multiple
 FRONT = "front"
 
@@ -131,15 +133,26 @@ def whole_detector_widths(keep: float, image_hw: tuple[int, int] = COCO_IMAGE_HW
     return widths_at(bisect.bisect_right(range(101), most, lo=1, key=gmacs_at) - 1)
 
 
-def demo_group(checkpoint: Path, summary: Path, device: torch.device) -> Group:
-    """Build the demo's detector, dense from its checkpoint and with the widths of its summary."""
+def demo_group(checkpoint: Path, results: Path, device: torch.device, subjects: Sequence[str] = ("demo",)) -> Group:
+    """Build the demo's detector, dense from its checkpoint and with widths from the files of the benchmarks."""
     read = read_checkpoint(checkpoint)
     options = options_for(PredictionOptions(), read)
+    widths = {}
+    if "demo" in subjects:
+        widths["demo"] = _widths_in(results / "demo_summary.json", lambda row: True)
+    if "demo50" in subjects:
+        widths["demo, 50%"] = _widths_in(
+            results / "backbone_baselines_demo.json", lambda row: row["name"] == OWN_ROW and row["keep"] == 0.5
+        )
+    return _group(options.detector, widths, (options.loader.image_size,) * 2, device)
+
+
+def _widths_in(path: Path, is_chosen: Callable[[Mapping[str, Any]], bool]) -> Widths:
+    """Return the widths of the last row of a benchmark's file that is chosen."""
     try:
-        widths = json.loads(summary.read_text())["rows"][-1]["widths"]
+        return Widths.parse([row for row in json.loads(path.read_text())["rows"] if is_chosen(row)][-1]["widths"])
     except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"{summary}: found no widths ({error!r:.60}), expected what `make demo` writes") from None
-    return _group(options.detector, {"demo": Widths.parse(widths)}, (options.loader.image_size,) * 2, device)
+        raise UserError(f"{path}: found no widths ({error!r:.60}), expected what the benchmark writes") from None
 
 
 def _group(config: DetectorConfig, slim: Mapping[str, Widths], image_hw: tuple[int, int], device: Any) -> Group:
@@ -216,7 +229,8 @@ def cases_of(group: Group, mode_name: str, batch: int, seconds: Mapping[str, Seq
         ratio = costs["dense"].gmacs / costs[name].gmacs
         cases.append(
             {
-                "mode": mode_name, "batch": batch, "subject": name, "image_size_hw": list(group.image_size_hw),
+                "mode": mode_name, "batch": batch, "threads": torch.get_num_threads(), "subject": name,
+                "image_size_hw": list(group.image_size_hw),
                 "repeats": len(dense), "gmacs": costs[name].gmacs, "gmacs_ratio": ratio,
                 "detector_gmacs_ratio": costs["dense"].detector_gmacs / costs[name].detector_gmacs,
                 "ms_transformer": 1000 * statistics.median(seconds[name]),
@@ -269,7 +283,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="slim detectors to measure")
+    add("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS[:-1]), help="slim detectors to measure")
     add("--modes", nargs="+", choices=tuple(MODES), default=["eager", "bf16"],
         help="float32, bfloat16 by autocast, torch.compile (on a CPU minutes for each detector and batch), or without "
         "padded head widths")  # fmt: skip
@@ -278,6 +292,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--threads", type=whole(1), default=1, help="CPU threads; with one, only CPU time is counted")
     add("--checkpoint", type=user_path, default=ROOT / "checkpoints" / "demo.pth", help="the demo's detector")
     add("--output", type=user_path, default=Path("bench/results"), help="folder for the figures")
+    add("--name", default="latency", help="name of the file, before the device")
     return parser
 
 
@@ -297,9 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         widths |= {f"{keep:.0%}": whole_detector_widths(keep) for keep in KEPT_SHARES}
     if widths:
         groups.append(coco_group(widths, device))
-    if "demo" in args.subjects:
-        groups.append(demo_group(args.checkpoint, ROOT / "bench" / "results" / "demo_summary.json", device))
-    path, told = args.output / f"latency_{device.type}.json", environment(device)
+    if {"demo", "demo50"} & {*args.subjects}:
+        groups.append(demo_group(args.checkpoint, ROOT / "bench" / "results", device, args.subjects))
+    path, told = args.output / f"{args.name}_{device.type}.json", environment(device)
     args.output.mkdir(parents=True, exist_ok=True)
     before = _cases_before(path, told)
 
@@ -319,11 +334,12 @@ def _cases_before(path: Path, told: Mapping[str, Any]) -> list[dict[str, Any]]:
         before = json.loads(path.read_text())
     except FileNotFoundError:
         return []
-    return before["cases"] if {**before["environment"], "date": told["date"]} == told else []
+    of_run = {key: told[key] for key in ("date", "threads")}  # each case has its threads
+    return before["cases"] if before["environment"] | of_run == told else []
 
 
 def _key(case: Mapping[str, Any]) -> tuple:
-    return case["mode"], case["batch"], case["subject"], case["image_size_hw"][0]
+    return case["mode"], case["batch"], case.get("threads", 1), case["subject"], case["image_size_hw"][0]
 
 
 if __name__ == "__main__":

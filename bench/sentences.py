@@ -187,6 +187,26 @@ def _on_gpu(results: Path) -> str:
     )
 
 
+def latency_whole(results: Path) -> str:
+    """Say how whole slim detectors were timed."""
+    return paragraph(measured_with(read_figures(results, "latency_whole_cpu.json")))
+
+
+def latency_curve(results: Path) -> str:
+    """Describe the comparison of searches by multiply-accumulates and by latency."""
+    found = {name: f"latency_curve_{name}.json" for name in QUALITY_SETS}
+    parts = []
+    for name, file in found.items():
+        if name == "demo" or (results / file).exists():
+            figures = read_figures(results, file)
+            batch = figures["batch_size"]
+            parts.append(
+                f"{TITLES[name]}: {batch} image{'s' if batch > 1 else ''} at once; searches look at up to "
+                f"{figures['search_images']} training images. {measured_with(figures)}"
+            )
+    return paragraph(" ".join(part[0].upper() + part[1:] for part in parts))
+
+
 def coco_eval(results: Path) -> str:
     """Describe the comparison of evaluators."""
     found = read_figures(results, "coco_eval.json")
@@ -306,6 +326,8 @@ TEXTS: dict[str, Callable[[Path], str]] = {
         search_cost_full_size,
         search_parts,
         latency,
+        latency_whole,
+        latency_curve,
         coco_eval,
         demo_deformable,
         ops,

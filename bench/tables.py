@@ -263,6 +263,26 @@ def latency(results: Path) -> str:
     ])  # fmt: skip
 
 
+def latency_whole(results: Path) -> str:
+    """Show how much faster whole slim detectors are than dense ones, and how many times fewer GMACs they have."""
+    rows: dict[tuple[str, int, int, str], dict[str, str]] = {}
+    for case in read_figures(results, "latency_whole_cpu.json")["cases"]:
+        is_demo = case["image_size_hw"] != list(COCO_IMAGE_HW)
+        name = "demo" if is_demo else "DN-DETR-R50"
+        cells = rows.setdefault((name, case["threads"], case["batch"], case["mode"]), {})
+        subject = case["subject"]
+        if subject == "dense":
+            cells["dense"] = f"{case['ms_detector'] / case['batch']:.0f}"
+        elif subject != "demo":
+            of_saving = case["speed_up_detector"] / case["detector_gmacs_ratio"]
+            cells[subject.removeprefix("demo, ")] = (
+                f"{case['speed_up_detector']:.2f} of {case['detector_gmacs_ratio']:.2f} ({of_saving:.2f})"
+            )
+    titles = ("", "threads", "images at once", "mode", "dense: ms an image", "at 75 %", "at 50 %", "at 35 %")
+    columns = ("dense", "75%", "50%", "35%")
+    return markdown(titles, [(*key, *(cells.get(name, "") for name in columns)) for key, cells in rows.items()])
+
+
 def latency_curve(results: Path) -> str:
     """Show AP as cut against measured milliseconds after searches by multiply-accumulates and by latency.
 
@@ -301,6 +321,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         demo_deformable,
         ops,
         latency,
+        latency_whole,
         latency_curve,
         published,
     )

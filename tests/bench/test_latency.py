@@ -16,14 +16,15 @@ from pruning.cost import cost_of, count_parameters
 from util.errors import UserError
 from util.timing import seconds_side_by_side
 
-SUMMARY = latency.ROOT / "bench" / "results" / "demo_summary.json"
+RESULTS = latency.ROOT / "bench" / "results"
+SUMMARY = RESULTS / "demo_summary.json"
 CHECKPOINT = latency.ROOT / "checkpoints" / "demo.pth"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return latency.demo_group(CHECKPOINT, SUMMARY, CPU)
+    return latency.demo_group(CHECKPOINT, RESULTS, CPU)
 
 
 def run(folder, *words):
@@ -57,6 +58,13 @@ def test_the_demos_detectors_are_those_of_its_summary(demo):
         assert cost_of(detector, demo.image_size_hw).gmacs == pytest.approx(row["gmacs"], abs=1e-4)
 
 
+def test_the_demos_other_detector_has_half_of_the_macs():
+    group = latency.demo_group(CHECKPOINT, RESULTS, CPU, ["demo50"])
+    dense, half = (cost_of(detector, group.image_size_hw).detector_gmacs for detector in group.detectors().values())
+    assert list(group.slim) == ["demo, 50%"]
+    assert 0.48 < half / dense <= 0.5
+
+
 def test_a_run_leaves_its_figures_and_keeps_those_of_other_cases(tmp_path, monkeypatch, capsys):
     first = run(tmp_path, "--modes", "eager")
     assert [(case["mode"], case["subject"]) for case in first["cases"]] == [("eager", "dense"), ("eager", "demo")]
@@ -68,7 +76,7 @@ def test_a_run_leaves_its_figures_and_keeps_those_of_other_cases(tmp_path, monke
     assert "share" in capsys.readouterr().out
     # Measured again, and on another machine.
     assert len(run(tmp_path, "--modes", "bf16")["cases"]) == 4
-    monkeypatch.setattr(latency, "environment", lambda device: {"date": "today", "device": "another"})
+    monkeypatch.setattr(latency, "environment", lambda device: {"date": "today", "threads": 1, "device": "another"})
     assert len(run(tmp_path, "--modes", "bf16")["cases"]) == 2
 
 
@@ -144,9 +152,9 @@ def test_missing_requirements_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     with pytest.raises(UserError, match="--modes: found no C\\+\\+ compiler"):
         latency.main(["--device", "cpu", "--modes", "compiled"])
-    (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"summary\.json: found no widths"):
-        latency.demo_group(CHECKPOINT, tmp_path / "summary.json", CPU)
+    (tmp_path / "demo_summary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"demo_summary\.json: found no widths"):
+        latency.demo_group(CHECKPOINT, tmp_path, CPU)
 
 
 def test_the_readmes_table_is_made_of_the_cases(tmp_path):
@@ -161,3 +169,27 @@ def test_the_readmes_table_is_made_of_the_cases(tmp_path):
     ]
     (tmp_path / "latency_cuda.json").write_text(json.dumps({"cases": cases}))
     assert tables.latency(tmp_path).splitlines()[3].startswith("| CUDA, eager | 1 | 300 / 800 |")
+
+
+def test_the_table_of_whole_detectors_has_a_row_for_each_number_of_threads_and_images(tmp_path):
+    def case(subject, size, threads, batch):
+        return {"mode": "eager", "batch": batch, "threads": threads, "subject": subject, "image_size_hw": size,
+                "speed_up_detector": 1.5, "detector_gmacs_ratio": 2.0, "ms_detector": 800.0}  # fmt: skip
+
+    cases = [case(name, [800, 1066], threads, 2) for threads in (1, 2) for name in ("dense", "75%", "35%")]
+    cases += [case(name, [128, 128], 1, 8) for name in ("dense", "demo", "demo, 50%")]
+    (tmp_path / "latency_whole_cpu.json").write_text(json.dumps({"cases": cases}))
+    assert tables.latency_whole(tmp_path).splitlines()[2:] == [
+        "| DN-DETR-R50 | 1 | 2 | eager | 400 | 1.50 of 2.00 (0.75) |  | 1.50 of 2.00 (0.75) |",
+        "| DN-DETR-R50 | 2 | 2 | eager | 400 | 1.50 of 2.00 (0.75) |  | 1.50 of 2.00 (0.75) |",
+        "| demo | 1 | 8 | eager | 100 |  | 1.50 of 2.00 (0.75) |  |",
+    ]
+
+
+def test_cases_of_other_numbers_of_threads_stay(tmp_path):
+    for threads in ("1", "2", "1"):
+        found = run(tmp_path, "--threads", threads, "--modes", "eager")
+    assert [(case["subject"], case["threads"]) for case in found["cases"]] == [
+        (name, threads) for threads in (2, 1) for name in ("dense", "demo")
+    ]
+    torch.set_num_threads(1)
