@@ -344,7 +344,7 @@ def main() -> None:
     for keep in args.keep:
         for row in rows_of(subject, own, keep):
             measure(results, subject, row, keep)
-    results.figures["own_images"] = OWN_IMAGES
+    results.figures["own_images"] = len(own().seen.dataset)
     results.write()
     draw(results.figures, args.output / f"backbone_baselines_{args.name}.png")
     print_table(results.figures)

@@ -286,6 +286,7 @@ def test_a_second_call_continues_unless_the_settings_changed(folder, tmp_path, m
     path = tmp_path / "backbone_baselines_tiny.json"
     first = json.loads(path.read_text())
     assert [row["name"] for row in first["rows"]] == ["dense", "a", "a" + REESTIMATED]
+    assert first["own_images"] == 2  # all that there are
     assert (tmp_path / "backbone_baselines_tiny.png").stat().st_size > 1000
     with monkeypatch.context() as patch:
         patch.setattr(Results, "add", lambda *arguments, **options: pytest.fail("measured twice"))
