@@ -49,8 +49,8 @@ def speed(results: Path) -> str:
         f"{full_fast['cpu_seconds'] / 60:.0f} CPU minutes, where we estimate {full_paper['cpu_seconds'] / 3600:.0f} "
         "hours for the paper's. With the paper's MGP widths the transformer runs "
         f"{mgp['speed_up']:.2f} times as fast on a CPU core, and the whole detector with its ResNet-50 "
-        f"{mgp['speed_up_detector']:.2f} times; cut with its backbone to half of the multiply-accumulates, the detector "
-        f"runs {half['speed_up_detector']:.2f} times as fast."
+        f"{mgp['speed_up_detector']:.2f} times; cut with its backbone to half of the multiply-accumulates, the "
+        f"detector runs {half['speed_up_detector']:.2f} times as fast."
     )
 
 
