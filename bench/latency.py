@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -36,6 +37,7 @@ from bench.published import COCO_CLASSES, GP_WIDTHS, MGP_WIDTHS
 from engine import autocast
 from models import build
 from models.config import DetectorConfig
+from models.folding import fold_norms
 from models.state import Features
 from models.widths import Widths
 from pruning.cost import cost_of
@@ -66,15 +68,18 @@ class Mode:
         amp: key of `engine.AMP_DTYPES`.
         compiled: use `torch.compile`, on CUDA with CUDA graphs (`reduce-overhead`).
         padded: pad head widths to those of fused kernels, see `models.attention.fused_widths`.
+        folded: fold batch norms into convolutions, as `inference.py` does; see `models.folding`.
     """
 
     amp: str = "off"
     compiled: bool = False
     padded: bool = True
+    folded: bool = False
 
 
 MODES = {
     "eager": Mode(),
+    "folded": Mode(folded=True),
     "bf16": Mode("bf16"),
     "compiled": Mode(compiled=True),
     "compiled-bf16": Mode("bf16", compiled=True),
@@ -199,6 +204,8 @@ def measure(
 ) -> dict[str, list[float]]:
     """Time the part before the transformer and each transformer on a batch of images; seconds of each turn."""
     device = next(group.dense.parameters()).device
+    if mode.folded:
+        group = _folded(group)
     images = torch.randn(batch, 3, *group.image_size_hw, generator=torch.Generator().manual_seed(0)).to(device)
     torch.compiler.reset()
     with _padding(mode):
@@ -210,6 +217,14 @@ def measure(
                 calls[group.front_of(name)] = functools.partial(_in_mode(detector.features, mode, device), images)
             calls[name] = functools.partial(transformer_of(detector, mode), features)
         return seconds_side_by_side(calls, device, rounds=repeats, on_turn=on_turn)
+
+
+def _folded(group: Group) -> Group:
+    """Return a copy of a group whose detectors have no batch norms in their backbones."""
+    group = copy.deepcopy(group)
+    for detector in group.detectors().values():
+        fold_norms(detector)
+    return group
 
 
 def cases_of(group: Group, mode_name: str, batch: int, seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
@@ -285,8 +300,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS[:-1]), help="slim detectors to measure")
     add("--modes", nargs="+", choices=tuple(MODES), default=["eager", "bf16"],
-        help="float32, bfloat16 by autocast, torch.compile (on a CPU minutes for each detector and batch), or without "
-        "padded head widths")  # fmt: skip
+        help="float32, float32 with folded batch norms, bfloat16 by autocast, torch.compile (on a CPU minutes for each "
+        "detector and batch), or without padded head widths")  # fmt: skip
     add("--batches", nargs="+", type=whole(1), default=[1, 8], help="batch sizes")
     add("--repeats", type=whole(1), default=5, help="turns of each detector, after a warm-up turn")
     add("--threads", type=whole(1), default=1, help="CPU threads; with one, only CPU time is counted")

@@ -24,6 +24,7 @@ from datasets.config import LoaderConfig
 from datasets.sizes import size_warning
 from datasets.transforms import eval_transforms
 from models.config import NETWORK_TITLE, DetectorConfig
+from models.folding import fold_norms
 from models.post_process import PostProcess
 from pruning.config import PRECISIONS
 from pruning.cost import count_parameters
@@ -194,6 +195,8 @@ class Prediction:
         captions = [""]
         if self.config.compare is not None:
             captions = self._compare_costs()
+        for detector in self.detectors:
+            fold_norms(detector.model)
         shown: list[dict[str, Any]] = []
         with tqdm(total=len(self.paths), unit="image", desc="detect", disable=bar_off(), leave=False) as bar:
             for batch in self._batches():
