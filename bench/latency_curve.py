@@ -11,7 +11,6 @@ every detector as cut on val2017 and times all of them in turns. Writes latency_
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import subprocess
@@ -103,16 +102,12 @@ def measure(subject: Subject, paths: Mapping[str, Sequence[Path]], args: argpars
             "detector_gmacs": cost.detector_gmacs, "params": cost.params,
             "widths": model.widths_in("detector").to_list(),
         })  # fmt: skip
-    built = {key: functools.partial(_itself, model) for key, (_, _, model) in detectors.items()}
+    built = {key: lambda model=model: model for key, (_, _, model) in detectors.items()}
     times = measure_whole(built, setting, CPU, graphs=False)
     for row in rows:
         found = times[row.pop("key")]
         row |= {"milliseconds": found.milliseconds / args.batch_size, "spread": found.spread / args.batch_size}
     return rows
-
-
-def _itself(model: Detector) -> Detector:
-    return model
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

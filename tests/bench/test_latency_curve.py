@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from unittest import mock
 
 import pytest
 
@@ -11,6 +12,7 @@ from bench.tables import latency_curve as docs_table
 from prune_greedy_ad import __doc__ as doc
 from pruning.schedule import MGP
 from runs.search_command import get_pruning_parser, search
+from tests.pruning.test_latency_search import by_width
 from tests.tiny_run import write_self_annotated
 from util.cli import parse
 from util.errors import UserError
@@ -25,13 +27,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def commands(monkeypatch):
-    """Run searches in this process; the words of each."""
+    """Run searches in this process, where a channel takes a millisecond; the words of each."""
     found = []
 
     def call(words, **_):
         found.append(words)
         # A block of 32 channels that could have every width would take a turn for each.
-        search(MGP, *parse(get_pruning_parser(MGP, doc), [*words[2:], "--block_unit", "32", "--ffn_unit", "32"]))
+        with mock.patch("pruning.latency.time_steps", by_width):
+            search(MGP, *parse(get_pruning_parser(MGP, doc), [*words[2:], "--block_unit", "32", "--ffn_unit", "32"]))
         return 0
 
     monkeypatch.setattr(subprocess, "call", call)
