@@ -11,6 +11,7 @@ every detector as cut on val2017 and times all of them in turns. Writes latency_
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from bench.subject import CPU, Subject, get_subject_parser
 from models.detector import Detector
+from models.folding import folded_copy
 from pruning.cost import cost_of
 from pruning.journal import OUTPUT_NAME
 from pruning.latency import TABLE_NAME, Setting, measure_whole
@@ -102,7 +104,7 @@ def measure(subject: Subject, paths: Mapping[str, Sequence[Path]], args: argpars
             "detector_gmacs": cost.detector_gmacs, "params": cost.params,
             "widths": model.widths_in("detector").to_list(),
         })  # fmt: skip
-    built = {key: lambda model=model: model for key, (_, _, model) in detectors.items()}
+    built = {key: functools.partial(folded_copy, model) for key, (_, _, model) in detectors.items()}
     times = measure_whole(built, setting, CPU, graphs=False)
     for row in rows:
         found = times[row.pop("key")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -31,6 +32,13 @@ def fold_norms(detector: Detector) -> None:
             block.downsample[1] = nn.Identity()
     if next(backbone.parameters()).device.type == "cpu":
         backbone.to(memory_format=torch.channels_last)
+
+
+def folded_copy(detector: Detector) -> Detector:
+    """Return a copy of a detector in eval mode with folded batch norms, see `fold_norms`."""
+    folded = copy.deepcopy(detector).eval()
+    fold_norms(folded)
+    return folded
 
 
 def _fold(convolution: nn.Module, norm: nn.Module) -> None:

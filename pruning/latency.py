@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.detector import Detector
+from models.folding import fold_norms
 from pruning.gates import clear_gates
 from pruning.journal import Turn
 from pruning.selection import Order
@@ -349,10 +350,14 @@ def unpruned_copy(model: Detector, scope: str) -> Detector:
 
 
 def cut_copy(model: Detector, scope: str, widths: Mapping[str, int]) -> Detector:
-    """Return a copy of a detector whose modules have only their first channels, to be timed."""
+    """Return a copy of a detector whose modules have only their first channels, to be timed.
+
+    Its batch norms are folded, as for inference.
+    """
     modules = model.prunable_modules(scope)
     kept = {name: Order.natural(modules[name]).kept(width) for name, width in widths.items()}
     state = cut_state_dict(model.state_dict(), kept, modules)
     slim = slim_copy(model, state, widths_after(model.widths_in(scope), kept))
     clear_gates(slim)
+    fold_norms(slim)
     return slim

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from datasets.coco import CocoDataset
-from engine import eval_mode
 from models.detector import Detector
+from models.folding import folded_copy
 from pruning.cost import cost_of
 from reports.comparison import COLUMNS, CUT, DENSE, TUNED, Row, read_comparison, table_rows, write_comparison
 from util.logging import table
@@ -51,9 +51,9 @@ class Comparison:
         """Time the teacher and the fine-tuned detector on a few images, write the rows, and return them as text."""
         device = next(tuned.parameters()).device
         images = [self.dataset[index][0].to(device) for index in range(min(TIMED_IMAGES, len(self.dataset)))]
-        models: dict[str, nn.Module] = {TUNED: tuned} if self.teacher is None else {TUNED: tuned, DENSE: self.teacher}
-        with eval_mode(tuned):
-            found = milliseconds_per_image(models, images)
+        assert isinstance(tuned, Detector)
+        models = {TUNED: tuned} if self.teacher is None else {TUNED: tuned, DENSE: self.teacher}
+        found = milliseconds_per_image({name: folded_copy(model) for name, model in models.items()}, images)
         found[CUT] = found[TUNED]  # of the same widths
         self.rows = [row.with_milliseconds(found.get(row.name)) for row in self.rows]
         self.write()

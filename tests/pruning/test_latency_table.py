@@ -72,7 +72,7 @@ def test_modules_share_a_kind_where_they_compute_the_same(model):
 
 
 def test_a_kind_depends_on_image_size_and_width(model):
-    kinds, larger = kinds_at(model), kinds_at(model, (64, 96))
+    kinds, larger = kinds_at(unpruned_copy(model, "detector")), kinds_at(model, (64, 96))
     assert kinds["encoder.0.attention"] != larger["encoder.0.attention"]
     assert kinds["decoder.0.self_attention"] == larger["decoder.0.self_attention"]  # queries alone
     narrow = cut_copy(model, "detector", {"encoder.0.ffn": 8})
@@ -106,6 +106,12 @@ def test_a_cut_copy_has_the_widths_and_leaves_the_model_as_it_is(model):
     slim = cut_copy(model, "detector", widths)
     assert {name: slim.widths_in("detector").of(name) for name in widths} == widths and 0 in widths.values()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_what_is_timed_has_no_batch_norms(model):
+    copies = unpruned_copy(model, "transformer"), cut_copy(model, "detector", {"backbone.layer1.0": 0})
+    for copy in copies:
+        assert not [module for module in copy.modules() if "BatchNorm" in type(module).__name__]
 
 
 def test_a_copy_has_no_gates(model):
