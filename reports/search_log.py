@@ -24,7 +24,7 @@ from weights.teacher import teacher_of
 MODULE_COLUMNS = ("module", "before", "after", "mAP after", "seconds", "images", "whole passes")
 LATENCY_COLUMNS = ("", "ms measured", "spread", "ms predicted", "predicted / measured", "faster")
 POINT_COLUMNS = ("budget", "file", "cost kept", "mAP", "parameters", "GMACs, detector", "ms")
-TRIAL_COLUMNS = ("taken", "cost kept", "decoder layers", "power", "mAP", "seconds", "images", "whole passes")
+TRIAL_COLUMNS = ("taken", "cost kept", "power", "mAP", "seconds", "images", "whole passes")
 
 
 class ProgressBar:
@@ -144,17 +144,19 @@ def trial_summary(trial: Trial, threshold_ap: float | None) -> str:
 
 
 def trial_table(trials: Sequence[Trial], chosen: Sequence[Trial]) -> str:
-    """Return `trial_rows` as text."""
-    return table(TRIAL_COLUMNS, trial_rows(trials, chosen))
+    """Return `trial_cells` as text."""
+    return table(*trial_cells(trials, chosen))
 
 
-def trial_rows(trials: Sequence[Trial], chosen: Sequence[Trial]) -> list[tuple[object, ...]]:
-    """Return a row of `TRIAL_COLUMNS` for each trial, with the chosen ones marked."""
-    return [
+def trial_cells(trials: Sequence[Trial], chosen: Sequence[Trial]) -> tuple[Sequence[str], list[tuple[object, ...]]]:
+    """Return the column names and a row for each trial, with the chosen ones marked.
+
+    With --min_dec_layers the last column has the numbers of decoder layers.
+    """
+    rows = [
         (
             "*" if trial in chosen else "",
             kept_cost(trial.to_dict()),
-            trial.decoder_layers or "all",
             trial.power,
             trial.full_ap,
             f"{trial.seconds:.1f}",
@@ -163,6 +165,10 @@ def trial_rows(trials: Sequence[Trial], chosen: Sequence[Trial]) -> list[tuple[o
         )
         for trial in trials
     ]
+    if all(trial.decoder_layers is None for trial in trials):
+        return TRIAL_COLUMNS, rows
+    layers = [trial.decoder_layers or "all" for trial in trials]
+    return (*TRIAL_COLUMNS, "decoder layers"), [(*row, found) for row, found in zip(rows, layers, strict=True)]
 
 
 def width_table(before: Widths, after: Widths) -> str:

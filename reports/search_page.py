@@ -31,12 +31,11 @@ from reports.samples import Samples
 from reports.search_log import (
     LATENCY_COLUMNS,
     MODULE_COLUMNS,
-    TRIAL_COLUMNS,
     latency_caption,
     latency_rows,
     module_rows,
     next_command,
-    trial_rows,
+    trial_cells,
     width_rows,
 )
 from util.environment import ARGUMENTS_NAME
@@ -294,7 +293,7 @@ def _steps(facts: SearchFacts) -> str:
     """Return the table of modules or trials, as in the log."""
     if facts.decisions:
         return page.section("Modules", page.html_table(MODULE_COLUMNS, module_rows(facts.decisions)))
-    trials = page.html_table(TRIAL_COLUMNS, trial_rows(facts.trials, facts.chosen)) if facts.trials else ""
+    trials = page.html_table(*trial_cells(facts.trials, facts.chosen)) if facts.trials else ""
     modules = (
         page.html_table(("module", "before", "after"), width_rows(facts.before, facts.after))
         if facts.end is not None

@@ -1,5 +1,6 @@
 """Searches that may drop the last decoder layers."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from pruning.transplant import widths_after
 from pruning.workbench import DetectorBench
 from reports.report import render
 from reports.samples import Samples
+from reports.search_log import trial_cells
 from reports.search_page import read_search
 from runs.config import TrainingOptions
 from runs.search_command import get_pruning_parser, search
@@ -310,3 +312,13 @@ def test_parameters_without_the_last_layers_are_counted(network):
         widths = whole.widths.first_layers(count).replace("decoder.0.ffn", 8)
         slim = tiny_detector(f"{network} --dec_layers {count}", widths)[0]
         assert params_by_widths(whole)(widths) == cost_of(slim).transformer_params
+
+
+def test_the_table_of_trials_has_decoder_layers_only_where_they_were_tried():
+    plain = [Trial(0.5, 1.0, {}, 0.4, 0.5), Trial(0.5, 2.0, {}, 0.3, 0.5)]
+    columns, rows = trial_cells(plain, plain[:1])
+    assert "decoder layers" not in columns and [row[0] for row in rows] == ["*", ""]
+    dropped = [plain[0], dataclasses.replace(plain[1], decoder_layers=1)]
+    columns, rows = trial_cells(dropped, dropped[1:])
+    assert columns[-1] == "decoder layers" and [row[-1] for row in rows] == ["all", 1]
+    assert {len(columns)} == {len(row) for row in rows}
