@@ -301,9 +301,10 @@ def latency_curve(results: Path) -> str:
                 (
                     f"{name}, {row['name']}", points(row["ap"]), f"{100 * share:.0f} %", f"{row['milliseconds']:.2f}",
                     f"{dense['milliseconds'] / row['milliseconds']:.2f}",
+                    f"{row['prediction_ratio']:.2f}" if row.get("prediction_ratio") else "",
                 )
             )  # fmt: skip
-    return markdown(("", "AP", "MACs", "ms an image", "times as fast"), rows)
+    return markdown(("", "AP", "MACs", "ms an image", "times as fast", "predicted / measured"), rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

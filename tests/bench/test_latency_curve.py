@@ -60,6 +60,13 @@ def test_each_search_runs_once_and_its_files_become_rows(folder, tmp_path, monke
     assert 0.985 < shares[4] <= 0.995
     assert shares[5] <= 0.985
     assert all(row["milliseconds"] > 0 for row in rows)
+    summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "work").glob("*latency*/summary.json"))]
+    compared = {**summaries[0]["latency"]["detectors"], **summaries[1]["latency"]["detectors"]}
+    assert [row["prediction_ratio"] for row in rows] == [
+        None, compared["0.99"]["ratio"], compared["0.98"]["ratio"],
+        next(found["ratio"] for name, found in summaries[0]["latency"]["detectors"].items() if name != "before"),
+        None, None,
+    ]  # fmt: skip
     assert (tmp_path / "latency_curve_tiny.png").stat().st_size > 1000
     assert bench.LATENCY in capsys.readouterr().out
 
@@ -67,7 +74,7 @@ def test_each_search_runs_once_and_its_files_become_rows(folder, tmp_path, monke
     lines = docs_table(tmp_path).splitlines()[2:]
     assert len(lines) == len(rows)
     assert lines[0].startswith("| demo, dense |")
-    assert lines[0].endswith("| 1.00 |")
+    assert lines[0].endswith("| 1.00 |  |") and lines[1].endswith(f"| {rows[1]['prediction_ratio']:.2f} |")
 
     commands.clear()
     bench.main()
