@@ -93,6 +93,8 @@ def configurations() -> list[Configuration]:
         add("lr 1e-4", subject)
         add("lr 4e-4", subject, lr="4e-4", lr_backbone="4e-5")
         add("distilled, matching denoising", subject, distill_queries="matching denoising")
+        add("distilled, matching denoising, backbone at the full rate", subject, lr_backbone="1e-4",
+            distill_queries="matching denoising")  # fmt: skip
     for seed in (43, 44):
         for subject in ("slim47", "dense"):
             add(f"lr 1e-4, seed {seed}", subject, seed)
