@@ -20,7 +20,7 @@ from pruning.backward import LossGradients
 from pruning.convolution_moments import block_positions
 from pruning.finite_checks import are_finite, check_everywhere, image_ids
 from pruning.layer_outputs import kept_outputs, outputs_of
-from pruning.moments import TINY
+from pruning.moments import TINY, sum_of_products
 from pruning.state_cache import StateCache, Targets
 from util import distributed
 
@@ -180,7 +180,7 @@ class Calibration:
         found.energy += float(squares.sum(dtype=torch.float64) * scale.double() ** 2)
         if not key.endswith(".bn1"):
             self.cache.counter.moment_macs += rows.numel() * rows.shape[-1]
-            moment = (rows.flatten(0, 1).T @ rows.flatten(0, 1)).double().cpu() * float(scale) ** 2
+            moment = sum_of_products(rows.flatten(0, 1), rows.flatten(0, 1)).cpu() * float(scale) ** 2
             found.metric = moment if found.metric is None else found.metric + moment
         if gradient.dim() == 4:
             block, _, norm = key.rpartition(".")

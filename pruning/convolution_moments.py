@@ -21,7 +21,7 @@ from pruning.moments import Moments
 
 ROWS_PER_UNKNOWN = 40  # chosen on the demo, see `positions_per_image`
 SEED = 0  # of the drawn positions
-ROW_BYTES_AT_ONCE = 2**27  # of patches in one product: bounds memory and float32 rounding errors
+ROW_BYTES_AT_ONCE = 2**27  # of patches gathered at a time
 
 
 def positions_per_image(unknowns: int, positions: int, images: int, rows_per_unknown: int = ROWS_PER_UNKNOWN) -> int:
@@ -105,8 +105,7 @@ def moments_at(
 ) -> Moments:
     """Return the weighted sums of a batch over drawn positions.
 
-    Products use the inputs' dtype: with thousands of unknowns they take most of the time, and float32 rounding is far
-    below the damping. Their sums over portions and batches are float64.
+    Products use the inputs' dtype, see `Moments.of`: with thousands of unknowns they take most of the time.
 
     Args:
         sources: inputs B x C x H x W of convolutions with equal output sizes; their patches are put side by side.
