@@ -225,6 +225,21 @@ def coco_eval(results: Path) -> str:
     )
 
 
+def fits(results: Path) -> str:
+    """Describe the measurement of the fits, and what each of several processes computes."""
+    found = read_figures(results, "fits.json")
+    shares = [
+        f"{row['processes']}: {row['main']:.1f} in the main one"
+        + (f" and at most {max(row['others']):.2f} in each of the others" if row["others"] else "")
+        for row in found["processes"]
+    ]
+    return paragraph(
+        f"Medians of {found['rounds']} rounds, in turns, so that machine load affects both alike. The second column is "
+        f"how often a search of DN-DETR-R50 with {found['cuts']} cuts makes each fit. "
+        f"CPU seconds of one fit of each kind by the number of processes: {'; '.join(shares)}. {measured_with(found)}"
+    )
+
+
 def demo_deformable(results: Path) -> str:
     """Describe the measurement of the deformable demo."""
     return paragraph(measured_with(read_figures(results, "demo_deformable_summary.json")))
@@ -353,6 +368,7 @@ TEXTS: dict[str, Callable[[Path], str]] = {
         latency_curve,
         search_resnet50,
         coco_eval,
+        fits,
         demo_deformable,
         ops,
         demo_checkpoint,

@@ -230,6 +230,18 @@ def coco_eval(results: Path) -> str:
     return markdown(("evaluator", "seconds", "times as quick as pycocotools", "greatest difference"), rows)
 
 
+def fits(results: Path) -> str:
+    """Compare the fits of a search with the forms that they replaced, in seconds."""
+    found = read_figures(results, "fits.json")
+    rows = [
+        (row["name"], row["count"] or "", f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['ratio']:.1f}")
+        for row in found["rows"]
+    ]
+    before, after = found["search"]["before"], found["search"]["after"]
+    rows.append(("all fits of a search", "", f"{before:.0f}", f"{after:.0f}", f"{before / after:.1f}"))
+    return markdown(("", "in a search", "before: s", "now: s", "times as fast"), rows)
+
+
 def ops(results: Path) -> str:
     """Compare the sampling operator with PyTorch operations, in milliseconds; on CUDA if its figures exist."""
     rows: dict[tuple[str, ...], list[str]] = {}
@@ -319,6 +331,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         search_parts,
         decoder_layers,
         coco_eval,
+        fits,
         demo_deformable,
         ops,
         latency,

@@ -27,6 +27,7 @@ from pruning.gates import set_gate
 from pruning.kept_channels import Kept, width_of
 from pruning.least_squares import OutputLayer, error_covariance, errors_of_prefixes, penalty, refit
 from pruning.moments import Moments
+from pruning.nested_sets import damages_of_sets, inputs_of_chain
 from pruning.state_cache import StateCache
 from util import distributed
 from util.logging import show
@@ -147,14 +148,9 @@ class BlockReconstruction:
             # The errors of the last convolution are all that a removed block makes.
             is_last = part == self._module.parts[-1]
             of_part = {width: kept[part] for width, kept in kept_sets.items() if width or is_last}
-            for chain in chains(of_part):
-                found = decided_on_main(
-                    f"the fit of {self._module.name}",
-                    functools.partial(self._damages_of_chain, part, chain),
-                    lambda found: [found],
-                )
-                for width, damage in zip(chain, found.tolist(), strict=True):
-                    damages[width] += damage
+            price = functools.partial(self._damages_of_chain, part)
+            for width, damage in damages_of_sets(f"the fit of {self._module.name}", of_part, price).items():
+                damages[width] += damage
         return damages
 
     def _damages_of_chain(self, part: str, chain: Mapping[int, Tensor]) -> Tensor:
@@ -164,22 +160,17 @@ class BlockReconstruction:
         if not float(judged_on.weight) or not float(fitted_on.weight):
             fitted_on = judged_on = fitted_on + judged_on
         weight, area = as_linear(*self._block.convolutions()[number - 1])[0], self._area(number)
-        order = torch.cat([*chain.values(), torch.arange(self._module.width)]).tolist()
-        inputs = inputs_of_channels(torch.tensor([*dict.fromkeys(order)]), area)
-        ends = [len(channels) * area for channels in chain.values()]
-        sensitivity, weight = self._sensitivity(number), weight[:, inputs]
+        inputs, sensitivity = inputs_of_chain(chain, self._module.width, area), self._sensitivity(number)
+        of_inputs, weight = (inputs[:, None], inputs), weight[:, inputs]
         if self.level == "none":
-            errors = errors_of_prefixes(
-                weight, sensitivity.metric, (judged_on.xx / judged_on.weight)[inputs[:, None], inputs]
-            )
+            second = (judged_on.xx / judged_on.weight)[of_inputs]
+            errors = errors_of_prefixes(weight, sensitivity.metric, second)
         else:
             covariance = fitted_on.covariance_xx
             covariance.diagonal().add_(penalty(fitted_on, BLOCK_DAMPING))
-            covariance = covariance[inputs[:, None], inputs]
-            errors = errors_of_prefixes(
-                weight, sensitivity.metric, judged_on.covariance_xx[inputs[:, None], inputs], covariance
-            )
-        return sensitivity.level * errors[ends]
+            covariance = covariance[of_inputs]
+            errors = errors_of_prefixes(weight, sensitivity.metric, judged_on.covariance_xx[of_inputs], covariance)
+        return sensitivity.level * errors[[len(channels) * area for channels in chain.values()]]
 
     def _halves_of(self, part: str) -> tuple[Moments, Moments]:
         """Return moments of the inputs of the layer after a part of the unpruned block, on each half of the images.
@@ -386,14 +377,3 @@ def passes_of_fit(level: str, convolutions: int) -> int:
 def second_half(image_ids: Sequence[int]) -> set[int]:
     """Return half of the calibration images, whatever their batches and processes; nearly random, but half for sure."""
     return {*sorted(image_ids, key=lambda image_id: (zlib.crc32(f"half {image_id}".encode()), image_id))[1::2]}
-
-
-def chains(sets: Mapping[int, Tensor]) -> list[dict[int, Tensor]]:
-    """Divide kept sets into chains, in which each set contains those before it."""
-    found: list[dict[int, Tensor]] = []
-    for key, channels in sorted(sets.items(), key=lambda item: len(item[1])):
-        last = [*found[-1].values()][-1] if found else None
-        if last is None or not torch.isin(last, channels).all():
-            found.append({})
-        found[-1][key] = channels
-    return found

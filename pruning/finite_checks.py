@@ -10,6 +10,7 @@ from torch import Tensor
 
 from util import distributed
 from util.errors import NonFiniteLossError, reason_of
+from util.threads import idle_cores
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ def check_everywhere(bad_images: Mapping[str, Collection[int]]) -> None:
 
 
 def decided_on_main(what: str, fit: Callable[[], T], numbers_of: Callable[[T], Iterable[Tensor]]) -> T:
-    """Run `fit` in the main process and return its result in every process, bitwise equal.
+    """Run `fit` in the main process, on idle cores too, and return its result in every process, bitwise equal.
 
     Args:
         what: name of the fit in errors.
@@ -57,7 +58,8 @@ def decided_on_main(what: str, fit: Callable[[], T], numbers_of: Callable[[T], I
 
     def checked() -> T:
         try:
-            outcome = fit()
+            with idle_cores():
+                outcome = fit()
         except torch.linalg.LinAlgError as error:
             raise NonFiniteLossError(f"calibration: {what} failed ({reason_of(error)})") from None
         if not are_finite(numbers_of(outcome)):

@@ -18,7 +18,7 @@ compute the same function and the file formats do not change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -32,13 +32,21 @@ from pruning.calibration import Calibration
 from pruning.finite_checks import decided_on_main
 from pruning.gates import gate_vector, set_gate
 from pruning.kept_channels import Kept, width_of
-from pruning.least_squares import OutputLayer, error_covariance, low_rank_products, refit, value_directions
-from pruning.moments import Moments, square_root
+from pruning.least_squares import (
+    OutputLayer,
+    error_covariance,
+    errors_of_prefixes,
+    low_rank_products,
+    penalty,
+    refit,
+    value_directions,
+)
+from pruning.moments import DAMPING, Moments, square_root
+from pruning.nested_sets import damages_of_sets, inputs_of_chain
+from pruning.projected_rows import balance, logit_blocks, project_rows
 from util import distributed
 
 LEVELS = ("none", "output", "full")
-QUERY_PARTS = {"query": 0, "position_query": 1}
-KEY_PARTS = {"key": 0, "position_key": 1, "common_key": 0}
 
 
 @dataclass(frozen=True)
@@ -139,10 +147,29 @@ class Reconstruction:
         if module.kind == BLOCK:
             self.restore(module.name)
             return self._blocks.damages(kept_sets)
+        if module.kind == "ffn":
+            return self._ffn_damages(module, {width: kept["hidden"] for width, kept in kept_sets.items()})
         return {width: self._damage_of(module, kept) for width, kept in kept_sets.items()}
 
+    def _ffn_damages(self, module: PrunableModule, sets: Mapping[int, Tensor]) -> dict[int, float]:
+        """Return the damages of an FFN for each set of hidden channels, all from one factorisation."""
+        moments, weight = self.hidden_moments(), self._output_layer(module)[0].double().cpu()
+        sensitivity = self._calibration.sensitivities[module.name]
+
+        def price(chain: Mapping[int, Tensor]) -> Tensor:
+            inputs, fitted = inputs_of_chain(chain, module.width), None
+            of_inputs = inputs[:, None], inputs
+            judged = (moments.xx / moments.weight if self.level == "none" else moments.covariance_xx)[of_inputs]
+            if self.level != "none":
+                fitted = judged.clone()
+                fitted.diagonal().add_(penalty(moments, DAMPING))
+            errors = errors_of_prefixes(weight[:, inputs], sensitivity.metric, judged, fitted)
+            return sensitivity.level * errors[[*map(len, chain.values())]]
+
+        return damages_of_sets(f"the fit of {module.name}", sets, price)
+
     def _damage_of(self, module: PrunableModule, kept: Kept) -> float:
-        """Return the damage of one kept set of an attention or FFN."""
+        """Return the damage of one kept set of an attention."""
         if self.level != "none":
             return self.apply(kept) or 0.0  # never None at these levels
         self.restore(module.name)
@@ -248,14 +275,18 @@ class Reconstruction:
         self._second_moments = sums[:half], sums[half:]
 
     def _measure(self, module: PrunableModule, targets: list[Tensor] | None) -> Moments:
-        """Return the moments of the output layer's input under the current gates, and of `targets` (None for none)."""
+        """Return the moments of the output layer's input under the current gates, and of `targets` (None for none).
+
+        Products of an attention are float64: the errors of its nearly whole widths are small differences of measured
+        moments. Of an FFN only the inputs are measured, with many more products, so float32 is enough.
+        """
         weights = self._calibration.sensitivities[module.name].token_weights
-        name = "attended" if module.is_attention else "hidden"
+        name, dtype = ("attended", torch.float64) if module.is_attention else ("hidden", torch.float32)
         total: Moments | None = None
         for place, seen in self._calibration.activations(module):
             x = seen[name]
             y = x[..., :0] if targets is None else targets[place]
-            part = Moments.of(x, y, weights[place])
+            part = Moments.of(x, y, weights[place], dtype)
             self._calibration.cache.counter.moment_macs += weights[place].numel() * part.macs_per_row
             total = part if total is None else total + part
         total = Moments.over_processes(total)
@@ -267,33 +298,28 @@ class Reconstruction:
     ) -> Fit:
         """Project queries and keys onto their best directions, stored in the kept channels; see `logit_moments`."""
         rank = len(kept_queries) // module.nheads
-        heads = [
-            low_rank_products([q[h] for q in queries], [k[h] for k in keys], rank, module.has_common_key)
-            for h in range(module.nheads)
-        ]
-        projections = [
-            [torch.stack([head[side][product] for head in heads]) for product in range(len(queries))] for side in (0, 1)
-        ]
+        projections = low_rank_products(queries, keys, rank, module.has_common_key)
         weights = {piece.key: self._copy(piece.key) for piece in module.parameter_slices() if piece.axis == 0}
-        blocks = list(_logit_blocks(module, weights))
+        blocks = list(logit_blocks(module, weights))
         if not module.has_common_key:
-            _balance(projections, blocks)
+            balance(projections, blocks)
         for side, product, block in blocks:
-            _project_rows(block, kept_queries, projections[side][product])
+            project_rows(block, kept_queries, projections[side][product])
         return Fit(weights)
 
     def _fit_output(self, module: PrunableModule, kept: Kept, moments: Moments) -> Fit:
         """Refit the layer after the kept channels, at level `full` on the best directions of the values."""
         part = "value" if module.is_attention else "hidden"
         weight, bias = (f"{module.output_name}.{leaf}" for leaf in ("weight", "bias"))
-        weights = {weight: self._copy(weight)}
+        weights, whole = {weight: self._copy(weight)}, moments
         if self.level == "full" and module.is_attention and width_of(kept):
             projection, projected = self._project_values(module, kept[part], moments)
             start, moments = weights[weight].double() @ projection.T, moments.of_projected(projection)
+            whole = moments
             weights |= projected
         else:
             start, moments = weights[weight][:, kept[part]], moments.of_channels(kept[part])
-        fitted, fitted_bias = refit(start, moments)
+        fitted, fitted_bias = refit(start, moments, whole=whole)
         weights[weight][:, kept[part]] = fitted.to(weights[weight])
         weights[bias] = fitted_bias.to(self._parameters[bias].dtype)
         return Fit(weights, self._damage(module, fitted, moments))
@@ -308,19 +334,17 @@ class Reconstruction:
         """
         rank, head_width = len(kept_values) // module.nheads, module.width // module.nheads
         root, _ = square_root(self.metric())
-        weight = root @ self._output_layer(module)[0].double().cpu()
-        heads = []
-        for head in range(module.nheads):
-            place = slice(head * head_width, (head + 1) * head_width)
-            covariance = moments.covariance_xx[place, place]
-            heads.append(value_directions(weight[:, place], covariance, rank))
+        weight = (root @ self._output_layer(module)[0].double().cpu()).unflatten(1, (-1, head_width)).movedim(1, 0)
+        of_heads = moments.covariance_xx.unflatten(1, (-1, head_width)).unflatten(0, (-1, head_width))
+        covariance = of_heads.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        heads = value_directions(weight, covariance, rank)
         weights: dict[str, Tensor] = {}
         for piece in module.parameter_slices():
             if "value" in piece.parts and piece.axis == 0:
                 weights[piece.key] = self._copy(piece.key)
                 for part, block in piece.blocks(weights[piece.key]):
                     if part == "value":
-                        _project_rows(block, kept_values, torch.stack(heads))
+                        project_rows(block, kept_values, heads)
         return torch.block_diag(*heads), weights
 
     def _fit_gates(self, module: PrunableModule, kept: Kept, moments: Moments) -> Fit:
@@ -349,41 +373,6 @@ def _keys(module: PrunableModule) -> list[str]:
         fitted += [] if module.layer.downsample is None else ["downsample.0.weight"]
         return [f"{prefix}.{leaf}" for leaf in fitted]
     return [*(piece.key for piece in module.parameter_slices()), f"{module.output_name}.bias"]
-
-
-def _logit_blocks(module: PrunableModule, weights: Mapping[str, Tensor]) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the side (0 for queries, 1 for keys), the product's index, and a view of the rows of a weight or bias."""
-    for piece in module.parameter_slices():
-        if piece.axis:
-            continue
-        for part, block in piece.blocks(weights[piece.key]):
-            for side, products in enumerate((QUERY_PARTS, KEY_PARTS)):
-                if part in products:
-                    yield side, products[part], block
-
-
-def _project_rows(block: Tensor, kept: Tensor, projections: Tensor) -> None:
-    """Set rows[kept of head h] = projections[h] @ rows[all of head h] in a weight (width x D) or bias (width)."""
-    heads, _, head_width = projections.shape
-    rows = block.detach().double().cpu().reshape(heads, head_width, -1)
-    block[kept.to(block.device)] = (projections @ rows).flatten(0, 1).reshape(-1, *block.shape[1:]).to(block)
-
-
-def _balance(projections: list[list[Tensor]], blocks: list[tuple[int, int, Tensor]]) -> None:
-    """Rescale each direction so that its query and key weights have equal norms; the logits do not change.
-
-    If one side's weights are a hundred times larger, the first steps of fine-tuning destroy more than they repair.
-    """
-    for product, (on_queries, on_keys) in enumerate(zip(*projections, strict=True)):
-        squares = []
-        for side, projection in enumerate((on_queries, on_keys)):
-            heads, _, head_width = projection.shape
-            rows = [b.detach().double().cpu().reshape(heads, head_width, -1) for s, p, b in blocks
-                    if (s, p) == (side, product) and b.dim() == 2]  # fmt: skip
-            squares.append(sum((projection @ weight).square().sum(-1, keepdim=True) for weight in rows))
-        ratio = (squares[1].clamp(min=1e-30) / squares[0].clamp(min=1e-30)) ** 0.25
-        on_queries.mul_(ratio)
-        on_keys.div_(ratio)
 
 
 def _per_head(x: Tensor, nheads: int, weights: Tensor) -> Tensor:

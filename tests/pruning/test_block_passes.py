@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from pruning.block_reconstruction import chains, passes_of_fit, second_half
+from pruning.block_reconstruction import passes_of_fit, second_half
 from pruning.method import METHODS
+from pruning.nested_sets import chains
 from pruning.reconstruction import LEVELS
 from pruning.scores import Elimination
 from pruning.selection import order_channels

@@ -129,15 +129,21 @@ def test_activations_are_named_with_module_and_images(setting, name, level, valu
         reconstruction.damages({16: Order.natural(module).kept(16)})
 
 
-@pytest.mark.parametrize("name", ["encoder.0.attention", "decoder.1.ffn"])
-@pytest.mark.parametrize(("level", "function"), [("none", "error_covariance"), ("output", "refit"), ("full", "refit")])
+@pytest.mark.parametrize(
+    ("name", "level", "function"),
+    [
+        ("encoder.0.attention", "none", "error_covariance"),
+        *(("encoder.0.attention", level, "refit") for level in LEVELS[1:]),
+        *(("decoder.1.ffn", level, "errors_of_prefixes") for level in LEVELS),
+    ],
+)
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_fit_that_is_not_finite_is_no_damage_of_nothing(setting, name, level, function, value):
     module, reconstruction = setting.begin(name, level)
     original = getattr(reconstruction_module, function)
 
-    def spoiled(*args):
-        found = original(*args)
+    def spoiled(*args, **options):
+        found = original(*args, **options)
         return tuple(t * value for t in found) if isinstance(found, tuple) else found * value
 
     with (

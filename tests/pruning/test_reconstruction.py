@@ -227,7 +227,7 @@ def test_a_removed_module_adds_the_weighted_mean_of_what_it_gave(setting, name):
         module, reconstruction = setting.begin(name, level)
         kept = random_kept(module, 0)
         damage = reconstruction.damages({0: kept})[0]
-        assert reconstruction.apply(kept) == (None if level == "none" else damage)
+        assert reconstruction.apply(kept) == (None if level == "none" else pytest.approx(damage, rel=1e-12))
         found = setting.outputs_of(module)
         torch.testing.assert_close(found, constant.double().expand_as(found), atol=1e-5, rtol=1e-5)
         expected = least if level != "none" else setting.error(module, whole, sensitivity.metric)
@@ -347,3 +347,17 @@ def test_attentions_that_use_few_directions_lose_nothing_when_cut_to_as_many(net
         # What is left is the damping's.
         assert setting.error(module, whole) < 1e-3 * spread + 1e-12
         reconstruction.restore(module.name)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_all_widths_of_an_ffn_are_priced_like_each_by_its_own_fit(variant, level):
+    module, reconstruction = variant.begin("encoder.0.ffn", level)
+    reconstruction.restore(module.name)
+    kept = {width: random_kept(module, width, width) for width in (0, 8, 20)}  # not one in another
+    kept |= {width: Order.natural(module).kept(width) for width in (4, 12, 28)}
+    found = reconstruction.damages(kept)
+    assert [*found] == sorted(kept)
+    for width, of_width in kept.items():
+        alone = reconstruction._damage_of(module, of_width)
+        assert found[width] == pytest.approx(alone, rel=1e-6), width
+    reconstruction.restore(module.name)
