@@ -17,6 +17,7 @@ SLOW_FILES = (
     "test_processes.py",
     "test_ops.py",
     "test_build.py",
+    "test_cuda_emulation.py",
     "test_batches.py",
     "test_end_to_end.py",
     "test_main.py",

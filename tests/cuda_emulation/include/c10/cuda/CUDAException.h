@@ -1,0 +1,6 @@
+// In place of PyTorch's header of this name.
+#pragma once
+
+#include "cuda_emulation/runtime.h"
+
+#define C10_CUDA_KERNEL_LAUNCH_CHECK() (cuda_emulation::unchecked = false)  // the emulation throws at the launch
