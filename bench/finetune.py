@@ -44,7 +44,7 @@ RECIPE = {
     "warmup_iters": "50",
     "ema_decay": "0.998",
 }
-RATES = ("1e-5", "3e-5", "1e-4", "2e-4", "4e-4")
+RATES = ("4e-4", "1e-4", "2e-4", "8e-4", "3e-5", "1e-5")
 POLL_SECONDS = 0.5
 
 
@@ -66,7 +66,7 @@ def configurations() -> list[Configuration]:
         found.append(Configuration(f"{subject}: {name}", subject, options, seed))
 
     for subject in ("slim47", "dense"):
-        for rate in ("1e-4", "3e-5", "4e-4", "2e-4", "1e-5"):
+        for rate in RATES:
             add(f"lr {rate}", subject, lr=rate, lr_backbone=f"{float(rate) / 10:.0e}")
     add("distilled, matching", "slim47", distill_queries="matching")
     add("distilled, denoising", "slim47", distill_queries="denoising")
@@ -97,6 +97,7 @@ def configurations() -> list[Configuration]:
             distill_queries="matching denoising")  # fmt: skip
     for seed in (43, 44):
         for subject in ("slim47", "dense"):
+            add(f"lr 4e-4, seed {seed}", subject, seed, lr="4e-4", lr_backbone="4e-5")
             add(f"lr 1e-4, seed {seed}", subject, seed)
             add(f"distilled, matching denoising, seed {seed}", subject, seed, distill_queries="matching denoising")
     return found
@@ -182,6 +183,7 @@ class Bench:
         distilled = "distill_queries" in options
         words = [word for key, value in options.items() for word in (f"--{key}", *value.split())]
         words += ["--distill", str(self.args.checkpoint) if distilled else "none"]
+        words += ["--start_fresh"] if configuration.subject == "dense" else []  # its own training may have ended
         words += ["--epochs", str(self.args.epochs), "--seed", str(configuration.seed), "--print_freq", "0"]
         words += ["--amp", "bf16" if self.args.amp else "off", *COMMON.split(), *self.args.options.split()]
         folder = self.args.work / configuration.name.replace(":", "").replace(",", "").replace(" ", "_")

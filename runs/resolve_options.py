@@ -71,8 +71,8 @@ def resolve_training(
     done = checkpoint.training.get("epoch", 0) if continuing and checkpoint and checkpoint.training else 0
     if checkpoint is not None and done >= options.training.epochs:
         raise UserError(
-            f"{checkpoint.path}: its training of {options.training.epochs} epochs is complete; expected more --epochs "
-            "to continue, or --start_fresh to train its weights again"
+            f"{checkpoint.path}: {done} epochs of its training are done, and --epochs is {options.training.epochs}; "
+            "expected more --epochs to continue, or --start_fresh to train its weights again"
         )
     return options, checkpoint, continuing
 

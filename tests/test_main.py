@@ -250,7 +250,7 @@ MISTAKES = {
     "no CUDA": ("--device cuda", "--device cuda: this machine"),
     "no device": ("--device toaster", "--device toaster: not a device"),
     "a file as output folder": ("--output_dir {tmp}/text.pth", "is a file, expected a folder"),
-    "a complete run": ("--resume {ckpt}", "its training of 2 epochs is complete"),
+    "a complete run": ("--resume {ckpt}", "2 epochs of its training are done, and --epochs is 2"),
 }  # fmt: skip
 
 

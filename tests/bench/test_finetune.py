@@ -78,6 +78,7 @@ def test_rows_keep_the_curve_and_a_second_call_runs_only_what_is_missing(bench, 
     assert (
         sum("--distill_queries matching anchors" in words and "dense.pth" in start for words, start in of.items()) == 1
     )
+    assert all(("--start_fresh" in words) == ("dense.pth" in start) for words, start in of.items())
     printed = result_table(result)
     assert "62.00" in printed and "61.00 62.00" in printed and "unfinished" in printed
 
