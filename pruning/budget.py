@@ -7,6 +7,7 @@ order, each on the activations of the cut modules before it. The measured mAP de
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections import deque
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.prunable import PrunableModule
-from pruning.allocation import ROUNDING, Tables, allocate, between, check_affordable, sum_of
+from pruning.allocation import ROUNDING, Budget, Tables, allocate, between, check_affordable, sum_of
 from pruning.cost_tables import Prices
 from pruning.journal import Effort, Trial
 from pruning.kept_channels import Kept
@@ -106,7 +107,8 @@ class BudgetSearch:
     def run_each(self, keeps: Sequence[float]) -> Iterator[tuple[dict[str, Kept], Trial]]:
         """Cut to one fraction of the cost after the other and yield the kept sets and the chosen trial of each.
 
-        Only the first fraction tries all powers; the others take its best one.
+        Only the first fraction tries all powers; the others take its best one. Where the widths remove modules, those
+        for the same fraction that remove none are tried, too: predicted damages of removed modules are often too small.
 
         Raises:
             UserError: one unit of every module costs more than a fraction, or `replayed` belongs to another search.
@@ -117,7 +119,7 @@ class BudgetSearch:
         self._begin(None)
         powers = self.powers if self.base_ap > 0 else self.powers[:1]  # an mAP of 0 cannot choose
         for keep in keeps:
-            best, cut = self._best_power(keep, powers)
+            best, cut = self._or_without_removals(keep, *self._best_power(keep, powers))
             powers = (best.power,)
             yield self._show(best, cut), best
 
@@ -148,6 +150,16 @@ class BudgetSearch:
                 best, best_cut = trial, cut
         assert best is not None
         return best, best_cut
+
+    def _or_without_removals(self, keep: float, best: Trial, cut: Cut | None) -> tuple[Trial, Cut | None]:
+        """Return the better of a trial that removes modules and one of the same power that removes none."""
+        if all(best.widths.values()):
+            return best, cut
+        widths = distributed.on_main(functools.partial(self._allocate_without_removals, keep, best.power))
+        if widths is None:
+            return best, cut
+        other, other_cut = self._trial(keep, best.power, widths)
+        return (other, other_cut) if other.full_ap > best.full_ap else (best, cut)
 
     def _least_that_passes(self, threshold_ap: float) -> tuple[Trial | None, Cut | None]:
         """Return the trial with the least kept fraction that passes, and its cut; None if none passes.
@@ -224,12 +236,24 @@ class BudgetSearch:
                 high = keep
         return high
 
-    def _allocate(self, keep: float, power: float) -> dict[str, int]:
-        """Return widths that cost at most the fraction `keep` of the whole, and `keep_params` of its parameters."""
+    def _allocate(self, keep: float, power: float, least_width: int = 0) -> dict[str, int]:
+        """Return widths that cost at most the fraction `keep` of the whole, and `keep_params` of its parameters.
+
+        Raises:
+            ValueError: no widths from `least_width` on do.
+        """
+        damages = from_width(self.damages, least_width)
         budget = self._prices.budget(keep)
         if self.params is None or self.keep_params is None:
-            return allocate(self.damages, self.costs, budget.limit, power)
-        return allocate_both(self.damages, (budget, self.params.budget(self.keep_params)), power)
+            return allocate(damages, from_width(budget.costs, least_width), budget.limit, power)
+        budgets = budget, self.params.budget(self.keep_params)
+        first, second = (Budget(from_width(one.costs, least_width), one.limit) for one in budgets)
+        return allocate_both(damages, (first, second), power)
+
+    def _allocate_without_removals(self, keep: float, power: float) -> dict[str, int] | None:
+        with contextlib.suppress(ValueError):
+            return self._allocate(keep, power, least_width=1)
+        return None
 
     @property
     def _prices(self) -> Prices:
@@ -323,6 +347,16 @@ class BudgetSearch:
             self.bench.set_kept(name, kept[name])
             self.progress(name, widths[name])
         return kept
+
+
+def cuts_at_most(budgets: int, min_units: int) -> int:
+    """Return the most cuts that `BudgetSearch.run_each` makes for so many budgets."""
+    return len(POWERS) + budgets - 1 + (0 if min_units else budgets)
+
+
+def from_width(tables: Tables, least: int) -> dict[str, dict[int, float]]:
+    """Return tables without the entries of widths below `least`."""
+    return {name: {width: value for width, value in of.items() if width >= least} for name, of in tables.items()}
 
 
 def widths_to_measure(module: PrunableModule, widths: Sequence[int], attention_widths: int | None) -> list[int]:

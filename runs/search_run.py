@@ -19,7 +19,7 @@ from datasets.sizes import size_notices
 from models.criterion import Criterion
 from models.detector import Detector
 from pruning.allocation import is_affordable
-from pruning.budget import DETECTOR_POWERS, EVALUATIONS, POWERS, BudgetSearch
+from pruning.budget import DETECTOR_POWERS, EVALUATIONS, BudgetSearch, cuts_at_most
 from pruning.cache_plan import BatchShape, CachePlanner, shape_of
 from pruning.cache_setup import batch_numbers, cache_options, cache_uses, sizes_of, split_by_size
 from pruning.checks import (
@@ -320,7 +320,7 @@ class SearchRun:
                 bench.reset()
                 model, criterion = first_layers_of(self.options, model, layers)
                 bench = bench.shallower(model, criterion)
-            earlier, cuts = self.results.trials, len(POWERS) + len(wanted) - 1
+            earlier, cuts = self.results.trials, cuts_at_most(len(wanted), self.config.min_units)
             with self._budget_search(bench, layers, unpruned_ap[layers], replayed, cuts) as search:
                 for name, (kept, trial) in zip(wanted, search.run_each([*wanted.values()]), strict=True):
                     self.results.trials = [*earlier, *search.trials]

@@ -8,19 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.allocation import widths_tried
-from pruning.budget import EVALUATIONS, POWERS, BudgetSearch, widths_to_measure
+from pruning.budget import EVALUATIONS, POWERS, BudgetSearch, cuts_at_most, widths_to_measure
 from pruning.journal import Trial
 from tests.pruning.fakes import FakeBench, constant, fake_module, fake_modules
 from tests.pruning.samples import quick
 from util.errors import UserError
 
 
-def search_over(bench, units, base_ap=0.5, kind=BudgetSearch, **options):
+def search_over(bench, units, base_ap=0.5, kind=BudgetSearch, min_units=1, **options):
     """A search in which every channel costs 1; `units` are of all modules or of each."""
     if isinstance(units, int):
         units = dict.fromkeys(bench.modules, units)
     costs = {
-        name: {width: float(width) for width in widths_tried(module.width, units[name])}
+        name: {width: float(width) for width in widths_tried(module.width, units[name], min_units)}
         for name, module in bench.modules.items()
     }
     total = float(sum(module.width for module in bench.modules.values()))
@@ -98,6 +98,38 @@ def test_a_detector_without_map_is_cut_once_for_each_fraction():
     bench = FakeBench(fake_modules(), constant(0.0), damage=damage)
     list(search_over(bench, 2, base_ap=0.0, on_trial=trials.append).run_each([0.6, 0.8]))
     assert [(trial.keep, trial.power) for trial in trials] == [(0.6, POWERS[0]), (0.8, POWERS[0])]
+
+
+def removing(keeps, ap, replayed=()):
+    """A search whose damages remove the FFN."""
+    bench = FakeBench(
+        fake_modules(), ap, damage=lambda name, width: 0.1 if name == "encoder.0.ffn" else damage("", width)
+    )
+    trials = []
+    search = search_over(bench, 2, min_units=0, on_trial=trials.append, replayed=list(replayed))
+    found = [(widths_of(kept), best) for kept, best in search.run_each(keeps)]
+    return bench, trials, found
+
+
+@pytest.mark.parametrize("removal_helps", [True, False])
+def test_where_modules_are_removed_widths_without_removals_are_tried_too(removal_helps):
+    ap = lambda widths, whole: 0.4 if (0 in widths.values()) == removal_helps else 0.3  # noqa: E731
+    bench, trials, found = removing([0.6, 0.7], ap)
+    assert [trial.keep for trial in trials] == [0.6] * (len(POWERS) + 1) + [0.7] * 2
+    assert len(trials) == cuts_at_most(2, min_units=0)
+    for widths, best in found:
+        assert best.full_ap == 0.4 and widths == best.widths
+        assert (0 in widths.values()) == removal_helps
+    assert all((0 in trial.widths.values()) == (trial not in (trials[len(POWERS)], trials[-1])) for trial in trials)
+    assert bench.widths == found[-1][0]
+    for done in range(len(trials) + 1):
+        again, new, same = removing([0.6, 0.7], ap, trials[:done])
+        assert new == trials[done:] and same == found and again.widths == bench.widths
+
+
+def test_a_budget_below_one_unit_everywhere_has_no_widths_without_removals():
+    _, trials, _ = removing([2 / 14], constant(0.4))
+    assert len(trials) == len(POWERS) and all(0 in trial.widths.values() for trial in trials)
 
 
 def test_every_trial_begins_with_the_whole_network_and_cuts_in_network_order():
