@@ -9,6 +9,7 @@ import engine
 import main
 from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
+from pruning.moments import Moments
 from pruning.schedule import MGP
 from runs.search_command import get_pruning_parser, search
 from tests.golden import recipe
@@ -48,6 +49,18 @@ def test_the_golden_outputs(name):
         torch.testing.assert_close(
             outputs[f"pred_{field}"].cpu(), torch.from_numpy(expected[f"pred_{field}"]), rtol=0, atol=1e-3
         )
+
+
+def test_moments_of_float32_products_are_those_of_float64_also_with_tf32():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.relu(torch.randn(4000, 256, generator=generator)) + 10
+    weights = torch.rand(4000, generator=generator)
+    torch.backends.cuda.matmul.allow_tf32 = True  # the fixture restores it
+    found = Moments.of(x.to(CUDA), x[:, :8].to(CUDA), weights.to(CUDA), torch.float32)
+    expected = Moments.of(x, x[:, :8], weights)
+    for name in ("covariance_xx", "covariance_yx", "covariance_yy"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6)
+    assert torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("amp", list(LOSS_TOLERANCE))
