@@ -161,7 +161,8 @@ def _check_describes(config: DetectorConfig, checkpoint: Checkpoint) -> None:
         raise
     except (RuntimeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise UserError(
-            f"{checkpoint.path}: its options describe no detector ({reason_of(error)}), expected those it was made with"
+            f"{checkpoint.options_path}: its options describe no detector ({reason_of(error)}), expected those it was "
+            "made with"
         ) from None
 
 

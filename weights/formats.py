@@ -25,6 +25,7 @@ from pruning.transplant import paper_masks_to_kept
 from util.checkpoint import count_layers, rename_encoder_attention, shape_text, strip_module
 from util.errors import UserError, one_line, plain_name, shorten
 from weights import huggingface
+from weights.safetensors_file import CONFIG_PATH
 from weights.tensor_checks import check_finite, check_training, tensors_in
 
 FORMAT = "dn-detr-pruning"
@@ -59,6 +60,7 @@ class Checkpoint:
         categories: id -> name of each class; None if the file has no names.
         averaged: entries of a foreign file with averaged weights; those under `model` are loaded.
         layers_in_file: decoder layers in the file, if these are fewer; see `weights.decoder_layers`.
+        config_path: the file with widths and options, if it is not `path`; for errors.
     """
 
     path: Path
@@ -74,6 +76,12 @@ class Checkpoint:
     categories: dict[int, str] | None = None
     averaged: tuple[str, ...] = ()
     layers_in_file: int | None = None
+    config_path: Path | None = None
+
+    @property
+    def options_path(self) -> Path:
+        """The file with widths and options."""
+        return self.config_path or self.path
 
     @property
     def is_search(self) -> bool:
@@ -98,26 +106,29 @@ def recognise_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
     Raises:
         UserError: an entry is missing or has an unexpected type.
     """
+    config_path = content.get(CONFIG_PATH)
+    config_path = config_path if isinstance(config_path, Path) else None
+    about = config_path or path
     if type(content.get("version")) is not int or content["version"] != VERSION:
-        raise UserError(f"{path}: found format version {shorten(content.get('version'))}, expected {VERSION}")
+        raise UserError(f"{about}: found format version {shorten(content.get('version'))}, expected {VERSION}")
     for key, kind in REQUIRED.items():
         if not isinstance(content.get(key), kind):
-            raise UserError(f"{path}: found {type(content.get(key)).__name__} under `{key}`, expected {kind.__name__}")
+            raise UserError(f"{about}: found {type(content.get(key)).__name__} under `{key}`, expected {kind.__name__}")
     kept = content.get("kept")
-    check_keys(path, "args", content["args"])
+    check_keys(about, "args", content["args"])
     for name, _ in tensors_in(content["args"], "args"):
-        raise UserError(f"{path}: found a tensor under `{one_line(name, 80)}`, expected an option's value")
+        raise UserError(f"{about}: found a tensor under `{one_line(name, 80)}`, expected an option's value")
     _check_tensors(path, "model", content["model"])
     bias = _class_bias(content["model"])
     if bias is not None and bias.shape != (content["num_classes"],):
         found = shorten(content["num_classes"])
-        raise UserError(f"{path}: found {found} under `num_classes`, expected {shape_text(bias)} as biases")
+        raise UserError(f"{about}: found {found} under `num_classes`, expected {shape_text(bias)} as biases")
     check_finite(path, content["model"])
     if kept is not None:
-        _check_kept(path, kept)
+        _check_kept(about, kept)
     trace = [] if content.get("trace") is None else content["trace"]
     if not isinstance(trace, list) or not all(isinstance(step, dict) for step in trace) or any(tensors_in(trace, "")):
-        raise UserError(f"{path}: found {shorten(trace)} under `trace`, expected the steps of a search")
+        raise UserError(f"{about}: found {shorten(trace)} under `trace`, expected the steps of a search")
     training = None
     if "optimizer" in content:
         check_training(path, content)
@@ -127,14 +138,15 @@ def recognise_ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         path,
         "ours" if kept is None else "search",
         strip_module(content["model"]),
-        _parse_widths(path, content["widths"]),
+        _parse_widths(about, content["widths"]),
         kept,
         content["num_classes"],
         content["args"],
         training,
         trace,
-        _parse_widths(path, content["full_widths"]),
-        _check_categories(path, content.get("categories")),
+        _parse_widths(about, content["full_widths"]),
+        _check_categories(about, content.get("categories")),
+        config_path=config_path,
     )
 
 

@@ -39,14 +39,15 @@ def take_from_checkpoint(options: C, typed: Collection[str], checkpoint: Checkpo
                 taken[name] = stored[name]
         elif values[name] != stored[name] and (name == "modelname" or (is_ours and role == "network")):
             theirs = shorten(stored[name]).strip("'")
-            raise UserError(f"--{name} {values[name]}: {checkpoint.path} was made with {theirs}")
-    options = options.with_values(taken, checkpoint.path)
+            raise UserError(f"--{name} {values[name]}: {checkpoint.options_path} was made with {theirs}")
+    options = options.with_values(taken, checkpoint.options_path)
     network = NetworkConfig.from_values(options.values())
     for stack, found in (("enc", checkpoint.widths.encoder), ("dec", checkpoint.widths.decoder)):
         expected = getattr(network, f"{stack}_layers")
         if len(found) != expected:
             raise UserError(
-                f"{checkpoint.path}: found {len(found)} {stack}oder layers, expected {expected} (--{stack}_layers)"
+                f"{checkpoint.options_path}: found {len(found)} {stack}oder layers, expected {expected} "
+                f"(--{stack}_layers)"
             )
     return options.with_values({"cfgs": _widths_to_build(network, checkpoint, stored.get("cfgs") is not None)})
 
@@ -65,7 +66,7 @@ def _widths_to_build(network: NetworkConfig, checkpoint: Checkpoint, has_slim_na
     try:
         found = network.check_widths(found)
     except UserError as error:
-        raise UserError(f"{checkpoint.path}: {str(error).removeprefix('--cfgs: ')}") from None
+        raise UserError(f"{checkpoint.options_path}: {str(error).removeprefix('--cfgs: ')}") from None
     if typed not in (None, found):
-        raise UserError(f"--cfgs {typed}: {checkpoint.path} has the widths {found}")
+        raise UserError(f"--cfgs {typed}: {checkpoint.options_path} has the widths {found}")
     return found
