@@ -22,6 +22,7 @@ from util import distributed
 from util.ema import WeightAverage
 from util.errors import NonFiniteLossError, UserError
 from util.logging import bar_off, get_logger, table
+from util.phases import MAP, TimedBatches, phase
 
 LEAST_SCALE = 2.0**-30  # of the fp16 loss; if the scale falls below it, the gradient is NaN and not an overflow
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +85,7 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 def train_one_epoch(
     model: nn.Module,
     criterion: Criterion,
-    loader: CocoLoader,
+    loader: CocoLoader | TimedBatches,
     optimizer: torch.optim.Optimizer,
     *,
     device: torch.device,
@@ -196,7 +197,8 @@ def evaluate(
     if by_layer and not image_ids:
         raise UserError("--ap_by_layer: found no images, expected at least one")
     layers = [_joined(of_layer) for of_layer in zip(*(merged[i] for i in image_ids), strict=True)] or [np.zeros((0, 7))]
-    stats = [coco_stats(ground_truth, found, image_ids=image_ids, backend=backend) for found in layers]
+    with phase(MAP, len(image_ids) * len(layers)):
+        stats = [coco_stats(ground_truth, found, image_ids=image_ids, backend=backend) for found in layers]
     return EvalResult(stats[-1], means.read(), layers[-1], image_ids, stats if by_layer else [])
 
 

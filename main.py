@@ -18,13 +18,14 @@ from runs.config import TrainingOptions
 from runs.fewer_queries import keep_best_queries
 from runs.recipe import recipe_of, recipe_table
 from runs.resolve_options import refuse_unused_by_start, resolve_training
+from runs.training_plan import TrainingPlanner, is_long_run
 from runs.training_run import Run
 from runs.training_state import seed_everything
 from util import distributed
 from util.cli import add_groups, parse, script_parser
-from util.errors import run_cli
+from util.errors import UserError, run_cli
 from util.files import check_output_dir
-from util.lock import hold_folder
+from util.lock import check_unlocked, hold_folder
 from util.logging import log_to_file, stop_logging_to_file
 from weights.build import build_detector
 from weights.class_heads import NewParts, find_new_parts
@@ -39,7 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, float]:
-    """Train or evaluate; return the COCO metrics on val2017, each in [0, 1].
+    """Train or evaluate; return the COCO metrics on val2017, each in [0, 1]; with --plan only plan, and return none.
 
     Args:
         args: options of `get_args_parser`.
@@ -62,7 +63,10 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
     seed_everything(options.run.seed)
     handler, lock = None, contextlib.ExitStack()
     try:
-        lock.enter_context(hold_folder(output_dir))
+        if options.run.plan:
+            check_unlocked(output_dir)
+        else:
+            lock.enter_context(hold_folder(output_dir))
         detector = build_detector(
             options.detector,
             checkpoint,
@@ -78,6 +82,11 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
         run = Run(options, detector, device, output_dir, kept_queries)
         if not evaluating:
             run.prepare_training(checkpoint if continuing else None)
+        if options.run.plan or is_long_run(run):
+            _show_plan(run, checkpoint)
+        if options.run.plan:
+            return {}
+        lock.enter_context(run.clock.running())
         # The inputs are valid; files are written from here on.
         handler = log_to_file(output_dir / "run.log", run.notices)
         parts = [] if checkpoint is None else recipe_of(options, typed, checkpoint)
@@ -89,6 +98,26 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
         stop_logging_to_file(handler)
         lock.close()
         distributed.stop()
+
+
+def _compares(run: Run, checkpoint: Checkpoint | None) -> bool:
+    """Return whether AP is measured before training: that of a search's output or of fewer queries."""
+    if checkpoint is None or run.options.run.eval:
+        return False
+    return checkpoint.is_search or run.kept_queries is not None
+
+
+def _show_plan(run: Run, checkpoint: Checkpoint | None) -> None:
+    """Show what the run will take. A run that fits a GPU only without the sample beside it has no plan."""
+    try:
+        run.show_plan(TrainingPlanner(run, _compares(run, checkpoint)).plan())
+    except torch.OutOfMemoryError:
+        if run.options.run.plan or distributed.world_size() > 1:
+            raise UserError(
+                f"--batch_size {run.options.data.batch_size}: {run.device} has too little memory for a step and a copy "
+                "of the detector beside it, expected a smaller one"
+            ) from None
+        run.log.warning("too little memory to time a few batches on a copy of the detector: no plan")
 
 
 def _log_start(run: Run, checkpoint: Checkpoint | None, new_parts: NewParts | None) -> None:
@@ -103,7 +132,7 @@ def _log_start(run: Run, checkpoint: Checkpoint | None, new_parts: NewParts | No
         run.log.info("widths found by the search: --cfgs '%s'", run.options.detector.cfgs or checkpoint.widths)
     if checkpoint.trace and checkpoint.trace[-1].get("unfinished"):
         run.log.warning("%s: its search was interrupted; the remaining modules are unpruned", checkpoint.path)
-    if (checkpoint.is_search or run.kept_queries is not None) and not run.options.run.eval:
+    if _compares(run, checkpoint):
         ap = shown(run.compare_start())
         ap = ap if isinstance(ap, str) else f"{ap:.4f}"
         run.log.info("AP before fine-tuning: %s, by %s", ap, evaluator_name())

@@ -145,8 +145,11 @@ class CocoDataset(Dataset):
         Raises:
             UserError: an image cannot be read, or the images do not fit in the free RAM.
         """
-        listed_bytes = 3 * float(self.annotations.sizes_wh.astype(np.float64).prod(axis=1).sum())
-        self._cache = read_cache(self.picture, len(self), listed_bytes)
+        self._cache = read_cache(self.picture, len(self), self.listed_bytes())
+
+    def listed_bytes(self) -> float:
+        """Return the bytes of all decoded images, by the sizes that the annotations list."""
+        return 3 * float(self.annotations.sizes_wh.astype(np.float64).prod(axis=1).sum())
 
     def order_by_shape(self) -> list[int]:
         """Return the indices sorted by listed height / width, so that batches of neighbours need little padding.

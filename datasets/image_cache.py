@@ -54,9 +54,21 @@ def read_cache(picture: Callable[[int], Tensor], images: int, listed_bytes: floa
     Raises:
         UserError: the images do not fit in the free RAM.
     """
+    check_cache(picture, images, listed_bytes)
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)) as pool:
+        return ImageCache(list(pool.map(picture, range(images))))
+
+
+def cache_bytes(picture: Callable[[int], Tensor], images: int, listed_bytes: float) -> float:
+    """Return the bytes that `read_cache` takes at its peak in one process, by the first images and the listed sizes."""
     first = range(min(FIRST_IMAGES, images))
     measured_bytes = images * sum(picture(index).numel() for index in first) / max(1, len(first))
-    needed = 2 * max(listed_bytes, measured_bytes) * processes_here()  # twice while the images are joined
+    return 2 * max(listed_bytes, measured_bytes)  # twice while the images are joined
+
+
+def check_cache(picture: Callable[[int], Tensor], images: int, listed_bytes: float) -> None:
+    """Raise a `UserError` if the images do not fit in the free RAM."""
+    needed = cache_bytes(picture, images, listed_bytes) * processes_here()
     free = USABLE_SHARE * available_ram()
     if needed > free:
         raise UserError(
@@ -64,5 +76,3 @@ def read_cache(picture: Callable[[int], Tensor], images: int, listed_bytes: floa
             f"process{'es' if processes_here() > 1 else ''}, found {free / 2**30:.1f} GiB free, expected a smaller set "
             "or no --cache_images"
         )
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)) as pool:
-        return ImageCache(list(pool.map(picture, range(images))))

@@ -31,6 +31,7 @@ from pruning.nested_sets import damages_of_sets, inputs_of_chain
 from pruning.state_cache import StateCache
 from util import distributed
 from util.logging import show
+from util.phases import MOMENTS, phase
 
 BLOCK_DAMPING = 1e-3  # on the demo, 1e-4 loses about 0.2 AP and 1e-2 is equal
 ONE_SIDED_FITS = 1  # repeats of a fit with one-sided targets
@@ -56,8 +57,7 @@ class BlockReconstruction:
 
     def __init__(self, calibration: Calibration, level: str, *, refits_whole: bool) -> None:
         """See `Reconstruction`."""
-        self.level = level
-        self._refits_whole = refits_whole
+        self.level, self._refits_whole = level, refits_whole
         self._calibration = calibration
         self.changed: set[str] = set()
         self._images = calibration.num_images
@@ -337,7 +337,8 @@ class BlockReconstruction:
         name, stop = self._module.name, cache.step_after(self._module.name)
         for place, (state, _) in enumerate(cache.states(self._calibration.batches)):
             cache.counter.add(name, stop, state.num_images)
-            yield Stream(place, self._calibration.image_ids(place), state.maps.float())
+            with phase(MOMENTS, state.num_images):  # what the caller computes from them is part of it
+                yield Stream(place, self._calibration.image_ids(place), state.maps.float())
 
     @property
     def _unpruned_block(self) -> ResidualBlock:

@@ -161,8 +161,15 @@ class CachePlanner:
     """Chooses a `Storage` from the features of the first batch.
 
     Attributes:
-        notices: the logged messages about the choice.
+        notices: messages about the choice.
+        need, work, free: what it was made from; `free` are the free bytes of each device that may hold the cache.
+        fits: whether all features and states fit.
     """
+
+    need: Need
+    work: Work
+    free: Mapping[torch.device, float]
+    fits: bool
 
     def __init__(self, model: Detector, uses: Uses, options: CacheOptions, device: torch.device) -> None:
         """Measure nothing yet."""
@@ -170,6 +177,12 @@ class CachePlanner:
         self.notices: list[Notice] = []
 
     def __call__(self, features: Features | BackboneState, front_bytes: int) -> Storage:
+        """Choose the storage and log messages about it; see `choose`."""
+        storage = self.choose(features, front_bytes)
+        show(self.notices)
+        return storage
+
+    def choose(self, features: Features | BackboneState, front_bytes: int) -> Storage:
         """Choose the storage; all processes use the same precision.
 
         Args:
@@ -201,9 +214,9 @@ class CachePlanner:
         # Without memory for a cache, bfloat16 gains nothing.
         dtype = choices[choice][1] if fits else choices[-1 if limits[device] > 0 else 0][1]
         storage = Storage(device, dtype, limits[device], need.states)
+        self.need, self.work, self.free, self.fits = need, work, free, fits
         if distributed.is_main():
             self.notices = self._notices(need, storage, free[device], fits)
-            show(self.notices)
         return storage
 
     @torch.no_grad()

@@ -235,11 +235,26 @@ class Journal:
         Raises:
             UserError: the file is not a journal, its search depends on other `facts`, or it has ended.
         """
+        base_ap, others, whole_bytes = self.check(facts, ignored_args, added)
+        if whole_bytes:
+            if whole_bytes < self.path.stat().st_size:
+                whole = self.path.read_bytes()[:whole_bytes]
+                write_atomic(self.path, lambda stream: stream.write(whole))
+            self.begun = True
+        return base_ap, others
+
+    def check(
+        self,
+        facts: Mapping[str, Any],
+        ignored_args: Collection[str] = (),
+        added: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> tuple[float, list[dict[str, Any]], int]:
+        """Read an existing journal as `resume` does, but write nothing; also return the size of its whole lines."""
         if not self.path.exists():
-            return facts["base_ap"], []
+            return facts["base_ap"], [], 0
         lines, whole_bytes = self.read()
         if not lines:
-            return facts["base_ap"], []
+            return facts["base_ap"], [], 0
         start, *others = lines
         wanted = json.loads(json.dumps({"event": "start", **facts}))
         base_ap = start.get("base_ap")
@@ -259,11 +274,7 @@ class Journal:
             )
         if any(line["event"] == "end" for line in others):
             raise UserError(f"{self.path}: found a search that has ended, expected an unfinished one")
-        if whole_bytes < self.path.stat().st_size:
-            whole = self.path.read_bytes()[:whole_bytes]
-            write_atomic(self.path, lambda stream: stream.write(whole))
-        self.begun = True
-        return wanted["base_ap"], others
+        return wanted["base_ap"], others, whole_bytes
 
     def read(self) -> tuple[list[dict[str, Any]], int]:
         """Read the complete lines of the file, beginning with the start, and return them with their size in bytes.

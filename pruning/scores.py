@@ -31,6 +31,7 @@ from pruning.moments import TINY, Moments, square_root
 from pruning.reconstruction import Reconstruction
 from pruning.state_cache import StateCache, repeat_batch, split_outputs
 from util import distributed
+from util.phases import SCORES, phase
 
 Ranking = Callable[[PrunableModule, Sequence[str], Kept, Tensor], Tensor]
 
@@ -110,7 +111,8 @@ class ExactLoss:
         mine = torch.arange(distributed.rank() * share, (distributed.rank() + 1) * share).clamp(max=len(candidates) - 1)
         # Removing a kept channel raises the loss as much as keeping it lowers it.
         leaving = bool(torch.isin(candidates[0], kept[joined[0]]))
-        of_parts = [self._losses(part, module, joined, kept, candidates[mine]) for part in self._parts]
+        with phase(SCORES, len(mine)):
+            of_parts = [self._losses(part, module, joined, kept, candidates[mine]) for part in self._parts]
         own = torch.stack(of_parts).sum(0)
         set_gate(module, kept, self._device)
         scores = torch.cat(distributed.gather_objects(own))[: len(candidates)]

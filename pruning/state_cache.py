@@ -17,6 +17,7 @@ from models.detector import Detector
 from models.state import BackboneState, Features, State, StateT
 from pruning.cache_plan import Plan, Storage
 from util.memory import PeakMemory, storage_bytes
+from util.phases import BACKBONE, TRANSFORMER, TimedBatches, phase
 
 Targets = list[dict[str, Tensor]]
 
@@ -40,10 +41,11 @@ class PassCounter:
     images_by_range: dict[tuple[str, str | None], int] = field(default_factory=dict)
     end: str | None = None
 
-    def add(self, start: str, stop: str | None, images: int) -> None:
-        """Count `images` through the steps from `start` until before `stop`."""
+    def add(self, start: str, stop: str | None, images: int) -> float:
+        """Count `images` through the steps from `start` until before `stop`; return how many whole passes that is."""
         key = (start, self.end if stop is None else stop)
         self.images_by_range[key] = self.images_by_range.get(key, 0) + images
+        return images * self._share(*key)
 
     @property
     def images(self) -> int:
@@ -137,7 +139,7 @@ class StateCache:
         self.targets: list[Targets] = []
         self.steps = model.steps_in(scope)
         self.position: str = self.steps[0]
-        for images, targets in progress(batches):
+        for images, targets in TimedBatches(progress(batches)):
             self._keep_features(self._first_features(images) if not self._features else self._run_front(images))
             self.targets.append([_without_images(target) for target in targets])
 
@@ -187,7 +189,7 @@ class StateCache:
         """
         chosen = range(len(self)) if batches is None else batches
         unread = {batch for batch in chosen if batch not in self._stored and self._features[batch] is None}
-        images = self._batches.read([batch for batch in chosen if batch in unread]) if unread else iter(())
+        images = iter(TimedBatches(self._batches.read([n for n in chosen if n in unread]) if unread else ()))
         for batch in chosen:
             yield self.state(batch, is_kept, next(images)[0] if batch in unread else None), self.targets[batch]
 
@@ -208,16 +210,16 @@ class StateCache:
                 start, before = stored.position, stored.state.to(self._device)
             if start == self.position:
                 return before
-            self.counter.add(start, self.position, before.num_images)
-            after = self._model.run_steps(before, start, self.position)
+            with phase(TRANSFORMER, self.counter.add(start, self.position, before.num_images)):
+                after = self._model.run_steps(before, start, self.position)
         if is_kept:
             self._keep_state(batch, before, after)
         return after
 
     def predict(self, state: State) -> dict[str, Any]:
         """Return the detector's outputs from a state at the input of the module being searched."""
-        self.counter.add(self.position, None, state.num_images)
-        with autocast(self._device, self._amp):
+        passes = self.counter.add(self.position, None, state.num_images)
+        with phase(TRANSFORMER, passes), autocast(self._device, self._amp):
             return self._model.outputs(self._model.run_steps(state, self.position))
 
     def step_after(self, name: str) -> str | None:
@@ -241,7 +243,7 @@ class StateCache:
     @torch.no_grad()
     def _run_front(self, images: list[Tensor]) -> Features | BackboneState:
         self.counter.backbone_images += len(images)
-        with autocast(self._device, self._amp):
+        with phase(BACKBONE, len(images)), autocast(self._device, self._amp):
             return self._model.front([image.to(self._device) for image in images], self.scope)
 
     def _first_features(self, images: list[Tensor]) -> Features | BackboneState:
@@ -265,7 +267,7 @@ class StateCache:
     def _features_of(self, batch: int, images: list[Tensor] | None) -> Features | BackboneState:
         features = self._features[batch]
         if features is None:
-            images = next(self._batches.read([batch]))[0] if images is None else images
+            images = next(iter(TimedBatches(self._batches.read([batch]))))[0] if images is None else images
             # Round like cached features, so that the memory limit changes no result.
             features = self._run_front(images).to(self._device, self.storage.dtype)
         return features.to(self._device, self._made_dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datasets.coco import CocoLoader
 from datasets.coco_eval import GroundTruth
-from engine import evaluate
+from engine import EvalResult, evaluate
 from models.criterion import Criterion
 from models.detector import Detector
 from models.residual import BLOCK
@@ -29,6 +29,7 @@ from pruning.scores import Elimination, ExactLoss, GateGradient, Magnitude, Rand
 from pruning.selection import Order, order_channels
 from pruning.state_cache import PassCounter, StateCache
 from util import distributed
+from util.phases import FITS, TRANSFORMER, phase
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class SearchImages:
         ground_truth: annotations of the whole split.
         subset_batches_attention, subset_batches_ffn: size of the subset, in batches of the whole split.
         calibration_batches: how many of the split's first batches serve for moments and gradients.
+        drawn_over: see `Calibration`.
     """
 
     batches: CocoLoader
@@ -50,12 +52,21 @@ class SearchImages:
     subset_batches_attention: int
     subset_batches_ffn: int
     calibration_batches: int
+    drawn_over: int | None = None
 
     def own(self, stop: float = math.inf) -> list[int]:
         """Return the indices in `batches` of this process's share of the split's first `stop` batches."""
         world, rank = distributed.world_size(), distributed.rank()
         shared = sorted((number, place) for place, number in enumerate(self.numbers) if number % world == rank)
         return [place for number, place in shared if number < stop]
+
+    def kept_and_calibrated(self, method: Method) -> tuple[set[int], list[int]]:
+        """Return the indices in `batches` of those whose states are kept, and of the calibration batches."""
+        calibrated = self.own(self.calibration_batches) if method.is_calibrated else []
+        kept = {*(calibrated if method.search == "global" else self.own())}
+        if method.ranking == "exact":
+            kept |= {place for place, number in enumerate(self.numbers) if number == 0}
+        return kept, calibrated
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class DetectorBench:
         method: Method,
         passes: Passes,
         seed: int = 0,
-        cache_plan: Callable[[Collection[int], Collection[int]], Plan] | None = None,
+        cache_plan: Plan | None = None,
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> None:
         """Run the backbone over the images and cache the features.
@@ -103,8 +114,7 @@ class DetectorBench:
             step_shares: each step's share of the network's cost, see `pruning.cost.step_shares`.
             scope: one of `models.prunable.SCOPES`, whose modules are pruned.
             seed: of a random ranking.
-            cache_plan: maps the batches whose states are kept and the calibration batches to the `plan` of
-                `StateCache`.
+            cache_plan: the `plan` of `StateCache`.
             progress: see `StateCache`.
         """
         self.counter = PassCounter(step_shares)
@@ -113,14 +123,10 @@ class DetectorBench:
         self._images, self._passes, self._seed = images, passes, seed
         self._device = passes.device
         clear_gates(model.eval())
-        calibrated = images.own(images.calibration_batches) if method.is_calibrated else []
-        kept = {*(calibrated if method.search == "global" else images.own())}
-        if method.ranking == "exact":
-            kept |= {place for place, number in enumerate(images.numbers) if number == 0}
+        _, calibrated = images.kept_and_calibrated(method)
         self.cache = StateCache(
             model, images.batches, self.counter, device=passes.device, scope=scope, numbers=images.numbers,
-            amp=passes.eval_amp, progress=progress,
-            plan=None if cache_plan is None else cache_plan(kept, calibrated),
+            amp=passes.eval_amp, progress=progress, plan=cache_plan,
         )  # fmt: skip
         self._num_batches = max(map(max, distributed.gather_objects(list(images.numbers)))) + 1
         self._begin_with(model, criterion, calibrated)
@@ -152,7 +158,7 @@ class DetectorBench:
         if method.is_calibrated:
             self._calibration = Calibration(
                 model, criterion, self.cache, calibrated, passes.device, passes.amp,
-                is_measured=method.uses_sensitivities,
+                is_measured=method.uses_sensitivities, drawn_over=self._images.drawn_over,
             )  # fmt: skip
             self._reconstruction = Reconstruction(
                 self._calibration, method.reconstruction, refits_whole=method.search == "global"
@@ -203,7 +209,8 @@ class DetectorBench:
             # Every kept channel gets new weights, so the order does not matter.
             return Order.natural(module)
         self.set_kept(name, all_kept(module))
-        order = order_channels(module, self.ranking, method.direction, module.nheads, method.share_sets)
+        with phase(FITS):
+            order = order_channels(module, self.ranking, method.direction, module.nheads, method.share_sets)
         if isinstance(self.ranking, Elimination):
             self.ranking.forget()
         return order
@@ -213,14 +220,16 @@ class DetectorBench:
         self._measured.clear()
         if self._reconstruction is None:
             set_gate(self.modules[name], kept, self._device)
-        else:
+            return
+        with phase(FITS, int(width_of(kept) < self.modules[name].width)):
             self._reconstruction.apply(kept)
 
     def damages(self, name: str, order: Order, widths: Sequence[int]) -> dict[int, float]:
         """Return the predicted damage at each width; the current module is unpruned afterwards."""
         kept_sets = {width: order.kept(width) for width in widths}
         assert self._reconstruction is not None
-        damages = self._reconstruction.damages(kept_sets)
+        with phase(FITS, len(widths)):
+            damages = self._reconstruction.damages(kept_sets)
         self.set_kept(name, all_kept(self.modules[name]))
         return damages
 
@@ -250,9 +259,10 @@ class DetectorBench:
     def ap_by_layer(self) -> list[float]:
         """Return mAP of all batches after each decoder layer, from one pass."""
         states, truth = self.cache.states(self._images.own(), is_kept=False), self._images.ground_truth
-        result = evaluate(
-            self.cache.predict, self._postprocess, states, truth, device=self._device, progress=False, by_layer=True
-        )
+        with phase(TRANSFORMER):
+            result = evaluate(
+                self.cache.predict, self._postprocess, states, truth, device=self._device, progress=False, by_layer=True
+            )
         return distributed.on_main(lambda: [float(stats["AP"]) for stats in result.stats_by_layer])
 
     def transformer_params(self, kept: Mapping[str, Kept]) -> int:
@@ -264,19 +274,22 @@ class DetectorBench:
         )
         return self._transformer_params - int(sum(gone))
 
+    def evaluate(self, batches: int | None = None) -> EvalResult:
+        """Evaluate the first `batches` batches (None for all) with the current gates and weights."""
+        # A global search measures mAP once for each cut, a search by visits many times.
+        is_kept = self.method.search != "global"
+        states = self.cache.states(self._images.own(self._num_batches if batches is None else batches), is_kept)
+        with phase(TRANSFORMER):
+            return evaluate(
+                self.cache.predict, self._postprocess, states, self._images.ground_truth, device=self._device,
+                progress=False,
+            )  # fmt: skip
+
     def _ap(self, batches: int | None = None) -> float:
         """Return mAP of the first `batches` batches (None for all), measured once for the current gates and weights."""
         batches = self._num_batches if batches is None else min(batches, self._num_batches)
         if batches not in self._measured:
-            result = evaluate(
-                self.cache.predict,
-                self._postprocess,
-                # A global search measures mAP once for each cut, a search by visits many times.
-                self.cache.states(self._images.own(batches), is_kept=self.method.search != "global"),
-                self._images.ground_truth,
-                device=self._device,
-                progress=False,
-            )
+            result = self.evaluate(batches)
             # All processes use the main process's value, so that they make the same decisions.
             self._measured[batches] = distributed.on_main(lambda: float(result.stats["AP"]))
         return self._measured[batches]

@@ -17,6 +17,7 @@ from pruning.schedule import Schedule
 from runs.config import LogConfig, RunConfig, SearchOptions
 from runs.fewer_queries import keep_best_queries
 from runs.resolve_options import resolve_search
+from runs.search_plan import is_long_search
 from runs.search_results import Result
 from runs.search_run import SearchRun
 from runs.training_state import seed_everything
@@ -24,7 +25,7 @@ from util import distributed
 from util.cli import add_options, parse, script_parser
 from util.errors import run_cli
 from util.files import check_output_dir
-from util.lock import hold_folder
+from util.lock import check_unlocked, hold_folder
 from util.logging import get_logger, log_to_file, stop_logging_to_file
 from weights.build import build_detector
 
@@ -64,8 +65,10 @@ def run(schedule: Schedule, doc: str) -> None:
     run_cli(lambda: search(schedule, *parse(parser)))
 
 
-def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] = ()) -> Result:
+def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] = ()) -> Result | None:
     """Search by `schedule` with the options of `get_pruning_parser`; write the output to `output_dir`.
+
+    With --plan, only print what the search will take, and return None.
 
     Raises:
         UserError: options, checkpoint or data are wrong; raised before anything is written.
@@ -82,7 +85,10 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
     seed_everything(options.run.seed)
     handler, lock = None, contextlib.ExitStack()
     try:
-        lock.enter_context(hold_folder(output_dir))
+        if options.run.plan:
+            check_unlocked(output_dir)
+        else:
+            lock.enter_context(hold_folder(output_dir))
         model, criterion, postprocessors = build_detector(options.detector, checkpoint, options.losses)
         check_prunable(model, options.search.scope, options.run.resume)
         images = options.search.search_images
@@ -93,6 +99,12 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
         )  # fmt: skip
         run = SearchRun(schedule, options, model.to(device), output_dir, device, kept_queries)
         run.prepare(criterion.to(device), postprocessors["bbox"])
+        if options.run.plan or is_long_search(run.setup):
+            run.estimate()
+        if options.run.plan:
+            return None
+        lock.enter_context(run.clock.running())
+        run.cache_features()
         base_ap = run.base_ap()
         # The inputs are valid; files are written from here on.
         handler = log_to_file(output_dir / "run.log", run.notices)

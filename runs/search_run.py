@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from datasets.coco import build_dataset, build_loader, split_of
-from datasets.coco_eval import GroundTruth, evaluator_name
+from datasets.coco import split_of
+from datasets.coco_eval import evaluator_name
 from datasets.notices import measured_notices
 from datasets.sizes import size_notices
 from models.criterion import Criterion
 from models.detector import Detector
 from pruning.allocation import is_affordable
 from pruning.budget import DETECTOR_POWERS, EVALUATIONS, BudgetSearch, cuts_at_most
-from pruning.cache_plan import BatchShape, CachePlanner, shape_of
-from pruning.cache_setup import batch_numbers, cache_options, cache_uses, sizes_of, split_by_size
 from pruning.checks import (
     check_base_ap,
     check_targets,
@@ -30,27 +30,30 @@ from pruning.checks import (
     warn_of_images,
     warn_of_low_target,
 )
-from pruning.cost import step_shares
-from pruning.cost_tables import params_prices
+from pruning.cost_tables import Prices, params_prices
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Effort, Journal, Layers, Trial, Turn, read_events
 from pruning.kept_channels import Kept
 from pruning.schedule import Schedule
 from pruning.search import Search
 from pruning.transplant import widths_after
-from pruning.workbench import DetectorBench, Passes, SearchImages
+from pruning.workbench import DetectorBench
 from reports import search_log
 from runs.config import SearchOptions
 from runs.depth_search import ap_by_layers, first_layers_of, prices_by_layers
 from runs.fewer_queries import KeptQueries
 from runs.latencies import Latencies
+from runs.plan import RunPlan
 from runs.search_facts import ADDED, UNREAD, search_facts
+from runs.search_plan import Past, SearchPlanner, read_past
 from runs.search_results import Result, SearchResults, budget_file
+from runs.search_setup import SearchSetup
 from util import distributed
 from util.board import Board
 from util.environment import record_run
 from util.errors import RunFailedError
 from util.interrupt import stop_after_step
 from util.logging import Notice, bar_off, get_logger, show
+from util.phases import LATENCIES, PhaseClock, phase
 from weights.checkpoint_file import plain_arguments
 
 
@@ -71,69 +74,54 @@ class SearchRun:
         self.notices: list[Notice] = [] if kept_queries is None else [kept_queries.notice]
         self.full_widths = model.widths_in(self.config.scope)
         self.board = Board(output_dir, options.log.tensorboard)
+        self.clock, self._began = PhaseClock(device), time.perf_counter()
+        self.plan: RunPlan | None = None
 
     def prepare(self, criterion: Criterion, postprocess: Any) -> None:
-        """Read the images once and cache their backbone features."""
-        config, data, seed = self.config, self.options.data, self.options.run.seed
-        dataset = build_dataset(self.split, data)
-        self.notices += measured_notices(dataset, self.options.detector.matching_queries)
+        """Read the annotations, and check the budgets as far as they are known."""
+        config = self.config
+        self.setup = SearchSetup(
+            self.options, self.model, criterion, postprocess, self.device, self.output_dir / JOURNAL_NAME
+        )
+        self.notices += measured_notices(self.setup.dataset, self.options.detector.matching_queries)
         show(self.notices)
-        asked = config.search_images
-        self.num_images = min(asked, len(dataset)) if isinstance(asked, int) else len(dataset)
-        ground_truth = GroundTruth(dataset.annotation_file, dataset.ids[: self.num_images])
-        # The split's order defines the first images, the first batch and the subset, so images are not sorted by shape.
-        numbers = batch_numbers(self.num_images, data.batch_size)
-        batches: Sequence[Sequence[int]] = [
-            range(n * data.batch_size, min((n + 1) * data.batch_size, self.num_images)) for n in numbers
-        ]
-        height, width = dataset[0][0].shape[-2:]
-        self.image_size_hw = self.results.image_size_hw = (height, width)
-        is_split = config.scope == "detector" and self.model.padding_rule != "reference"
-        size_hw = sizes_of(dataset, data.image_size, reads_files=is_split)
-        if is_split:
-            batches, numbers = split_by_size(batches, numbers, size_hw)
-        loader = build_loader(dataset, batches, shuffle=False, num_workers=data.num_workers, seed=seed)
-        shapes = [shape_of([size_hw(index) for index in batch]) for batch in batches]
+        self.image_size_hw = self.results.image_size_hw = self.setup.image_size_hw
         if config.cost_unit == "latency":
             self.results.latencies = Latencies(self.options, self.model, self.units, self.image_size_hw, self.device)
         else:
             self.prices = prices_by_layers(self.options, self.units, self.model, self.image_size_hw)
             self.prices[min(self.prices)].fractions(config)
-        self.bench = DetectorBench(
-            self.model,
-            criterion,
-            postprocess,
-            SearchImages(
-                loader,
-                numbers,
-                ground_truth,
-                config.subset_batches_attention,
-                config.subset_batches_ffn,
-                calibration_batches=-(-(config.calibration_images or 0) // data.batch_size),
-            ),
-            step_shares(self.model, self.image_size_hw, config.scope),
-            scope=config.scope,
-            method=config.method,
-            passes=Passes(self.device, config.images_at_once, config.amp, config.eval_amp),
-            seed=seed,
-            cache_plan=functools.partial(self._plan_cache, shapes),
-            progress=functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off()),
-        )
-        self.notices += [*self.planner.notices, *(found := size_notices(loader))]
-        show(found)
 
-    def _plan_cache(
-        self, shapes: Sequence[BatchShape], kept_batches: Collection[int], calibrated_batches: Collection[int]
-    ) -> CachePlanner:
-        """Return the planner of how to cache features and states of batches of these shapes."""
-        detections = self.num_images * self.options.detector.num_select
-        uses = cache_uses(
-            self.config, shapes, self.num_images, kept_batches, calibrated_batches,
-            num_workers=self.options.data.num_workers, detections=detections,
+    def estimate(self) -> None:
+        """Plan the search, what is left of it when it is resumed, and show the plan.
+
+        Raises:
+            UserError: the journal belongs to another search, or memory is too small.
+        """
+        journal = Journal(self.output_dir / JOURNAL_NAME)
+        past = read_past(journal, self._facts) if self.config.resume_search else Past()
+        self.plan = SearchPlanner(self.setup, self.schedule, self.units, past).plan()
+        notice = (logging.INFO, self.plan.text())
+        show([notice])
+        self.notices.append(notice)
+
+    def _facts(self, base_ap: float, is_cache_halved: bool) -> dict[str, Any]:
+        """Return what the result depends on, for the journal."""
+        latencies = self.results.latencies
+        return search_facts(
+            self.options, self.schedule, self.units, self.full_widths, base_ap, is_cache_halved,
+            kept_queries=None if self.kept_queries is None else self.kept_queries.indices,
+            latency={} if latencies is None else latencies.facts(),
         )  # fmt: skip
-        options = cache_options(self.config, self.output_dir / JOURNAL_NAME)
-        self.planner = CachePlanner(self.model, uses, options, self.device)
-        return self.planner
+
+    def cache_features(self) -> None:
+        """Read the images once and cache their backbone features."""
+        images, shapes = self.setup.all_images()
+        planner = self.setup.planner(shapes, *images.kept_and_calibrated(self.config.method))
+        bar = functools.partial(tqdm, desc="backbone", leave=False, disable=bar_off())
+        self.bench = self.setup.bench(images, planner, bar)
+        self.notices += [*planner.notices, *(found := size_notices(images.batches))]
+        show(found)
 
     def base_ap(self) -> float:
         """Return the mAP before the search, above 0 unless --keep is given.
@@ -164,7 +152,7 @@ class SearchRun:
         self.journal, cache = Journal(self.output_dir / JOURNAL_NAME), self.bench.cache
         self.log.info(
             "%s on %s: %d images, mAP %.4f before, by %s; features take %.0f MB on %s%s",
-            self.schedule.name, self.split, self.num_images, base_ap, evaluator_name(),
+            self.schedule.name, self.split, self.setup.num_images, base_ap, evaluator_name(),
             cache.nbytes / 1e6, cache.storage.device, " in bfloat16" if cache.storage.dtype else "",
         )  # fmt: skip
         if left_out := cache.images_without_features():
@@ -177,13 +165,7 @@ class SearchRun:
                 )  # fmt: skip
         self._warn(base_ap)
         is_global = self.bench.method.search == "global"
-        latencies = self.results.latencies
-        facts = search_facts(
-            self.options, self.schedule, self.units, self.full_widths, base_ap, cache.storage.dtype is not None,
-            kept_queries=None if self.kept_queries is None else self.kept_queries.indices,
-            latency={} if latencies is None else latencies.facts(),
-        )  # fmt: skip
-        base_ap, past = self._open_journal(facts)
+        base_ap, past = self._open_journal(self._facts(base_ap, cache.storage.dtype is not None))
         turns = read_events(past, "latency", Turn, self.journal.path)
         self.past_layers = read_events(past, "layers", Layers, self.journal.path)
         past = [line for line in past if line["event"] in ("decision", "trial")]
@@ -191,11 +173,8 @@ class SearchRun:
         self.board.add({"search/mAP": base_ap}, 0)
         hint = f"stopped; continue with the same command and --resume_search, from {self.journal.path}"
         with stop_after_step(hint) as self.stop_if_asked:
-            if latencies is not None:
-                self.prices = latencies.prices(
-                    self.journal, turns, self.output_dir, self.stop_if_asked,
-                    params_prices(self.config, self.units, self.model, self.image_size_hw),
-                )  # fmt: skip
+            if self.results.latencies is not None:
+                self.prices = self._measured_prices(self.results.latencies, turns)
             result = (self._search_globally if is_global else self._search_modules)(base_ap, past)
             self.stop_if_asked()
         passed = self.config.has_budget or result.widths != self.full_widths
@@ -204,6 +183,8 @@ class SearchRun:
             distributed.on_main(lambda: self.results.write(result, self.journal, outcome))
         else:
             distributed.on_main(lambda: self.results.write_failure(self.journal, outcome))
+        if self.plan is not None:
+            self.log.info("%s", self.plan.compared(self.clock, time.perf_counter() - self._began))
         self.board.close()
         if not passed:
             target_ap = lowest_target_ap(self.schedule, base_ap, self._visits)
@@ -212,6 +193,19 @@ class SearchRun:
                 f"{OUTPUT_NAME} was written; {self.journal.path} lists the trials"
             )
         return result
+
+    def _measured_prices(self, latencies: Latencies, turns: Sequence[Turn]) -> dict[int, Prices]:
+        """Return the prices in milliseconds by the number of decoder layers; `turns` are those of the journal."""
+        with phase(LATENCIES) as entry:
+
+            def after_turn() -> None:
+                entry.count += 1
+                self.stop_if_asked()
+
+            return latencies.prices(
+                self.journal, turns, self.output_dir, after_turn,
+                params_prices(self.config, self.units, self.model, self.image_size_hw),
+            )  # fmt: skip
 
     def _warn(self, base_ap: float) -> None:
         """Log warnings about the result before the search begins."""
@@ -385,8 +379,9 @@ class SearchRun:
             "passed": passed,
             "ap": result.ap,
             "widths": result.widths.to_list(),
-            "images": self.num_images,
+            "images": self.setup.num_images,
             "image_size_hw": list(self.image_size_hw),
             **self.effort.so_far(),
             "passes_since_resume": self.bench.counter.to_dict(),
+            **({} if self.plan is None else {"phases": self.plan.to_dict(self.clock)}),
         }

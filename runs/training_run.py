@@ -1,6 +1,5 @@
 """A training or evaluation run of `main.py`: detector, data and output files."""
 
-import json
 import logging
 import math
 import statistics
@@ -18,8 +17,12 @@ import engine
 from datasets.boxes import require_training_boxes
 from datasets.coco import build_dataset, build_loader, split_of
 from datasets.coco_eval import STAT_NAMES, GroundTruth, ap_by_category, evaluator_name, shown
+from datasets.image_cache import cache_bytes, check_cache
 from datasets.notices import measured_notices, training_notices
 from datasets.sizes import size_notices
+from models.criterion import Criterion
+from models.detector import Detector
+from models.distillation import Distillation
 from pruning.cost import cost_of
 from reports.comparison import COMPARISON_NAME, CUT, DENSE, TUNED
 from reports.report import REPORT_NAME, write_report
@@ -29,14 +32,17 @@ from runs.batch_log import BatchLog
 from runs.compared_detectors import Comparison
 from runs.config import TrainingOptions
 from runs.fewer_queries import KeptQueries
+from runs.plan import RunPlan
 from runs.resolve_options import build_distillation
+from runs.training_log import category_table, continue_log, epoch_scalars, layer_table, shown_ap
 from runs.training_state import TrainingState, resume_changes
 from util import distributed
 from util.board import Board
 from util.environment import record_run
 from util.errors import NonFiniteLossError, UserError
-from util.files import append_json_line, copy_file, free_name, move_aside, write_atomic, write_json
+from util.files import append_json_line, move_aside, write_json
 from util.logging import Notice, get_logger, show, table
+from util.phases import EVALUATION, TRAINING, PhaseClock, TimedBatches, phase
 from weights.checkpoint_file import Checkpoint, plain_arguments, save_checkpoint
 from weights.safetensors_file import SUFFIX
 
@@ -78,6 +84,9 @@ class Run:
         by_shape = Subset(self.val_dataset, self.val_dataset.order_by_shape())
         self.val_loader = build_loader(by_shape, data.batch_size, shuffle=False, **self.loader_options)
         self.log = get_logger()
+        # Without waiting for a GPU at the end of each phase: a training step need not wait for it.
+        self.clock, self._began = PhaseClock(torch.device("cpu")), time.perf_counter()
+        self.plan: RunPlan | None = None
         self.board = Board(output_dir, options.log.tensorboard and not options.run.eval)
 
     def prepare_training(self, continued: Checkpoint | None) -> None:
@@ -89,16 +98,13 @@ class Run:
         require_training_boxes(dataset.annotation_file)
         if options.training.cache_images:
             for cached in (dataset, self.val_dataset):
-                cached.cache_images()
+                if options.run.plan:
+                    check_cache(cached.picture, len(cached), cached.listed_bytes())
+                else:
+                    cached.cache_images()
         self._notice(training_notices(dataset, options.detector.matching_queries))
         self.train_loader = build_loader(dataset, options.data.batch_size, shuffle=True, **self.loader_options)
-        self.wrapped = self.model
-        if distributed.is_distributed():
-            devices = [self.device.index] if self.device.type == "cuda" else None
-            # The decoder's first layer does not use query_scale, nor do removed attentions use what attentions share;
-            # every other parameter is used in each batch.
-            unused = options.detector.dec_layers == 1 or 0 in dict(self.model.widths.items()).values()
-            self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=unused)
+        self.wrapped = self.wrap(self.model)
         self.distillation = build_distillation(options, self.model)
         if self.distillation is not None and self.distillation.remark:
             self._notice([(logging.INFO, self.distillation.remark)])
@@ -113,6 +119,26 @@ class Run:
             self.state.load(continued.training or {}, self.state.best_model.state_dict(), str(continued.path))
             self._refuse_stalled(continued.path)
             self.changes = resume_changes(continued, options, self.state)
+
+    def wrap(self, model: Detector) -> nn.Module:
+        """Return the model to train: with several processes one that averages gradients."""
+        if not distributed.is_distributed():
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        # The decoder's first layer does not use query_scale, nor do removed attentions use what attentions share;
+        # every other parameter is used in each batch.
+        unused = self.options.detector.dec_layers == 1 or 0 in dict(model.widths.items()).values()
+        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=unused)
+
+    def cached_bytes(self) -> float:
+        """Return the bytes of RAM that --cache_images takes at its peak."""
+        datasets = (self.train_loader.coco, self.val_dataset)
+        return sum(cache_bytes(dataset.picture, len(dataset), dataset.listed_bytes()) for dataset in datasets)
+
+    def show_plan(self, plan: RunPlan) -> None:
+        """Show a plan, to be compared with the truth at the end."""
+        self.plan = plan
+        self._notice([(logging.INFO, plan.text())])
 
     def _refuse_stalled(self, path: Path) -> None:
         if self.state.is_stalled:
@@ -156,16 +182,19 @@ class Run:
     def evaluate(self, model: nn.Module, with_losses: bool = False) -> engine.EvalResult:
         """Evaluate on val2017 in the precision of --eval_amp; with --save_results write all detections."""
         distributed.broadcast_buffers(model)
-        result = engine.evaluate(
-            model,
-            self.postprocess,
-            self.val_loader,
-            self.ground_truth,
-            device=self.device,
-            criterion=self.criterion if with_losses else None,
-            amp=self.options.run.eval_amp,
-            by_layer=self.options.run.ap_by_layer,
-        )
+        batches = TimedBatches(self.val_loader)
+        with phase(EVALUATION) as entry:
+            result = engine.evaluate(
+                model,
+                self.postprocess,
+                batches,
+                self.ground_truth,
+                device=self.device,
+                criterion=self.criterion if with_losses else None,
+                amp=self.options.run.eval_amp,
+                by_layer=self.options.run.ap_by_layer,
+            )
+            entry.count = batches.images
         if self.options.run.save_results and distributed.is_main():
             write_json(self.output_dir / "results.json", engine.to_coco_results(result.detections), indent=None)
         show(size_notices(self.val_loader))
@@ -190,12 +219,18 @@ class Run:
                 **optional,
             }
             write_json(self.output_dir / "eval.json", content)
-        self.log.info("%s", _category_table(categories))
+        self.log.info("%s", category_table(categories))
         if result.stats_by_layer:
-            self.log.info("%s", _layer_table(result.stats_by_layer))
+            self.log.info("%s", layer_table(result.stats_by_layer))
         rows = [(name, shown(value) if name in STAT_NAMES else value) for name, value in figures.items()]
         self.log.info("%s", table(["val2017", ""], rows))
+        self._show_truth()
         return result.stats
+
+    def _show_truth(self) -> None:
+        """Log what the run has taken beside its plan, if it has one."""
+        if self.plan is not None:
+            self.log.info("%s", self.plan.compared(self.clock, time.perf_counter() - self._began))
 
     def _by_category(self, result: engine.EvalResult) -> list[dict[str, Any]]:
         """Return id, name, number of boxes (without crowds), AP and AP50 of each category; AP -1 without boxes."""
@@ -237,13 +272,14 @@ class Run:
                 line["test_seconds"] = round(time.perf_counter() - start, 3)
             lines.append({**line, "n_parameters": figures["params"]})
             self._save(lines[-1])
-            self.board.add(_epoch_scalars(line), state.batches)
+            self.board.add(epoch_scalars(line), state.batches)
         self.board.close()
         if state.is_stalled:
             self.log.info("stopped: no better AP for %d epochs (--patience)", state.evaluated_epoch - state.best_epoch)
         self.log.info("%s", table(EPOCH_COLUMNS, epoch_rows(lines)))
         if compared := distributed.on_main(self._finish_comparison):
             self.log.info("%s", compared)
+        self._show_truth()
         return stats
 
     def _train_epoch(self) -> dict[str, Any]:
@@ -262,22 +298,13 @@ class Run:
             rates.append(batch_rates)
             log(losses, images, batch_rates[0])
 
-        losses = engine.train_one_epoch(
-            self.wrapped,
-            self.criterion,
-            self.train_loader,
-            state.optimizer,
-            device=self.device,
-            epoch=state.epoch,
-            scheduler=state.scheduler,
-            clip_max_norm=training.clip_max_norm,
-            amp=self.options.run.amp,
-            scaler=state.scaler,
-            accumulate=training.accumulate,
-            weight_average=state.weight_average,
-            distillation=self.distillation,
-            on_batch=on_batch,
-        )
+        batches = TimedBatches(self.train_loader)
+        with phase(TRAINING) as entry:
+            losses = train_epoch(
+                self.options, self.wrapped, self.criterion, batches, state, self.distillation, self.device,
+                on_batch=on_batch,
+            )  # fmt: skip
+            entry.count = batches.images
         seconds = round(time.perf_counter() - start, 3)
         show(size_notices(self.train_loader))
         named = {f"train_{name}": value for name, value in losses.items()}
@@ -313,7 +340,7 @@ class Run:
             self.comparison.add(TUNED, self.model, stats, line["epoch"])
         self.comparison.write()
         write_report(self.output_dir, "training", self.samples)
-        found = _shown_ap(line.get("test_AP"), is_best)
+        found = shown_ap(line.get("test_AP"), is_best)
         seconds = line["train_seconds"] + line.get("test_seconds", 0)
         self.log.info("epoch %d: loss %.4f, %s, %.1f s", line["epoch"], line["train_loss"], found, seconds)
 
@@ -335,61 +362,24 @@ class Run:
             self.log.info("%s held an older run; its files are now %s", self.output_dir, names)
 
 
-def _shown_ap(ap: float | None, is_best: bool) -> str:
-    """Return an epoch's AP as text for the log; `ap` is None if it was not evaluated."""
-    if ap is None:
-        return "not evaluated"
-    if ap == -1:
-        return "AP not measurable"
-    return f"AP {ap:.4f}{' (best)' if is_best else ''}, by {evaluator_name()}"
-
-
-def _epoch_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return an epoch's values under TensorBoard's grouped names, without those that cannot be measured."""
-    groups = {"train_": "epoch/", "test_": "val/"}
-    scalars = {"epoch/lr": line["lr"], "epoch/lr_backbone": line["lr_backbone"]}
-    for name, value in line.items():
-        for prefix, group in groups.items():
-            if name.startswith(prefix) and value != -1:
-                scalars[group + name.removeprefix(prefix)] = value
-    return scalars
-
-
-def _category_table(categories: list[dict[str, Any]]) -> str:
-    """Return a table of the categories with boxes, and the number of the others."""
-    rows = [[c["name"], c["id"], c["boxes"], shown(c["AP"]), shown(c["AP50"])] for c in categories if c["boxes"]]
-    without = len(categories) - len(rows)
-    left_out = f"\n(and {without} categories without boxes)" if without else ""
-    return table(["category", "id", "boxes", "AP", "AP50"], rows) + left_out
-
-
-def _layer_table(stats_by_layer: list[dict[str, float]]) -> str:
-    """Return a table of AP after each decoder layer: that of the detector run with `--dec_layers` so many."""
-    names = ("AP", "AP50", "AP75")
-    rows = [[layers, *(shown(stats[name]) for name in names)] for layers, stats in enumerate(stats_by_layer, 1)]
-    return table(["decoder layers", *names], rows)
-
-
-def continue_log(path: Path, epoch: int) -> None:
-    """Remove from a log.txt a line truncated by a crash, and the lines from `epoch` on, which is trained again.
-
-    If that is more than one epoch whose checkpoint a crash prevented, keep a copy of the old file beside it.
-    """
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    kept = [line for line in lines if _epoch_of(line) < epoch]
-    if b"".join(kept) == content:
-        return
-    if lines[: len(kept)] != kept or any(_epoch_of(line) > epoch for line in lines) or len(lines) > len(kept) + 1:
-        copy_file(path, free_name(path))
-    write_atomic(path, lambda stream: stream.write(b"".join(kept)))
-
-
-def _epoch_of(line: bytes) -> float:
-    """Return the epoch of a line of log.txt, or minus infinity for a line without one."""
-    try:
-        return float(json.loads(line)["epoch"])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return -math.inf
+def train_epoch(
+    options: TrainingOptions, model: nn.Module, criterion: Criterion, batches: TimedBatches, state: TrainingState,
+    distillation: Distillation | None, device: torch.device, **more: Any,
+) -> dict[str, float]:  # fmt: skip
+    """Train an epoch with the options of a run; see `engine.train_one_epoch`."""
+    return engine.train_one_epoch(
+        model,
+        criterion,
+        batches,
+        state.optimizer,
+        device=device,
+        epoch=state.epoch,
+        scheduler=state.scheduler,
+        clip_max_norm=options.training.clip_max_norm,
+        amp=options.run.amp,
+        scaler=state.scaler,
+        accumulate=options.training.accumulate,
+        weight_average=state.weight_average,
+        distillation=distillation,
+        **more,
+    )

@@ -51,6 +51,27 @@ def hold_folder(folder: str | Path, shown: str = "--output_dir") -> Iterator[Non
         yield
 
 
+def check_unlocked(folder: str | Path, shown: str = "--output_dir") -> None:
+    """Raise a `UserError` in every process if another run uses `folder`, like `hold_folder`, but write nothing."""
+
+    def check() -> None:
+        path = Path(folder) / LOCK_NAME
+        if not path.exists():
+            return
+        lock = FileLock(path, blocking=False, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise _other_run(f"{shown} {folder}", _read_owner(path) or {}) from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+        else:
+            lock.release()
+
+    distributed.on_main(check)
+
+
 @contextmanager
 def hold_name(path: str | Path, shown: str) -> Iterator[None]:
     """Lock a `path` that will be created by renaming, like `hold_folder`, with a lock file beside it."""
@@ -89,9 +110,7 @@ class _Lock:
                 return True
             except Timeout:
                 if (owner := _read_owner(self.path)) is not None:
-                    raise UserError(
-                        f"{shown}: found {_name_owner(owner)} writing there, expected a folder that no other run uses"
-                    ) from None  # else it was just released
+                    raise _other_run(shown, owner) from None  # else it was just released
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
                     raise
@@ -110,6 +129,10 @@ class _Lock:
         with suppress(OSError):
             for folder in self.made:
                 folder.rmdir()
+
+
+def _other_run(shown: str, owner: dict[str, Any]) -> UserError:
+    return UserError(f"{shown}: found {_name_owner(owner)} writing there, expected a folder that no other run uses")
 
 
 def _describe_owner() -> dict[str, Any]:

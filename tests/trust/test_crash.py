@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runs.training_run import continue_log
+from runs.training_log import continue_log
 from tests.pruning.test_end_to_end import write_folder
 from tests.test_main import differing
 from tests.trust.jobs import BACKBONE, SOAK, Job, Kill, assert_whole, draw, prune, train
