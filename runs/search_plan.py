@@ -188,7 +188,7 @@ class SearchPlanner:
         above = [width for width in widths if width] or [module.width]
         place = int(TYPICAL * len(above))
         kept = order.kept(above[place])
-        if module.kind == BLOCK and self._config.method.search == "global":  # all widths are judged at once
+        if not module.is_attention and self._config.method.search == "global":  # all widths are judged at once
             first = spent_in(self._clock, lambda: bench.damages(name, order, widths))
             return SampledModule(name, module.width, images, rank, first), kept
         pair = above[place], above[max(0, place - 1)]
