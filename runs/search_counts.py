@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from models.prunable import PrunableModule
 from models.residual import BLOCK
-from pruning.budget import ATTENTION_WIDTHS_MEASURED, DETECTOR_POWERS, EVALUATIONS, POWERS, widths_to_measure
+from pruning.budget import ATTENTION_WIDTHS_MEASURED, EVALUATIONS, cuts_at_most, widths_to_measure
 from pruning.config import SearchConfig
 from pruning.journal import Decision, Layers, Trial
 from pruning.schedule import Schedule, role_of
@@ -115,8 +115,7 @@ class SearchTally(Tally):
         """Add a search by budget; `trials` and `layers` are those of the journal."""
         config, counts = self._config, range(1)
         measured = None if config.has_budget else ATTENTION_WIDTHS_MEASURED
-        powers = DETECTOR_POWERS if config.scope == "detector" else POWERS
-        cuts = len(powers) + len(config.budgets) - 1 if config.has_budget else EVALUATIONS
+        cuts = cuts_at_most(len(config.budgets), config.min_units) if config.has_budget else EVALUATIONS
         if config.min_dec_layers is not None:
             most = 1 + max(int(name.split(".")[1]) for name in self._modules if name.startswith("decoder"))
             counts = range(most - config.min_dec_layers + 1)

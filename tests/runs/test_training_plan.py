@@ -121,7 +121,7 @@ def test_plan_refuses_what_the_run_would(data, tmp_path, trained):
     before = tree(tmp_path)
     for more, expected in (
         ("--eval --epochs 2", "--epochs"),
-        (f"--resume {trained}/checkpoint.pth --epochs 1", "is complete"),
+        (f"--resume {trained}/checkpoint.pth --epochs 1", "expected more --epochs"),
         ("--coco_path nowhere", "nowhere"),
     ):
         words = f"{TINY} --coco_path {data} --output_dir {tmp_path / 'out'} --plan {more}"
