@@ -1,7 +1,6 @@
 """Training and evaluation loops for detectors of any width and for the searches."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ from datasets.coco_eval import GroundTruth, coco_stats, to_detections
 from models.criterion import Criterion
 from models.distillation import Distillation
 from util import distributed
+from util.batch_record import BatchRecord, bad_gradient
 from util.ema import WeightAverage
 from util.errors import NonFiniteLossError, UserError
-from util.logging import bar_off, get_logger, table
+from util.logging import bar_off
 from util.phases import MAP, TimedBatches, phase
 
 LEAST_SCALE = 2.0**-30  # of the fp16 loss; if the scale falls below it, the gradient is NaN and not an overflow
@@ -67,8 +67,8 @@ class Means:
         if self._sums is None:
             return {}
         sums = distributed.average(dict(zip(self._names, self._sums, strict=True)))
-        weight = distributed.average({"weight": self._sums.new_tensor(self._weight)})["weight"]
-        return {name: float(total / weight) for name, total in sums.items()}
+        weight = distributed.average({"weight": self._sums.new_full((), self._weight)})["weight"]
+        return dict(zip(sums, (torch.stack([*sums.values()]) / weight).cpu().tolist(), strict=True))
 
 
 def move_to(value: Any, device: torch.device) -> Any:
@@ -102,46 +102,62 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train `model`, which may be wrapped in DistributedDataParallel, for one epoch.
 
-    A step's gradient is the mean over `accumulate` batches (fewer in an epoch's last step). Each batch normalises its
-    losses by its own boxes, so this equals one larger batch only if all batches have equally many boxes.
+    Returns the mean over the epoch and all processes of each loss and of `loss`, their weighted sum. A step's gradient
+    is the mean over `accumulate` batches (fewer in an epoch's last step). Each batch normalises its losses by its own
+    boxes, so this equals one larger batch only if all batches have equally many boxes.
+    On a GPU the CPU waits once a batch, for the costs of matching, and checks losses and gradients one batch later. A
+    fused optimizer leaves out a bad step by itself; others wait for the norm before each step, and fp16 for the scale.
 
     Args:
         scheduler: stepped after each optimizer step, even if fp16 skips that step.
         clip_max_norm: largest norm of the gradient, 0 for no clipping.
         amp: off, bf16 or fp16; fp16 needs `scaler`.
         distillation: adds losses towards a teacher's outputs on the same images.
-        on_batch: called after each batch with the mean losses of all processes, this process's number of images, and
-            the learning rates.
-
-    Returns:
-        Mean over the epoch and all processes of each loss and of `loss`, the weighted sum.
+        on_batch: called for each batch with the mean losses of all processes, its number of images, and the rates.
 
     Raises:
-        NonFiniteLossError: a loss or the gradient is not finite; raised in all processes before the weights change.
+        NonFiniteLossError: a loss or the gradient is not finite; raised in all processes; the weights are unchanged.
     """
     model.train()
     criterion.train()
     optimizer.zero_grad(set_to_none=True)
-    means = Means()
     pending: list[dict[str, Tensor]] = []  # targets of the batches of the next optimizer step
     bar = tqdm(loader, desc=f"epoch {epoch}", disable=bar_off(progress), leave=False)
+    reports = _LateReports(bar, on_batch)
     for number, (images, targets) in enumerate(bar):
         pending += targets
-        place = f"epoch {epoch}, step {number + 1} of {len(loader)}"
         images, targets = move_to(images, device), move_to(targets, device)
         in_step = min(accumulate, len(loader) - number // accumulate * accumulate)  # batches
         stepping = (number + 1) % accumulate == 0 or number + 1 == len(loader)
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not stepping else nullcontext():
-            loss, losses = _losses(model, criterion, images, targets, autocast(device, amp), distillation, place)
+            loss, own = _losses(model, criterion, images, targets, autocast(device, amp), distillation)
+            place = f"epoch {epoch}, step {number + 1} of {len(loader)}"
+            batch = BatchRecord(own, targets, [group["lr"] for group in optimizer.param_groups], place)
+            reports.report_last(batch)
             (loss / in_step if scaler is None else scaler.scale(loss / in_step)).backward()
-        means.add(losses)
-        rates = [group["lr"] for group in optimizer.param_groups]
         if stepping:
-            _optimizer_step(model, optimizer, scheduler, clip_max_norm, scaler, weight_average, pending, place)
+            _optimizer_step(model, optimizer, scheduler, clip_max_norm, scaler, weight_average, batch, pending)
             pending = []
-        bar.set_postfix(loss=f"{float(losses['loss']):.3f}", lr=f"{rates[0]:.1e}", refresh=False)
-        on_batch(losses, len(images), rates)
-    return means.read()
+        else:
+            batch.start_copy()
+    reports.report_last()
+    return reports.means.read()
+
+
+class _LateReports:
+    """Checks, counts and reports each batch of an epoch after the next one was matched; see `train_one_epoch`."""
+
+    def __init__(self, bar: tqdm, on_batch: Callable[[Mapping[str, Tensor], int, Sequence[float]], None]) -> None:
+        self.means, self._bar, self._on_batch = Means(), bar, on_batch
+        self._last: BatchRecord | None = None
+
+    def report_last(self, following: BatchRecord | None = None) -> None:
+        """Report the last batch, if there is one; `following` is the last one from now on."""
+        batch, self._last = self._last, following
+        if batch is not None:
+            self._bar.set_postfix(loss=f"{batch.check():.3f}", lr=f"{batch.rates[0]:.1e}", refresh=False)
+            self.means.add(batch.losses)
+            self._on_batch(batch.losses, len(batch.targets), batch.rates)
 
 
 @torch.no_grad()
@@ -247,13 +263,8 @@ def _losses(
     targets: list[dict[str, Tensor]],
     precision: contextlib.AbstractContextManager,
     distillation: Distillation | None,
-    place: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a batch for the backward pass, and each loss averaged over the processes.
-
-    Raises:
-        NonFiniteLossError: the average is not finite; `place` (epoch and step) begins the message.
-    """
+    """Return the loss of a batch for the backward pass, and all losses of this process with it as `loss`."""
     with precision:
         queries = None if distillation is None else distillation.draw(targets)
         inputs = images if distillation is None else distillation.begin(images)
@@ -266,10 +277,7 @@ def _losses(
         distilled = distillation(outputs, lesson)
         loss = loss + distillation.weighted_sum(distilled)
         losses = losses | distilled
-    own = {**losses, "loss": loss}
-    losses = distributed.average(own)
-    _check_finite(losses, own, targets, place)
-    return loss, losses
+    return loss, {**losses, "loss": loss}
 
 
 def _optimizer_step(
@@ -279,33 +287,40 @@ def _optimizer_step(
     clip_max_norm: float,
     scaler: torch.amp.GradScaler | None,
     weight_average: WeightAverage | None,
+    batch: BatchRecord,
     targets: Sequence[Mapping[str, Tensor]],
-    place: str,
 ) -> None:
     """Clip the gradients, step the optimizer and clear them; update the weight average and the learning rates.
 
-    With a scaler, an overflow lowers the scale and skips the step and the weight average.
+    A fused optimizer leaves the weights as they are if the loss or the gradient is not finite, which `batch.check`
+    finds later. With a scaler, an overflow lowers the scale and skips the step and the weight average.
+
+    Args:
+        batch: the step's last batch; its copy is started.
+        targets: of the images in all batches of the step.
 
     Raises:
-        NonFiniteLossError: the gradient is not finite (with a scaler: at any scale); the weights are unchanged.
+        NonFiniteLossError: the loss or the gradient is not finite (with a scaler: at any scale); the weights are
+            unchanged.
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-    if scaler is None and not math.isfinite(float(norm)):
-        raise _bad_gradient(place, targets)
+    batch.start_copy(norm if scaler is None else None, targets)
     if clip_max_norm > 0:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_max_norm, norm)
     stepped = True
-    if scaler is None:
+    if scaler is not None:
+        batch.check()  # reading the scale waits as long
+        stepped = _scaled_step(optimizer, scaler, batch.place, targets)
+    elif optimizer.defaults.get("fused"):
+        finite = norm.isfinite() & batch.losses["loss"].isfinite()
+        optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
         optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
     else:
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        stepped = scaler.get_scale() >= scale
-        if scaler.get_scale() < LEAST_SCALE:
-            raise _bad_gradient(place, targets)
+        batch.check()
+        optimizer.step()
     if stepped and weight_average is not None:
         weight_average.update()
     if scheduler is not None:
@@ -313,35 +328,20 @@ def _optimizer_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _bad_gradient(place: str, targets: Sequence[Mapping[str, Tensor]]) -> NonFiniteLossError:
-    """Return the error for a bad gradient with the images of all processes, which share the gradient."""
-    images = sorted(image for part in distributed.gather_objects(_image_ids(targets)) for image in part)
-    return NonFiniteLossError(f"{place}: the gradient is not finite, on the images {images}")
-
-
-def _check_finite(
-    losses: Mapping[str, Tensor], own: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]], place: str
-) -> None:
-    """Raise in every process if the loss is not finite, with the images of the processes whose `own` losses are not.
-
-    Args:
-        losses: averaged over the processes.
-        own: losses of this process, in the order of computation.
-    """
-    if math.isfinite(float(losses["loss"])):
-        return
-    values = {name: float(value.detach()) for name, value in own.items()}
-    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    parts = distributed.gather_objects((bad, _image_ids(targets)))
-    parts = [part for part in parts if part[0]] or [(["the average of loss is not finite"], part[1]) for part in parts]
-    message = f"{place}: {parts[0][0][0]}, on the images {sorted(i for _, ids in parts for i in ids)}"
-    averages = table(["loss", "value"], [(name, float(value)) for name, value in sorted(losses.items())])
-    get_logger().error("%s\n%s", message, averages)
-    raise NonFiniteLossError(message)
-
-
-def _image_ids(targets: Sequence[Mapping[str, Tensor]]) -> list[int]:
-    return sorted(int(target["image_id"]) for target in targets)
+def _scaled_step(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    place: str,
+    targets: Sequence[Mapping[str, Tensor]],
+) -> bool:
+    """Step the optimizer and adjust the scale; return whether the step was taken."""
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    scale = scaler.get_scale()
+    if scale < LEAST_SCALE:
+        raise bad_gradient(place, targets)
+    return scale >= before
 
 
 def _to_float32(value: Any) -> Any:

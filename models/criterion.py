@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from models.denoising_queries import slot_indices
-from models.layers import at_least_float32
+from models.layers import at_least_float32, numbers_on
 from models.matcher import HungarianMatcher, Matches, giou_loss
 from util import distributed
 
@@ -119,7 +119,7 @@ class Criterion(nn.Module):
         return losses
 
     def _mean_over_processes(self, count: int, device: torch.device) -> Tensor:
-        total = torch.tensor(float(count if self._num_boxes is None else self._num_boxes), device=device)
+        total = torch.full((), float(count if self._num_boxes is None else self._num_boxes), device=device)
         return distributed.average({"boxes": total})["boxes"] if self._num_boxes is None else total
 
     def _focal(self, logits: Tensor, matches: Matches, classes: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Criterion(nn.Module):
     @torch.no_grad()
     def _cardinality_error(logits: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
         """Return the mean over images of |queries whose top class is not the last - targets| of each layer (L)."""
-        counts = torch.tensor([len(target["labels"]) for target in targets], device=logits.device)
+        counts = numbers_on(logits.device, [len(target["labels"]) for target in targets])
         predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
         return (predicted - counts).abs().float().mean(-1)
 

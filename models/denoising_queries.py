@@ -82,12 +82,9 @@ def slot_indices(targets: list[dict[str, Tensor]], layout: DenoisingQueries) -> 
     within = torch.cat([torch.arange(count) for count in counts])
     target = torch.arange(sum(counts))
     offsets = torch.arange(layout.groups).repeat_interleave(len(target)) * slots_per_group
-    groups = layout.groups
-    return (
-        image.repeat(groups).to(device),
-        (within.repeat(groups) + offsets).to(device),
-        target.repeat(groups).to(device),
-    )
+    indices = (image.repeat(layout.groups), within.repeat(layout.groups) + offsets, target.repeat(layout.groups))
+    image, slot, target = (index.to(device, non_blocking=True) for index in indices)
+    return image, slot, target
 
 
 def add_noise(

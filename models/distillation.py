@@ -153,13 +153,20 @@ class Distillation:
         state = self.teacher.run_steps(self.teacher.prepare(images, queries))
         outputs = self.teacher.outputs(state)
         found = {
-            kind: (logits[self.taught_layers].sigmoid(), boxes[self.taught_layers])
+            kind: (self._teaching(logits).sigmoid(), self._teaching(boxes))
             for kind, (logits, boxes) in self._answers(outputs, noise).items()
         }
         probabilities, boxes = (
             layers if self.queries is None else layers[:, :, self.queries] for layers in found.pop("matching")
         )
         return Lesson(probabilities, boxes, at_least_float32(state.memory), state.pixels.float(), found, noise)
+
+    def _teaching(self, layers: Tensor) -> Tensor:
+        """Return those of the teacher's layers (L x ...) that the student's learn from.
+
+        Indexing with a list would make the CPU wait for a GPU.
+        """
+        return torch.stack([layers[layer] for layer in self.taught_layers])
 
     def _answers(self, outputs: dict, noise: Noise | None) -> dict[str, Answers]:
         """Return logits and boxes of the matching queries and of the extra ones that are compared."""

@@ -28,6 +28,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def numbers_on(device: torch.device, numbers: Sequence, dtype: torch.dtype | None = None) -> Tensor:
+    """Return `torch.tensor(numbers)` on a device, for which a GPU's queue need not be empty."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
 class MLP(nn.Module):
     """Linear layers with ReLU between them; `dims` lists the input, hidden and output channels."""
 

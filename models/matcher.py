@@ -8,11 +8,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
-from models.layers import at_least_float32
+from models.layers import at_least_float32, numbers_on
 
 UNMATCHABLE_COST = 1e6
+LEAST_AREA = 1e-7  # added to a divisor
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,21 @@ class Matches:
 
 
 def giou_loss(boxes_cxcywh: Tensor, others_cxcywh: Tensor) -> Tensor:
-    """Return 1 - GIoU of the boxes at the same index of two tensors (... x 4), which are broadcast."""
-    corners = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (boxes_cxcywh, others_cxcywh))
-    return generalized_box_iou_loss(*torch.broadcast_tensors(*corners))
+    """Return 1 - GIoU (arXiv 1902.09630) of the boxes at the same index of two tensors (... x 4), which are broadcast.
+
+    torchvision's `generalized_box_iou_loss` gives the same numbers, but its masks make the CPU wait for a GPU.
+    """
+    boxes, others = (box_convert(given, "cxcywh", "xyxy") for given in (boxes_cxcywh, others_cxcywh))
+    shared_wh = torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])
+    hull_wh = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(boxes[..., :2], others[..., :2])
+    intersection = _area(shared_wh).masked_fill((shared_wh <= 0).any(-1), 0)
+    union = _area(boxes[..., 2:] - boxes[..., :2]) + _area(others[..., 2:] - others[..., :2]) - intersection
+    hull = _area(hull_wh)
+    return 1 - (intersection / (union + LEAST_AREA) - (hull - union) / (hull + LEAST_AREA))
+
+
+def _area(sides_wh: Tensor) -> Tensor:
+    return sides_wh[..., 0] * sides_wh[..., 1]
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class HungarianMatcher:
                 for image, (count, offset) in enumerate(zip(counts, offsets, strict=True)):
                     queries, columns = linear_sum_assignment(layer_costs[image, :, :count])
                     found += [(layer, image, q, offset + c) for q, c in zip(queries, columns, strict=True)]
-        return Matches(*torch.tensor(found, dtype=torch.int64, device=logits.device).reshape(-1, 4).unbind(1))
+        return Matches(*numbers_on(logits.device, found, torch.int64).reshape(-1, 4).unbind(1))
 
     def _costs(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
         """Return the costs, L x B x Q x (largest target count); columns beyond an image's count are not used."""

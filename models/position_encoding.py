@@ -58,5 +58,6 @@ def pixel_encoding(
 
 def anchor_encoding(anchors_cxcywh: Tensor, hidden_dim: int, temperature: float = 10000) -> Tensor:
     """Encode anchors in [0, 1]: ... x 4 (cx, cy, w, h) -> ... x (2 * hidden_dim) in the order y, x, w, h."""
-    yxwh = anchors_cxcywh[..., [1, 0, 2, 3]] * 2 * math.pi
+    x, y, width, height = anchors_cxcywh.unbind(-1)  # a list as index would be copied to a GPU, and the CPU would wait
+    yxwh = torch.stack((y, x, width, height), dim=-1) * 2 * math.pi
     return sine_encoding(yxwh, hidden_dim // 2, temperature).flatten(-2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.dn_dab_deformable_detr.ops import sample
-from models.layers import OnlyBias, at_least_float32, gated, output_layer
+from models.layers import OnlyBias, at_least_float32, gated, numbers_on, output_layer
 from models.prunable import ParameterSlice, columns, rows_and_bias
 
 SAMPLING_PARAMETERS = tuple(f"{name}.{leaf}" for name in ("sampling_offsets", "attention_weights")
@@ -100,7 +100,7 @@ class DeformableAttention(nn.Module):
         reference = reference[:, :, None, :, None].to(offsets.dtype)
         if reference.shape[-1] == 4:
             return reference[..., :2] + offsets / self.grid[2] * reference[..., 2:] * 0.5
-        sizes_wh = torch.tensor(sizes_flat, dtype=offsets.dtype, device=offsets.device).unflatten(0, (-1, 2)).flip(-1)
+        sizes_wh = numbers_on(offsets.device, sizes_flat, offsets.dtype).unflatten(0, (-1, 2)).flip(-1)
         return reference + offsets / sizes_wh[:, None]
 
 

@@ -11,7 +11,7 @@ from models.dn_dab_deformable_detr.attention import (
     deformable_attention_slices,
 )
 from models.dn_dab_deformable_detr.state import DeformableState, LevelSizes
-from models.layers import GatedLayer, module_list
+from models.layers import GatedLayer, module_list, numbers_on
 from models.prunable import ParameterSlice, ffn_slices
 
 
@@ -95,6 +95,6 @@ def reference_points(levels: LevelSizes, valid_ratios: Tensor) -> Tensor:
         y = torch.arange(height, device=valid_ratios.device) + 0.5
         x = torch.arange(width, device=valid_ratios.device) + 0.5
         centres = torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1).flatten(0, 1)
-        size_wh = torch.tensor((width, height), device=valid_ratios.device)
+        size_wh = numbers_on(valid_ratios.device, (width, height))
         points.append(centres / (valid_ratios[:, index, None] * size_wh))
     return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]

@@ -14,6 +14,7 @@ from datasets.coco import annotation_path, build_dataset
 from datasets.transforms import RandomSizeCrop
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 from tests.tiny_run import TINY, run_script, tiny_options
+from util.batch_record import BatchRecord
 from weights.checkpoint_file import read_checkpoint
 
 CPU = torch.device("cpu")
@@ -152,7 +153,8 @@ def test_a_gradient_that_no_scale_makes_finite_ends_training_under_fp16():
         while tried < 10:
             tried += 1
             scaler.scale(float("nan") * weight(torch.ones(1, 1)).sum()).backward()
-            engine._optimizer_step(weight, optimizer, scheduler, 0.1, scaler, average, targets, "here")
+            batch = BatchRecord({"loss": torch.tensor(1.0)}, targets, [1.0], "here")
+            engine._optimizer_step(weight, optimizer, scheduler, 0.1, scaler, average, batch, targets)
     assert tried == 3 and scheduler.step.call_count == 2 and torch.equal(weight.weight, before)
     assert not average.update.called
 
