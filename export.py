@@ -17,6 +17,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -35,7 +36,7 @@ from tools.export_formats import (
     export,
     require_packages,
 )
-from util.cli import Config, add_groups, group, option, parse, refuse, script_parser, whole
+from util.cli import Config, add_groups, group, option, options_from_python, parse, refuse, script_parser, whole
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
@@ -130,6 +131,11 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     if failed:
         sys.exit(f"error: {', '.join(failed)}: found a difference above {TOLERANCE:g}; not written")
     return results
+
+
+def run(**options: Any) -> list[ExportResult]:
+    """Export from Python, with the options of the command line as keywords; return and raise as `main`."""
+    return main(*options_from_python(options, ExportOptions))
 
 
 def metadata_of(options: ExportOptions, model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

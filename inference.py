@@ -8,13 +8,14 @@ python inference.py photos/ --compare CKPT out/pruned.pth --output_dir side_by_s
 import argparse
 import os
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
 from runs.config import DeviceConfig
 from tools.prediction import Prediction, PredictionOptions
 from util import distributed
-from util.cli import add_groups, add_options, parse, script_parser
+from util.cli import add_groups, add_options, options_from_python, parse, script_parser
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import hold_folder
@@ -53,6 +54,11 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> None:
             prediction.run()
         finally:
             stop_logging_to_file(handler)
+
+
+def run(**options: Any) -> None:
+    """Run inference from Python, with the options of the command line as keywords and `inputs` for the images."""
+    main(*options_from_python(options, DeviceConfig, PredictionOptions))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Paper: DN-DETR (arXiv 2203.01305); greedy pruning, J. Donghua Univ. (Eng.) 42(1)
 import argparse
 import contextlib
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from runs.training_plan import TrainingPlanner, is_long_run
 from runs.training_run import Run
 from runs.training_state import seed_everything
 from util import distributed
-from util.cli import add_groups, parse, script_parser
+from util.cli import add_groups, options_from_python, parse, script_parser
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
 from util.lock import check_unlocked, hold_folder
@@ -98,6 +99,15 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
         stop_logging_to_file(handler)
         lock.close()
         distributed.stop()
+
+
+def run(**options: Any) -> dict[str, float]:
+    """Train or evaluate from Python, with the options of the command line as keywords; return as `main`.
+
+    Raises:
+        UserError: there is no such option; and as `main`.
+    """
+    return main(*options_from_python(options, TrainingOptions))
 
 
 def _compares(run: Run, checkpoint: Checkpoint | None) -> bool:

@@ -31,7 +31,7 @@ from pruning.journal import OUTPUT_NAME
 from pruning.latency import TABLE_NAME, Setting, measure_whole
 from reports.plots import new_figure, save_figure
 from runs.search_results import SUMMARY_NAME
-from tools.prediction import PredictionOptions, load_detector
+from tools.prediction import load_detector
 from util.cli import real, user_path, whole
 from util.environment import environment
 from util.errors import UserError, run_cli
@@ -105,7 +105,7 @@ def measure(subject: Subject, paths: Mapping[str, Sequence[Path]], args: argpars
     detectors: dict[str, tuple[str, Path, Detector]] = {}
     files = [(DENSE, args.checkpoint), *((name, path) for name, of_search in paths.items() for path in of_search)]
     for name, path in files:
-        loaded = load_detector(name, str(path), PredictionOptions(), (), CPU)
+        loaded = load_detector(path, CPU)
         detectors[f"{name} {len(detectors)}"] = name, Path(path), loaded.model
     setting = Setting.of(CPU, subject.image_size_hw, args.batch_size, "off")
     rows = []

@@ -16,8 +16,8 @@ import torch
 from pruning.journal import JOURNAL_NAME
 from reports.folder import LOG_NAME
 from reports.report import REPORT_NAME, render
-from reports.samples import Samples
-from util.cli import parse, script_parser, user_path
+from reports.samples import COMPARED_IMAGES, Samples
+from util.cli import parse, script_parser, user_path, whole
 from util.distributed import choose_device
 from util.errors import UserError, run_cli
 from util.files import write_text
@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument(
         "--device", default=None, help="device of sample detections: cpu, cuda or cuda:N (default: cuda if available)"
     )
+    parser.add_argument(
+        "--images", type=whole(1), default=COMPARED_IMAGES,
+        help="compare several budgets on the first N images of val2017",
+    )  # fmt: skip
     args, _ = parse(parser, argv)
     written = {kind: args.output_dir / name for kind, name in KINDS.items() if (args.output_dir / name).exists()}
     if not written:
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "or a training run"
         )
     kind = max(written, key=lambda kind: written[kind].stat().st_mtime_ns)
-    content = render(args.output_dir, kind, Samples(choose_device(args.device)))
+    content = render(args.output_dir, kind, Samples(choose_device(args.device), args.images))
     path = args.output_dir / REPORT_NAME
     write_text(path, content)
     print(f"{path}: report of a {kind}, {len(content.encode()) / 1e6:.2f} MB")

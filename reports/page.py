@@ -14,6 +14,10 @@ STYLE = Path(__file__).with_name("page.css")
 JPEG_QUALITY = 80
 
 
+class Html(str):
+    """Markup for a cell of `html_table`, which escapes all other text."""
+
+
 def page(title: str, *parts: str) -> str:
     """Return a whole file, without external resources or scripts."""
     return (
@@ -47,11 +51,27 @@ def tiles(items: Iterable[tuple[str, object, str]]) -> str:
 def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table that scrolls sideways if wider than the page; the first column is left-aligned."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(as_text(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "\n".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
         f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
+
+
+def _cell(value: object) -> str:
+    return value if isinstance(value, Html) else escape(as_text(value))
+
+
+def link(text: str, anchor: str) -> Html:
+    """Return a link to a part of the page, for a cell."""
+    return Html(f'<a href="#{escape(anchor)}">{escape(text)}</a>')
+
+
+def details(title: str, *parts: str, anchor: str | None = None) -> str:
+    """Return content that opens when its title is chosen; a link to its anchor opens it in browsers that can."""
+    body = "\n".join(part for part in parts if part)
+    place = "" if anchor is None else f'<div id="{escape(anchor)}"></div>\n'
+    return f"<details>\n<summary>{escape(title)}</summary>\n{place}{body}\n</details>"
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> str:
@@ -72,7 +92,10 @@ def plots(items: Iterable[tuple[str, str]]) -> str:
 
 
 def pictures(items: Iterable[tuple[str, Image.Image]]) -> str:
-    """Return two or three captioned pictures side by side; on a phone, the first of three is above the others."""
+    """Return captioned pictures side by side, in rows of up to three; on a phone, the first of an odd number is above.
+
+    Pictures scale with the page.
+    """
     found = [
         f'<figure><img src="{data_uri(picture)}" width="{picture.width}" height="{picture.height}" '
         f'alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'

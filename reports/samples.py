@@ -32,6 +32,7 @@ IMAGES = 4
 OBJECTS = range(2, 9)  # per image: enough to show, and still readable
 THRESHOLD = 0.4
 SIDE = 320  # pixels of a picture's longer side
+COMPARED_IMAGES = 100  # of val2017, for several budgets: on a CPU, large images take seconds each
 
 Result = Mapping[str, Tensor]
 
@@ -39,10 +40,10 @@ Result = Mapping[str, Tensor]
 class Samples:
     """Detections on the same few images of val2017, cached until a checkpoint file changes."""
 
-    def __init__(self, device: torch.device) -> None:
-        """The detectors run on `device`."""
-        self.device = device
-        self._found: dict[tuple[Path, int], list[Result]] = {}
+    def __init__(self, device: torch.device, images: int = COMPARED_IMAGES) -> None:
+        """The detectors run on `device`; those of several budgets are compared on the first `images` of val2017."""
+        self.device, self.images = device, images
+        self._found: dict[tuple[Path, int, Sequence[int]], list[Result]] = {}
 
     def section(self, config: DetectorConfig, data: DataConfig, detectors: Sequence[tuple[str, Path]]) -> str:
         """Return a section with a row of pictures for each image: annotations and each detector's detections.
@@ -57,23 +58,23 @@ class Samples:
         try:
             dataset = build_dataset(SPLIT, data)
             indices = _choose(dataset)
-            results = [(caption, self._detect(path, config, dataset, indices)) for caption, path in detectors]
+            results = [(caption, self.detect(path, config, dataset, indices)) for caption, path in detectors]
             names = category_names(split_of(data, SPLIT).annotation_file)
             rows = []
             for number, index in enumerate(indices):
-                columns = [("annotated", _annotated(dataset, index), None)]
+                columns = [("annotated", annotated(dataset, index), None)]
                 columns += [(caption, found[number], THRESHOLD) for caption, found in results]
-                rows.append(page.pictures(_column(dataset.picture(index), names, *column) for column in columns))
+                rows.append(page.pictures(captioned(dataset.picture(index), names, *column) for column in columns))
         except UserError as error:
             return page.section(title, page.paragraph(f"Not drawn: {error}.", "faint"))
         note = f"Images of {SPLIT}, detections with a score of {THRESHOLD} or more."
         return page.section(title, page.paragraph(note, "faint"), *rows)
 
     @torch.no_grad()
-    def _detect(self, path: Path, config: DetectorConfig, dataset: CocoDataset, indices: Sequence[int]) -> list[Result]:
+    def detect(self, path: Path, config: DetectorConfig, dataset: CocoDataset, indices: Sequence[int]) -> list[Result]:
         """Return scores, labels and boxes (xyxy in the original image's pixels) of a checkpoint, on the CPU."""
         try:
-            key = (path, path.stat().st_mtime_ns)
+            key = (path, path.stat().st_mtime_ns, tuple(indices))
         except OSError:
             raise UserError(f"{path} no longer exists") from None
         if key not in self._found:
@@ -104,14 +105,14 @@ def _choose(dataset: CocoDataset) -> list[int]:
     return found[:: max(1, len(found) // IMAGES)][:IMAGES]
 
 
-def _annotated(dataset: CocoDataset, index: int) -> Result:
+def annotated(dataset: CocoDataset, index: int) -> Result:
     """Return the annotated objects of an image as detections without scores."""
     _, target = dataset[index]
     corners = box_convert(target["boxes"], "cxcywh", "xyxy")
     return {"labels": target["labels"], "boxes": corners * target["orig_size"].flip(0).repeat(2)}
 
 
-def _column(
+def captioned(
     picture: Tensor, names: Mapping[int, str], caption: str, result: Result, threshold: float | None
 ) -> tuple[str, Image.Image]:
     """Return a caption with the objects by name, and the picture with boxes at the report's size."""

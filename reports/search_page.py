@@ -14,6 +14,7 @@ from pruning.config import SearchConfig
 from pruning.cost import PAPER_IMAGE_SIZE_HW, Cost
 from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Trial, read_events
 from reports import charts, page, search_log
+from reports.budgets_page import budgets_section
 from reports.folder import (
     RunFolder,
     change,
@@ -181,18 +182,19 @@ def search_page(path: Path, samples: Samples) -> str:
     title = f"{facts.start['schedule']['name'].upper()} search of {detector} on {facts.split}"
     is_dense = folder.detector.check_widths(facts.before) == folder.detector.full_widths
     detectors = [] if resume is None else [("dense" if is_dense else "before the search", Path(resume))]
-    detectors.append(("slim, before fine-tuning", output))
+    slim = {point["name"]: path / point["file"] for point in facts.points if point["file"]}
+    detectors += [*slim.items()] or [("slim, before fine-tuning", output)]
     return page.page(
         title,
         _lead(facts, before, after),
         cost_section("before", before, after, facts.image_size_hw),
-        _budgets(facts),
+        budgets_section(folder, facts.points, facts.before, facts.config.use_dn, samples),
         _latency(facts),
         page.section("Width of each module", page.plots(charts.widths_plots(facts.before, facts.after))),
         page.section("AP against cost", _ap_plot(facts)),
         _steps(facts),
         samples.section(folder.detector, folder.data, detectors) if facts.end is not None and facts.passed else "",
-        _next_steps(facts, output) if facts.passed else "",
+        _next_steps(facts, output) if facts.passed and not slim else "",
         environment_section(folder, facts.effort["seconds"]),
     )
 
@@ -263,17 +265,6 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
         kept = " / ".join(search_log.kept_cost(trial.to_dict()) for trial in facts.chosen)
         notices.append(page.paragraph(f"Kept: {kept}."))
     return "\n".join([page.paragraph(text), *notices, page.tiles(figures)])
-
-
-def _budgets(facts: SearchFacts) -> str:
-    """Return table and plots of several budgets; empty for one."""
-    if not facts.points:
-        return ""
-    found = search_log.ap_curves(facts.points).values()
-    plots = page.plots([(f"AP against {axis}", charts.curve(points, axis)) for axis, points in found])
-    return page.section(
-        "Budgets", page.html_table(search_log.POINT_COLUMNS, search_log.point_rows(facts.points)), plots
-    )
 
 
 def _latency(facts: SearchFacts) -> str:

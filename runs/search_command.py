@@ -56,7 +56,7 @@ def defaults_of(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def run(schedule: Schedule, doc: str) -> None:
+def run_script(schedule: Schedule, doc: str) -> None:
     """Parse the command line and search; a user's error ends with exit code 2.
 
     `doc` is the script's docstring: a description and example commands.

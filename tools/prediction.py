@@ -109,13 +109,22 @@ class LoadedDetector:
 
 
 def load_detector(
-    title: str, path: str, options: PredictionOptions, typed: Collection[str], device: torch.device
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    options: PredictionOptions | None = None,
+    typed: Collection[str] = (),
+    title: str = "detector",
 ) -> LoadedDetector:
     """Load the detector of a checkpoint of any format, in eval mode, with its own options.
+
+    Args:
+        options: options of inference, of which those named in `typed` must agree with the checkpoint.
+        title: its name in tables.
 
     Raises:
         UserError: the file cannot be read, or a typed option contradicts it.
     """
+    options = options or PredictionOptions()
     checkpoint = with_typed_layers(read_checkpoint(path), options.detector, typed)
     theirs = options_for(options, checkpoint, typed)
     model, _, postprocessors = build_detector(theirs.detector, checkpoint)
@@ -169,7 +178,7 @@ class Prediction:
         sources = {"detector": resume or ""}
         if config.compare is not None:
             sources = dict(zip(COMPARED, config.compare, strict=True))
-        self.detectors = [load_detector(title, path, options, typed, device) for title, path in sources.items()]
+        self.detectors = [load_detector(path, device, options, typed, title) for title, path in sources.items()]
         sizes = sorted({detector.image_size for detector in self.detectors})
         if len(sizes) > 1:
             raise UserError(

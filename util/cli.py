@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -132,6 +133,26 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     values = {name: parser.get_default(name) for name in names} | typed
     values = {name: value for name, value in values.items() if value is not argparse.SUPPRESS}  # --help is no value
     return argparse.Namespace(**values), set(typed)
+
+
+def options_from_python(given: Mapping[str, Any], *config_classes: type[Config]) -> tuple[argparse.Namespace, set[str]]:
+    """Return keyword arguments as if they had been typed, for calls of a script from Python; see `parse`.
+
+    Args:
+        given: option names without `--`, and values; a `Path` may stand for a file.
+        config_classes: options of the script.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    known = options_of(*config_classes)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f", such as {close[0]}" if close else ""
+            raise UserError(f"{shorten(name)}: found no such option, expected one of the command line{hint}")
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    return argparse.Namespace(**values), set(values)
 
 
 def refuse(names: Iterable[str], typed: Collection[str], reason: str) -> None:

@@ -179,7 +179,7 @@ def test_its_names_are_drawn(tmp_path):
     path = str(saved_with(tmp_path, id2label=NAMES))
     args, typed = parse(inference.get_inference_parser(), ["x.jpg", "--resume", path, "--device", "cpu"])
     settings = PredictionOptions.from_values(vars(args))
-    assert load_detector("detector", path, settings, typed, torch.device("cpu")).names == NAMES
+    assert load_detector(path, "cpu", settings, typed).names == NAMES
 
 
 def sharded(folder, suffix):
