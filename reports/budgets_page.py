@@ -27,7 +27,7 @@ BEFORE = "before"  # name of the point before the search
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BudgetComparison:
     """Findings of each detector by the point's name, on the same images of `dataset`; `names` are its categories."""
 
     dataset: CocoDataset
@@ -66,7 +66,7 @@ def budgets_section(
     )
 
 
-def _compare(folder: RunFolder, points: Sequence[Mapping[str, Any]], samples: Samples) -> Comparison:
+def _compare(folder: RunFolder, points: Sequence[Mapping[str, Any]], samples: Samples) -> BudgetComparison:
     """Run all detectors on the first images of val2017.
 
     Raises:
@@ -78,12 +78,12 @@ def _compare(folder: RunFolder, points: Sequence[Mapping[str, Any]], samples: Sa
         raise UserError("the checkpoint that the search began with was not recorded")
     paths = {point["name"]: folder.path / point["file"] if point["file"] else Path(resume) for point in points}
     findings = {name: find(samples, path, folder.detector, dataset) for name, path in paths.items()}
-    return Comparison(dataset, category_names(split_of(folder.data, SPLIT).annotation_file), findings)
+    return BudgetComparison(dataset, category_names(split_of(folder.data, SPLIT).annotation_file), findings)
 
 
 def _table(
     folder: RunFolder, points: Sequence[Mapping[str, Any]], before: Widths,
-    runtimes: Mapping[str, Mapping[str, str]], compared: Comparison | None,
+    runtimes: Mapping[str, Mapping[str, str]], compared: BudgetComparison | None,
 ) -> str:  # fmt: skip
     """Return the table with a row for each detector; names lead to the parts below."""
     columns = dict(zip(search_log.POINT_COLUMNS, zip(*search_log.point_rows(points), strict=True), strict=True))
@@ -124,7 +124,7 @@ def anchor_of(name: str) -> str:
     return f"budget-{name}"
 
 
-def _budget(folder: RunFolder, point: Mapping[str, Any], use_dn: bool, compared: Comparison | None) -> str:
+def _budget(folder: RunFolder, point: Mapping[str, Any], use_dn: bool, compared: BudgetComparison | None) -> str:
     """Return the part of one budget, to open."""
     path = folder.path / point["file"]
     ap = f"mAP {point['ap']:.4f}"
@@ -160,7 +160,7 @@ def _categories(before: Findings, after: Findings, names: Mapping[int, str]) -> 
     return page.paragraph(text) + page.details(f"AP of each category, {images}", table)
 
 
-def _worst(before: Findings, after: Findings, compared: Comparison) -> list[str]:
+def _worst(before: Findings, after: Findings, compared: BudgetComparison) -> list[str]:
     """Return the images with most additional errors, as annotated, before and now."""
     worst = worst_images(before, after, WORST_IMAGES)
     what = f"missed objects plus detections of nothing, at scores of {THRESHOLD} or more"
