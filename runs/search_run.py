@@ -383,5 +383,5 @@ class SearchRun:
             "image_size_hw": list(self.image_size_hw),
             **self.effort.so_far(),
             "passes_since_resume": self.bench.counter.to_dict(),
-            **({} if self.plan is None else {"phases": self.plan.to_dict(self.clock)}),
+            "phases": self.clock.to_dict() if self.plan is None else self.plan.to_dict(self.clock),
         }

@@ -86,6 +86,13 @@ class PhaseClock:
         """Return the seconds of a phase."""
         return sum(entry.seconds for entry in self.entries.get(name, ()))
 
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return count and seconds of each phase as JSON values."""
+        return [
+            {"phase": name, "done": round(self.count(name), 3), "seconds": round(self.seconds(name), 3)}
+            for name in self.entries
+        ]
+
     def seconds_each(self, name: str) -> float:
         """Return the seconds for a count of one, without the first stretch if there are more, which warms up."""
         entries = self.entries.get(name, [])

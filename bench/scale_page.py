@@ -1,0 +1,97 @@
+"""Tables and sentences of docs/results.md about a data set of COCO's size and about growth, for `bench.pages`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from bench.coco_scale import RESULT_NAME
+from bench.coco_set import CATEGORIES, HEIGHT, WIDTH
+from bench.growth import IMAGES, LAYERS, NAME, PIXELS, PROCESSES, line_through
+from bench.scale_rows import FULL_IMAGES, total_row
+from bench.sentences import measured_with, paragraph
+from bench.tables import markdown, read_figures
+
+
+def coco_scale(results: Path) -> str:
+    """List the phases of a fast search and of a training, as measured and for a data set of COCO's size."""
+    rows = []
+    for name, run in read_figures(results, RESULT_NAME)["runs"].items():
+        for row in (*run["rows"], total_row(run["rows"])):
+            is_total = row["phase"] == "total"
+            title = f"**{name}, {row['phase']}**" if is_total else f"{name}, {row['phase']}"
+            rows.append(
+                (title, row["measured_on"], f"{row['seconds']:,.1f}", duration(row["full_seconds"]), row["how"])
+            )
+    return markdown(("", "measured on", "seconds", f"{FULL_IMAGES:,} images", "how"), rows)
+
+
+def coco_scale_memory(results: Path) -> str:
+    """List seconds and peak memory of the stages of the same runs."""
+    rows = [
+        (
+            f"{name}, {stage['name']}", f"{stage['seconds']:,.1f}", f"{stage['cpu_seconds']:,.1f}",
+            f"{stage['peak_bytes'] / 1e9:.2f}",
+        )
+        for name, run in read_figures(results, RESULT_NAME)["runs"].items()
+        for stage in run["stages"]
+    ]  # fmt: skip
+    return markdown(("as measured", "seconds", "CPU seconds", "GB at most"), rows)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def scale_text(results: Path) -> str:
+    """Describe the measurement."""
+    found = read_figures(results, RESULT_NAME)
+    settings, runs = found["settings"], found["runs"]
+    budgets = " ".join(f"{keep:g}" for keep in settings["keep"])
+    features = "; ".join(
+        f"{name}: {run['features_megabytes'] / 1000 * FULL_IMAGES / settings['images']:.0f} GB"
+        for name, run in runs.items()
+        if "features_megabytes" in run
+    )
+    weights = " (random weights)" if settings["weights"] == "random" else ""
+    return paragraph(
+        f"{FULL_IMAGES:,} JPEGs of {HEIGHT} x {WIDTH} pixels with COCO's {len(CATEGORIES)} categories, of which "
+        f"{settings['images']:,} were used; DN-DETR-R50{weights}, short side {settings['image_size']}, batches of "
+        f"{settings['batch_size']}, `--keep {budgets}`, training steps: {settings['steps']}. With an mAP of 0 before "
+        "the search only one power is tried; otherwise the first budget takes two cuts more. The last column "
+        f"says how the seconds for {FULL_IMAGES:,} images follow from the measured ones. They suppose that the "
+        f"cached features fit in memory, which for so many images take: {features}. {measured_with(found)}"
+    )
+
+
+def growth_text(results: Path) -> str:
+    """Report how close the growth is to straight lines."""
+    found = read_figures(results, f"{NAME}.json")
+    parts = []
+    for name, unit, times in (
+        (IMAGES, "1,000 images", 1000), (PIXELS, "10,000 pixels", 10_000), (LAYERS, "layer", 1),
+        (PROCESSES, "share of the work", 1),
+    ):  # fmt: skip
+        points = [point for point in found["points"] if point["series"] == name]
+        if len(points) < 3:
+            continue
+        constant, slope, distance = line_through(points, "seconds")
+        memory, more, off = line_through(points, "gigabytes")
+        parts.append(
+            f"{name}: {constant:.1f} s and {slope * times:.1f} s for each {unit}, within {100 * distance:.0f} %; "
+            f"memory {memory:.2f} GB and {more * times:.3f} GB for each, within {100 * off:.0f} %"
+        )
+    return paragraph(
+        f"Lines through the CPU seconds and the peak memory, and the largest distance of a measured point from them. "
+        f"{'. '.join(part[0].upper() + part[1:] for part in parts)}. {measured_with(found)}"
+    )
+
+
+SCALE_TABLES: Mapping[str, Callable[[Path], str]] = {
+    "coco_scale": coco_scale,
+    "coco_scale_memory": coco_scale_memory,
+}
+SCALE_TEXTS: Mapping[str, Callable[[Path], str]] = {"coco_scale": scale_text, "growth": growth_text}
