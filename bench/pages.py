@@ -3,7 +3,7 @@
     python -m bench.pages
 
 Pages mark each place with `<!-- table NAME -->` or `<!-- text NAME -->` before it and `<!-- end -->` after it. NAME is
-a function of `bench.tables` or `bench.sentences`.
+a function of `bench.tables`, `bench.sentences` or `bench.scale_page`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from bench.scale_page import SCALE_TABLES, SCALE_TEXTS
 from bench.sentences import TEXTS
 from bench.tables import TABLES
 from util.errors import UserError, run_cli
@@ -20,7 +21,10 @@ from util.files import write_text
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- (table|text) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-FRAGMENTS: Mapping[str, Mapping[str, Callable[[Path], str]]] = {"table": TABLES, "text": TEXTS}
+FRAGMENTS: Mapping[str, Mapping[str, Callable[[Path], str]]] = {
+    "table": {**TABLES, **SCALE_TABLES},
+    "text": {**TEXTS, **SCALE_TEXTS},
+}
 
 
 def pages() -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench.coco_scale import RESULT_NAME
+from bench.coco_scale import RESULT_NAME, TRAINING
 from bench.coco_set import CATEGORIES, HEIGHT, WIDTH
 from bench.growth import IMAGES, LAYERS, NAME, PIXELS, PROCESSES, line_through
 from bench.scale_rows import FULL_IMAGES, total_row
@@ -56,14 +56,19 @@ def scale_text(results: Path) -> str:
         for name, run in runs.items()
         if "features_megabytes" in run
     )
+    steps = f", training steps: {settings['steps']}" if TRAINING in runs else ""
+    cpu, wall = (
+        sum(stage[key] for run in runs.values() for stage in run["stages"]) for key in ("cpu_seconds", "seconds")
+    )
     weights = " (random weights)" if settings["weights"] == "random" else ""
     return paragraph(
         f"{FULL_IMAGES:,} JPEGs of {HEIGHT} x {WIDTH} pixels with COCO's {len(CATEGORIES)} categories, of which "
         f"{settings['images']:,} were used; DN-DETR-R50{weights}, short side {settings['image_size']}, batches of "
-        f"{settings['batch_size']}, `--keep {budgets}`, training steps: {settings['steps']}. With an mAP of 0 before "
+        f"{settings['batch_size']}, `--keep {budgets}`{steps}. With an mAP of 0 before "
         "the search only one power is tried; otherwise the first budget takes two cuts more. The last column "
         f"says how the seconds for {FULL_IMAGES:,} images follow from the measured ones. They suppose that the "
-        f"cached features fit in memory, which for so many images take: {features}. {measured_with(found)}"
+        f"cached features fit in memory, which for so many images take: {features}. Other work ran beside: the "
+        f"process had {cpu:.0f} CPU seconds in {wall:.0f} seconds. {measured_with(found)}"
     )
 
 
@@ -94,4 +99,4 @@ SCALE_TABLES: Mapping[str, Callable[[Path], str]] = {
     "coco_scale": coco_scale,
     "coco_scale_memory": coco_scale_memory,
 }
-SCALE_TEXTS: Mapping[str, Callable[[Path], str]] = {"coco_scale": scale_text, "growth": growth_text}
+SCALE_TEXTS: Mapping[str, Callable[[Path], str]] = {"coco_scale": scale_text}
