@@ -2,19 +2,22 @@
 
     python export.py --resume CKPT --output_dir out
     python export.py --resume out/pruned.pth --output_dir out --format onnx --detections --image_size_hw 480 640
+    python export.py --resume out/pruned.pth --output_dir out --format onnx --target tensorrt --static
 
 The files are OUT/NAME.onnx and OUT/NAME.pt2, named after the checkpoint. Inputs: `images` B x 3 x H x W (float32, RGB
 in [0, 1], normalised by the mean and std in the metadata) and `mask` B x H x W (bool, True on padding; --no-mask omits
 it, which is faster if no image is padded). Outputs: `pred_logits` B x Q x C (one sigmoid per class) and `pred_boxes`
-B x Q x 4 (centre x, centre y, width, height, in [0, 1] of the unpadded image). Batch, height and width are dynamic.
+B x Q x 4 (centre x, centre y, width, height, in [0, 1] of the unpadded image). Batch, height and width are dynamic
+unless `--static` fixes them.
 Images of one size give the boxes of `main.py` and `inference.py`; the boxes of padded images differ slightly, because
 the convolutions see the padding.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +27,28 @@ from tqdm import tqdm
 
 from datasets.config import LoaderConfig
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from models import build
 from models.config import NETWORK_TITLE, DetectorConfig
+from models.detector import Detector
 from runs.config import FolderConfig
-from tools.export_check import BATCH_SIZES, TOLERANCE
+from tools.export_check import TOLERANCE
 from tools.export_formats import (
     FORMATS,
     GREATEST_OPSET,
     GREATEST_SIDE,
+    HALF,
     LEAST_OPSET,
+    SUFFIXES,
     ExportResult,
+    GraphForm,
     export,
     require_packages,
 )
+from tools.export_timing import runtime_calls, time_calls
 from util.cli import Config, add_groups, group, option, options_from_python, parse, refuse, script_parser, whole
+from util.environment import environment
 from util.errors import UserError, run_cli
-from util.files import check_output_dir
+from util.files import check_output_dir, write_json
 from util.lock import hold_folder
 from util.logging import bar_off, get_logger, table
 from weights.build import build_detector, options_for
@@ -47,19 +57,33 @@ from weights.decoder_layers import with_typed_layers
 from weights.formats import Checkpoint
 from weights.huggingface import INDEX_SUFFIX
 
+TARGETS = ("any", "tensorrt")
+SAMPLINGS = ("gridsample", "gather")
+
 
 @dataclass(frozen=True)
 class ExportConfig(Config):
     """Options of an export and its check."""
 
     format: Sequence[str] = option(FORMATS, "formats to write", nargs="+", choices=FORMATS, stored="run")
+    target: str = option("any", "runtime to write ONNX for; tensorrt: with --sampling gather", choices=TARGETS,
+        stored="run")  # fmt: skip
+    sampling: str | None = option(None, "how the deformable variant's graph samples feature maps: by GridSample, or by "
+        "reading pixels and interpolating (by default for TensorRT, which can be wrong at GridSample)",
+        choices=SAMPLINGS, stored="run")  # fmt: skip
+    static: int | None = option(None, "fix the batch to N images (1 if omitted) and their size to --image_size_hw",
+        type=whole(1), nargs="?", const=1, stored="run")  # fmt: skip
     image_size_hw: Sequence[Sequence[int]] | None = option(None, type=whole(1, at_most=GREATEST_SIDE), nargs=2,
         action="append", metavar=("HEIGHT", "WIDTH"), stored="run", help="image size in pixels for the check, "
-        "repeatable; by default the checkpoint's image size by 4/3 of it, and 3/4 of it square; sides up to "
-        f"{GREATEST_SIDE}")  # fmt: skip
+        "repeatable; by default the checkpoint's image size by 4/3 of it and, without --static, 3/4 of it square; "
+        f"sides up to {GREATEST_SIDE}")  # fmt: skip
     opset: int = option(LEAST_OPSET, type=whole(LEAST_OPSET, at_most=GREATEST_OPSET), help="ONNX opset, up "
         f"to {GREATEST_OPSET}")  # fmt: skip
     mask: bool = option(True, "add the padding mask as a second input")
+    fp16: bool = option(False, "also write NAME.fp16.onnx, with float16 weights and sums; coordinates stay float32")
+    timings: int | None = option(None, "time PyTorch, onnxruntime and, if installed, OpenVINO in N turns (5 if "
+        "omitted), dense and slim, one CPU thread, for export.json", type=whole(1), nargs="?", const=5,
+        stored="run")  # fmt: skip
     detections: bool = option(False, help="also output the --num_select best pairs of query and class per image, "
         "best first: scores, labels (category ids) and boxes (x0, y0, x1, y1 in [0, 1] of the image)")  # fmt: skip
 
@@ -90,11 +114,8 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     """
     torch.set_flush_denormal(True)
     options = ExportOptions.from_values(vars(args))
+    _refuse_unused(options, typed)
     asked, run = options.export, options.run
-    if not asked.detections:
-        refuse(["num_select"], typed, "found no --detections, without which it is not used")
-    if "onnx" not in asked.format:
-        refuse(["opset"], typed, f"found --format {' '.join(asked.format)}, expected onnx, which alone uses it")
     if not run.resume:
         raise UserError("--resume: found none, expected the checkpoint of the detector to export")
     require_packages(asked.format)
@@ -103,33 +124,30 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     if checkpoint.remark:
         get_logger().info("%s", checkpoint.remark)
     options = options_for(options, checkpoint, typed)
+    form = form_of(options)
     model, _, postprocessors = build_detector(options.detector, checkpoint)
-    short = options.loader.image_size
-    sizes_hw = [tuple(size) for size in asked.image_size_hw or ((short, short * 4 // 3), (short * 3 // 4,) * 2)]
-    name = f"{Path(checkpoint.path.name.removesuffix(INDEX_SUFFIX)).stem}.{{}}"
-    paths = {format_: output_dir / name.format(format_) for format_ in FORMATS if format_ in asked.format}
-    steps = 1 + len(paths) * (2 + len(sizes_hw) * len(BATCH_SIZES))
+    sizes_hw = checked_sizes_hw(options)
+    stem = Path(checkpoint.path.name.removesuffix(INDEX_SUFFIX)).stem
+    formats = [format_ for format_ in SUFFIXES if format_ in asked.format or (format_ == HALF and asked.fp16)]
+    paths = {format_: output_dir / f"{stem}.{SUFFIXES[format_]}" for format_ in formats}
+    steps = 1 + (asked.timings is not None) + len(paths) * (2 + len(sizes_hw) * len(form.batch_sizes))
     with hold_folder(output_dir), tqdm(total=steps, disable=bar_off(), leave=False) as bar:
 
         def show(stage: str) -> None:
             bar.set_description(stage, refresh=False)
             bar.update()
 
-        results = export(
-            model,
-            postprocessors["bbox"],
-            paths,
-            sizes_hw,
-            opset=asked.opset,
-            with_mask=asked.mask,
-            with_detections=asked.detections,
-            metadata=metadata_of(options, model, checkpoint),
-            progress=show,
-        )
+        facts = metadata_of(options, model, checkpoint, sizes_hw)
+        results = export(model, postprocessors["bbox"], paths, sizes_hw, form, metadata=facts, progress=show)
+        timings = [] if asked.timings is None else timings_of(options, model, sizes_hw[0], form, show)
+        write_json(output_dir / "export.json", summary_of(results, timings, options, sizes_hw[0]))
     get_logger().info("%s", results_table(results))
-    failed = [str(result.path) for result in results if not result.passed]
+    if timings:
+        get_logger().info("%s", timings_table(timings))
+    failed = [result for result in results if not result.passed]
     if failed:
-        sys.exit(f"error: {', '.join(failed)}: found a difference above {TOLERANCE:g}; not written")
+        faults = (f"{result.path}: found a difference above {result.cases[0].tolerance:g}" for result in failed)
+        sys.exit(f"error: {'; '.join(faults)}; not written")
     return results
 
 
@@ -138,8 +156,89 @@ def run(**options: Any) -> list[ExportResult]:
     return main(*options_from_python(options, ExportOptions))
 
 
-def metadata_of(options: ExportOptions, model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def _refuse_unused(options: ExportOptions, typed: Collection[str]) -> None:
+    """Raise a `UserError` for typed options that this export does not use."""
+    asked = options.export
+    if not asked.detections:
+        refuse(["num_select"], typed, "found no --detections, without which it is not used")
+    if "onnx" not in asked.format:
+        unused = ["opset", "target", "fp16", "timings"]
+        refuse(unused, typed, f"found --format {' '.join(asked.format)}, expected onnx, which alone uses it")
+
+
+def form_of(options: ExportOptions) -> GraphForm:
+    """Return the form of the graphs that the options ask for."""
+    asked = options.export
+    if asked.sampling and options.detector.modelname != "dn_dab_deformable_detr":
+        raise UserError("--sampling: dn_dab_detr samples no feature maps, expected dn_dab_deformable_detr (-m)")
+    return GraphForm(
+        opset=asked.opset,
+        with_mask=asked.mask,
+        with_detections=asked.detections,
+        by_gather=(asked.sampling or ("gather" if asked.target == "tensorrt" else "gridsample")) == "gather",
+        batch_size=asked.static,
+    )
+
+
+def checked_sizes_hw(options: ExportOptions) -> list[tuple[int, int]]:
+    """Return the image sizes to check; of a graph with fixed shapes, its size."""
+    asked, short = options.export, options.loader.image_size
+    sizes_hw = [tuple(size) for size in asked.image_size_hw or ((short, short * 4 // 3), (short * 3 // 4,) * 2)]
+    if asked.static is None:
+        return sizes_hw
+    if asked.image_size_hw is not None and len(sizes_hw) > 1:
+        raise UserError(f"--static: found {len(sizes_hw)} sizes under --image_size_hw, expected one")
+    return sizes_hw[:1]
+
+
+def timings_of(
+    options: ExportOptions, model: Detector, size_hw: tuple[int, int], form: GraphForm, show: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Time the detector and, if it is slim, the dense one with random weights; see `tools.export_timing.time_calls`."""
+    detectors = {"dense": model}
+    dense = build(dataclasses.replace(options.detector, cfgs=None))[0].eval()
+    if dense.widths_in("detector") != model.widths_in("detector"):
+        detectors = {"dense": dense, "slim": model}
+    images = torch.randn(form.batch_size or 1, 3, *size_hw, generator=torch.Generator().manual_seed(0))
+    form = dataclasses.replace(form, with_mask=False, with_detections=False)
+    show("timing")
+    return time_calls(runtime_calls(detectors, images, form, TOLERANCE), options.export.timings or 1)
+
+
+def summary_of(
+    results: Sequence[ExportResult],
+    timings: Sequence[dict[str, Any]],
+    options: ExportOptions,
+    size_hw: Sequence[int],
+) -> dict[str, Any]:
+    """Return the content of export.json."""
+    files = [
+        {
+            "file": result.path.name,
+            "megabytes": result.megabytes,
+            "opset": result.opset,
+            "passed": result.passed,
+            "cases": [dataclasses.asdict(case) for case in result.cases],
+        }
+        for result in results
+    ]
+    images = {"images": options.export.static or 1, "image_size_hw": list(size_hw), "threads": 1}
+    return {"environment": environment(), "files": files, "timings": [{**images, **row} for row in timings]}
+
+
+def timings_table(timings: Sequence[dict[str, Any]]) -> str:
+    """Return a table with a row per runtime and detector."""
+    return table(
+        ["runtime", "detector", "ms", "times as fast as dense"],
+        [[row["runtime"], row["detector"], f"{row['milliseconds']:.1f}", f"{row['speed_up']:.2f}"] for row in timings],
+    )
+
+
+def metadata_of(
+    options: ExportOptions, model: torch.nn.Module, checkpoint: Checkpoint, sizes_hw: Sequence[tuple[int, int]]
+) -> dict[str, str]:
     """Metadata of the files, each a text or JSON."""
+    static = options.export.static
     names = checkpoint.categories
     return {
         **({"class_names": json.dumps(names)} if names else {}),
@@ -150,6 +249,7 @@ def metadata_of(options: ExportOptions, model: torch.nn.Module, checkpoint: Chec
         "mean": json.dumps(IMAGENET_MEAN),
         "std": json.dumps(IMAGENET_STD),
         "mask": "True on padding" if options.export.mask else "none",
+        "batch": "any" if static is None else f"{static} x 3 x {sizes_hw[0][0]} x {sizes_hw[0][1]}",
     }
 
 
@@ -167,9 +267,8 @@ def results_table(results: list[ExportResult]) -> str:
         ]
         for result in results
     ]
-    return (
-        f"{table(header, rows)}\ngreatest difference from PyTorch for images x height x width; tolerance {TOLERANCE:g}"
-    )
+    tolerances = ", ".join(f"{result.path.name} {result.cases[0].tolerance:g}" for result in results)
+    return f"{table(header, rows)}\ngreatest difference from PyTorch for images x height x width; allowed: {tolerances}"
 
 
 if __name__ == "__main__":

@@ -117,9 +117,11 @@ def coco_group(widths: Mapping[str, Widths], device: torch.device) -> Group:
     return _group(DetectorConfig(num_classes=COCO_CLASSES), widths, COCO_IMAGE_HW, device)
 
 
-def whole_detector_widths(keep: float, image_hw: tuple[int, int] = COCO_IMAGE_HW) -> Widths:
-    """Return the widths of the paper's detector with all modules cut alike, to at most `keep` of its MACs."""
-    config = DetectorConfig(num_classes=COCO_CLASSES)
+def whole_detector_widths(
+    keep: float, image_hw: tuple[int, int] = COCO_IMAGE_HW, config: DetectorConfig | None = None
+) -> Widths:
+    """Return the widths of a detector, the paper's by default, with all modules cut alike to `keep` of its MACs."""
+    config = config or DetectorConfig(num_classes=COCO_CLASSES)
     with torch.device("meta"):
         dense = build(config)[0]
     full = {name: module.width for name, module in dense.prunable_modules("detector").items()}
@@ -128,7 +130,7 @@ def whole_detector_widths(keep: float, image_hw: tuple[int, int] = COCO_IMAGE_HW
     def widths_at(percent: int) -> Widths:
         widths = dense.widths_in("detector")
         for name, width in full.items():
-            widths = widths.replace(name, max(UNIT, round(percent * width / 100 / UNIT) * UNIT))
+            widths = widths.replace(name, min(width, max(UNIT, round(percent * width / 100 / UNIT) * UNIT)))
         return widths
 
     def gmacs_at(percent: int) -> float:

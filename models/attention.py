@@ -122,7 +122,8 @@ def packed_self_attention(
     weight, bias = holder.in_proj_weight, holder.in_proj_bias
     width = weight.shape[0] // 3
     query_gate, value_gate = layer.gate(block)
-    query, key = F.linear(x + pos, weight[: 2 * width], bias[: 2 * width]).chunk(2, dim=-1)
+    query_and_key = F.linear(x + pos, weight[: 2 * width], bias[: 2 * width])
+    query, key = query_and_key[..., :width], query_and_key[..., width:]  # exporters fold slices, unlike chunks
     value = F.linear(x, weight[2 * width :], bias[2 * width :])
     layer.observe(block, queries=(query,), keys=(key,), key_mask=mask)
     gated_inputs = (gated(query, query_gate), key, gated(value, value_gate))

@@ -52,9 +52,9 @@ def test_onnx_of_a_slim_detector_takes_other_sizes_and_batches_and_selects_detec
     data = (tmp_path / "slim.onnx").read_bytes()
     graph = onnx.load_model_from_string(data)
     onnx.checker.check_model(graph)
-    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 20)]
+    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 18)]
     facts = {entry.key: entry.value for entry in graph.metadata_props}
-    assert json.loads(facts["widths"]) == cfgs.to_list() and facts["opset"] == "20"
+    assert json.loads(facts["widths"]) == cfgs.to_list() and facts["opset"] == "18"
     shapes = [list(weight.dims) for weight in graph.graph.initializer]
     assert [5, 64, 3, 3] in shapes and [32, 9, 3, 3] in shapes  # the backbone is cut, too
     assert json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
@@ -211,8 +211,8 @@ def test_every_opset_that_is_offered_works(tmp_path, checkpoint, opset, mask):
     ("words", "told"),
     [
         ("", "--resume: found none"),
-        ("--resume {path} --opset 19", "19: expected a whole number from 20 to 22"),
-        ("--resume {path} --opset 23", "23: expected a whole number from 20 to 22"),
+        ("--resume {path} --opset 17", "17: expected a whole number from 18 to 22"),
+        ("--resume {path} --opset 23", "23: expected a whole number from 18 to 22"),
         ("--resume {path} --image_size_hw 100000 100000", "100000: expected a whole number from 1 to 4096"),
         ("--resume {path} --format tflite", "--format"),
         ("--resume {path} --lr 1", "unrecognized arguments: --lr 1"),
@@ -221,6 +221,12 @@ def test_every_opset_that_is_offered_works(tmp_path, checkpoint, opset, mask):
         ("--resume {path} --dec_n_points 4", "--dec_n_points: dn_dab_detr has one level and no points"),
         ("--resume {path} --image_size_hw 32 128", "32 128: expected sides of at least 33 pixels"),
         ("--resume {path} --nheads 2", "--nheads 2"),
+        ("--resume {path} --sampling gather", "--sampling: dn_dab_detr samples no feature maps"),
+        (
+            "--resume {path} --static --image_size_hw 64 64",
+            "--static: found 2 sizes under --image_size_hw",
+        ),
+        ("--resume {path} --static 0", "0: expected a whole number from 1"),
     ],
 )
 def test_what_cannot_be_exported_is_an_error(tmp_path, checkpoint, words, told):

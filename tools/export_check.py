@@ -28,11 +28,12 @@ class Case:
     size_hw: tuple[int, int]
     batch_size: int
     difference: float
+    tolerance: float = TOLERANCE
 
     @property
     def passed(self) -> bool:
         """Whether the difference is within the tolerance."""
-        return self.difference <= TOLERANCE
+        return self.difference <= self.tolerance
 
 
 def check_export(
@@ -40,8 +41,11 @@ def check_export(
     model: nn.Module,
     postprocess: PostProcess,
     sizes_hw: Sequence[tuple[int, int]],
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
     with_mask: bool,
+    tolerance: float = TOLERANCE,
+    as_scores: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Case]:
     """Compare an exported detector with the original.
@@ -51,15 +55,17 @@ def check_export(
         if it selects detections, `scores`, `labels`, `boxes`.
         model: the detector in eval mode.
         postprocess: reference for `scores`, `labels` and `boxes`, applied to the exported logits and boxes.
-        sizes_hw: height and width of the images in pixels, each checked with every one of `BATCH_SIZES`. With a
+        sizes_hw: height and width of the images in pixels, each checked with every one of `batch_sizes`. With a
         mask, a single image with an empty mask is compared with the detector without a mask. In larger batches the
         other images are smaller, and the detector gets the same padded batch.
+        tolerance: greatest difference of a case that passes.
+        as_scores: compare the sigmoid of logits.
         progress: called after each case.
     """
     cases = []
     generator = torch.Generator().manual_seed(0)
     for height, width in sizes_hw:
-        for batch_size in BATCH_SIZES:
+        for batch_size in batch_sizes:
             shrink = [i if with_mask else 0 for i in range(batch_size)]
             images = [
                 torch.randn(3, height - i * height // 5, width - i * width // 7, generator=generator) for i in shrink
@@ -70,10 +76,16 @@ def check_export(
             found = run({"images": batch, **({"mask": padding} if with_mask else {})})
             with torch.no_grad():
                 expected = model(PaddedImages(batch, padding) if batch_size > 1 and with_mask else images)
-            differences = [greatest_difference(found[k], expected[k]) for k in ("pred_logits", "pred_boxes")]
+            logits, scores = found["pred_logits"], expected["pred_logits"]
+            if as_scores:
+                logits, scores = logits.sigmoid(), scores.sigmoid()
+            differences = [
+                greatest_difference(logits, scores),
+                greatest_difference(found["pred_boxes"], expected["pred_boxes"]),
+            ]
             if "scores" in found:
                 differences.append(_difference_of_detections(found, postprocess))
-            cases.append(Case((height, width), batch_size, max(differences)))
+            cases.append(Case((height, width), batch_size, max(differences), tolerance))
             progress()
     return cases
 

@@ -1,7 +1,8 @@
 """Export detectors to ONNX and torch.export, independent of this code, and check files before renaming them.
 
-One graph serves images and batches of any size, and as TensorRT requires, no shape in it depends on a value. The
-deformable variant's sampling is exported as grid_sample, not as the compiled operator.
+A graph serves images and batches of any size or of one, and no shape in it depends on a value. Batch norms are folded
+into convolutions. The deformable variant's sampling is exported as grid_sample or as gather, not as the compiled
+operator.
 """
 
 from __future__ import annotations
@@ -22,20 +23,24 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
-from models.dn_dab_deformable_detr.ops import without_operator
+from models.detector import Detector
+from models.dn_dab_deformable_detr.ops import sample_by_gather, sample_in_pytorch, without_operator
+from models.folding import folded_copy
 from models.padding import PaddedImages
 from models.post_process import PostProcess
-from tools.export_check import Case, Runner, check_export
+from tools.export_check import BATCH_SIZES, TOLERANCE, Case, Runner, check_export
+from tools.export_graph import check_graph, fold_constants
+from tools.export_half import HALF_TOLERANCE, rounded_twin, to_half
 from util.errors import UserError
 from util.files import write_atomic
 
 FORMATS = ("onnx", "pt2")
+HALF = "fp16"  # ONNX with float16 weights
+SUFFIXES = {"onnx": "onnx", HALF: "fp16.onnx", "pt2": "pt2"}
 GREATEST_OPSET = 22  # from 23 on, PyTorch writes Attention, which onnxruntime does not support with a mask
 GREATEST_SIDE = 4096  # pixels; the check runs batches of such images
-LEAST_OPSET = 20  # the first whose GridSample calls its interpolation `linear`
+LEAST_OPSET = 18  # PyTorch has no operators of older ones, and ONNX cannot convert these graphs to them
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
-# ONNX operators whose output shape or execution depends on values.
-DATA_DEPENDENT = {"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "StringSplit", "Unique"}
 PROBE_SIDE = 1024
 
 
@@ -73,6 +78,39 @@ class ExportModule(nn.Module):
 
 
 @dataclass(frozen=True)
+class GraphForm:
+    """What an exported graph takes, gives and is made of.
+
+    Attributes:
+        opset: of ONNX.
+        with_mask: take the padding mask as an input.
+        with_detections: also select detections.
+        by_gather: sample feature maps by reading pixels, not by grid_sample.
+        batch_size: take batches of that many images, all of one size; None for batches and images of any size.
+    """
+
+    opset: int = LEAST_OPSET
+    with_mask: bool = True
+    with_detections: bool = False
+    by_gather: bool = False
+    batch_size: int | None = None
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The batch sizes to check."""
+        return BATCH_SIZES if self.batch_size is None else (self.batch_size,)
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """ONNX operators that the graph must not have: one of fixed shapes computes no shape."""
+        names = {"GridSample": self.by_gather, "Shape": self.batch_size is not None, "BatchNormalization": True}
+        return frozenset(name for name, is_refused in names.items() if is_refused)
+
+
+DEFAULT_FORM = GraphForm()
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """Result of an export and its check; the file exists only if all cases passed.
 
@@ -103,56 +141,73 @@ def require_packages(formats: Sequence[str]) -> None:
 
 
 def export(
-    model: nn.Module,
+    model: Detector,
     postprocess: PostProcess,
     paths: Mapping[str, Path],
     sizes_hw: Sequence[tuple[int, int]],
+    form: GraphForm = DEFAULT_FORM,
     *,
-    opset: int = LEAST_OPSET,
-    with_mask: bool = True,
-    with_detections: bool = False,
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> list[ExportResult]:
     """Write and check a detector in each format of `paths`; a file that fails is removed.
 
     Args:
+        model: the detector, which stays as it is; a copy with folded batch norms is exported.
         paths: format -> file.
-        sizes_hw: height and width of images for the check.
-        with_mask: add the padding mask as an input.
-        with_detections: also select detections in the graph.
+        sizes_hw: height and width of images for the check; with a fixed batch, that of all images.
+        form: of the graphs.
         metadata: texts to store in the files.
         progress: called with the name of the next stage: twice for a format and once for each case of the check.
     """
     model.eval()
-    module = ExportModule(model, postprocess if with_detections else None).eval()
+    module = ExportModule(folded_copy(model), postprocess if form.with_detections else None).eval()
     least = least_side(model)
     for height, width in sizes_hw:
         if min(height, width) < least:
             raise UserError(f"--image_size_hw {height} {width}: expected sides of at least {least} pixels")
     progress("tracing")
-    program = trace(module, sizes_hw[0], least, with_mask)
+    program = trace(module, sizes_hw[0], least, form)
     results = []
     for format_, path in paths.items():
         progress(f"writing {format_}")
-        facts = {**(metadata or {}), **({"opset": str(opset)} if format_ == "onnx" else {})}
-        if format_ == "onnx":
-            data = to_onnx(program, module, opset, facts)
-            run = onnx_runner(data)
-        else:
-            data = to_bytes(program, facts)
-            run = program_runner(data, module.output_names)
+        data, runs = _content(format_, program, module, form, metadata or {})
 
         def next_case(stage: str = f"checking {format_}") -> None:
             progress(stage)
 
         next_case()
-        cases = check_export(run, model, postprocess, sizes_hw, with_mask=with_mask, progress=next_case)
-        result = ExportResult(path, len(data) / 1e6, opset if format_ == "onnx" else None, cases)
+        tolerance = HALF_TOLERANCE if format_ == HALF else TOLERANCE
+        of_runs = [
+            check_export(
+                run, model, postprocess, sizes_hw, form.batch_sizes, with_mask=form.with_mask, tolerance=tolerance,
+                as_scores=format_ == HALF,
+                progress=next_case if run is runs[0] else lambda: None,
+            )
+            for run in runs
+        ]  # fmt: skip
+        cases = [max(of_case, key=lambda case: case.difference) for of_case in zip(*of_runs, strict=True)]
+        result = ExportResult(path, len(data) / 1e6, None if format_ == "pt2" else form.opset, cases)
         if result.passed:
             write_atomic(path, lambda stream, data=data: stream.write(data))
         results.append(result)
     return results
+
+
+def _content(
+    format_: str, program: ExportedProgram, module: ExportModule, form: GraphForm, metadata: Mapping[str, str]
+) -> tuple[bytes, list[Runner]]:
+    """Return the bytes of a file, and functions that run them; each is to be checked."""
+    if format_ == "pt2":
+        data = to_bytes(program, metadata)
+        return data, [program_runner(data, module.output_names)]
+    facts = {**metadata, "opset": str(form.opset), "precision": "float16" if format_ == HALF else "float32"}
+    data = to_onnx(program, module, form, facts, in_half=format_ == HALF)
+    runs = [onnx_runner(data)]
+    if format_ == HALF:
+        model = importlib.import_module("onnx").load_model_from_string(data)
+        runs.append(onnx_runner(rounded_twin(model).SerializeToString()))
+    return data, runs
 
 
 def least_side(model: nn.Module) -> int:
@@ -162,14 +217,18 @@ def least_side(model: nn.Module) -> int:
     return PROBE_SIDE // rows + 1
 
 
-def trace(module: ExportModule, size_hw: tuple[int, int], least: int, with_mask: bool) -> ExportedProgram:
-    """Export the module as a graph for batches and images of any size from `least` pixels up."""
-    height, width = (max(side, 2 * least) for side in size_hw)
-    inputs = [torch.zeros(2, 3, height, width)]
-    if with_mask:
-        inputs.append(torch.zeros(2, height, width, dtype=torch.bool))
-    with torch.no_grad(), without_operator(), _quiet():
-        shapes = dynamic_shapes(with_mask, least)
+def trace(module: ExportModule, size_hw: tuple[int, int], least: int, form: GraphForm) -> ExportedProgram:
+    """Export the module as a graph: for `size_hw` if the batch is fixed, else for images from `least` pixels up."""
+    if form.batch_size is None:
+        batch_size, (height, width) = 2, (max(side, 2 * least) for side in size_hw)
+    else:
+        batch_size, (height, width) = form.batch_size, size_hw
+    inputs = [torch.zeros(batch_size, 3, height, width)]
+    if form.with_mask:
+        inputs.append(torch.zeros(batch_size, height, width, dtype=torch.bool))
+    shapes = None if form.batch_size else dynamic_shapes(form.with_mask, least)
+    sampling = sample_by_gather if form.by_gather else sample_in_pytorch
+    with torch.no_grad(), without_operator(sampling), _quiet():
         return torch.export.export(module, tuple(inputs), dynamic_shapes=shapes, strict=False)
 
 
@@ -182,11 +241,18 @@ def dynamic_shapes(with_mask: bool, least: int | None = None) -> dict[str, dict[
     return {**shapes, "mask": {0: batch, 1: height, 2: width}} if with_mask else shapes
 
 
-def to_onnx(program: ExportedProgram, module: ExportModule, opset: int, metadata: Mapping[str, str]) -> bytes:
-    """Convert the program to the bytes of an ONNX file.
+def to_onnx(
+    program: ExportedProgram,
+    module: ExportModule,
+    form: GraphForm,
+    metadata: Mapping[str, str],
+    *,
+    in_half: bool = False,
+) -> bytes:
+    """Convert the program to the bytes of an ONNX file, in float32 or `in_half` (see `tools.export_half`).
 
     Raises:
-        RuntimeError: the graph has operators that TensorRT and other runtimes do not support.
+        RuntimeError: see `tools.export_graph.check_graph`.
     """
     onnx = importlib.import_module("onnx")
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
@@ -195,23 +261,19 @@ def to_onnx(program: ExportedProgram, module: ExportModule, opset: int, metadata
             program,
             dynamo=True,
             verbose=False,
-            opset_version=opset,
+            optimize=False,  # `fold_constants` does
+            opset_version=form.opset,
             input_names=names,
             output_names=module.output_names,
-            dynamic_shapes=dynamic_shapes("mask" in names),
+            dynamic_shapes=None if form.batch_size else dynamic_shapes("mask" in names),
         )
+        fold_constants(exported.model)
     model = exported.model_proto
-    check_graph(model)
+    check_graph(model, form.refused)
+    if in_half:
+        model = to_half(model)
     onnx.helper.set_model_props(model, dict(metadata))
     return model.SerializeToString()
-
-
-def check_graph(model: Any) -> None:
-    """Raise a `RuntimeError` if an ONNX model has value-dependent shapes or operators that are not ONNX's."""
-    foreign = sorted({f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain} - {"ai.onnx"})
-    dependent = sorted({node.op_type for node in model.graph.node} & DATA_DEPENDENT)
-    if foreign or dependent:
-        raise RuntimeError(f"found the operators {', '.join(foreign + dependent)} in the exported graph")
 
 
 def to_bytes(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
@@ -222,9 +284,13 @@ def to_bytes(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
     return stream.getvalue()
 
 
-def onnx_runner(data: bytes) -> Runner:
-    """Return a function that runs the bytes of an ONNX file with onnxruntime on the CPU."""
-    session = importlib.import_module("onnxruntime").InferenceSession(data, providers=["CPUExecutionProvider"])
+def onnx_runner(data: bytes, threads: int | None = None) -> Runner:
+    """Return a function that runs the bytes of an ONNX file with onnxruntime on the CPU; None for all its threads."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

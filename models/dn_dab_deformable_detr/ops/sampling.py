@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ OPERATOR = "dn_detr::sample"
 
 # Device types for which the compiled operator has a kernel; None before `load_operator`.
 _compiled_for: frozenset[str] | None = None
+
+# Takes the arguments of `sample`.
+Sampling = Callable[[Tensor, list[int], Tensor, Tensor], Tensor]
 
 
 def sample(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
@@ -41,18 +44,23 @@ def sample(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Te
     if value.device.type in compiled_for:
         return torch.ops.dn_detr.sample(value, level_sizes, locations, weights)
     check_arguments(value, level_sizes, locations, weights)
-    return sample_in_pytorch(value, level_sizes, locations, weights)
+    return _in_pytorch(value, level_sizes, locations, weights)
 
 
 @contextlib.contextmanager
-def without_operator() -> Iterator[None]:
-    """Make `sample` use plain PyTorch inside the context, so that traced models do not need the compiled operator."""
-    global _compiled_for
-    before, _compiled_for = _compiled_for, frozenset()
+def without_operator(sampling: Sampling | None = None) -> Iterator[None]:
+    """Make `sample` use plain PyTorch inside the context, so that traced models do not need the compiled operator.
+
+    Args:
+        sampling: `sample_in_pytorch` or `sample_by_gather`; None for the first.
+    """
+    global _compiled_for, _in_pytorch
+    before = _compiled_for, _in_pytorch
+    _compiled_for, _in_pytorch = frozenset(), sampling or sample_in_pytorch
     try:
         yield
     finally:
-        _compiled_for = before
+        _compiled_for, _in_pytorch = before
 
 
 def sample_in_pytorch(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
@@ -69,6 +77,33 @@ def sample_in_pytorch(value: Tensor, level_sizes: list[int], locations: Tensor, 
     weights = weights.transpose(1, 2).flatten(0, 1).flatten(2).unsqueeze(1)
     summed = (torch.cat(samples, dim=-1) * weights).sum(-1)
     return summed.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).to(value.dtype)
+
+
+def sample_by_gather(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+    """Compute `sample` by reading the four pixels around each point, for runtimes that are wrong at `grid_sample`."""
+    batch, _, heads, _ = value.shape
+    points = locations.shape[1]
+    pixels = value.transpose(1, 2).flatten(0, 2)  # row ((image * heads) + head) * S + pixel
+    first_rows = torch.arange(batch * heads, device=value.device).unflatten(0, (batch, heads)) * value.shape[1]
+    first_rows = first_rows[:, None, :, None]
+    right, below = (
+        torch.tensor(corner, dtype=locations.dtype, device=value.device) for corner in ((0, 1, 0, 1), (0, 0, 1, 1))
+    )
+    summed = []
+    for level, (height, width) in enumerate(zip(level_sizes[::2], level_sizes[1::2], strict=True)):
+        x, y = (locations[:, :, :, level, :, axis, None] * side - 0.5 for axis, side in enumerate((width, height)))
+        column, row = x.floor() + right, y.floor() + below
+        share = (1 - (x - column).abs()) * (1 - (y - row).abs()) * weights[:, :, :, level, :, None]
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        index = torch.where(inside, row * width + column, 0).long().flatten(-2) + first_rows
+        found = pixels[index.flatten()].to(share.dtype).unflatten(0, (batch, points, heads, -1))
+        summed.append((torch.where(inside, share, 0).flatten(-2).unsqueeze(-2) @ found).squeeze(-2))
+        first_rows = first_rows + height * width
+    return sum(summed[1:], start=summed[0]).to(value.dtype)
+
+
+# What `sample` runs where there is no compiled operator.
+_in_pytorch: Sampling = sample_in_pytorch
 
 
 def check_arguments(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.dn_dab_deformable_detr.ops import sample, sample_in_pytorch, sampling
+from models.dn_dab_deformable_detr.ops import sample, sample_by_gather, sample_in_pytorch, sampling
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
 
 OPS = Path(sampling.__file__).parent
@@ -66,6 +66,16 @@ def test_the_bilinear_sum_is_that_of_its_definition():
                 pixel = value[b, starts[level] + row * width + column, h]
                 expected[b, q, h] += weights[b, q, h, level, p] * near * pixel
     torch.testing.assert_close(sample_in_pytorch(value, sizes, locations, weights), expected)
+    torch.testing.assert_close(sample_by_gather(value, sizes, locations, weights), expected)
+
+
+def test_sampling_by_gather_reads_no_pixel_for_points_far_outside_of_the_map():
+    value, sizes, locations, weights = arguments()
+    locations[0, 0] = torch.tensor([-3e9, 2e38])
+    locations[0, 1] = float("inf")
+    locations[0, 2] = 1 + 1e-7
+    expected = sample_in_pytorch(value, sizes, locations.clamp(-9, 9), weights)
+    torch.testing.assert_close(sample_by_gather(value, sizes, locations, weights), expected)
 
 
 def test_every_line_of_the_test_script_is_true(built):
