@@ -3,14 +3,17 @@
     python -m bench.coco_eval --images 5000 --detections 300 --output FILE.json
 
 Every evaluator computes the twelve metrics from the same array of detections. The time is that of the second call,
-with prepared ground truth, as in a search. Evaluators that are not installed are skipped.
+with prepared ground truth, as in a search. hotcoco is also timed with the choice of detections of version 0.2.0, in
+turns with today's. Evaluators that are not installed are skipped.
 """
 
 import importlib.util
 import json
+import statistics
 import time
 from importlib.metadata import version
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -72,6 +75,28 @@ def _random_boxes(generator: np.random.Generator, count: int) -> tuple[np.ndarra
     return np.concatenate((corners, sizes), axis=1), generator.choice(CATEGORY_IDS, count)
 
 
+def former_counted(detections: np.ndarray, images: np.ndarray, categories: np.ndarray) -> np.ndarray:
+    """Return the detections of these images and categories as version 0.2.0 did: it sorted them, and always copied."""
+    return detections[np.isin(detections[:, 0], images) & np.isin(detections[:, 6], categories)]
+
+
+def seconds_of(ground_truth: GroundTruth, rows: np.ndarray, backend: str) -> tuple[float, dict[str, float]]:
+    """Return the seconds and the metrics of one call."""
+    start = time.perf_counter()
+    stats = coco_stats(ground_truth, rows, None, backend)
+    return time.perf_counter() - start, stats
+
+
+def in_turns(ground_truth: GroundTruth, rows: np.ndarray, backend: str, rounds: int = 5) -> dict[str, float]:
+    """Return the median seconds with the choice of detections of version 0.2.0, and with today's."""
+    before, now = [], []
+    for _ in range(rounds):
+        with mock.patch("datasets.coco_eval._counted", former_counted):
+            before.append(seconds_of(ground_truth, rows, backend)[0])
+        now.append(seconds_of(ground_truth, rows, backend)[0])
+    return {"seconds_before": statistics.median(before), "seconds": statistics.median(now)}
+
+
 def measure(images: int, detections: int, backends: list[str], seed: int = 0) -> dict[str, Any]:
     """Return the seconds and metrics of each evaluator on a synthetic data set."""
     tables, rows = synthetic_set(images, detections, seed)
@@ -80,10 +105,10 @@ def measure(images: int, detections: int, backends: list[str], seed: int = 0) ->
     results: dict[str, Any] = {}
     for backend in backends:
         coco_stats(ground_truth, rows, some, backend)  # imports, and prepares the ground truth
-        start = time.perf_counter()
-        stats = coco_stats(ground_truth, rows, None, backend)
-        results[backend] = {"seconds": time.perf_counter() - start, "stats": stats}
-        results[backend]["version"] = version(PACKAGES[backend])
+        seconds, stats = seconds_of(ground_truth, rows, backend)
+        results[backend] = {"seconds": seconds, "stats": stats, "version": version(PACKAGES[backend])}
+        if backend == "hotcoco":
+            results[backend] |= in_turns(ground_truth, rows, backend)
         print(f"{backend}: {results[backend]['seconds']:.2f} s", flush=True)
     return {"images": images, "detections": detections, "environment": environment(), "backends": results}
 

@@ -242,6 +242,18 @@ def fits(results: Path) -> str:
     return markdown(("", "in a search", "before: s", "now: s", "times as fast"), rows)
 
 
+def pictures(results: Path) -> str:
+    """Compare the reading of pictures with that of version 0.2.0."""
+    titles = ("", "ms before", "ms now", "images/s before", "images/s now", "times as fast")
+    return markdown(titles, [
+        (
+            row["step"], f"{row['ms_before']:.2f}", f"{row['ms_now']:.2f}", f"{1000 / row['ms_before']:.0f}",
+            f"{1000 / row['ms_now']:.0f}", f"{row['times_as_fast']:.1f}",
+        )
+        for row in read_figures(results, "pictures.json")["rows"]
+    ])  # fmt: skip
+
+
 def ops(results: Path) -> str:
     """Compare the sampling operator with PyTorch operations, in milliseconds; on CUDA if its figures exist."""
     rows: dict[tuple[str, ...], list[str]] = {}
@@ -332,6 +344,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         decoder_layers,
         coco_eval,
         fits,
+        pictures,
         demo_deformable,
         ops,
         latency,

@@ -3,7 +3,7 @@
 Options can replace each of the four paths; see `split_of`.
 """
 
-import math
+import functools
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +23,12 @@ from datasets.boxes import MIN_SIDE, are_below_pixel
 from datasets.config import DataConfig
 from datasets.decode import read_listed
 from datasets.image_cache import ImageCache, read_cache
-from datasets.transforms import TRAINING_TRANSFORMS, eval_transforms
+from datasets.packing import PackedBatch, RawSample, pack, unpack
+from datasets.transforms import TRAINING_TRANSFORMS, eval_transforms, model_input
 from util.errors import UserError, reason_of, shorten
 
 SPLITS = ("train2017", "val2017")
+CPU = torch.device("cpu")
 
 
 def annotation_path(coco_path: str | Path, split: str) -> Path:
@@ -105,7 +107,7 @@ class CocoDataset(Dataset):
         folder: the image folder.
         annotation_file: the COCO annotation file.
         transforms: called as transforms(image, boxes) on a uint8 tv_tensors.Image and tv_tensors.BoundingBoxes
-            (N x 4 xyxy); returns both.
+            (N x 4 xyxy); returns both. The canvas of the boxes is the size to which the image is then resized.
         min_side: minimum side in pixels of a target box after the transforms. If above 0 (training), boxes below a
             pixel of the file are dropped, too.
         seed: seed of the random transforms.
@@ -160,7 +162,12 @@ class CocoDataset(Dataset):
         return np.argsort(height / np.maximum(width, 1), kind="stable").tolist()
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a normalised image (3 x H x W, float32) and its target.
+        """Return a normalised image (3 x h x w, float32) and its target; see `sample`."""
+        picture, size_hw, target = self.sample(index)
+        return model_input(picture, size_hw), target
+
+    def sample(self, index: int) -> RawSample:
+        """Return a sample whose picture is neither resized nor normalised yet, see `model_input`.
 
         The target holds boxes (N x 4 cxcywh in [0, 1]), labels (N category ids), area (N, the annotation's, in original
         pixels), iscrowd (N, zeros), image_id, orig_size and size (h, w). Crowds and boxes without area are skipped.
@@ -177,12 +184,14 @@ class CocoDataset(Dataset):
             torch.default_generator.manual_seed(_sample_seed(self.seed, self.epoch, index))
             try:
                 image, boxes = self.sample_transforms(image, boxes)
+                if min(boxes.canvas_size) < 1:
+                    raise ValueError("found {1} x {0} pixels after the resize".format(*boxes.canvas_size))
             except (RuntimeError, ValueError) as error:
                 raise UserError(
                     f"{self.image_path(index)} of {width} x {height} pixels cannot be scaled "
                     f"({reason_of(error)}), expected a larger one or a larger --image_size"
                 ) from None
-        size = np.array(image.shape[-2:])
+        size = np.array(boxes.canvas_size)
         # numpy from here: for arrays this small, torch's overhead dominates.
         corners = boxes.as_subclass(Tensor).numpy()
         sides, centres = corners[:, 2:] - corners[:, :2], (corners[:, :2] + corners[:, 2:]) / 2
@@ -197,7 +206,8 @@ class CocoDataset(Dataset):
             "orig_size": np.array((height, width), np.int64),
             "size": size,
         }
-        return image.as_subclass(Tensor), {name: torch.from_numpy(value) for name, value in target.items()}
+        tensors = {name: torch.from_numpy(value) for name, value in target.items()}
+        return RawSample(image.as_subclass(Tensor), boxes.canvas_size, tensors)
 
     def picture(self, index: int) -> Tensor:
         """Return a sample's image in the frame of its boxes: RGB, uint8 3 x H x W."""
@@ -269,48 +279,43 @@ def build_dataset(image_set: str, data: DataConfig, *, augmentation: str | None 
     )
 
 
-def collate(batch: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Collate samples to a list of images, which keep their sizes, and a list of targets."""
-    images, targets = zip(*batch, strict=True)
-    return list(images), list(targets)
+class _Samples(Dataset):
+    """The samples of a data set, or of a Subset of one, for the workers of a loader."""
 
+    def __init__(self, dataset: CocoDataset | Subset) -> None:
+        is_part = isinstance(dataset, Subset)
+        self.coco: CocoDataset = dataset.dataset if is_part else dataset
+        self.indices: Sequence[int] = dataset.indices if is_part else range(len(dataset))
 
-def _pack(
-    batch: list[tuple[Tensor, dict[str, Tensor]]],
-) -> tuple[Tensor, list[torch.Size], list[dict[str, np.ndarray]]]:
-    """Pack a batch for its worker to send: one shared tensor, not eight a sample, each of which takes a file handle."""
-    images, targets = collate(batch)
-    packed = [{name: value.numpy() for name, value in target.items()} for target in targets]
-    return torch.cat([image.flatten() for image in images]), [image.shape for image in images], packed
+    def __len__(self) -> int:
+        return len(self.indices)
 
-
-def _unpack(packed: tuple[Tensor, list[torch.Size], list[dict[str, np.ndarray]]]) -> tuple[list, list]:
-    """Undo `_pack`; the images are views of one tensor."""
-    flat, shapes, targets = packed
-    parts = flat.split([math.prod(shape) for shape in shapes])  # pinning memory turns torch.Size into plain lists
-    images = [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
-    return images, [{name: torch.from_numpy(np.asarray(value)) for name, value in target.items()} for target in targets]
+    def __getitem__(self, place: int) -> RawSample:
+        return self.coco.sample(self.indices[place])
 
 
 class CocoLoader(DataLoader):
     """A DataLoader of (images, targets) that raises a worker's `UserError` without the worker's traceback.
 
+    Workers send pictures in uint8. The images are normalised float32 tensors on `device`; a GPU also resizes them.
+
     Attributes:
+        given, coco: the data set; for a Subset, `given` is the Subset and `coco` the one below it.
         images_read: ids of the images read in all passes.
         other_sizes: found and listed (width, height) of images that differ from their listed size, by file name.
         sizes_counted: whether `datasets.sizes.size_notices` has reported them.
     """
 
-    def __init__(self, dataset: CocoDataset | Subset, *args: Any, **kwargs: Any) -> None:
-        super().__init__(dataset, *args, **kwargs)
+    def __init__(self, dataset: CocoDataset | Subset, *args: Any, device: torch.device, **kwargs: Any) -> None:
+        samples = _Samples(dataset)
+        is_gpu = device.type == "cuda"
+        super().__init__(
+            samples, *args, collate_fn=functools.partial(pack, resizes=not is_gpu), pin_memory=is_gpu, **kwargs
+        )
+        self.given, self.coco, self.device = dataset, samples.coco, device
         self.images_read: set[int] = set()
         self.other_sizes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
         self.sizes_counted = False
-
-    @property
-    def coco(self) -> CocoDataset:
-        """The data set; that of a Subset is the one below it."""
-        return self.dataset.dataset if isinstance(self.dataset, Subset) else self.dataset
 
     def _note_sizes(self, targets: list[dict[str, Tensor]]) -> None:
         dataset = self.coco
@@ -324,7 +329,7 @@ class CocoLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which determines the order and the random transforms of the next pass."""
-        self.dataset.set_epoch(epoch)
+        self.coco.set_epoch(epoch)
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
@@ -350,11 +355,10 @@ class CocoLoader(DataLoader):
         )
         return self._unpacked(iter(chosen))
 
-    @staticmethod
-    def _unpacked(batches: Iterator[Any]) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+    def _unpacked(self, batches: Iterator[PackedBatch]) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
         try:
             for packed in batches:
-                yield _unpack(packed)
+                yield unpack(packed, self.device)
         except UserError as error:
             # The text of a worker's error starts with its traceback.
             raise UserError(str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].rstrip()) from None
@@ -369,7 +373,7 @@ def build_loader(
     seed: int = 0,
     drop_last: bool = False,
     distributed: bool = False,
-    pin_memory: bool = False,
+    device: torch.device = CPU,
 ) -> CocoLoader:
     """Build a loader; order and transforms depend only on seed and epoch (`loader.set_epoch`).
 
@@ -382,12 +386,11 @@ def build_loader(
         drop_last: drop a last incomplete batch.
         distributed: split the data among the processes. All shares have the same length, so the first images may be
             repeated at the end; callers that gather results keep one per image id.
-        pin_memory: put batches in page-locked memory, for copies to a GPU.
+        device: of the images that the loader yields.
     """
-    common = {
+    common: dict[str, Any] = {
         "num_workers": num_workers,
-        "collate_fn": _pack,
-        "pin_memory": pin_memory,
+        "device": device,
         "generator": torch.Generator().manual_seed(seed),  # leaves the global generator unchanged
     }
     if not isinstance(batch_size, int):

@@ -146,7 +146,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             image = image.convert("LA")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an RGB image
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from datasets.packing import from_file_order, in_file_order
 from util.errors import UserError
 from util.memory import USABLE_SHARE, available_ram, processes_here
 
@@ -25,17 +26,17 @@ class ImageCache:
     """
 
     def __init__(self, pictures: list[Tensor]) -> None:
-        self._shapes = [tuple(picture.shape) for picture in pictures]
+        self._sizes_hw = [tuple(picture.shape[1:]) for picture in pictures]
         ends = torch.tensor([picture.numel() for picture in pictures]).cumsum(0).tolist()
         self._starts = [0, *ends]
         self._pixels = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
         for index, picture in enumerate(pictures):
-            self._pixels[self._starts[index] : self._starts[index + 1]] = picture.flatten()
+            self._pixels[self._starts[index] : self._starts[index + 1]] = in_file_order(picture)
             pictures[index] = picture.new_empty(0)  # frees each image once it is copied
 
     def picture(self, index: int) -> Tensor:
         """Return an image, uint8 3 x H x W; a view, which must not be changed."""
-        return self._pixels[self._starts[index] : self._starts[index + 1]].view(self._shapes[index])
+        return from_file_order(self._pixels[self._starts[index] : self._starts[index + 1]], self._sizes_hw[index])
 
     @property
     def nbytes(self) -> int:

@@ -1,12 +1,18 @@
 """Image and box transforms: DETR's augmentation for training, one resize for evaluation.
 
+The transforms of a sample leave the last resize of its picture to `model_input`, which runs on the device of the
+picture. The canvas of the transformed boxes is the size to resize to.
+
 DETR's sizes for 800-pixel images are scaled by `image_size` / 800, so smaller images get the same mix of scales.
 Random transforms use torch's global generator, which the data set seeds for each sample.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
@@ -44,21 +50,74 @@ def _randint(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, ()))
 
 
-class ToModelInput(v2.Transform):
-    """Convert a uint8 image to float32 and normalise it by ImageNet's mean and standard deviation."""
+class LastResize(v2.Transform):
+    """Resize the boxes of a sample, and leave its picture to `model_input`.
 
-    def __init__(self) -> None:
+    Args:
+        resize: a resize of torchvision.
+    """
+
+    def __init__(self, resize: v2.Transform) -> None:
         super().__init__()
-        std = torch.tensor(IMAGENET_STD)[:, None, None]
-        self.scale = 1 / (255 * std)
-        self.shift = -torch.tensor(IMAGENET_MEAN)[:, None, None] / std
+        self.resize = resize
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the parameters of the resize."""
+        return self.resize.make_params(flat_inputs)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Normalise an image; boxes are unchanged."""
-        if isinstance(inpt, tv_tensors.Image):
-            pixels = inpt.as_subclass(torch.Tensor).to(torch.float32, memory_format=torch.contiguous_format)
-            return tv_tensors.Image(torch.addcmul(self.shift, pixels, self.scale))
-        return inpt
+        """Resize boxes; an image is unchanged."""
+        return inpt if isinstance(inpt, tv_tensors.Image) else self.resize.transform(inpt, params)
+
+
+def model_input(picture: Tensor, size_hw: Sequence[int]) -> Tensor:
+    """Resize a picture and normalise it by ImageNet's mean and standard deviation, on the picture's device.
+
+    Args:
+        picture: uint8 3 x H x W.
+        size_hw: height and width of the result.
+
+    Returns:
+        float32 3 x h x w.
+
+    Raises:
+        TypeError: the picture is not uint8, so it may be normalised already.
+    """
+    if picture.dtype != torch.uint8:
+        raise TypeError(f"found a picture of {picture.dtype}, expected torch.uint8")
+    shift, scale = _normalisation(picture.device)
+    pixels = resized(picture, size_hw).to(torch.float32, memory_format=torch.contiguous_format)
+    return torch.addcmul(shift, pixels, scale, out=pixels)
+
+
+@functools.cache
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the shift and the scale (each 3 x 1 x 1) that normalise grey levels from 0 to 255."""
+    std = torch.tensor(IMAGENET_STD)[:, None, None]
+    shift, scale = -torch.tensor(IMAGENET_MEAN)[:, None, None] / std, 1 / (255 * std)
+    return shift.to(device), scale.to(device)
+
+
+def resized(picture: Tensor, size_hw: Sequence[int]) -> Tensor:
+    """Resize a picture (uint8 3 x H x W) on its device, bilinearly with antialiasing.
+
+    Devices differ by at most one grey level: on a CPU torchvision resizes in integers, on others in float32.
+    """
+    if picture.device.type == "cpu":
+        return functional.resize(picture, list(size_hw))
+    return resized_in_float32(picture, size_hw)
+
+
+def resized_in_float32(picture: Tensor, size_hw: Sequence[int]) -> Tensor:
+    """Resize a picture (uint8 3 x H x W) in float32, in the order of torchvision's integer kernel for CPUs.
+
+    Like the kernel it resizes rows, rounds halves up, resizes columns, and rounds again.
+    """
+    height, width = size_hw
+    levels = picture.float()
+    for size in ([picture.shape[1], width], [height, width]):
+        levels = functional.resize(levels, size).add_(0.5).floor_()
+    return levels.to(torch.uint8)
 
 
 def scaled(pixels: int, image_size: int) -> int:
@@ -70,15 +129,15 @@ def train_transforms(image_size: int = 800) -> v2.Compose:
     """Return DETR's training augmentation: flip, then a random scale, alone or after a resize and a crop."""
     scales = [scaled(side, image_size) for side in range(480, 801, 32)]
     longest = scaled(1333, image_size)
-    resize = v2.RandomShortestSize(scales, max_size=longest)
+    resize = LastResize(v2.RandomShortestSize(scales, max_size=longest))
     crop = v2.Compose(
         [
             v2.RandomShortestSize([scaled(side, image_size) for side in (400, 500, 600)]),
             RandomSizeCrop(scaled(384, image_size), scaled(600, image_size)),
-            v2.RandomShortestSize(scales, max_size=longest),
+            resize,
         ]
     )
-    return v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomChoice([resize, crop]), ToModelInput()])
+    return v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomChoice([resize, crop])])
 
 
 def flip_transforms(image_size: int = 800) -> v2.Compose:
@@ -88,12 +147,12 @@ def flip_transforms(image_size: int = 800) -> v2.Compose:
 
 def eval_transforms(image_size: int = 800) -> v2.Compose:
     """Return a deterministic resize: short side `image_size`, long side at most 1333/800 of it."""
-    return v2.Compose([v2.Resize(image_size, max_size=scaled(1333, image_size)), ToModelInput()])
+    return v2.Compose([LastResize(v2.Resize(image_size, max_size=scaled(1333, image_size)))])
 
 
-def transformed_size(transforms: v2.Transform, size_hw: tuple[int, int]) -> tuple[int, int]:
+def transformed_size(transforms: v2.Transform, size_hw: Sequence[int]) -> tuple[int, int]:
     """Return the height and width of an image of `size_hw` after deterministic `transforms`."""
-    canvas = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size_hw)
+    canvas = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(size_hw[0], size_hw[1]))
     height, width = transforms(canvas).canvas_size
     return height, width
 

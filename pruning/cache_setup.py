@@ -16,7 +16,8 @@ from pruning.journal import Journal
 from util import distributed
 
 READ_AHEAD = 2  # batches per worker, the default of torch's DataLoader
-BYTES_PER_PIXEL = 2 * 12  # of an image read ahead: three float32 channels, both in the worker's message and unpacked
+BYTES_AHEAD = 2 * 3  # per pixel read ahead: three uint8 channels, in the worker's message and in page-locked memory
+BYTES_NOW = 3 + 2 * 12  # per pixel of the batch in use: its message, and three float32 channels of it and of the next
 
 
 def batch_numbers(images: int, batch_size: int) -> list[int]:
@@ -78,13 +79,13 @@ def cache_uses(
     All processes must call this.
     """
     calibrated_images = sum(distributed.gather_objects(sum(shapes[batch].images for batch in calibrated_batches)))
-    batches_ahead = 1 + READ_AHEAD * num_workers
+    bytes_per_pixel = BYTES_NOW + READ_AHEAD * num_workers * BYTES_AHEAD
     return Uses(
         shapes,
         kept_batches,
         calibrated_batches,
         images_at_once=config.images_at_once if config.method.ranking == "exact" else 1,
-        reading=batches_ahead * BYTES_PER_PIXEL * max(shape.images * shape.pixels for shape in shapes),
+        reading=bytes_per_pixel * max(shape.images * shape.pixels for shape in shapes),
         evaluation=detections * BYTES_PER_DETECTION[default_backend()],
         images=images,
         calibrated_images=calibrated_images,

@@ -93,7 +93,7 @@ def keep_best_queries(
     data, seed = options.data, options.run.seed
     dataset = build_dataset(chosen_on, data)
     first = Subset(dataset, range(min(QUERY_IMAGES, len(dataset))))
-    loader = build_loader(first, data.batch_size, shuffle=False, num_workers=data.num_workers, seed=seed)
+    loader = build_loader(first, data.batch_size, shuffle=False, num_workers=data.num_workers, seed=seed, device=device)
     ap_before = _measure(options, model, postprocess, device, measured_on, amp, num_images)
     indices = choose_queries(model, loader, count, device=device, amp=amp)
     notice = (
@@ -127,6 +127,7 @@ def _measure(
         num_workers=options.data.num_workers,
         seed=options.run.seed,
         distributed=distributed.is_distributed(),
+        device=device,
     )
     return engine.evaluate(model, postprocess, loader, ground_truth, device=device, amp=amp).stats["AP"]
 

@@ -56,7 +56,8 @@ class SearchSetup:
         batches: Sequence[Sequence[int]] = [range(n * size, min((n + 1) * size, num_images)) for n in numbers]
         if self._is_split:
             batches, numbers = split_by_size(batches, numbers, self._size_hw)
-        loader = build_loader(self.dataset, batches, shuffle=False, num_workers=num_workers, seed=self.options.run.seed)
+        seed, device = self.options.run.seed, self.device
+        loader = build_loader(self.dataset, batches, shuffle=False, num_workers=num_workers, seed=seed, device=device)
         images = SearchImages(
             loader,
             numbers,

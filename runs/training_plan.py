@@ -132,8 +132,8 @@ class TrainingPlanner:
                 by_layer=options.run.ap_by_layer,
             )  # fmt: skip
 
-        evaluate(TimedBatches(spread(run.val_loader.dataset, options.data.batch_size, batches=1)))
-        batches = TimedBatches(spread(run.val_loader.dataset, options.data.batch_size))
+        evaluate(TimedBatches(spread(run.val_loader.given, options.data.batch_size, batches=1)))
+        batches = TimedBatches(spread(run.val_loader.given, options.data.batch_size))
         with self._testing.running(), phase(EVALUATION) as entry:
             result = evaluate(batches)
             entry.count = batches.images

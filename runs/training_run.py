@@ -72,7 +72,7 @@ class Run:
             "num_workers": data.num_workers,
             "seed": options.run.seed,
             "distributed": distributed.is_distributed(),
-            "pin_memory": device.type == "cuda",
+            "device": device,
         }
         self.ground_truth = GroundTruth(split_of(data, "val2017").annotation_file)
         self.val_dataset = build_dataset("val2017", data)

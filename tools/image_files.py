@@ -5,16 +5,17 @@ from __future__ import annotations
 import glob
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from datasets.annotations import load_annotations
 from datasets.decode import HALF_TURNS, DecodedImage, image_suffixes, read_listed, read_upright
+from datasets.transforms import model_input, transformed_size
 from util.errors import UserError
 
 
@@ -99,14 +100,14 @@ class ImageFiles(Dataset):
 
     Args:
         paths: the files.
-        transforms: map a uint8 image to a detector's input.
+        transforms: give the size of a detector's input, such as `eval_transforms`.
         listed: entry of each in an annotation file, or None; see `datasets.decode`.
     """
 
     def __init__(
         self,
         paths: Sequence[Path],
-        transforms: Callable[[tv_tensors.Image], Tensor],
+        transforms: v2.Transform,
         listed: Sequence[ListedImage | None],
     ) -> None:
         self.paths, self.transforms, self.listed = paths, transforms, listed
@@ -123,7 +124,7 @@ class ImageFiles(Dataset):
         picture = image.pixels
         height, width = picture.shape[1:]
         try:
-            inputs = self.transforms(tv_tensors.Image(picture)).as_subclass(Tensor)
+            inputs = model_input(picture, transformed_size(self.transforms, (height, width)))
         except (RuntimeError, ValueError):
             problem = f"{path} of {width} x {height} pixels is too narrow to be scaled, expected a larger one"
             return Sample(place, problem=problem)

@@ -9,6 +9,7 @@ import engine
 import main
 from datasets.coco import annotation_path, build_dataset, build_loader
 from datasets.coco_eval import GroundTruth
+from datasets.transforms import IMAGENET_STD
 from pruning.moments import Moments
 from pruning.schedule import MGP
 from runs.search_command import get_pruning_parser, search
@@ -101,16 +102,17 @@ def test_evaluation_gives_the_figures_of_the_cpu(annotated, tmp_path):
     assert on_cuda == pytest.approx(on_cpu, abs=0.02)
 
 
-def test_pinned_batches_are_those_of_the_data_set(coco):
-    args, _ = tiny_options("--coco_path", coco)
-    dataset = build_dataset("val2017", args)
-    plain, pinned = (build_loader(dataset, 2, shuffle=False, num_workers=1, pin_memory=pin) for pin in (False, True))
-    for (images, targets), (expected_images, expected_targets) in zip(pinned, plain, strict=True):
-        assert all(image.is_pinned() for image in images) or CUDA == CPU
-        moved = engine.move_to(images, CUDA)
-        if CUDA != CPU:
-            torch.cuda.synchronize()
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(moved, expected_images, strict=True))
+@pytest.mark.parametrize("augmentation", [None, "detr"])
+@pytest.mark.parametrize("image_size", [40, 200])  # below and above those of the pictures
+def test_images_resized_on_a_gpu_are_those_of_the_cpu_to_a_grey_level(coco, augmentation, image_size):
+    args, _ = tiny_options("--coco_path", coco, "--image_size", image_size)
+    dataset = build_dataset("val2017", args, augmentation=augmentation)
+    plain, there = (build_loader(dataset, 2, shuffle=False, num_workers=1, device=device) for device in (CPU, CUDA))
+    for (images, targets), (expected_images, expected_targets) in zip(there, plain, strict=True):
+        for image, expected in zip(images, expected_images, strict=True):
+            assert image.device.type == CUDA.type and image.shape == expected.shape
+            levels = (image.cpu() - expected).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+            assert levels.max() <= 1.001 and (levels > 0.5).float().mean() <= 0.05
         for target, expected in zip(targets, expected_targets, strict=True):
             assert all(torch.equal(target[key], value) for key, value in expected.items())
 
