@@ -19,12 +19,12 @@ from runs.config import TrainingOptions
 from runs.fewer_queries import keep_best_queries
 from runs.recipe import recipe_of, recipe_table
 from runs.resolve_options import refuse_unused_by_start, resolve_training
-from runs.training_plan import TrainingPlanner, is_long_run
+from runs.training_plan import TrainingPlanner, free_sample, is_long_run
 from runs.training_run import Run
 from runs.training_state import seed_everything
 from util import distributed
 from util.cli import add_groups, options_from_python, parse, script_parser
-from util.errors import UserError, run_cli
+from util.errors import NonFiniteLossError, UserError, run_cli
 from util.files import check_output_dir
 from util.lock import check_unlocked, hold_folder
 from util.logging import log_to_file, stop_logging_to_file
@@ -118,16 +118,29 @@ def _compares(run: Run, checkpoint: Checkpoint | None) -> bool:
 
 
 def _show_plan(run: Run, checkpoint: Checkpoint | None) -> None:
-    """Show what the run will take. A run that fits a GPU only without the sample beside it has no plan."""
+    """Show what the run will take; unless --plan asks for it, a run without a plan goes on.
+
+    A step of the sample takes a little more memory than one of the run. On several GPUs one process alone could fail in
+    it, so a training has a plan there only if asked.
+    """
+    asked = run.options.run.plan
+    if run.device.type == "cuda" and distributed.world_size() > 1 and not (asked or run.options.run.eval):
+        run.log.info("a training on several GPUs has no plan by itself: --plan shows what it will take")
+        return
     try:
         run.show_plan(TrainingPlanner(run, _compares(run, checkpoint)).plan())
     except torch.OutOfMemoryError:
-        if run.options.run.plan or distributed.world_size() > 1:
+        if asked or distributed.world_size() > 1:
             raise UserError(
-                f"--batch_size {run.options.data.batch_size}: {run.device} has too little memory for a step and a copy "
-                "of the detector beside it, expected a smaller one"
+                f"--batch_size {run.options.data.batch_size}: {run.device} has too little memory for the plan's "
+                "sample, expected a smaller one"
             ) from None
-        run.log.warning("too little memory to time a few batches on a copy of the detector: no plan")
+        run.log.warning("too little memory to time a few batches: no plan")
+    except NonFiniteLossError as error:  # raised in all processes
+        if asked:
+            raise
+        run.log.warning("no plan: in its sample of a few batches %s", error)
+    free_sample()  # of a failed one, too
 
 
 def _log_start(run: Run, checkpoint: Checkpoint | None, new_parts: NewParts | None) -> None:

@@ -117,7 +117,7 @@ class Bench:
         self._lock = threading.Lock()
         self.settings = {
             "name": args.name, "epochs": args.epochs, "checkpoint": file_digest(args.checkpoint),
-            "images": args.draw, "options": f"{COMMON} {args.options}".strip(),
+            "images": args.draw if args.coco_path is None else None, "options": f"{COMMON} {args.options}".strip(),
         }  # fmt: skip
         self.result: dict[str, Any] = {**self.settings, "cut": {}, "rows": []}
         if self.path.is_file():

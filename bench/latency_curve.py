@@ -84,21 +84,21 @@ def run_search(args: argparse.Namespace, name: str, keeps: Sequence[float]) -> l
     return [folder / point["file"] for point in points if point["file"]] or [folder / OUTPUT_NAME]
 
 
-def prediction_ratio(path: Path) -> float | None:
-    """Return predicted over measured milliseconds at the end of the search that wrote a file; None if by MACs."""
+def predicted_times(path: Path) -> float | None:
+    """Return how many times as fast the search that wrote a file predicted it to be; None if by MACs."""
     summary = path.parent / SUMMARY_NAME  # none of a search by MACs with one budget
     latency = json.loads(summary.read_text()).get("latency") if summary.is_file() else None
     if latency is None:
         return None
     found = [name for name in latency["detectors"] if name != "before"]
     name = path.stem.removeprefix(f"{Path(OUTPUT_NAME).stem}_") if len(found) > 1 else found[0]
-    return latency["detectors"][name]["ratio"]
+    return latency["detectors"]["before"]["predicted"] / latency["detectors"][name]["predicted"]
 
 
 def measure(subject: Subject, paths: Mapping[str, Sequence[Path]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for the dense detector and for each file: AP on val2017, milliseconds an image, GMACs, widths.
 
-    Rows of searches by latency have the ratio of predicted to measured milliseconds, as those searches found it.
+    Rows of searches by latency also have how many times as fast as the dense detector the search predicted them.
 
     All detectors are timed in turns, `args.batch_size` images at once.
     """
@@ -116,7 +116,7 @@ def measure(subject: Subject, paths: Mapping[str, Sequence[Path]], args: argpars
             "key": key, "name": name, "file": path.name, "ap": stats["AP"], "ap50": stats["AP50"],
             "detector_gmacs": cost.detector_gmacs, "params": cost.params,
             "widths": model.widths_in("detector").to_list(),
-            "prediction_ratio": None if name == DENSE else prediction_ratio(path),
+            "predicted_times": None if name == DENSE else predicted_times(path),
         })  # fmt: skip
     built = {key: functools.partial(folded_copy, model) for key, (_, _, model) in detectors.items()}
     times = measure_whole(built, setting, CPU, graphs=False)

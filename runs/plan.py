@@ -6,7 +6,6 @@ in the same phases with a `PhaseClock`, and prints both side by side at its end.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,9 @@ import torch
 from datasets.coco_eval import GroundTruth, coco_stats
 from engine import EvalResult
 from util.logging import table
+from util.memory import processes_here
 from util.phases import MAP, PhaseClock, phase
+from util.threads import usable_cores
 
 AT_MOST, ABOUT = "at most", "about"
 MAP_IMAGES = 500  # to time mAP, with the detections of the sample
@@ -172,7 +173,7 @@ def generators_kept() -> Iterator[None]:
     """Restore the state of all random generators after the context."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
             yield
     finally:
         random.setstate(python)
@@ -214,8 +215,8 @@ def waiting(reading: float, computing: float, workers: int) -> float:
 
 
 def cores() -> int:
-    """Return the CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the CPU cores that this process may use, its share with the run's other processes on the machine."""
+    return max(1, usable_cores() // processes_here())
 
 
 def shown_time(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,7 +69,13 @@ class TrainingPlanner:
         self._step_bytes = 0
 
     def plan(self) -> RunPlan:
-        """Time the sample and return the plan."""
+        """Time the sample and return the plan; the sample's memory is free again."""
+        try:
+            return self._plan()
+        finally:
+            free_sample()
+
+    def _plan(self) -> RunPlan:
         run = self._run
         with generators_kept():
             if not self._options.run.eval:
@@ -107,10 +114,10 @@ class TrainingPlanner:
         """Train a copy of the detector for a few batches, after one that measures memory."""
         run, options = self._run, self._options
         with PeakMemory() as memory:
-            self._train_on(spread(run.train_loader.coco, options.data.batch_size, batches=1), options)
+            self._train_on(spread(run.train_loader.coco, options.data.batch_size, run.device, batches=1), options)
         self._step_bytes = memory.peak_bytes
         with self._training.running():
-            self._train_on(spread(run.train_loader.coco, options.data.batch_size), options)
+            self._train_on(spread(run.train_loader.coco, options.data.batch_size, run.device), options)
 
     def _train_on(self, loader: CocoLoader, options: TrainingOptions) -> None:
         run = self._run
@@ -120,6 +127,8 @@ class TrainingPlanner:
         with phase(TRAINING) as entry:
             train_epoch(options, wrapped, run.criterion, batches, state, distillation, run.device, progress=False)
             entry.count = batches.images
+        del model, state, wrapped, distillation
+        free_sample()
 
     def _test(self) -> None:
         """Evaluate a few batches, after one that warms up."""
@@ -132,8 +141,8 @@ class TrainingPlanner:
                 by_layer=options.run.ap_by_layer,
             )  # fmt: skip
 
-        evaluate(TimedBatches(spread(run.val_loader.given, options.data.batch_size, batches=1)))
-        batches = TimedBatches(spread(run.val_loader.given, options.data.batch_size))
+        evaluate(TimedBatches(spread(run.val_loader.given, options.data.batch_size, run.device, batches=1)))
+        batches = TimedBatches(spread(run.val_loader.given, options.data.batch_size, run.device))
         with self._testing.running(), phase(EVALUATION) as entry:
             result = evaluate(batches)
             entry.count = batches.images
@@ -190,8 +199,11 @@ class TrainingPlanner:
             if self._options.run.amp == "off":
                 clock = PhaseClock(run.device)
                 options = self._options.with_values({"amp": "bf16"})
-                with generators_kept(), clock.running():
-                    self._train_on(spread(run.train_loader.coco, options.data.batch_size), options)
+                dataset, size = run.train_loader.coco, options.data.batch_size
+                with generators_kept():
+                    self._train_on(spread(dataset, size, run.device, batches=1), options)
+                    with clock.running():
+                        self._train_on(spread(dataset, size, run.device), options)
                 yield "--amp", self._trained * (self._each(self._training, TRAINING) - self._each(clock, TRAINING))
             if torch.cuda.device_count() > distributed.world_size():
                 count = torch.cuda.device_count()
@@ -224,12 +236,19 @@ class TrainingPlanner:
         return max(0.0, each - self._decoding_each) if is_decoded else each
 
 
-def spread(dataset: Any, batch_size: int, batches: int = SAMPLED_BATCHES) -> CocoLoader:
+def free_sample() -> None:
+    """Free what a sample took. A training state refers to itself, so only the garbage collector frees it."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def spread(dataset: Any, batch_size: int, device: torch.device, batches: int = SAMPLED_BATCHES) -> CocoLoader:
     """Return a loader of a few batches of neighbours, evenly spread over a `CocoDataset` or a Subset of one."""
     size = len(dataset)
     batches = min(batches, -(-size // batch_size))
     starts = [size * number // batches for number in range(batches)]
-    return build_loader(dataset, [range(at, min(at + batch_size, size)) for at in starts], shuffle=False)
+    return build_loader(dataset, [range(at, min(at + batch_size, size)) for at in starts], shuffle=False, device=device)
 
 
 def images_of(loader: CocoLoader) -> int:

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 import export
@@ -10,8 +11,10 @@ import inference
 import main
 import prune_greedy
 from models.widths import Widths
+from runs.config import TrainingOptions
 from tests.command_lines import ROOT
 from tests.tiny_run import write_self_annotated
+from util.cli import options_from_python
 from util.errors import UserError
 from weights.checkpoint_file import read_checkpoint
 
@@ -44,6 +47,14 @@ def test_the_lines_of_the_page_run_as_printed(tmp_path, monkeypatch, capsys):
 def test_an_unknown_option_is_an_error_that_names_a_close_one(run):
     with pytest.raises(UserError, match=r"'resum': found no such option, expected one of .*, such as resume$"):
         run(resum="a.pth")
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    given = {"batch_size": np.int64(3), "lr": np.float32(0.5), "resume": tmp_path, "aux_loss": np.bool_(False)}
+    args, typed = options_from_python({**given, "train_json": [tmp_path]}, TrainingOptions)
+    assert vars(args) == {"batch_size": 3, "lr": 0.5, "resume": str(tmp_path), "aux_loss": False,
+                          "train_json": [str(tmp_path)]}  # fmt: skip
+    assert typed == {*vars(args)} and type(args.batch_size) is int and type(args.aux_loss) is bool
 
 
 def test_values_are_checked_as_typed_ones(tmp_path):

@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
+
 from util.errors import UserError, shorten
 
 C = TypeVar("C", bound="Config")
@@ -151,8 +153,17 @@ def options_from_python(given: Mapping[str, Any], *config_classes: type[Config])
             close = difflib.get_close_matches(name, known, n=1)
             hint = f", such as {close[0]}" if close else ""
             raise UserError(f"{shorten(name)}: found no such option, expected one of the command line{hint}")
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    values = {name: _plain(value) for name, value in given.items()}
     return argparse.Namespace(**values), set(values)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as the command line gives it: text for a path, Python's number for numpy's."""
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, Path) else value
 
 
 def refuse(names: Iterable[str], typed: Collection[str], reason: str) -> None:

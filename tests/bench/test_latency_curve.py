@@ -61,12 +61,13 @@ def test_each_search_runs_once_and_its_files_become_rows(folder, tmp_path, monke
     assert shares[5] <= 0.985
     assert all(row["milliseconds"] > 0 for row in rows)
     summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "work").glob("*latency*/summary.json"))]
-    compared = {**summaries[0]["latency"]["detectors"], **summaries[1]["latency"]["detectors"]}
-    assert [row["prediction_ratio"] for row in rows] == [
-        None, compared["0.99"]["ratio"], compared["0.98"]["ratio"],
-        next(found["ratio"] for name, found in summaries[0]["latency"]["detectors"].items() if name != "before"),
-        None, None,
-    ]  # fmt: skip
+    predicted = [
+        {name: found["predicted"] for name, found in summary["latency"]["detectors"].items()} for summary in summaries
+    ]
+    (only,) = (value for name, value in predicted[0].items() if name != "before")
+    times = [predicted[1]["before"] / predicted[1][name] for name in ("0.99", "0.98")]
+    assert [row["predicted_times"] for row in rows] == [None, *times, predicted[0]["before"] / only, None, None]
+    assert 1 < times[0] < times[1]
     assert (tmp_path / "latency_curve_tiny.png").stat().st_size > 1000
     assert bench.LATENCY in capsys.readouterr().out
 
@@ -74,7 +75,7 @@ def test_each_search_runs_once_and_its_files_become_rows(folder, tmp_path, monke
     lines = docs_table(tmp_path).splitlines()[2:]
     assert len(lines) == len(rows)
     assert lines[0].startswith("| demo, dense |")
-    assert lines[0].endswith("| 1.00 |  |") and lines[1].endswith(f"| {rows[1]['prediction_ratio']:.2f} |")
+    assert lines[0].endswith("| 1.00 |  |") and lines[1].endswith(f"| {times[0]:.2f} |")
 
     commands.clear()
     bench.main()

@@ -74,6 +74,18 @@ def test_common_keys_of_a_product_that_is_nothing_are_finite(position):
         assert all(projection.isfinite().all() for projection in side)
 
 
+def test_a_head_that_is_nothing_is_fitted_where_denormal_numbers_are_flushed():
+    queries, keys = moments(2, 6), moments(2, 7)
+    for product in (*queries, *keys):
+        product[0] = 0
+    torch.set_flush_denormal(True)  # as all scripts do
+    try:
+        for side in low_rank_products(queries, keys, 3, True):
+            assert all(projection.isfinite().all() for projection in side)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("common", [False, True])
 def test_all_heads_at_once_give_what_each_gives_alone(common):
     queries, keys = moments(2, 8), moments(2, 9)

@@ -1,16 +1,20 @@
 """The plan of main.py: its counts are those of the run, it writes nothing and changes nothing."""
 
+import gc
 import types
 from itertools import count
+from unittest import mock
 
 import pytest
 import torch
 
 import main
+from models.detector import Detector
 from runs.plan import AT_MOST, RunPlan
+from runs.training_state import TrainingState
 from tests.tiny_run import TINY, run_script, tiny_options, write_coco
 from util import phases
-from util.errors import UserError
+from util.errors import NonFiniteLossError, UserError
 from util.lock import hold_folder
 from weights.checkpoint_file import read_checkpoint
 
@@ -132,11 +136,41 @@ def test_plan_refuses_what_the_run_would(data, tmp_path, trained):
         main.main(*tiny_options("--plan --coco_path", data, "--output_dir", tmp_path / "held"))
 
 
+def alive(kind):
+    return sum(isinstance(found, kind) for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("fails", [None, torch.OutOfMemoryError, NonFiniteLossError("epoch 0: loss is nan")])
+def test_nothing_of_the_sample_is_left_when_the_run_begins(run, monkeypatch, fails):
+    gc.collect()
+    before, seen = (alive(Detector), alive(TrainingState)), []
+    finish = main.TrainingPlanner._facts
+
+    def facts(planner):
+        if fails is not None:
+            raise fails
+        return finish(planner)
+
+    monkeypatch.setattr(main.TrainingPlanner, "_facts", facts)
+    monkeypatch.setattr(main.Run, "train", lambda _: seen.append((alive(Detector), alive(TrainingState))))
+    run("--epochs 1")
+    assert seen == [(before[0] + 1, before[1] + 1)]
+
+
+def test_several_gpus_have_no_plan_of_a_training_unless_asked(run, monkeypatch):
+    monkeypatch.setattr(main.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(main.TrainingPlanner, "plan", lambda planner: pytest.fail("planned"))
+    logged = mock.Mock()
+    options = types.SimpleNamespace(run=types.SimpleNamespace(plan=False, eval=False))
+    main._show_plan(types.SimpleNamespace(options=options, device=torch.device("cuda"), log=logged), None)
+    assert "--plan shows" in logged.info.call_args[0][0]
+
+
 def test_a_run_that_has_no_room_for_the_sample_has_no_plan(run, monkeypatch, tmp_path):
     def fail(planner):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(main.TrainingPlanner, "plan", fail)
     assert run("--epochs 1") == {} and (tmp_path / "out" / "checkpoint.pth").exists()
-    with pytest.raises(UserError, match="--batch_size 2: cpu has too little memory"):
+    with pytest.raises(UserError, match="--batch_size 2: cpu has too little memory for the plan"):
         run("--epochs 1 --plan", out="none")
