@@ -143,10 +143,8 @@ def _solve_sum(left: _JointEigenvalues, right: _JointEigenvalues, target: Tensor
         scale[..., None, None] * a.clamp(min=0)[..., :, None] * b.clamp(min=0)[..., None, :]
         for scale, a, b in zip(scales, left.values, right.values, strict=True)
     ]).sum(0)  # fmt: skip
-    floor = 1e-10 * sums.mean((-2, -1), keepdim=True)
-    return (
-        left.inverse.mT @ ((left.inverse @ target @ right.inverse.mT) / (sums + floor).clamp(min=TINY)) @ right.inverse
-    )
+    sums = (sums + 1e-10 * sums.mean((-2, -1), keepdim=True)).clamp(min=TINY)
+    return left.inverse.mT @ ((left.inverse @ target @ right.inverse.mT) / sums) @ right.inverse
 
 
 def value_directions(weight: Tensor, covariance: Tensor, rank: int, damping: float = DAMPING) -> Tensor:

@@ -50,11 +50,11 @@ def test_an_unknown_option_is_an_error_that_names_a_close_one(run):
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
-    given = {"batch_size": np.int64(3), "lr": np.float32(0.5), "resume": tmp_path, "aux_loss": np.bool_(False)}
+    given = {"batch_size": np.int64(3), "lr": np.float32(0.5), "resume": tmp_path, "use_dn": np.bool_(False)}
     args, typed = options_from_python({**given, "train_json": [tmp_path]}, TrainingOptions)
-    assert vars(args) == {"batch_size": 3, "lr": 0.5, "resume": str(tmp_path), "aux_loss": False,
+    assert vars(args) == {"batch_size": 3, "lr": 0.5, "resume": str(tmp_path), "use_dn": False,
                           "train_json": [str(tmp_path)]}  # fmt: skip
-    assert typed == {*vars(args)} and type(args.batch_size) is int and type(args.aux_loss) is bool
+    assert typed == {*vars(args)} and type(args.batch_size) is int and type(args.use_dn) is bool
 
 
 def test_values_are_checked_as_typed_ones(tmp_path):

@@ -120,9 +120,8 @@ def _rows_of_training(text: str) -> list[dict[str, Any]]:
 
 def _rows_of_search(text: str, checkpoint: Checkpoint) -> tuple[str, list[dict[str, Any]]] | None:
     """Return what was measured, and a row for the detector before and for each budget; None before the end."""
-    lines = [
-        json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")
-    ]  # a kill may cut the last
+    whole_lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # a kill may cut the last
+    lines = [json.loads(line) for line in whole_lines]
     start, end = lines[0], lines[-1]
     if end["event"] != "end" or not end.get("passed", True):
         return None

@@ -182,7 +182,7 @@ def test_nothing_runs_twice(folder, tmp_path, monkeypatch):
 
     def watched_add(self, start, stop, images):
         passes.setdefault((len(moves), start, stop), []).append(images)
-        add(self, start, stop, images)
+        return add(self, start, stop, images)
 
     monkeypatch.setattr(search_command, "build_detector", watched)
     monkeypatch.setattr(StateCache, "move_to", watched_move)

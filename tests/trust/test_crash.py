@@ -19,7 +19,8 @@ from tests.trust.jobs import BACKBONE, SOAK, Job, Kill, assert_whole, draw, prun
 JOBS = {"training": train, "search": prune, "demo set": draw}
 KILLS = {"training": 42, "search": 42, "demo set": 24} if SOAK else {"training": 4, "search": 3, "demo set": 3}
 KILLS_IN_A_ROW = 3
-OF_THE_MOMENT = ("seconds", "image_passes", "whole_passes", "train_seconds", "test_seconds", "passes_since_resume")
+OF_THE_MOMENT = ("seconds", "image_passes", "whole_passes", "train_seconds", "test_seconds", "passes_since_resume",
+                "phases")  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
