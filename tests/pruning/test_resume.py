@@ -281,11 +281,11 @@ def test_where_things_lie_and_how_fast_they_go_may_change(folder, searched, tmp_
     out.mkdir()
     (out / "search.jsonl").write_bytes(b"".join(lines_of(searched("exact"))[:3]))
     shutil.copytree(folder, tmp_path / "data")
-    shutil.copytree(out, tmp_path / "fewer at once")
+    shutil.copytree(out, tmp_path / "fewer")
     run(tmp_path / "data", out, "exact", "--cache_device cpu --no-use_dn --resume_search")
     assert_same_file(searched("exact").path.parent, out)
     # Fewer images at once are rounded differently, which may decide between equally good channels.
-    found = run(tmp_path / "data", tmp_path / "fewer at once", "exact", "--images_at_once 2 --resume_search")
+    found = run(tmp_path / "data", tmp_path / "fewer", "exact", "--images_at_once 2 --resume_search")
     assert found.widths == searched("exact").widths
 
 
