@@ -25,11 +25,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from datasets.config import LoaderConfig
+from datasets.coco import split_of
+from datasets.config import DataConfig
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from models import build
 from models.config import NETWORK_TITLE, DetectorConfig
 from models.detector import Detector
+from models.post_process import PostProcess
 from runs.config import FolderConfig
 from tools.export_check import TOLERANCE
 from tools.export_formats import (
@@ -44,11 +46,23 @@ from tools.export_formats import (
     export,
     require_packages,
 )
+from tools.export_int8 import GROUPS, Int8Result, export_int8
 from tools.export_timing import runtime_calls, time_calls
-from util.cli import Config, add_groups, group, option, options_from_python, parse, refuse, script_parser, whole
+from util.cli import (
+    Config,
+    add_groups,
+    group,
+    option,
+    options_from_python,
+    options_of,
+    parse,
+    refuse,
+    script_parser,
+    whole,
+)
 from util.environment import environment
 from util.errors import UserError, run_cli
-from util.files import check_output_dir, write_json
+from util.files import check_output_dir, write_atomic, write_json
 from util.lock import hold_folder
 from util.logging import bar_off, get_logger, table
 from weights.build import build_detector, options_for
@@ -81,6 +95,10 @@ class ExportConfig(Config):
         f"to {GREATEST_OPSET}")  # fmt: skip
     mask: bool = option(True, "add the padding mask as a second input")
     fp16: bool = option(False, "also write NAME.fp16.onnx, with float16 weights and sums; coordinates stay float32")
+    int8: bool = option(False, "also write NAME.int8.onnx, with INT8 convolutions and linear layers, calibrated on the "
+        "first images of train2017, unless AP on val2017 falls by more than 1 point")  # fmt: skip
+    int8_float: Sequence[str] | None = option(None, "groups of layers that --int8 leaves in float32", nargs="+",
+        choices=GROUPS, stored="run")  # fmt: skip
     timings: int | None = option(None, "time PyTorch, onnxruntime and, if installed, OpenVINO in N turns (5 if "
         "omitted), dense and slim, one CPU thread, for export.json", type=whole(1), nargs="?", const=5,
         stored="run")  # fmt: skip
@@ -94,7 +112,7 @@ class ExportOptions(Config):
 
     run: FolderConfig = group(FolderConfig, "run")
     detector: DetectorConfig = group(DetectorConfig, NETWORK_TITLE)
-    loader: LoaderConfig = group(LoaderConfig, None)
+    data: DataConfig = group(DataConfig, "data, with --int8")
     export: ExportConfig = group(ExportConfig, "export")
 
 
@@ -110,7 +128,8 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
 
     Raises:
         UserError: options and checkpoint do not agree, or a package is missing.
-        SystemExit: with code 1, if the outputs of a file differ from the detector's; the file is removed.
+        SystemExit: with code 1, if the outputs of a file differ from the detector's, or INT8 costs too much AP; that
+            file is not written.
     """
     torch.set_flush_denormal(True)
     options = ExportOptions.from_values(vars(args))
@@ -125,12 +144,14 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
         get_logger().info("%s", checkpoint.remark)
     options = options_for(options, checkpoint, typed)
     form = form_of(options)
+    for split in ("train2017", "val2017") if asked.int8 else ():
+        split_of(options.data, split)
     model, _, postprocessors = build_detector(options.detector, checkpoint)
     sizes_hw = checked_sizes_hw(options)
     stem = Path(checkpoint.path.name.removesuffix(INDEX_SUFFIX)).stem
     formats = [format_ for format_ in SUFFIXES if format_ in asked.format or (format_ == HALF and asked.fp16)]
     paths = {format_: output_dir / f"{stem}.{SUFFIXES[format_]}" for format_ in formats}
-    steps = 1 + (asked.timings is not None) + len(paths) * (2 + len(sizes_hw) * len(form.batch_sizes))
+    steps = 1 + asked.int8 + (asked.timings is not None) + len(paths) * (2 + len(sizes_hw) * len(form.batch_sizes))
     with hold_folder(output_dir), tqdm(total=steps, disable=bar_off(), leave=False) as bar:
 
         def show(stage: str) -> None:
@@ -139,15 +160,23 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
 
         facts = metadata_of(options, model, checkpoint, sizes_hw)
         results = export(model, postprocessors["bbox"], paths, sizes_hw, form, metadata=facts, progress=show)
+        int8 = None
+        if asked.int8 and results[0].passed:
+            show("quantising")
+            int8 = write_int8(options, paths["onnx"], model, postprocessors["bbox"])
         timings = [] if asked.timings is None else timings_of(options, model, sizes_hw[0], form, show)
-        write_json(output_dir / "export.json", summary_of(results, timings, options, sizes_hw[0]))
+        write_json(output_dir / "export.json", summary_of(results, timings, int8, options, sizes_hw[0]))
     get_logger().info("%s", results_table(results))
     if timings:
         get_logger().info("%s", timings_table(timings))
+    if int8 is not None:
+        get_logger().info("%s", int8_table(int8))
     failed = [result for result in results if not result.passed]
     if failed:
         faults = (f"{result.path}: found a difference above {result.cases[0].tolerance:g}" for result in failed)
         sys.exit(f"error: {'; '.join(faults)}; not written")
+    if int8 is not None and not int8.is_good:
+        sys.exit(f"error: {int8_path(paths['onnx'])}: {int8.refusal}; not written")
     return results
 
 
@@ -162,8 +191,14 @@ def _refuse_unused(options: ExportOptions, typed: Collection[str]) -> None:
     if not asked.detections:
         refuse(["num_select"], typed, "found no --detections, without which it is not used")
     if "onnx" not in asked.format:
-        unused = ["opset", "target", "fp16", "timings"]
+        unused = ["opset", "target", "fp16", "int8", "timings"]
         refuse(unused, typed, f"found --format {' '.join(asked.format)}, expected onnx, which alone uses it")
+    if asked.int8 and asked.static is not None:
+        raise UserError("--int8: found --static, expected one of them: calibration images have any size")
+    if set(asked.int8_float or ()) == set(GROUPS):
+        raise UserError(f"--int8_float: found all of {', '.join(GROUPS)}, expected some of them, or no --int8")
+    if not asked.int8:
+        refuse(["int8_float", *options_of(DataConfig)], typed, "found no --int8, without which it is not used")
 
 
 def form_of(options: ExportOptions) -> GraphForm:
@@ -182,13 +217,29 @@ def form_of(options: ExportOptions) -> GraphForm:
 
 def checked_sizes_hw(options: ExportOptions) -> list[tuple[int, int]]:
     """Return the image sizes to check; of a graph with fixed shapes, its size."""
-    asked, short = options.export, options.loader.image_size
+    asked, short = options.export, options.data.image_size
     sizes_hw = [tuple(size) for size in asked.image_size_hw or ((short, short * 4 // 3), (short * 3 // 4,) * 2)]
     if asked.static is None:
         return sizes_hw
     if asked.image_size_hw is not None and len(sizes_hw) > 1:
         raise UserError(f"--static: found {len(sizes_hw)} sizes under --image_size_hw, expected one")
     return sizes_hw[:1]
+
+
+def int8_path(onnx_path: Path) -> Path:
+    """Return the path of the INT8 file beside an ONNX file in float32."""
+    return onnx_path.with_suffix(".int8.onnx")
+
+
+def write_int8(options: ExportOptions, onnx_path: Path, model: Detector, postprocess: PostProcess) -> Int8Result:
+    """Quantise the ONNX file of the detector; write the result if its AP falls by little; remove a former one."""
+    asked, path = options.export, int8_path(onnx_path)
+    path.unlink(missing_ok=True)
+    data = onnx_path.read_bytes()
+    found = export_int8(data, model, postprocess, options.data, asked.int8_float, with_mask=asked.mask)
+    if found.is_good:
+        write_atomic(path, lambda stream: stream.write(found.trials[0].data))
+    return found
 
 
 def timings_of(
@@ -208,6 +259,7 @@ def timings_of(
 def summary_of(
     results: Sequence[ExportResult],
     timings: Sequence[dict[str, Any]],
+    int8: Int8Result | None,
     options: ExportOptions,
     size_hw: Sequence[int],
 ) -> dict[str, Any]:
@@ -223,7 +275,18 @@ def summary_of(
         for result in results
     ]
     images = {"images": options.export.static or 1, "image_size_hw": list(size_hw), "threads": 1}
-    return {"environment": environment(), "files": files, "timings": [{**images, **row} for row in timings]}
+    found = {"environment": environment(), "files": files, "timings": [{**images, **row} for row in timings]}
+    if int8 is not None:
+        found["int8"] = int8.figures
+    return found
+
+
+def int8_table(int8: Int8Result) -> str:
+    """Return a table of AP and time by precision."""
+    rows = [
+        [row["runtime"], row["precision"], f"{100 * row['ap']:.1f}", f"{row['milliseconds']:.1f}"] for row in int8.rows
+    ]
+    return f"{table(['runtime', 'precision', 'AP', 'ms'], rows)}\nAP on {int8.images} images of val2017; one CPU thread"
 
 
 def timings_table(timings: Sequence[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
     python -m bench.pages
 
 Pages mark each place with `<!-- table NAME -->` or `<!-- text NAME -->` before it and `<!-- end -->` after it. NAME is
-a function of `bench.tables`, `bench.sentences`, `bench.scale_page` or `bench.finetune_page`.
+a function of `bench.tables`, `bench.sentences`, `bench.scale_page`, `bench.finetune_page` or `bench.int8_page`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bench.finetune_page import FINETUNE_TABLES, FINETUNE_TEXTS
+from bench.int8_page import INT8_TABLES, INT8_TEXTS
 from bench.scale_page import SCALE_TABLES, SCALE_TEXTS
 from bench.sentences import TEXTS
 from bench.tables import TABLES
@@ -23,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- (table|text) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FRAGMENTS: Mapping[str, Mapping[str, Callable[[Path], str]]] = {
-    "table": {**TABLES, **SCALE_TABLES, **FINETUNE_TABLES},
-    "text": {**TEXTS, **SCALE_TEXTS, **FINETUNE_TEXTS},
+    "table": {**TABLES, **SCALE_TABLES, **FINETUNE_TABLES, **INT8_TABLES},
+    "text": {**TEXTS, **SCALE_TEXTS, **FINETUNE_TEXTS, **INT8_TEXTS},
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from datasets.config import DataConfig, LoaderConfig
+from datasets.config import DataConfig
 from export import ExportConfig, ExportOptions, get_export_parser
 from inference import get_inference_parser
 from main import get_args_parser
@@ -105,8 +105,7 @@ def test_one_option_has_one_definition():
     )
     for parser, configs in scripts:
         names = {action.dest for action in parser._actions} - {"help"}
-        left_out = set(options_of(LoaderConfig)) if ExportOptions in configs else set()  # the checkpoint's image size
-        assert names == set(options_of(*configs)) - left_out
+        assert names == set(options_of(*configs))
     assert {field.metadata["stored"] for field in options_of(TrainingOptions).values()} == {
         "network", "preferred", "training", "run"
     }  # fmt: skip
