@@ -29,6 +29,7 @@ from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import file_digest, write_json
 from util.logging import table
+from util.threads import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_SIZE, SEED, VAL_IMAGES = 128, 42, 400  # of the drawn set: that of checkpoints/train_demo.sh
@@ -284,7 +285,7 @@ def main() -> None:
     if args.coco_path is None:
         args.coco_path = args.work / "data"
         draw_set(args.coco_path, images=args.draw, val_images=min(VAL_IMAGES, args.draw), seed=SEED, size=IMAGE_SIZE,
-                 jobs=len(os.sched_getaffinity(0)))  # fmt: skip
+                 jobs=usable_cores())  # fmt: skip
         print(f"drawn after {args.limit_seconds - (bench.deadline - time.monotonic()):.0f} s", flush=True)
     errors = bench.run(chosen)
     print(result_table(bench.result))

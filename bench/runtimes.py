@@ -36,7 +36,7 @@ from tools.export_check import TOLERANCE
 from tools.export_formats import GraphForm
 from tools.export_timing import EAGER, ONNXRUNTIME, OPENVINO, Calls, has_openvino, one_thread, runtime_calls, time_calls
 from tools.prediction import PredictionOptions
-from util.cli import user_path, whole
+from util.cli import script_parser, user_path, whole
 from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import write_json
@@ -90,11 +90,7 @@ def result_table(subjects: dict[str, Any]) -> str:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the benchmark."""
-    parser = argparse.ArgumentParser(
-        "python -m bench.runtimes",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = script_parser(__doc__, prog="python -m bench.runtimes")
     add = parser.add_argument
     add("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="detectors to measure")
     add("--runtimes", nargs="+", choices=RUNTIMES, default=[EAGER, ONNXRUNTIME, OPENVINO], help="compiled: by "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from datasets.packing import from_file_order, in_file_order
 from util.errors import UserError
 from util.memory import USABLE_SHARE, available_ram, processes_here
+from util.threads import usable_cores
 
 FIRST_IMAGES = 16  # decoded first, in case the sizes in the annotations are wrong
 
@@ -56,7 +56,7 @@ def read_cache(picture: Callable[[int], Tensor], images: int, listed_bytes: floa
         UserError: the images do not fit in the free RAM.
     """
     check_cache(picture, images, listed_bytes)
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         return ImageCache(list(pool.map(picture, range(images))))
 
 

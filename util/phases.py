@@ -21,7 +21,6 @@ MAP = "mAP"
 LATENCIES = "latencies"
 TRAINING = "training"
 EVALUATION = "evaluation"
-ESTIMATE = "estimate"
 
 
 @dataclass(eq=False)
