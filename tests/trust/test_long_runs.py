@@ -6,6 +6,7 @@
 import gc
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -116,10 +117,10 @@ def decide(folder: Path, out: Path, warm_up: int, steps: int, network: str) -> t
     return found[1]
 
 
-def train_alone(*args) -> tuple[float, int, int]:
-    """`train` in a new process: in one that has run other tests, the allocator's memory moves by tens of MB."""
+def alone(run: Callable[..., tuple[float, int, int]], *args) -> tuple[float, int, int]:
+    """`run` in a new process: in one that has run other tests, the allocator's memory moves by tens of MB."""
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        return pool.submit(train, *args).result()
+        return pool.submit(run, *args).result()
 
 
 def check(growth: tuple[float, int, int], steps: int, decisions: int = 0) -> None:
@@ -133,22 +134,22 @@ def check(growth: tuple[float, int, int], steps: int, decisions: int = 0) -> Non
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_steps_do_not_add_up(variant):
-    check(train_alone(variant, 40, 60), 60)
+    check(alone(train, variant, 40, 60), 60)
 
 
 def test_decisions_of_a_search_do_not_add_up(tmp_path):
     folder = write_folder(tmp_path / "data", "")
-    check(decide(folder, tmp_path / "out", 40, 60, ""), 60, decisions=60)
+    check(alone(decide, folder, tmp_path / "out", 40, 60, ""), 60, decisions=60)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_thousand_training_steps_do_not_add_up(variant):
-    check(train_alone(variant, 200, 1000), 1000)
+    check(alone(train, variant, 200, 1000), 1000)
 
 
 @pytest.mark.soak
 def test_a_thousand_decisions_of_a_search_do_not_add_up(tmp_path):
     network = "--dim_feedforward 400"
     folder = write_folder(tmp_path / "data", network)
-    check(decide(folder, tmp_path / "out", 200, 1000, network), 1000, decisions=1000)
+    check(alone(decide, folder, tmp_path / "out", 200, 1000, network), 1000, decisions=1000)
