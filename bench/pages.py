@@ -3,8 +3,8 @@
     python -m bench.pages
 
 Pages mark each place with `<!-- table NAME -->` or `<!-- text NAME -->` before it and `<!-- end -->` after it. NAME is
-a function of `bench.tables`, `bench.sentences`, `bench.scale_page`, `bench.finetune_page`, `bench.int8_page` or
-`bench.predicted`.
+a function of `bench.tables`, `bench.sentences`, `bench.scale_page`, `bench.finetune_page`, `bench.int8_page`,
+`bench.predicted` or `bench.runtimes_page`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.finetune_page import FINETUNE_TABLES, FINETUNE_TEXTS
 from bench.int8_page import INT8_TABLES, INT8_TEXTS
 from bench.predicted import PREDICTED_TABLES, PREDICTED_TEXTS
+from bench.runtimes_page import RUNTIMES_TABLES, RUNTIMES_TEXTS
 from bench.scale_page import SCALE_TABLES, SCALE_TEXTS
 from bench.sentences import TEXTS
 from bench.tables import TABLES
@@ -26,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- (table|text) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FRAGMENTS: Mapping[str, Mapping[str, Callable[[Path], str]]] = {
-    "table": {**TABLES, **SCALE_TABLES, **FINETUNE_TABLES, **INT8_TABLES, **PREDICTED_TABLES},
-    "text": {**TEXTS, **SCALE_TEXTS, **FINETUNE_TEXTS, **INT8_TEXTS, **PREDICTED_TEXTS},
+    "table": {**TABLES, **SCALE_TABLES, **FINETUNE_TABLES, **INT8_TABLES, **PREDICTED_TABLES, **RUNTIMES_TABLES},
+    "text": {**TEXTS, **SCALE_TEXTS, **FINETUNE_TEXTS, **INT8_TEXTS, **PREDICTED_TEXTS, **RUNTIMES_TEXTS},
 }
 
 
