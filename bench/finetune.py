@@ -82,6 +82,8 @@ def configurations() -> list[Configuration]:
         add(f"lr {rate}, distilled, matching denoising", "slim47", lr=rate, lr_backbone=f"{float(rate) / 10:.0e}",
             distill_queries="matching denoising")  # fmt: skip
     add("backbone at the full rate", "slim47", lr_backbone="1e-4")
+    for subject in ("slim47", "dense", "whole50", "slim70"):
+        add("rates of the dense training", subject, lr="4e-4", lr_backbone="6e-4")  # of checkpoints/demo.pth
     add("backbone frozen", "slim47", lr_backbone="0")
     add("no averaging", "slim47", ema_decay="0")
     add("averaging 0.99", "slim47", ema_decay="0.99")

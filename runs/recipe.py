@@ -13,6 +13,7 @@ import torch
 from datasets.annotations import load_annotations
 from datasets.coco import split_of
 from runs.config import TrainingOptions
+from runs.past_training import PastTraining
 from util import distributed
 from util.logging import table
 from weights.class_heads import class_difference
@@ -20,9 +21,8 @@ from weights.formats import Checkpoint
 from weights.teacher import teacher_of
 
 EPOCHS = 12
-BATCH = 16  # images for an optimizer step, to which LR belongs
-LR = 1e-4
-BACKBONE_SHARE = 0.1  # of the learning rate, as in DETR
+BACKBONE_SHARE = 0.1  # of the learning rate where the backbone's is not known or 0, as in DETR
+DN_DETR = PastTraining(lr=1e-4, lr_backbone=1e-5, batch=16)  # where a detector's own training is not known
 WARMUP_SHARE, MOST_WARMUP = 0.02, 500  # of the optimizer steps; steps
 EMA_SHARE, MOST_EMA_DECAY = 0.02, 0.9999  # of the optimizer steps, over which weights are averaged
 
@@ -50,7 +50,10 @@ def recipe_of(options: TrainingOptions, typed: Collection[str], checkpoint: Chec
         return []
     first = [part for part in _schedule(typed) if part.name not in typed]
     options = options.with_values({part.name: part.value for part in first})
-    rest = [*_rates(options, typed), _precision(distributed.choose_device(options.run.device))]
+    rest = [
+        *_rates(options, typed, PastTraining.of(checkpoint.arguments)),
+        _precision(distributed.choose_device(options.run.device)),
+    ]
     if "distill" not in typed:
         rest += _teacher(checkpoint, options)
     return [*first, *(part for part in rest if part.name not in typed)]
@@ -75,19 +78,27 @@ def _schedule(typed: Collection[str]) -> list[Part]:
     return parts
 
 
-def _rates(options: TrainingOptions, typed: Collection[str]) -> list[Part]:
-    """Return learning rates, warm-up and averaging, which follow the batch size and the length of the run."""
+def _rates(options: TrainingOptions, typed: Collection[str], past: PastTraining | None) -> list[Part]:
+    """Return learning rates, warm-up and averaging, which follow the batch size and the length of the run.
+
+    A run starts at the rate that the dense detector's training started at, and falls to 0 (learning rate rewinding:
+    Renda, Frankle and Carbin, arXiv 2003.02389).
+    """
     training = options.training
     images = len(load_annotations(split_of(options.data, "train2017").annotation_file).image_ids)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     batch = options.data.batch_size * training.accumulate * processes
     batches = math.ceil(math.ceil(images / processes) / options.data.batch_size)
     steps = math.ceil(batches / training.accumulate) * training.epochs
-    lr = training.lr if "lr" in typed else _rounded(LR * math.sqrt(batch / BATCH))
+    source = "as in DN-DETR" if past is None else "as in the training of the dense detector"
+    past = past or DN_DETR
+    scaled = "" if past.batch is None else f", times the root of {batch} / {past.batch} images a step"
+    lr = training.lr if "lr" in typed else _rounded(past.lr * math.sqrt(batch / (past.batch or batch)))
+    backbone_share = float(f"{(past.lr_backbone or BACKBONE_SHARE * past.lr) / past.lr:.2g}")
     decay = round(min(MOST_EMA_DECAY, max(0.0, 1 - 1 / (EMA_SHARE * steps))), 5)
     return [
-        Part("lr", lr, f"{LR:g} times the root of {batch} / {BATCH} images a step"),
-        Part("lr_backbone", _rounded(BACKBONE_SHARE * lr), f"{BACKBONE_SHARE:g} of the learning rate"),
+        Part("lr", lr, f"{past.lr:g}, {source}{scaled}"),
+        Part("lr_backbone", _rounded(backbone_share * lr), f"{backbone_share:g} of the learning rate"),
         Part(
             "warmup_iters", min(MOST_WARMUP, round(WARMUP_SHARE * steps)), f"{100 * WARMUP_SHARE:g} % of {steps} steps"
         ),

@@ -16,6 +16,7 @@ from pruning.config import MethodConfig, PrecisionConfig, StepConfig, TargetConf
 from pruning.schedule import Schedule
 from runs.config import LogConfig, RunConfig, SearchOptions
 from runs.fewer_queries import keep_best_queries
+from runs.past_training import PastTraining
 from runs.resolve_options import resolve_search
 from runs.search_plan import is_long_search
 from runs.search_results import Result
@@ -98,6 +99,7 @@ def search(schedule: Schedule, args: argparse.Namespace, typed: Collection[str] 
             num_images=images if isinstance(images, int) else None,
         )  # fmt: skip
         run = SearchRun(schedule, options, model.to(device), output_dir, device, kept_queries)
+        run.results.past_training = PastTraining.of(checkpoint.arguments)
         run.prepare(criterion.to(device), postprocessors["bbox"])
         if options.run.plan or is_long_search(run.setup):
             run.estimate()

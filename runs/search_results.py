@@ -24,6 +24,7 @@ from reports.samples import Samples
 from runs.config import SearchOptions
 from runs.depth_search import with_layers
 from runs.latencies import Latencies
+from runs.past_training import PastTraining
 from util.environment import environment
 from util.files import move_aside, write_json
 from util.logging import get_logger
@@ -66,6 +67,7 @@ class SearchResults:
         points: the result of each of several budgets by name, the least first.
         image_size_hw: of the first image, in pixels.
         latencies: of a search by latency.
+        past_training: that of the dense detector, if it is known.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class SearchResults:
         self.points: dict[str, Result] = {}
         self.image_size_hw = (0, 0)
         self.latencies: Latencies | None = None
+        self.past_training: PastTraining | None = None
         self._schedule, self._options, self._model, self._device = schedule, options, model, device
         self._folder, self._full_widths = output_dir, model.widths_in(options.search.scope)
         self._log = get_logger()
@@ -91,12 +94,13 @@ class SearchResults:
         trace = [{key: value for key, value in step.to_dict().items() if key != "kept"} for step in steps]
         if left:
             trace.append({"unfinished": True, "modules_left": list(left)})
+        past = {} if self.past_training is None else self.past_training.to_arguments()
         save_checkpoint(
             result.path,
             state_dict=result.model.state_dict(),
             widths=result.widths,
             full_widths=result.model.widths_in(options.search.scope),
-            arguments=options.values(),
+            arguments={**options.values(), **past},
             num_classes=self._options.detector.num_classes,
             categories=self._options.detector.categories,
             kept=result.kept,

@@ -325,7 +325,7 @@ class Run:
             "state_dict": self.state.best_model.state_dict(),
             "widths": self.model.widths,
             "full_widths": self.options.detector.full_widths,
-            "arguments": self.options.values(),
+            "arguments": {**self.options.values(), "processes": distributed.world_size()},
             "num_classes": self.options.detector.num_classes,
             "categories": self.options.detector.categories,
             "safetensors": self.options.run.save_safetensors,

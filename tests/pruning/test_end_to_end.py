@@ -19,6 +19,7 @@ from pruning.schedule import GP, MGP, Schedule
 from pruning.state_cache import PassCounter, StateCache
 from pruning.workbench import DetectorBench
 from runs import search_command
+from runs.past_training import PastTraining
 from runs.search_command import get_pruning_parser, search
 from tests.pruning.tiny import NETWORK, VARIANTS, tiny_args, tiny_detector
 from tests.tiny_run import built, run_script, settled
@@ -206,6 +207,9 @@ def test_the_output_of_a_search_can_be_searched_again(tmp_path):
     write_folder(folder, network)
     first = run(MGP, folder, tmp_path / "one", f"{network} --map_tol 0.5 --skip_eval_converge 0.2")
     second = run(MGP, folder, tmp_path / "two", f"{network} --map_tol 0.5 --resume {first.path}")
+    files = (folder / "dense.pth", first.path, second.path)
+    past = [PastTraining.of(read_checkpoint(path).arguments) for path in files]
+    assert past[0] is not None and past == past[:1] * 3
     assert second.base_ap == pytest.approx(first.ap, abs=1e-3)
     assert all(second.widths.of(name) <= first.widths.of(name) for name in first.widths.names())
     args = tiny_args(f"{SMALL} --coco_path {folder} --resume {second.path} --eval")

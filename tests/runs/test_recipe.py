@@ -13,6 +13,7 @@ from models.config import DetectorConfig
 from pruning.kept_channels import all_kept
 from reports.search_log import next_command
 from runs.config import TrainingOptions
+from runs.past_training import PastTraining
 from runs.recipe import recipe_of
 from runs.resolve_options import resolve_training
 from tests.test_main import differing
@@ -37,16 +38,19 @@ def write_dense(path: Path, words: str = "") -> Path:
     return path
 
 
-def write_search(path: Path, dense: Path) -> Path:
-    """The output of a search of `dense` that keeps half of one FFN."""
+def write_search(path: Path, dense: Path, past: PastTraining | None = None) -> Path:
+    """The output of a search of `dense` that keeps half of one FFN; `past` is the training of `dense`."""
     checkpoint = read_checkpoint(dense)
     config = DetectorConfig.from_values({**checkpoint.arguments, "cfgs": None})
     modules = build_detector(config, checkpoint)[0].prunable_modules()
     kept = {name: all_kept(module) for name, module in modules.items()}
     kept["encoder.0.ffn"] = {"hidden": torch.arange(5, 21)}
+    of_training = {"lr", "lr_backbone", "accumulate"}
+    arguments = {name: value for name, value in checkpoint.arguments.items() if name not in of_training}
+    arguments |= {"resume": str(dense), **({} if past is None else past.to_arguments())}
     save_checkpoint(path, state_dict=checkpoint.state_dict, widths=checkpoint.widths.replace("encoder.0.ffn", 16),
-                    full_widths=checkpoint.widths, kept=kept, arguments={**checkpoint.arguments, "resume": str(dense)},
-                    num_classes=4, trace=[{"module": "encoder.0.ffn"}])  # fmt: skip
+                    full_widths=checkpoint.widths, kept=kept, arguments=arguments, num_classes=4,
+                    trace=[{"module": "encoder.0.ffn"}])  # fmt: skip
     return path
 
 
@@ -63,6 +67,23 @@ def resolved(coco: Path, start: Path, *more: str | Path) -> tuple[TrainingOption
     args, typed = options("--coco_path", coco, "--resume", start, MACHINE, *more)
     found, checkpoint, _ = resolve_training(TrainingOptions.from_values(vars(args)), typed)
     return found, {part.name for part in recipe_of(found, typed, checkpoint)}
+
+
+@pytest.mark.parametrize(
+    ("past", "lr", "lr_backbone"),
+    [
+        (PastTraining(4e-4, 6e-4, 64), 2e-4 / math.sqrt(2), 3e-4 / math.sqrt(2)),
+        (PastTraining(4e-4, 6e-4, None), 4e-4, 6e-4),
+        (PastTraining(8e-4, None, 8), 8e-4, 8e-5),
+        (None, 1e-4 / math.sqrt(2), 1e-5 / math.sqrt(2)),
+    ],
+)
+def test_rates_are_those_of_the_dense_detectors_training(coco, folder, tmp_path, past, lr, lr_backbone):
+    start = write_search(tmp_path / "pruned.pth", folder / "dense.pth", past)
+    training = resolved(coco, start, "--batch_size 4 --accumulate 2")[0].training
+    assert (training.lr, training.lr_backbone) == pytest.approx((lr, lr_backbone), rel=0.05)
+    typed = resolved(coco, start, "--batch_size 4 --accumulate 2 --lr 1e-3")[0].training
+    assert typed.lr == 1e-3 and typed.lr_backbone == pytest.approx(1e-3 * lr_backbone / lr, rel=0.05)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
