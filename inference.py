@@ -6,20 +6,25 @@ python inference.py photos/ --compare CKPT out/pruned.pth --output_dir side_by_s
 """
 
 import argparse
+import logging
 import os
+import time
 from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from runs.config import DeviceConfig
+from runs.inference_plan import InferencePlanner, is_long_inference
+from runs.plan import RunPlan
 from tools.prediction import Prediction, PredictionOptions
 from util import distributed
 from util.cli import add_groups, add_options, options_from_python, parse, script_parser
 from util.errors import UserError, run_cli
 from util.files import check_output_dir
-from util.lock import hold_folder
-from util.logging import log_to_file, stop_logging_to_file
+from util.lock import check_unlocked, hold_folder
+from util.logging import Notice, get_logger, log_to_file, show, stop_logging_to_file
+from util.phases import PhaseClock
 
 
 def get_inference_parser() -> argparse.ArgumentParser:
@@ -31,7 +36,7 @@ def get_inference_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace, typed: Collection[str] = ()) -> None:
-    """Run inference with the options of `get_inference_parser`; write the files to `args.output_dir`.
+    """Run inference with the options of `get_inference_parser`; write to `args.output_dir`, unless only planned.
 
     Raises:
         UserError: an option is wrong, raised before anything is written; or no image can be read.
@@ -47,13 +52,27 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("inference.py: found several processes of torchrun, expected one: python inference.py")
     device = distributed.choose_device(run.device)
-    prediction = Prediction(options, typed, run.resume, device, check_output_dir(run.output_dir))
+    prediction, began = Prediction(options, typed, run.resume, device, check_output_dir(run.output_dir)), time.time()
+    if run.plan:
+        check_unlocked(prediction.output_dir)
+        show([_plan_notice(InferencePlanner(prediction).plan())])
+        return
     with hold_folder(prediction.output_dir):
-        handler = log_to_file(prediction.output_dir / "run.log")
+        plan = InferencePlanner(prediction).plan() if is_long_inference(prediction) else None
+        notices = [] if plan is None else [_plan_notice(plan)]
+        show(notices)
+        handler = log_to_file(prediction.output_dir / "run.log", notices)
         try:
-            prediction.run()
+            with PhaseClock(torch.device("cpu")).running() as clock:  # each batch waits for its detections
+                prediction.run()
+            if plan is not None:
+                get_logger().info("%s", plan.compared(clock, time.time() - began))
         finally:
             stop_logging_to_file(handler)
+
+
+def _plan_notice(plan: RunPlan) -> Notice:
+    return logging.INFO, plan.text()
 
 
 def run(**options: Any) -> None:

@@ -6,8 +6,8 @@
 Makes the set and, without --checkpoint, a DN-DETR-R50 of random weights. Then runs `prune_greedy_ad.py --search fast`
 on the first --images images for each scope, and `main.py` for one epoch of --steps steps. Where --images or the steps
 are fewer than those of 5,000 images, the seconds for 5,000 are extrapolated, each phase by what it is counted in; the
-table and the JSON say how. Figures are written as they come; a second call with the same --work repeats only runs that
-did not end.
+table and the JSON say how. Figures are written as they come; a second call with the same --work and program repeats
+only runs that did not end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pruning.config import CALIBRATION_IMAGES, DETECTOR_CALIBRATION_IMAGES
 from pruning.journal import JOURNAL_NAME
 from runs.search_plan import OF_DETECTOR
 from util.cli import parse, real, script_parser, user_path, whole
-from util.environment import environment
+from util.environment import environment, program_commit
 from util.errors import UserError, run_cli
 from util.files import file_digest, save_torch, write_json
 from util.logging import table
@@ -103,6 +103,7 @@ class Benchmark:
             "images": args.images, "steps": args.steps, "batch_size": args.batch_size, "image_size": args.image_size,
             "keep": args.keep, "device": args.device, "num_workers": args.num_workers, "full_images": FULL_IMAGES,
             "weights": "random" if args.checkpoint is None else file_digest(args.checkpoint),
+            "commit": program_commit(),
         }  # fmt: skip
         self.path = args.output / RESULT_NAME
         self.figures: dict[str, Any] = {"settings": settings, "environment": environment(args.device), "runs": {}}
@@ -182,7 +183,8 @@ class Benchmark:
     ) -> None:
         """Write the figures so far of a run; `rows` are those of its table, once it has ended."""
         cached = {} if features_megabytes is None else {"features_megabytes": features_megabytes}
-        self.figures["runs"][name] = {**run.to_dict(), **cached, "rows": list(rows)}
+        command = [word.replace(str(self.args.work), "WORK") for word in run.command]
+        self.figures["runs"][name] = {**run.to_dict(), "command": command, **cached, "rows": list(rows)}
         write_json(self.path, self.figures)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from bench.coco_scale import RESULT_NAME, TRAINING
 from bench.coco_set import CATEGORIES, HEIGHT, WIDTH
-from bench.growth import IMAGES, LAYERS, NAME, PIXELS, PROCESSES, line_through
+from bench.growth import IMAGES, LAYERS, NAME, PIXELS, PROCESSES, line_through, values
 from bench.scale_rows import FULL_IMAGES, total_row
 from bench.sentences import measured_with, paragraph
 from bench.tables import markdown, read_figures
+from util.phases import BACKBONE
+
+STRAIGHT = 0.05  # greatest distance from a line of what counts as straight, as a share of the largest value
 
 
 def coco_scale(results: Path) -> str:
@@ -72,10 +78,38 @@ def scale_text(results: Path) -> str:
     )
 
 
+def bend(points: Sequence[Mapping[str, Any]]) -> str:
+    """Say of a series that is not straight at which point, and in which phase, it is farthest from a line.
+
+    Other work can slow the machine down, which shows in phases that do the same work in each run of the series.
+    """
+    name = points[0]["series"]
+    worst = max(points, key=lambda point: abs(off_line(points, point, lambda p: values(p, "seconds")[1])))
+    phases = {
+        phase: off_line(points, worst, lambda p, phase=phase: p["phases"].get(phase, 0.0)) for phase in worst["phases"]
+    }
+    phase = max(phases, key=lambda phase: abs(phases[phase]))
+    off = off_line(points, worst, lambda p: values(p, "seconds")[1])
+    text = f" (farthest at {worst['value']:,}: {off:+.1f} s, of which {phases[phase]:+.1f} s in the phase {phase}"
+    if name != LAYERS:
+        return f"{text})"
+    same = [point["phases"][BACKBONE] for point in points]
+    return f"{text}; the backbone, with the same work in each run, took {min(same):.1f} to {max(same):.1f} s)"
+
+
+def off_line(
+    points: Sequence[Mapping[str, Any]], point: Mapping[str, Any], value: Callable[[Mapping[str, Any]], float]
+) -> float:
+    """Return by how much the value of a point is above the line through those of all."""
+    x = [values(one, "seconds")[0] for one in points]
+    slope, constant = np.polyfit(x, [value(one) for one in points], 1)
+    return float(value(point) - constant - slope * values(point, "seconds")[0])
+
+
 def growth_text(results: Path) -> str:
-    """Report how close the growth is to straight lines."""
+    """Report how close the growth is to straight lines, and where it is not what is farthest from one."""
     found = read_figures(results, f"{NAME}.json")
-    parts = []
+    parts, settings = [], found["settings"]
     for name, unit, times in (
         (IMAGES, "1,000 images", 1000), (PIXELS, "10,000 pixels", 10_000), (LAYERS, "layer", 1),
         (PROCESSES, "share of the work", 1),
@@ -88,9 +122,11 @@ def growth_text(results: Path) -> str:
         parts.append(
             f"{name}: {constant:.1f} s and {slope * times:.1f} s for each {unit}, within {100 * distance:.0f} %; "
             f"memory {memory:.2f} GB and {more * times:.3f} GB for each, within {100 * off:.0f} %"
+            f"{bend(points) if distance > STRAIGHT else ''}"
         )
     return paragraph(
-        f"Lines through the CPU seconds and the peak memory, and the largest distance of a measured point from them. "
+        f"{settings['few_images']} images, short side {settings['image_size']}, where these are not varied. Lines "
+        f"through the CPU seconds and the peak memory, and the largest distance of a measured point from them. "
         f"{'. '.join(part[0].upper() + part[1:] for part in parts)}. {measured_with(found)}"
     )
 
@@ -99,4 +135,4 @@ SCALE_TABLES: Mapping[str, Callable[[Path], str]] = {
     "coco_scale": coco_scale,
     "coco_scale_memory": coco_scale_memory,
 }
-SCALE_TEXTS: Mapping[str, Callable[[Path], str]] = {"coco_scale": scale_text}
+SCALE_TEXTS: Mapping[str, Callable[[Path], str]] = {"coco_scale": scale_text, "growth": growth_text}

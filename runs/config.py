@@ -32,6 +32,8 @@ class DeviceConfig(FolderConfig):
     """Output folder, checkpoint and device."""
 
     device: str | None = option(None, "cpu, cuda or cuda:N, by default cuda if available", stored="run")
+    plan: bool = option(False, stored="run", help="print how long the run will take, what it needs and what would make "
+        "it faster, from a few timed images; write nothing")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,6 @@ class RunConfig(DeviceConfig):
         "beside it; --resume reads both")  # fmt: skip
     keep_queries: int | None = option(None, type=whole(1), stored="run", help="keep the N matching queries of --resume "
         f"that find most objects in the first {QUERY_IMAGES} images of train2017 (a search: of its split)")  # fmt: skip
-    plan: bool = option(False, stored="run", help="print how long the run will take, what memory it needs and what "
-        "would make it faster, from a few timed batches; write nothing")  # fmt: skip
     seed: int = option(42, "seed of every random generator", type=whole(0, at_most=2**31))
 
 

@@ -112,7 +112,7 @@ class SearchPlanner:
         self._setup, self._schedule, self._units, self._past = setup, schedule, units, past
         self._config, self._options = setup.options.search, setup.options
         self._images, self._shapes = setup.all_images()
-        self._clock = PhaseClock(setup.device)
+        self._clock = PhaseClock(setup.device, waits=True)
 
     def plan(self) -> RunPlan:
         """Time the sample and return the plan.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -24,7 +25,6 @@ from runs.plan import (
     shown_time,
     waiting,
 )
-from runs.resolve_options import build_distillation
 from runs.training_run import Run, train_epoch
 from runs.training_state import TrainingState
 from util import distributed
@@ -65,7 +65,8 @@ class TrainingPlanner:
     def __init__(self, run: Run, compares: bool) -> None:
         """Measure nothing yet; `compares` is that of `evaluations`."""
         self._run, self._compares, self._options = run, compares, run.options
-        self._training, self._testing = PhaseClock(run.device), PhaseClock(run.device)
+        self._training = PhaseClock(run.device, waits=True)
+        self._testing = PhaseClock(run.device, waits=True)
         self._step_bytes = 0
 
     def plan(self) -> RunPlan:
@@ -112,22 +113,25 @@ class TrainingPlanner:
 
     def _train(self) -> None:
         """Train a copy of the detector for a few batches, after one that measures memory."""
-        run, options = self._run, self._options
-        with PeakMemory() as memory:
-            self._train_on(spread(run.train_loader.coco, options.data.batch_size, run.device, batches=1), options)
+        run, options, memory = self._run, self._options, PeakMemory()
+        self._train_on(spread(run.train_loader.coco, options.data.batch_size, run.device, batches=1), options, memory)
         self._step_bytes = memory.peak_bytes
         with self._training.running():
             self._train_on(spread(run.train_loader.coco, options.data.batch_size, run.device), options)
 
-    def _train_on(self, loader: CocoLoader, options: TrainingOptions) -> None:
+    def _train_on(
+        self, loader: CocoLoader, options: TrainingOptions, memory: contextlib.AbstractContextManager | None = None
+    ) -> None:
+        """Train a copy of the detector on `loader`; `memory` counts what that takes besides what a run has anyway."""
         run = self._run
         model = copy.deepcopy(run.model)
         state = TrainingState(model, options.training, run.state.steps_per_epoch, amp=options.run.amp)
-        wrapped, distillation, batches = run.wrap(model), build_distillation(options, model), TimedBatches(loader)
-        with phase(TRAINING) as entry:
-            train_epoch(options, wrapped, run.criterion, batches, state, distillation, run.device, progress=False)
+        state.optimizer.load_state_dict(copy.deepcopy(run.state.optimizer.state_dict()))  # of a resumed run
+        wrapped, batches = run.wrap(model), TimedBatches(loader)
+        with memory or contextlib.nullcontext(), phase(TRAINING) as entry:
+            train_epoch(options, wrapped, run.criterion, batches, state, run.distillation, run.device, progress=False)
             entry.count = batches.images
-        del model, state, wrapped, distillation
+        del model, state, wrapped
         free_sample()
 
     def _test(self) -> None:
@@ -197,7 +201,7 @@ class TrainingPlanner:
                 yield f"--eval_every {every}", testing * (1 - left)
         if run.device.type == "cuda":
             if self._options.run.amp == "off":
-                clock = PhaseClock(run.device)
+                clock = PhaseClock(run.device, waits=True)
                 options = self._options.with_values({"amp": "bf16"})
                 dataset, size = run.train_loader.coco, options.data.batch_size
                 with generators_kept():

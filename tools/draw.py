@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
@@ -15,7 +16,10 @@ from util.errors import one_line
 from util.files import write_atomic
 
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
-FORMATS = {".png": {"format": "PNG"}, ".jpg": {"format": "JPEG", "quality": 92, "subsampling": 0}}
+FORMATS: Mapping[str, Mapping[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 92, "subsampling": 0},
+}
 GAP = 6
 LEAST_FONT_SIZE = 10
 CAPTION_FONT_SIZE = 14
@@ -98,7 +102,12 @@ def write_picture(path: str | Path, picture: Image.Image) -> None:
 
 
 def write_grid(path: str | Path, columns: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
-    """Write a PNG or JPEG with captioned columns of pictures, side by side; some may be shorter or empty.
+    """Write `grid` as a PNG or JPEG, by suffix."""
+    write_picture(path, grid(columns))
+
+
+def grid(columns: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Return captioned columns of pictures, side by side; some may be shorter or empty.
 
     A caption may have several lines; its letters scale with the columns, as far as they fit.
     """
@@ -124,7 +133,7 @@ def write_grid(path: str | Path, columns: Sequence[tuple[str, Sequence[Image.Ima
             sheet.paste(picture, (left, top))
             top += row_height + GAP
         left += column_width + GAP
-    write_picture(path, sheet)
+    return sheet
 
 
 @functools.lru_cache(maxsize=32)

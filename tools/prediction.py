@@ -24,11 +24,12 @@ from datasets.config import LoaderConfig
 from datasets.sizes import size_warning
 from datasets.transforms import eval_transforms
 from models.config import NETWORK_TITLE, DetectorConfig
+from models.detector import Detector
 from models.folding import fold_norms
 from models.post_process import PostProcess
 from pruning.config import PRECISIONS
 from pruning.cost import count_parameters
-from tools.draw import draw_detections, scale_to_read, write_grid, write_picture
+from tools.draw import draw_detections, grid, scale_to_read, write_picture
 from tools.image_files import (
     ImageFiles,
     ListedImage,
@@ -43,6 +44,7 @@ from util.cli import Config, group, option, real, whole
 from util.errors import UserError, one_line
 from util.files import write_json
 from util.logging import bar_off, get_logger, table
+from util.phases import DETECTION, DRAWING, READING, TIMINGS, phase, timed
 from util.timing import milliseconds_per_image
 from weights.build import build_detector, options_for
 from weights.checkpoint_file import read_checkpoint
@@ -98,7 +100,7 @@ class LoadedDetector:
 
     title: str
     path: Path
-    model: nn.Module
+    model: Detector
     postprocess: PostProcess
     image_size: int
     num_classes: int
@@ -134,6 +136,12 @@ def load_detector(
         title, checkpoint.path, model, postprocessors["bbox"], theirs.loader.image_size, checkpoint.num_classes, names,
         checkpoint.remark,
     )  # fmt: skip
+
+
+def calls_to_time(images: int) -> int:
+    """Return how often each of two detectors is run to compare their times on so many images, at most."""
+    count = min(images, TIMED_IMAGES)
+    return min(WARM_UP, count) + TIMED_ROUNDS * count
 
 
 class Prediction:
@@ -209,10 +217,13 @@ class Prediction:
         shown: list[dict[str, Any]] = []
         with tqdm(total=len(self.paths), unit="image", desc="detect", disable=bar_off(), leave=False) as bar:
             for batch in self._batches():
-                results = [self._detect(detector, batch) for detector in self.detectors]
+                with phase(DETECTION, len(batch)):
+                    results = [self.detect(detector, batch) for detector in self.detectors]
                 for sample, *found in zip(batch, *results, strict=True):
                     self.notes.add(self.paths[sample.place], sample, self.listed[sample.place])
-                    self._draw(sample, found, captions)
+                    with phase(DRAWING, 1):
+                        path = self.output_dir / PICTURES / self.pictures[sample.place]
+                        write_picture(path, self.picture(sample, found, captions))
                     shown.append(self._entry(sample))
                 bar.update(len(batch))
         if not shown:
@@ -226,7 +237,7 @@ class Prediction:
     def _batches(self) -> Iterator[list[Sample]]:
         """Yield batches of usable images; log the others."""
         loader = DataLoader(self.dataset, self.loader.batch_size, num_workers=self.loader.num_workers, collate_fn=list)
-        for batch in loader:
+        for batch in timed(loader, READING, len):
             for sample in batch:
                 if sample.problem:
                     self.log.warning("skipped: %s", one_line(sample.problem))
@@ -234,8 +245,8 @@ class Prediction:
             if good:
                 yield good
 
-    def _detect(self, detector: LoadedDetector, batch: Sequence[Sample]) -> Sequence[dict[str, Tensor]]:
-        """Detect objects in a batch and count them."""
+    def detect(self, detector: LoadedDetector, batch: Sequence[Sample]) -> Sequence[dict[str, Tensor]]:
+        """Detect objects in a batch, and add them to those of the detector."""
         sizes = torch.tensor([sample.picture.shape[1:] for sample in batch])
         inputs = [sample.inputs for sample in batch]
         _, results = engine.detect(
@@ -246,19 +257,17 @@ class Prediction:
             detector.drawn.update(result["labels"][result["scores"] >= self.config.score_threshold].tolist())
         return results
 
-    def _draw(self, sample: Sample, found: Sequence[dict[str, Tensor]], captions: Sequence[str]) -> None:
-        """Write the picture of an image, with both detectors side by side if there are two."""
+    def picture(self, sample: Sample, found: Sequence[dict[str, Tensor]], captions: Sequence[str]) -> Image:
+        """Return the picture of an image, with both detectors side by side if there are two."""
         height, width = sample.picture.shape[1:]
         scale = scale_to_read(width, height)
         pictures: list[Image] = [
             draw_detections(sample.picture, result, self.names, threshold=self.config.score_threshold, scale=scale)
             for result in found
         ]
-        path = self.output_dir / PICTURES / self.pictures[sample.place]
         if self.config.compare is None:
-            write_picture(path, pictures[0])
-        else:
-            write_grid(path, [(caption, [picture]) for caption, picture in zip(captions, pictures, strict=True)])
+            return pictures[0]
+        return grid([(caption, [picture]) for caption, picture in zip(captions, pictures, strict=True)])
 
     def _entry(self, sample: Sample) -> dict[str, Any]:
         height, width = sample.picture.shape[1:]
@@ -276,7 +285,8 @@ class Prediction:
         images = list(itertools.islice((sample.inputs for sample in samples if not sample.problem), TIMED_IMAGES))
         if not images:
             return []  # they are reported when they are read
-        times = self._milliseconds(images)
+        with phase(TIMINGS, calls_to_time(len(images))):
+            times = self._milliseconds(images)
         entries = [
             {
                 "name": detector.title,
@@ -301,8 +311,8 @@ class Prediction:
 
     def _milliseconds(self, images: Sequence[Tensor]) -> dict[str, float]:
         """Return the median milliseconds for a single image, for each detector; they take turns."""
-        calls = len(self.detectors) * (min(WARM_UP, len(images)) + TIMED_ROUNDS * len(images))
-        with tqdm(total=calls, unit="image", desc="time", disable=bar_off(), leave=False) as bar:
+        calls = calls_to_time(len(images))
+        with tqdm(total=len(self.detectors) * calls, unit="image", desc="time", disable=bar_off(), leave=False) as bar:
 
             def timed(model: nn.Module, inputs: Sequence[Tensor]) -> None:
                 with engine.autocast(self.device, self.config.amp):

@@ -198,3 +198,9 @@ def _remove_old_probes(folder: Path) -> None:
     for path in folder.iterdir():
         if PROBE.fullmatch(path.name) and _is_old(path, PROBE_SECONDS):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def free_disk(folder: Path) -> int:
+    """Return the free bytes of the file system that a folder is on, or will be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +22,13 @@ MAP = "mAP"
 LATENCIES = "latencies"
 TRAINING = "training"
 EVALUATION = "evaluation"
+DETECTION = "detection"
+DRAWING = "drawing"
+TIMINGS = "timings"
+
+
+Batch = TypeVar("Batch")
+Moment = float | torch.cuda.Event  # seconds, or a point in the work of a GPU
 
 
 @dataclass(eq=False)
@@ -38,12 +46,17 @@ class PhaseClock:
         entries: of each phase by name, in the order in which they began.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """At the end of each phase, wait for the work that a GPU `device` still has to do."""
-        self._device = device
+    def __init__(self, device: torch.device, *, waits: bool = False) -> None:
+        """Time phases that use `device`.
+
+        The work of a GPU counts for the phase that started it. `waits` makes the CPU wait for it at the end of each
+        phase, so that nothing overlaps. Otherwise only the methods that return seconds wait.
+        """
+        self._device, self._waits = device, waits
         self.entries: dict[str, list[Stretch]] = {}
         self._open: list[Stretch] = []
-        self._since = 0.0
+        self._since: Moment = 0.0
+        self._intervals: collections.deque[tuple[Stretch, Moment, Moment]] = collections.deque()
 
     @contextmanager
     def running(self) -> Iterator[PhaseClock]:
@@ -69,13 +82,41 @@ class PhaseClock:
             self._open = [other for other in self._open if other is not entry]
 
     def _charge(self) -> None:
-        """Add the time since the last call to the innermost phase."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
+        """Charge the time since the last call to the innermost phase."""
+        now = self._moment()
         if self._open:
-            self._open[-1].seconds += now - self._since
+            self._intervals.append((self._open[-1], self._since, now))
         self._since = now
+        self._settle()
+
+    def _moment(self) -> Moment:
+        """Return the time; of a GPU that the CPU does not wait for, the moment when it will have done its work."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        if self._waits:
+            torch.cuda.synchronize(self._device)
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _settle_all(self) -> None:
+        """Wait for the GPU, and add all intervals to their stretches."""
+        if not isinstance(self._since, float):
+            self._since.synchronize()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Add the intervals that are over to their stretches."""
+        while self._intervals:
+            stretch, start, end = self._intervals[0]
+            if isinstance(start, float) or isinstance(end, float):
+                stretch.seconds += end - start  # type: ignore[operator]
+            else:
+                if not end.query():
+                    return
+                stretch.seconds += start.elapsed_time(end) / 1000
+            self._intervals.popleft()
 
     def count(self, name: str) -> float:
         """Return how much a phase did in all."""
@@ -83,6 +124,7 @@ class PhaseClock:
 
     def seconds(self, name: str) -> float:
         """Return the seconds of a phase."""
+        self._settle_all()
         return sum(entry.seconds for entry in self.entries.get(name, ()))
 
     def to_dict(self) -> list[dict[str, Any]]:
@@ -94,6 +136,7 @@ class PhaseClock:
 
     def seconds_each(self, name: str) -> float:
         """Return the seconds for a count of one, without the first stretch if there are more, which warms up."""
+        self._settle_all()
         entries = self.entries.get(name, [])
         counted = [entry for entry in entries if entry.count]
         left_out = counted[:1] if len(counted) > 1 else []
@@ -119,6 +162,19 @@ def phase(name: str, count: float = 0.0) -> Iterator[Stretch]:
         yield entry
 
 
+def timed(batches: Iterable[Batch], name: str, count: Callable[[Batch], float]) -> Iterator[Batch]:
+    """Yield the batches, and charge their reading to a phase; `count` returns how much a batch counts."""
+    iterator = iter(batches)
+    while True:
+        with phase(name) as entry:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            entry.count = count(batch)
+        yield batch
+
+
 class TimedBatches:
     """Batches (inputs, targets) that charge their reading to the phase `READING`; its count is that of the images.
 
@@ -134,13 +190,6 @@ class TimedBatches:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches."""
-        batches = iter(self._batches)
-        while True:
-            with phase(READING) as entry:
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-                entry.count = len(batch[1])
+        for batch in timed(self._batches, READING, lambda batch: len(batch[1])):
             self.images += len(batch[1])
             yield batch

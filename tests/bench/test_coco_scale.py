@@ -192,8 +192,14 @@ def test_every_script_runs_once_and_the_pages_name_what_is_extrapolated(folder, 
     assert "| 0.10 |" in coco_scale_memory(tmp_path)
     assert "480 x 640 pixels with COCO's 80 categories, of which 4 were used" in " ".join(scale_text(tmp_path).split())
 
+    assert str(tmp_path) not in (tmp_path / "coco_scale.json").read_text()
+
     monkeypatch.setattr(coco_scale, "watch", None)
     coco_scale.main()  # nothing is left to run
+    monkeypatch.setattr(coco_scale, "program_commit", lambda: "another")
+    monkeypatch.setattr(coco_scale, "watch", lambda words, *_: WatchedRun(list(words), 2, [Stage("start")]))
+    with pytest.raises(UserError, match="search, --scope transformer ended with exit code 2"):
+        coco_scale.main()  # rows of two versions do not mix
 
 
 def test_a_failed_script_ends_the_benchmark(folder, tmp_path, monkeypatch):

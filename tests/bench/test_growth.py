@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bench import growth
-from bench.scale_page import growth_text
+from bench.scale_page import bend, growth_text
 from bench.watched_run import Stage, WatchedRun
 from tests.tiny_run import write_self_annotated
 from util.errors import UserError
@@ -62,6 +62,9 @@ def test_every_series_is_measured_once_and_drawn(folder, tmp_path, monkeypatch, 
     commands.clear()
     growth.main()
     assert not commands
+    monkeypatch.setattr(growth, "program_commit", lambda: "another")
+    growth.main()
+    assert len(commands) == 10  # points of two versions do not mix
 
 
 def test_a_line_and_the_largest_distance_from_it():
@@ -70,6 +73,37 @@ def test_a_line_and_the_largest_distance_from_it():
     assert growth.line_through(found, "seconds") == pytest.approx((1.0, 0.02, 0.0))
     found[1]["cpu_seconds"] = 8.0
     assert growth.line_through(found, "seconds")[2] == pytest.approx(2.0 / 8.0)
+
+
+def test_a_series_that_bends_names_its_phase_and_the_speed_of_the_machine():
+    def point(layers, moments, backbone):
+        phases = {"moments": moments, "backbone": backbone, "fits": layers}
+        return {"series": growth.LAYERS, "value": layers, "cpu_seconds": sum(phases.values()), "phases": phases}
+
+    found = [point(4, 10.0, 1.0), point(8, 20.0, 1.0), point(12, 33.0, 1.5)]
+    assert bend(found) == (" (farthest at 8: -1.2 s, of which -1.0 s in the phase moments; the backbone, with the same "
+                           "work in each run, took 1.0 to 1.5 s)")  # fmt: skip
+    for one in found:
+        one["series"] = growth.IMAGES
+    assert bend(found) == " (farthest at 8: -1.2 s, of which -1.0 s in the phase moments)"
+
+
+def test_the_quickest_of_several_rounds_counts(folder, tmp_path, monkeypatch, commands):
+    slow, watch = [], growth.watch
+
+    def run(*given, **more):
+        found = watch(*given, **more)
+        slow.append(len(slow) != 1)
+        found.busiest_cpu_seconds += 5 * slow[-1]
+        return found
+
+    monkeypatch.setattr(growth, "watch", run)
+    monkeypatch.setattr("sys.argv", ["bench", "--coco_path", str(folder), "--checkpoint", str(folder / "dense.pth"),
+                                     "--output", str(tmp_path), "--work", str(tmp_path / "work"), "--series", "images",
+                                     "--images", "2", "--rounds", "3"])  # fmt: skip
+    growth.main()
+    (point,) = json.loads((tmp_path / "growth.json").read_text())["points"]
+    assert len(commands) == 3 and point["rounds"] == 3 and point["busiest_cpu_seconds"] == 2
 
 
 def test_processes_lie_on_a_line_if_they_divide_the_work():

@@ -10,12 +10,14 @@ import torch
 
 import main
 from models.detector import Detector
+from runs import training_run
 from runs.plan import AT_MOST, RunPlan
 from runs.training_state import TrainingState
 from tests.tiny_run import TINY, run_script, tiny_options, write_coco
 from util import phases
 from util.errors import NonFiniteLossError, UserError
 from util.lock import hold_folder
+from util.memory import PeakMemory
 from weights.checkpoint_file import read_checkpoint
 
 IMAGES = 5
@@ -96,8 +98,10 @@ def test_counts_of_an_evaluation_are_those_of_its_plan(run, trained):
     assert found == exactly(waiting_for_images=IMAGES, evaluation=IMAGES, mAP=2 * IMAGES)
 
 
-def test_a_training_ends_with_the_same_bits_with_and_without_a_plan(run, tmp_path):
-    more = "--epochs 2 --augmentation detr --dropout 0.1"
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_training_ends_with_the_same_bits_with_and_without_a_plan(run, trained, tmp_path, is_resumed):
+    more = "--epochs 2 --augmentation detr"
+    more += f" --resume {trained / 'checkpoint.pth'}" if is_resumed else " --dropout 0.1"
     run(more, out="long")
     run(more, out="short", is_long=False)
     one, other = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("long", "short"))
@@ -106,6 +110,25 @@ def test_a_training_ends_with_the_same_bits_with_and_without_a_plan(run, tmp_pat
     assert torch.equal(generators[0]["torch"], generators[1]["torch"])
     assert generators[0]["python"] == generators[1]["python"]
     assert torch.equal(generators[0]["numpy"][1], generators[1]["numpy"][1])
+
+
+@pytest.mark.parametrize("more", ["--epochs 2", "--epochs 1 --start_fresh --ema_decay 0.9"])
+def test_the_memory_of_a_step_is_what_the_run_takes(run, trained, monkeypatch, more):
+    """Without the copy of the detector, its average and what the run has loaded; the teacher is built once."""
+    teachers, memory, planned = [], PeakMemory(), []
+    build = training_run.build_distillation
+    monkeypatch.setattr(training_run, "build_distillation", lambda *given: teachers.append(1) or build(*given))
+    facts, train = main.TrainingPlanner._facts, main.Run._train_epoch
+
+    def train_measured(self):
+        with memory:
+            return train(self)
+
+    monkeypatch.setattr(main.TrainingPlanner, "_facts", lambda self: planned.append(self._step_bytes) or facts(self))
+    monkeypatch.setattr(main.Run, "_train_epoch", train_measured)
+    checkpoint = trained / "checkpoint.pth"
+    run(more, "--batch_size 5 --augmentation flip --distill", checkpoint, "--resume", checkpoint)
+    assert planned[0] == pytest.approx(memory.peak_bytes, rel=0.02) and len(teachers) == 1
 
 
 @pytest.mark.parametrize("more", ["--epochs 2 --batch_size 9", "--epochs 2 --cache_images", "--eval"])
