@@ -46,7 +46,17 @@ from tools.export_formats import (
     export,
     require_packages,
 )
-from tools.export_int8 import GROUPS, Int8Result, export_int8
+from tools.export_int8 import GROUPS, MAX_AP_LOSS, Int8Result, export_int8, int8_path
+from tools.export_report import (
+    FULL,
+    SLIM,
+    SUMMARY_NAME,
+    int8_table,
+    older_files,
+    results_table,
+    summary_of,
+    timings_table,
+)
 from tools.export_timing import runtime_calls, time_calls
 from util.cli import (
     Config,
@@ -56,15 +66,15 @@ from util.cli import (
     options_from_python,
     options_of,
     parse,
+    real,
     refuse,
     script_parser,
     whole,
 )
-from util.environment import environment
 from util.errors import UserError, run_cli
 from util.files import check_output_dir, write_atomic, write_json
 from util.lock import hold_folder
-from util.logging import bar_off, get_logger, table
+from util.logging import bar_off, get_logger
 from weights.build import build_detector, options_for
 from weights.checkpoint_file import read_checkpoint
 from weights.decoder_layers import with_typed_layers
@@ -96,11 +106,12 @@ class ExportConfig(Config):
     mask: bool = option(True, "add the padding mask as a second input")
     fp16: bool = option(False, "also write NAME.fp16.onnx, with float16 weights and sums; coordinates stay float32")
     int8: bool = option(False, "also write NAME.int8.onnx, with INT8 convolutions and linear layers, calibrated on the "
-        "first images of train2017, unless AP on val2017 falls by more than 1 point")  # fmt: skip
+        "first images of train2017, unless AP on val2017 falls by more than --max_ap_loss")  # fmt: skip
     int8_float: Sequence[str] | None = option(None, "groups of layers that --int8 leaves in float32", nargs="+",
         choices=GROUPS, stored="run")  # fmt: skip
+    max_ap_loss: float = option(MAX_AP_LOSS, "AP points that --int8 may lose", type=real(0, at_most=100), stored="run")
     timings: int | None = option(None, "time PyTorch, onnxruntime and, if installed, OpenVINO in N turns (5 if "
-        "omitted), dense and slim, one CPU thread, for export.json", type=whole(1), nargs="?", const=5,
+        "omitted), the detector and its full widths, one CPU thread", type=whole(1), nargs="?", const=5,
         stored="run")  # fmt: skip
     detections: bool = option(False, help="also output the --num_select best pairs of query and class per image, "
         "best first: scores, labels (category ids) and boxes (x0, y0, x1, y1 in [0, 1] of the image)")  # fmt: skip
@@ -143,41 +154,72 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     if checkpoint.remark:
         get_logger().info("%s", checkpoint.remark)
     options = options_for(options, checkpoint, typed)
-    form = form_of(options)
+    form, sizes_hw = form_of(options), checked_sizes_hw(options)
     for split in ("train2017", "val2017") if asked.int8 else ():
         split_of(options.data, split)
     model, _, postprocessors = build_detector(options.detector, checkpoint)
-    sizes_hw = checked_sizes_hw(options)
-    stem = Path(checkpoint.path.name.removesuffix(INDEX_SUFFIX)).stem
+    with hold_folder(output_dir):
+        results, int8 = _write_files(options, checkpoint, model, postprocessors["bbox"], form, sizes_hw)
+        older = older_files(output_dir, stem_of(checkpoint), results, int8)
+    if older:
+        get_logger().info("of an earlier export, not of this one: %s", ", ".join(map(str, older)))
+    _end_if_refused(results, int8, older)
+    return results
+
+
+def stem_of(checkpoint: Checkpoint) -> str:
+    """Return the name of the files without their suffixes."""
+    return Path(checkpoint.path.name.removesuffix(INDEX_SUFFIX)).stem
+
+
+def _write_files(
+    options: ExportOptions, checkpoint: Checkpoint, model: Detector, postprocess: PostProcess, form: GraphForm,
+    sizes_hw: Sequence[tuple[int, int]],
+) -> tuple[list[ExportResult], Int8Result | None]:  # fmt: skip
+    """Write and print files, INT8, times and export.json."""
+    asked, output_dir = options.export, Path(options.run.output_dir)
     formats = [format_ for format_ in SUFFIXES if format_ in asked.format or (format_ == HALF and asked.fp16)]
-    paths = {format_: output_dir / f"{stem}.{SUFFIXES[format_]}" for format_ in formats}
+    paths = {format_: output_dir / f"{stem_of(checkpoint)}.{SUFFIXES[format_]}" for format_ in formats}
     steps = 1 + asked.int8 + (asked.timings is not None) + len(paths) * (2 + len(sizes_hw) * len(form.batch_sizes))
-    with hold_folder(output_dir), tqdm(total=steps, disable=bar_off(), leave=False) as bar:
+    with tqdm(total=steps, disable=bar_off(), leave=False) as bar:
 
         def show(stage: str) -> None:
             bar.set_description(stage, refresh=False)
             bar.update()
 
         facts = metadata_of(options, model, checkpoint, sizes_hw)
-        results = export(model, postprocessors["bbox"], paths, sizes_hw, form, metadata=facts, progress=show)
+        results = export(model, postprocess, paths, sizes_hw, form, metadata=facts, progress=show)
+        # INT8 and timings may end with an error, after which the files above are there.
+        write_json(output_dir / SUMMARY_NAME, summary := summary_of(checkpoint, model, results))
+        get_logger().info("%s", results_table(results))
         int8 = None
         if asked.int8 and results[0].passed:
             show("quantising")
-            int8 = write_int8(options, paths["onnx"], model, postprocessors["bbox"])
-        timings = [] if asked.timings is None else timings_of(options, model, sizes_hw[0], form, show)
-        write_json(output_dir / "export.json", summary_of(results, timings, int8, options, sizes_hw[0]))
-    get_logger().info("%s", results_table(results))
-    if timings:
-        get_logger().info("%s", timings_table(timings))
-    if int8 is not None:
-        get_logger().info("%s", int8_table(int8))
-    failed = [result for result in results if not result.passed]
-    if failed:
-        faults = (f"{result.path}: found a difference above {result.cases[0].tolerance:g}" for result in failed)
-        sys.exit(f"error: {'; '.join(faults)}; not written")
+            int8 = write_int8(options, paths["onnx"], model, postprocess)
+            write_json(output_dir / SUMMARY_NAME, summary := {**summary, "int8": int8.figures})
+            get_logger().info("%s", int8_table(int8))
+        if asked.timings is not None and results[0].passed:
+            timings = timings_of(options, model, sizes_hw[0], form, show)
+            write_json(output_dir / SUMMARY_NAME, {**summary, "timings": timings})
+            get_logger().info("%s", timings_table(timings))
+    return results, int8
+
+
+def _end_if_refused(results: Sequence[ExportResult], int8: Int8Result | None, older: Collection[Path]) -> None:
+    """Exit with code 1 if a file was not written, and say so if an older one has its name."""
+    faults = {
+        result.path: f"found a difference above {result.cases[0].tolerance:g}"
+        for result in results
+        if not result.passed
+    }
     if int8 is not None and not int8.is_good:
-        sys.exit(f"error: {int8_path(paths['onnx'])}: {int8.refusal}; not written")
-    return results
+        faults[int8_path(results[0].path)] = int8.refusal
+    sentences = [
+        f"{path}: {fault}; not written{', the file there is of an earlier export' if path in older else ''}"
+        for path, fault in faults.items()
+    ]
+    if sentences:
+        sys.exit(f"error: {'; '.join(sentences)}")
 
 
 def run(**options: Any) -> list[ExportResult]:
@@ -198,7 +240,11 @@ def _refuse_unused(options: ExportOptions, typed: Collection[str]) -> None:
     if set(asked.int8_float or ()) == set(GROUPS):
         raise UserError(f"--int8_float: found all of {', '.join(GROUPS)}, expected some of them, or no --int8")
     if not asked.int8:
-        refuse(["int8_float", *options_of(DataConfig)], typed, "found no --int8, without which it is not used")
+        refuse(
+            ["int8_float", "max_ap_loss", *options_of(DataConfig)],
+            typed,
+            "found no --int8, without which it is not used",
+        )
 
 
 def form_of(options: ExportOptions) -> GraphForm:
@@ -226,17 +272,15 @@ def checked_sizes_hw(options: ExportOptions) -> list[tuple[int, int]]:
     return sizes_hw[:1]
 
 
-def int8_path(onnx_path: Path) -> Path:
-    """Return the path of the INT8 file beside an ONNX file in float32."""
-    return onnx_path.with_suffix(".int8.onnx")
-
-
 def write_int8(options: ExportOptions, onnx_path: Path, model: Detector, postprocess: PostProcess) -> Int8Result:
     """Quantise the ONNX file of the detector; write the result if its AP falls by little; remove a former one."""
     asked, path = options.export, int8_path(onnx_path)
     path.unlink(missing_ok=True)
     data = onnx_path.read_bytes()
-    found = export_int8(data, model, postprocess, options.data, asked.int8_float, with_mask=asked.mask)
+    found = export_int8(
+        data, model, postprocess, options.data, asked.int8_float,
+        with_mask=asked.mask, max_ap_loss=asked.max_ap_loss,
+    )  # fmt: skip
     if found.is_good:
         write_atomic(path, lambda stream: stream.write(found.trials[0].data))
     return found
@@ -245,56 +289,21 @@ def write_int8(options: ExportOptions, onnx_path: Path, model: Detector, postpro
 def timings_of(
     options: ExportOptions, model: Detector, size_hw: tuple[int, int], form: GraphForm, show: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Time the detector and, if it is slim, the dense one with random weights; see `tools.export_timing.time_calls`."""
-    detectors = {"dense": model}
-    dense = build(dataclasses.replace(options.detector, cfgs=None))[0].eval()
-    if dense.widths_in("detector") != model.widths_in("detector"):
-        detectors = {"dense": dense, "slim": model}
+    """Time the detector and, if it is slim, one of full widths; see `tools.export_timing.time_calls`.
+
+    That one has random weights and as many layers and queries: a checkpoint does not tell how many its search began
+    with.
+    """
+    detectors = {FULL: model}
+    full = build(dataclasses.replace(options.detector, cfgs=None))[0].eval()
+    if full.widths_in("detector") != model.widths_in("detector"):
+        detectors = {FULL: full, SLIM: model}
     images = torch.randn(form.batch_size or 1, 3, *size_hw, generator=torch.Generator().manual_seed(0))
     form = dataclasses.replace(form, with_mask=False, with_detections=False)
     show("timing")
-    return time_calls(runtime_calls(detectors, images, form, TOLERANCE), options.export.timings or 1)
-
-
-def summary_of(
-    results: Sequence[ExportResult],
-    timings: Sequence[dict[str, Any]],
-    int8: Int8Result | None,
-    options: ExportOptions,
-    size_hw: Sequence[int],
-) -> dict[str, Any]:
-    """Return the content of export.json."""
-    files = [
-        {
-            "file": result.path.name,
-            "megabytes": result.megabytes,
-            "opset": result.opset,
-            "passed": result.passed,
-            "cases": [dataclasses.asdict(case) for case in result.cases],
-        }
-        for result in results
-    ]
-    images = {"images": options.export.static or 1, "image_size_hw": list(size_hw), "threads": 1}
-    found = {"environment": environment(), "files": files, "timings": [{**images, **row} for row in timings]}
-    if int8 is not None:
-        found["int8"] = int8.figures
-    return found
-
-
-def int8_table(int8: Int8Result) -> str:
-    """Return a table of AP and time by precision."""
-    rows = [
-        [row["runtime"], row["precision"], f"{100 * row['ap']:.1f}", f"{row['milliseconds']:.1f}"] for row in int8.rows
-    ]
-    return f"{table(['runtime', 'precision', 'AP', 'ms'], rows)}\nAP on {int8.images} images of val2017; one CPU thread"
-
-
-def timings_table(timings: Sequence[dict[str, Any]]) -> str:
-    """Return a table with a row per runtime and detector."""
-    return table(
-        ["runtime", "detector", "ms", "times as fast as dense"],
-        [[row["runtime"], row["detector"], f"{row['milliseconds']:.1f}", f"{row['speed_up']:.2f}"] for row in timings],
-    )
+    calls = runtime_calls(detectors, images, form, TOLERANCE)
+    setting = {"images": len(images), "image_size_hw": list(size_hw), "threads": 1}
+    return [{**setting, **row} for row in time_calls(calls, options.export.timings or 1, FULL)]
 
 
 def metadata_of(
@@ -314,24 +323,6 @@ def metadata_of(
         "mask": "True on padding" if options.export.mask else "none",
         "batch": "any" if static is None else f"{static} x 3 x {sizes_hw[0][0]} x {sizes_hw[0][1]}",
     }
-
-
-def results_table(results: list[ExportResult]) -> str:
-    """Return a table with a row per file: its opset, then the greatest absolute differences of any output."""
-    cases = results[0].cases
-    header = ["file", "MB", "opset", *(f"{c.batch_size} x {c.size_hw[0]} x {c.size_hw[1]}" for c in cases), ""]
-    rows = [
-        [
-            result.path,
-            f"{result.megabytes:.1f}",
-            result.opset or "-",
-            *(f"{case.difference:.1e}" for case in result.cases),
-            "ok" if result.passed else "FAILED",
-        ]
-        for result in results
-    ]
-    tolerances = ", ".join(f"{result.path.name} {result.cases[0].tolerance:g}" for result in results)
-    return f"{table(header, rows)}\ngreatest difference from PyTorch for images x height x width; allowed: {tolerances}"
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from export import ExportOptions, int8_table
+from export import ExportOptions
 from tools.export_formats import GraphForm, require_packages
 from tools.export_int8 import CALIBRATION_IMAGES, EVALUATED_IMAGES, Int8Result, export_int8
+from tools.export_report import int8_table
 from tools.export_timing import onnx_of
 from util.cli import script_parser, user_path, whole
 from util.environment import environment

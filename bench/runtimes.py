@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config, image_hw = subject_of(name, args.checkpoint)
             calls = calls_of(detectors_of(config, image_hw, KEPT_SHARES), image_hw, args.runtimes)
             with tqdm(total=1 + args.rounds, unit="turn", desc=name, disable=bar_off(), leave=False) as bar:
-                rows = time_calls(calls, args.rounds, lambda bar=bar: bar.update())
+                rows = time_calls(calls, args.rounds, "dense", lambda bar=bar: bar.update())
             subjects[name] = {"image_size_hw": list(image_hw), "rounds": args.rounds, "rows": rows}
             args.output.mkdir(parents=True, exist_ok=True)
             write_json(path, {"environment": told, "subjects": subjects})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from models.detector import Detector
 from models.widths import Widths
 from reports import charts, page, search_log
 from reports.budget_images import Findings, category_changes, find, worst_images
+from reports.budget_runtimes import runtime_columns
 from reports.folder import RunFolder, model_with
 from reports.samples import SPLIT, THRESHOLD, Samples, annotated, captioned
-from util.errors import UserError, reason_of
+from util.errors import UserError
 
-EXPORT_NAME = "export.json"
 NAMED_LOSSES = 3
 WORST_IMAGES = 3
 BEFORE = "before"  # name of the point before the search
@@ -51,15 +50,11 @@ def budgets_section(
         compared = _compare(folder, points, samples)
     except UserError as error:
         compared, note = None, page.paragraph(f"Not compared on {SPLIT}: {error}.", "faint")
-    try:
-        runtimes = read_runtimes(folder.path)
-    except UserError as error:
-        runtimes, note = {}, note + page.paragraph(f"No times by runtime: {error}.", "faint")
     curves = search_log.ap_curves(points).values()
     return page.section(
         "Budgets",
         page.paragraph("Choose a budget to see its commands, what each category loses, and the images that got worse."),
-        _table(folder, points, before, runtimes, compared),
+        _table(folder, points, before, compared),
         note,
         page.plots([(f"AP against {axis}", charts.curve(found, axis)) for axis, found in curves]),
         *(_budget(folder, point, use_dn, compared) for point in points if point["file"]),
@@ -76,37 +71,44 @@ def _compare(folder: RunFolder, points: Sequence[Mapping[str, Any]], samples: Sa
     resume = folder.first_resume
     if resume is None:
         raise UserError("the checkpoint that the search began with was not recorded")
-    paths = {point["name"]: folder.path / point["file"] if point["file"] else Path(resume) for point in points}
-    findings = {name: find(samples, path, folder.detector, dataset) for name, path in paths.items()}
+    findings = {
+        point["name"]: find(samples, _path_of(folder, point) or Path(resume), folder.detector, dataset)
+        for point in points
+    }
     return BudgetComparison(dataset, category_names(split_of(folder.data, SPLIT).annotation_file), findings)
 
 
+def _path_of(folder: RunFolder, point: Mapping[str, Any]) -> Path | None:
+    """Return the checkpoint of a point; None if it is not known."""
+    if point["file"]:
+        return folder.path / point["file"]
+    return None if folder.first_resume is None else Path(folder.first_resume)
+
+
 def _table(
-    folder: RunFolder, points: Sequence[Mapping[str, Any]], before: Widths,
-    runtimes: Mapping[str, Mapping[str, str]], compared: BudgetComparison | None,
-) -> str:  # fmt: skip
+    folder: RunFolder, points: Sequence[Mapping[str, Any]], before: Widths, compared: BudgetComparison | None
+) -> str:
     """Return the table with a row for each detector; names lead to the parts below."""
     columns = dict(zip(search_log.POINT_COLUMNS, zip(*search_log.point_rows(points), strict=True), strict=True))
     columns["budget"] = tuple(
         page.link(point["name"], anchor_of(point["name"])) if point["file"] else point["name"] for point in points
     )
-    columns["MB"] = tuple(
-        f"{megabytes_of(model_with(folder.detector, _widths_of(point, before))):.1f}" for point in points
-    )
+    models = [model_with(folder.detector, _widths_of(point, before)) for point in points]
+    columns["MB"] = tuple(f"{megabytes_of(model):.1f}" for model in models)
     if compared is not None:
         count = len(next(iter(compared.findings.values())).results)
         columns[f"AP, {count} images of {SPLIT}"] = tuple(shown(compared.findings[p["name"]].ap) for p in points)
-    names = {name: None for found in runtimes.values() for name in found}  # in order
-    for name in names:
-        stems = [Path(point["file"]).stem if point["file"] else "" for point in points]
-        columns[f"ms, {name}"] = tuple(runtimes.get(stem, {}).get(name, "") for stem in stems)
+    notes = ["MB are those of the weights in float32."]
+    detectors = [
+        (_path_of(folder, point), model.widths_in("detector")) for point, model in zip(points, models, strict=True)
+    ]
+    try:
+        of_runtimes, about = runtime_columns(folder.path, detectors)
+        columns, notes = {**columns, **of_runtimes}, [*notes, *about]
+    except UserError as error:
+        notes.append(f"No times by runtime: {error}.")
     columns = {name: cells for name, cells in columns.items() if any(cell != "" for cell in cells)}
-    note = "MB are those of the weights in float32."
-    if names:
-        note += (
-            f" Milliseconds by runtime are from {EXPORT_NAME}: of this detector, and times as fast as the dense one."
-        )
-    return page.html_table([*columns], zip(*columns.values(), strict=True)) + page.paragraph(note, "faint")
+    return page.html_table([*columns], zip(*columns.values(), strict=True)) + page.paragraph(" ".join(notes), "faint")
 
 
 def _widths_of(point: Mapping[str, Any], before: Widths) -> Widths:
@@ -134,7 +136,9 @@ def _budget(folder: RunFolder, point: Mapping[str, Any], use_dn: bool, compared:
         page.paragraph("Use it as cut: export it, or write a folder to share."),
         page.code(
             f"python export.py --resume {shlex.quote(str(path))} --output_dir "
-            f"{shlex.quote(str(folder.path / f'export_{path.stem}'))}\n"
+            f"{shlex.quote(str(folder.path / f'export_{path.stem}'))}"
+        ),
+        page.code(
             f"python -m weights.save_pretrained {shlex.quote(str(path))} "
             f"{shlex.quote(str(folder.path / f'shared_{path.stem}'))}"
         ),
@@ -175,32 +179,4 @@ def _worst(before: Findings, after: Findings, compared: BudgetComparison) -> lis
             (f"now, {before.errors[index] + added} errors", after.results[index], THRESHOLD),
         ]
         found.append(page.pictures(captioned(picture, compared.names, *column) for column in columns))
-    return found
-
-
-def read_runtimes(folder: Path) -> dict[str, dict[str, str]]:
-    """Return milliseconds by runtime, such as `8.10 (1.45 x)`, of each exported file by its stem.
-
-    Reads the export.json of `export.py --timings` in the folder and in those below it.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    found: dict[str, dict[str, str]] = {}
-    for path in [*sorted(folder.glob(f"*/{EXPORT_NAME}")), *folder.glob(EXPORT_NAME)]:
-        try:
-            content = json.loads(path.read_bytes())
-            times: dict[str, dict[str, float]] = {}
-            for row in content.get("timings") or ():
-                times.setdefault(str(row["runtime"]), {})[str(row["detector"])] = float(row["milliseconds"])
-            stems = {str(entry["file"]).rpartition(".")[0] for entry in content["files"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read ({reason_of(error)}), expected what export.py writes") from None
-        texts = {
-            name: f"{of['slim']:.4g}" + (f" ({of['dense'] / of['slim']:.2f} x)" if of.get("dense") else "")
-            for name, of in times.items()
-            if of.get("slim")
-        }
-        for stem in stems if texts else ():
-            found[stem] = texts
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 
 STYLE = Path(__file__).with_name("page.css")
 JPEG_QUALITY = 80
+OPTION = re.compile(r"(?<!\S)--?\w[\w-]*")
+OPTION_MARKUP = r'<span class="option">\g<0></span>'
 
 
 class Html(str):
@@ -80,9 +83,9 @@ def facts(pairs: Iterable[tuple[str, object]]) -> str:
     return f"<dl>\n{found}\n</dl>"
 
 
-def code(text: str) -> str:
-    """Return text to copy verbatim."""
-    return f"<pre>{escape(text)}</pre>"
+def code(command: str) -> str:
+    """Return a command to copy verbatim; lines break between its words, not after the hyphens of an option."""
+    return f"<pre>{OPTION.sub(OPTION_MARKUP, escape(command))}</pre>"
 
 
 def plots(items: Iterable[tuple[str, str]]) -> str:
@@ -92,9 +95,9 @@ def plots(items: Iterable[tuple[str, str]]) -> str:
 
 
 def pictures(items: Iterable[tuple[str, Image.Image]]) -> str:
-    """Return captioned pictures side by side, in rows of up to three; on a phone, the first of an odd number is above.
+    """Return captioned pictures side by side, in rows of up to three; on a tablet, the first of an odd number is above.
 
-    Pictures scale with the page.
+    Pictures scale with the page; on a phone they are one below the other.
     """
     found = [
         f'<figure><img src="{data_uri(picture)}" width="{picture.width}" height="{picture.height}" '

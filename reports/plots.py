@@ -126,7 +126,7 @@ def plot_ap_against_cost(path: str | Path, axis: CostAxis, base_ap: float, capti
 def draw_ap_against_cost(axes: Axes, axis: CostAxis, base_ap: float) -> None:
     """Draw the plot of `plot_ap_against_cost` without its title."""
     tried = [point for point in axis.points if not point[2]]
-    accepted = [(axis.base, base_ap), *(point[:2] for point in axis.points if point[2])]
+    accepted = sorted([(axis.base, base_ap), *(point[:2] for point in axis.points if point[2])], reverse=True)
     axes.plot([cost for cost, _ in accepted], [100 * ap for _, ap in accepted], "o-", label="accepted")
     if tried:
         axes.plot([cost for cost, *_ in tried], [100 * ap for _, ap, _ in tried], "x", label="tried")

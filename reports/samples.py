@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional
+from tqdm import tqdm
 
 from datasets.annotations import category_names
 from datasets.coco import CocoDataset, build_dataset, split_of
@@ -21,6 +22,7 @@ from reports import page
 from tools.draw import draw_detections
 from util.cli import options_of
 from util.errors import UserError
+from util.logging import bar_off
 from weights.build import build_detector
 from weights.checkpoint_file import read_checkpoint
 from weights.decoder_layers import first_layers
@@ -89,7 +91,7 @@ class Samples:
                 model, _, postprocessors = build_detector(theirs, checkpoint)
             model.eval().to(self.device)
             found = []
-            for index in indices:
+            for index in tqdm(indices, desc=f"report: {path.name}", unit="image", disable=bar_off(), leave=False):
                 image, target = dataset[index]
                 size = target["orig_size"][None].to(self.device)
                 result = postprocessors["bbox"](model([image.to(self.device)]), size)[0]

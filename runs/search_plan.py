@@ -20,6 +20,7 @@ from pruning.latency import Measurement, Setting
 from pruning.schedule import Schedule
 from pruning.search import Units
 from pruning.workbench import DetectorBench, SearchImages
+from reports.samples import COMPARED_IMAGES, SPLIT
 from runs.plan import (
     ABOUT,
     RunPlan,
@@ -29,6 +30,7 @@ from runs.plan import (
     generators_kept,
     gigabytes,
     seconds_of_map,
+    shown_time,
     spent_in,
     waiting,
 )
@@ -298,6 +300,19 @@ class SearchPlanner:
             f"besides: {gigabytes(work.passes)} for passes and calibration on {self._setup.device.type}; in RAM "
             f"{gigabytes(work.fits)} for fits, {gigabytes(work.evaluation)} for mAP, {gigabytes(work.reading)} for "
             f"images read ahead; free{each}: {free} (a fifth stays unused)",
+            *self._report(),
+        ]
+
+    def _report(self) -> list[str]:
+        """Return a sentence about the report of several budgets, whose detectors see images one by one."""
+        budgets = self._config.keep or self._config.target_ms or ()
+        if len(budgets) < 2:
+            return []
+        seconds = self._clock.seconds_each(BACKBONE) + self._clock.seconds_each(TRANSFORMER)
+        detectors = 1 + len(budgets)
+        return [
+            f"after it, the main process compares {detectors} detectors on the first {COMPARED_IMAGES} images of "
+            f"{SPLIT} for the report: {ABOUT} {shown_time(detectors * COMPARED_IMAGES * seconds)}, not in the total"
         ]
 
     def _changes(self, plan: RunPlan) -> Iterator[tuple[str, float]]:

@@ -109,7 +109,7 @@ class SearchResults:
         )
 
     def write(self, result: Result, journal: Journal, outcome: Mapping[str, Any]) -> None:
-        """Write output file, pictures, journal end and report; then log tables and the fine-tuning command."""
+        """Write output file, pictures and journal end; then log tables and the fine-tuning command."""
         if not self._options.search.has_budget:
             self.save(result)
         before, after = self._costs(result.widths)
@@ -131,7 +131,6 @@ class SearchResults:
         if latency is not None or self.points or "budgets" in outcome:
             write_json(self._folder / SUMMARY_NAME, {"environment": environment(self._device), **outcome})
         journal.end({**outcome, "chosen": [trial.name for trial in self.chosen]})
-        write_report(self._folder, "search", Samples(self._device))
         self._log_result(result, before, after, outcome, latency)
 
     def _points(self, base_ap: float, before: Cost, latency: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -180,11 +179,14 @@ class SearchResults:
         self._log.info("next: %s", search_log.next_command(modelname, data, self._options.search.use_dn, result.path))
 
     def write_failure(self, journal: Journal, outcome: Mapping[str, Any]) -> None:
-        """Write journal end and report of a search in which no trial passed; log the table of trials."""
+        """Write journal end of a search in which no trial passed; log the table of trials."""
         self.move_aside()
         journal.end({**outcome, "chosen": [trial.name for trial in self.chosen]})
-        write_report(self._folder, "search", Samples(self._device))
         self._log_steps()
+
+    def write_report(self) -> None:
+        """Write the report; for several budgets it runs the detectors on images of val2017, which may take minutes."""
+        write_report(self._folder, "search", Samples(self._device))
 
     def move_aside(self) -> None:
         """Rename the files of an older search, so that they are not mistaken for this one's."""

@@ -144,7 +144,8 @@ class SearchRun:
         """Search and write the result; `base_ap` is the mAP before the search.
 
         A search by visits writes its output file after each module that it narrows, so a killed search leaves its
-        result so far. Every search keeps a journal, from which --resume_search continues.
+        result so far. Every search keeps a journal, from which --resume_search continues. At the end the processes
+        leave their group, and the main one writes the report.
 
         Raises:
             RunFailedError: nothing could be removed; this is recorded in the journal, and there is no output file.
@@ -186,6 +187,10 @@ class SearchRun:
         if self.plan is not None:
             self.log.info("%s", self.plan.compared(self.clock, time.perf_counter() - self._began))
         self.board.close()
+        is_main = distributed.is_main()
+        distributed.stop()  # the other processes are done, and would wait for the report
+        if is_main:
+            self.results.write_report()
         if not passed:
             target_ap = lowest_target_ap(self.schedule, base_ap, self._visits)
             raise RunFailedError(

@@ -1,7 +1,9 @@
 """The lines of docs/python.md run as printed, and scripts take options from Python as from the command line."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ import inference
 import main
 import prune_greedy
 from models.widths import Widths
-from runs.config import TrainingOptions
+from runs.config import DeviceConfig, TrainingOptions
 from tests.command_lines import ROOT
 from tests.tiny_run import write_self_annotated
-from util.cli import options_from_python
+from tools.prediction import PredictionOptions
+from util.cli import options_from_python, options_of, parse
 from util.errors import UserError
 from weights.checkpoint_file import read_checkpoint
 
@@ -55,6 +58,32 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     assert vars(args) == {"batch_size": 3, "lr": 0.5, "resume": str(tmp_path), "use_dn": False,
                           "train_json": [str(tmp_path)]}  # fmt: skip
     assert typed == {*vars(args)} and type(args.batch_size) is int and type(args.use_dn) is bool
+
+
+PARSERS = {
+    "main": (main.get_args_parser, (TrainingOptions,)),
+    "inference": (inference.get_inference_parser, (DeviceConfig, PredictionOptions)),
+    "export": (export.get_export_parser, (export.ExportOptions,)),
+}
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_paths_are_read_as_on_the_command_line(script, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    get_parser, configs = PARSERS[script]
+    words, given = ["~/x"] if script == "inference" else [], {}
+    for name, field in options_of(*configs).items():
+        if field.metadata.get("type") is os.path.expanduser:
+            count = field.metadata.get("nargs")
+            many = [Path("~/x"), "~/x"] if count is not None else Path("~/x")
+            given[name] = ["~/x"] if name == "inputs" else many
+            words += [] if name == "inputs" else [f"--{name}", *["~/x"] * (1 if count is None else 2)]
+    typed, _ = parse(get_parser(), words)
+    found, _ = options_from_python(given, *configs)
+    assert {"resume", "output_dir"} <= set(given) and "/home/me/x" in vars(found).values()
+    assert vars(found) == {name: getattr(typed, name) for name in given}
+    assert vars(options_from_python({"resume": "~/x"}, *configs)[0]) == {"resume": "/home/me/x"}
+    assert vars(options_from_python({"modelname": "~/x"}, *configs)[0]) == {"modelname": "~/x"}  # no path
 
 
 def test_values_are_checked_as_typed_ones(tmp_path):

@@ -14,6 +14,8 @@ from models.post_process import PostProcess
 
 TOLERANCE = 1e-3
 BATCH_SIZES = (1, 3)
+# Of the input's height and width, images of a batch with a mask; the second leaves a row and a column of any map empty.
+FILLED = ((1, 1), (1 / 2, 2 / 5), (4 / 5, 6 / 7), (3 / 5, 5 / 7))
 # Closer scores may be in either order.
 SCORE_GAP = 1e-5
 
@@ -55,9 +57,10 @@ def check_export(
         if it selects detections, `scores`, `labels`, `boxes`.
         model: the detector in eval mode.
         postprocess: reference for `scores`, `labels` and `boxes`, applied to the exported logits and boxes.
-        sizes_hw: height and width of the images in pixels, each checked with every one of `batch_sizes`. With a
-        mask, a single image with an empty mask is compared with the detector without a mask. In larger batches the
-        other images are smaller, and the detector gets the same padded batch.
+        sizes_hw: height and width of the inputs in pixels, each checked with every one of `batch_sizes`. With a
+        mask, a single image that fills the input is compared with the detector without a mask. Smaller images, padded
+        at the right and bottom, are compared with the detector on the same input: one alone, and those after the
+        first in larger batches.
         tolerance: greatest difference of a case that passes.
         as_scores: compare the sigmoid of logits.
         progress: called after each case.
@@ -66,28 +69,37 @@ def check_export(
     generator = torch.Generator().manual_seed(0)
     for height, width in sizes_hw:
         for batch_size in batch_sizes:
-            shrink = [i if with_mask else 0 for i in range(batch_size)]
-            images = [
-                torch.randn(3, height - i * height // 5, width - i * width // 7, generator=generator) for i in shrink
-            ]
-            batch, padding, _ = pad_images(images)
-            if padding is None:
-                padding = torch.zeros(batch_size, height, width, dtype=torch.bool)
-            found = run({"images": batch, **({"mask": padding} if with_mask else {})})
-            with torch.no_grad():
-                expected = model(PaddedImages(batch, padding) if batch_size > 1 and with_mask else images)
-            logits, scores = found["pred_logits"], expected["pred_logits"]
-            if as_scores:
-                logits, scores = logits.sigmoid(), scores.sigmoid()
-            differences = [
-                greatest_difference(logits, scores),
-                greatest_difference(found["pred_boxes"], expected["pred_boxes"]),
-            ]
-            if "scores" in found:
-                differences.append(_difference_of_detections(found, postprocess))
+            batches = [[FILLED[i % len(FILLED)] if with_mask else FILLED[0] for i in range(batch_size)]]
+            if with_mask and batch_size == 1:
+                batches.append([FILLED[1]])
+            differences = []
+            for filled in batches:
+                images = [torch.randn(3, int(h * height), int(w * width), generator=generator) for h, w in filled]
+                differences += _differences(run, model, postprocess, images, (height, width), with_mask, as_scores)
             cases.append(Case((height, width), batch_size, max(differences), tolerance))
             progress()
     return cases
+
+
+@torch.no_grad()
+def _differences(
+    run: Runner, model: nn.Module, postprocess: PostProcess, images: list[Tensor], size_hw: tuple[int, int],
+    with_mask: bool, as_scores: bool,
+) -> list[float]:  # fmt: skip
+    """Return the differences of each output, for images at the upper left of inputs of that size."""
+    batch, padding, _ = pad_images([*images, torch.zeros(3, *size_hw)])  # the last one sets the size
+    batch = batch[:-1]
+    mask = torch.zeros(len(images), *size_hw, dtype=torch.bool) if padding is None else padding[:-1]
+    found = run({"images": batch, **({"mask": mask} if with_mask else {})})
+    expected = model(images if padding is None else PaddedImages(batch, mask))
+    logits, scores = found["pred_logits"], expected["pred_logits"]
+    if as_scores:
+        logits, scores = logits.sigmoid(), scores.sigmoid()
+    differences = [
+        greatest_difference(logits, scores),
+        greatest_difference(found["pred_boxes"], expected["pred_boxes"]),
+    ]
+    return [*differences, *([_difference_of_detections(found, postprocess)] if "scores" in found else [])]
 
 
 def greatest_difference(found: Tensor, expected: Tensor) -> float:

@@ -8,6 +8,7 @@ operator.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -150,17 +151,19 @@ def export(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> list[ExportResult]:
-    """Write and check a detector in each format of `paths`; a file that fails is removed.
+    """Check a detector in each format of `paths`, then write the files that passed.
+
+    An error in any of them leaves all files as they were.
 
     Args:
-        model: the detector, which stays as it is; a copy with folded batch norms is exported.
+        model: the detector, in training or eval mode; a copy in eval mode with folded batch norms is exported.
         paths: format -> file.
         sizes_hw: height and width of images for the check; with a fixed batch, that of all images.
         form: of the graphs.
         metadata: texts to store in the files.
         progress: called with the name of the next stage: twice for a format and once for each case of the check.
     """
-    model.eval()
+    model = copy.deepcopy(model).eval()  # for the check, too
     module = ExportModule(folded_copy(model), postprocess if form.with_detections else None).eval()
     least = least_side(model)
     for height, width in sizes_hw:
@@ -168,7 +171,7 @@ def export(
             raise UserError(f"--image_size_hw {height} {width}: expected sides of at least {least} pixels")
     progress("tracing")
     program = trace(module, sizes_hw[0], least, form)
-    results = []
+    results, contents = [], {}
     for format_, path in paths.items():
         progress(f"writing {format_}")
         data, runs = _content(format_, program, module, form, metadata or {})
@@ -189,8 +192,10 @@ def export(
         cases = [max(of_case, key=lambda case: case.difference) for of_case in zip(*of_runs, strict=True)]
         result = ExportResult(path, len(data) / 1e6, None if format_ == "pt2" else form.opset, cases)
         if result.passed:
-            write_atomic(path, lambda stream, data=data: stream.write(data))
+            contents[path] = data
         results.append(result)
+    for path, data in contents.items():
+        write_atomic(path, lambda stream, data=data: stream.write(data))
     return results
 
 

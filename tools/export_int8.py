@@ -39,11 +39,12 @@ CPU = torch.device("cpu")
 TIMED_ROUNDS = 5
 CALIBRATION_IMAGES = 128  # of train2017
 EVALUATED_IMAGES = 500  # of val2017, at most
-LARGEST_FALL = 0.01  # of AP in [0, 1]
+MAX_AP_LOSS = 1.0  # points
 LEAST_AP = 0.05  # in float32
 GROUPS = ("heads", "decoder", "encoder", "convolutions")
 HEADS = ("class_embed", "bbox_embed", "decoder.ref_point_head", "decoder.ref_anchor_head", "decoder.query_scale")
 LAYERS = ("Conv", "MatMul")  # ONNX operators
+INT8_SUFFIX = "int8.onnx"
 SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's metadata of a node
 
 
@@ -70,6 +71,7 @@ class Int8Result:
         trials: forms in the order in which they were tried; the first is the one asked for.
         calibration_images: number of images of train2017 that gave the ranges.
         images: number of images of val2017 that AP is of.
+        max_ap_loss: the fall of AP in points up to which a form is good.
         rows: AP and milliseconds of an image by runtime and precision, of the form asked for and of the best one.
     """
 
@@ -77,6 +79,7 @@ class Int8Result:
     trials: list[Int8Trial]
     calibration_images: int
     images: int
+    max_ap_loss: float
     rows: list[dict[str, Any]]
 
     @property
@@ -86,6 +89,7 @@ class Int8Result:
             "is_good": self.is_good,
             "calibration_images": self.calibration_images,
             "images": self.images,
+            "max_ap_loss": self.max_ap_loss,
             "float_ap": self.float_ap,
             "trials": [{"in_float": list(trial.in_float), "ap": trial.ap} for trial in self.trials],
             "rows": self.rows,
@@ -99,19 +103,20 @@ class Int8Result:
     @property
     def is_good(self) -> bool:
         """Whether the form asked for loses little."""
-        return holds(self.trials[0], self.float_ap)
+        return holds(self.trials[0], self.float_ap, self.max_ap_loss)
 
     @property
     def refusal(self) -> str:
         """A sentence that says why the form asked for is not written, and which layers to keep in float32."""
         asked, best = self.trials[0], self.best
-        before, after = (f"{100 * ap:.1f}" for ap in (self.float_ap, asked.ap))
-        found = f"AP falls from {before} to {after} on {self.images} images"
-        if holds(best, self.float_ap):
-            return f"{found}; --int8_float {' '.join(best.in_float)} has {100 * best.ap:.1f}"
+        before, after = (f"{100 * ap:.2f}" for ap in (self.float_ap, asked.ap))
+        limit = f"--max_ap_loss {self.max_ap_loss:g}"
+        found = f"AP falls from {before} to {after} on {self.images} images, by more than {limit}"
+        if holds(best, self.float_ap, self.max_ap_loss):
+            return f"{found}; --int8_float {' '.join(best.in_float)} has {100 * best.ap:.2f}"
         if best is asked:
             return f"{found}; without --int8_float, the layers to keep in float32 are searched for"
-        return f"{found}, and to {100 * best.ap:.1f} with {' '.join(best.in_float)} in float32, the best form"
+        return f"{found}, and to {100 * best.ap:.2f} with {' '.join(best.in_float)} in float32, the best form"
 
 
 def precision_of(in_float: Sequence[str]) -> str:
@@ -119,9 +124,14 @@ def precision_of(in_float: Sequence[str]) -> str:
     return f"INT8, {' '.join(in_float)} in float32" if in_float else "INT8"
 
 
-def holds(trial: Int8Trial, float_ap: float) -> bool:
-    """Return whether a form's AP is at most `LARGEST_FALL` below that of float32."""
-    return trial.ap >= float_ap - LARGEST_FALL
+def int8_path(onnx_path: Path) -> Path:
+    """Return the path of the INT8 file beside an ONNX file in float32."""
+    return onnx_path.with_suffix(f".{INT8_SUFFIX}")
+
+
+def holds(trial: Int8Trial, float_ap: float, max_ap_loss: float) -> bool:
+    """Return whether a form's AP is at most `max_ap_loss` points below that of float32."""
+    return trial.ap >= float_ap - max_ap_loss / 100
 
 
 def best_of(trials: Sequence[Int8Trial]) -> Int8Trial:
@@ -139,13 +149,14 @@ def export_int8(
     with_mask: bool,
     calibration_images: int = CALIBRATION_IMAGES,
     images: int = EVALUATED_IMAGES,
+    max_ap_loss: float = MAX_AP_LOSS,
 ) -> Int8Result:
     """Quantise an ONNX file and compare AP and time on val2017 with those in float32 and bfloat16.
 
     Args:
         data: bytes of the file in float32, of the detector `model`; it takes batches and images of any size.
         config: data set; the first images of train2017 are for calibration.
-        in_float: see `try_forms`.
+        in_float, max_ap_loss: see `try_forms`.
         with_mask: the file takes a padding mask.
         calibration_images, images: greatest numbers of images to calibrate and to compute AP on.
 
@@ -171,7 +182,9 @@ def export_int8(
             f"least {100 * LEAST_AP:.0f} for --int8, to see a fall; is this the detector's data set?"
         )
     batches = (inputs_of(group.batch, with_mask) for batch, _ in for_ranges for group in group_by_size(batch))
-    trials = try_forms(data, batches, float_ap, lambda content: ap_of(runner_of(content, threads)), in_float)
+    trials = try_forms(
+        data, batches, float_ap, lambda content: ap_of(runner_of(content, threads)), in_float, max_ap_loss
+    )
     shown = {trial.precision: trial for trial in (trials[0], best_of(trials))}
     precisions = {
         ("PyTorch", "float32"): (folded, ap_of(folded)),
@@ -185,7 +198,7 @@ def export_int8(
         {"runtime": key[0], "precision": key[1], "ap": ap, "milliseconds": milliseconds[key]}
         for key, (_, ap) in precisions.items()
     ]
-    return Int8Result(float_ap, trials, len(for_ranges.given), len(loader.given), rows)
+    return Int8Result(float_ap, trials, len(for_ranges.given), len(loader.given), max_ap_loss, rows)
 
 
 def _in_bfloat16(detector: Detector) -> Callable[[list[Tensor]], dict[str, Any]]:
@@ -295,6 +308,7 @@ def try_forms(
     float_ap: float,
     ap_of: Callable[[bytes], float],
     in_float: Sequence[str] | None,
+    max_ap_loss: float = MAX_AP_LOSS,
 ) -> list[Int8Trial]:
     """Quantise all groups of layers, and then fewer and fewer of them, until AP falls by little.
 
@@ -306,6 +320,7 @@ def try_forms(
         batches: inputs to calibrate on, read once.
         ap_of: computes the AP of a file.
         in_float: groups to leave in float; these alone are tried. None for the ones that this function finds.
+        max_ap_loss: the fall of AP in points up to which a form is good.
 
     Returns:
         The forms in the order in which they were tried. If one holds its AP, it is the last.
@@ -317,7 +332,7 @@ def try_forms(
             ordered = tuple(group for group in GROUPS if group in groups)
             quantised = quantise(data, batches, ordered, Path(folder) / "ranges.json")
             trials.append(Int8Trial(ordered, ap_of(quantised), quantised))
-            return holds(trials[-1], float_ap)
+            return holds(trials[-1], float_ap, max_ap_loss)
 
         if in_float is not None:
             holds_with(in_float)

@@ -94,19 +94,21 @@ def runtime_calls(detectors: Mapping[str, Detector], images: Tensor, form: Graph
     return calls
 
 
-def time_calls(calls: Calls, rounds: int, on_turn: Callable[[], Any] = lambda: None) -> list[dict[str, Any]]:
-    """Time the calls in turns on one thread; return the median milliseconds of each, and of its ratio to `dense`.
+def time_calls(
+    calls: Calls, rounds: int, baseline: str, on_turn: Callable[[], Any] = lambda: None
+) -> list[dict[str, Any]]:
+    """Time the calls in turns on one thread; return the median milliseconds of each, and of its ratio to `baseline`.
 
-    `speed_up` is the median over the rounds of dense time / time in the same runtime.
+    `speed_up` is the median over the rounds of the time of the detector `baseline` / time in the same runtime.
     """
     named = {f"{runtime} {name}": call for (runtime, name), call in calls.items()}
     with one_thread():
         seconds = seconds_side_by_side(named, CPU, rounds=rounds, on_turn=on_turn)
     rows = []
     for runtime, name in calls:
-        own, dense = seconds[f"{runtime} {name}"], seconds.get(f"{runtime} dense")
+        own, reference = seconds[f"{runtime} {name}"], seconds.get(f"{runtime} {baseline}")
         row = {"runtime": runtime, "detector": name, "milliseconds": 1000 * statistics.median(own)}
-        if dense is not None:
-            row["speed_up"] = statistics.median(a / b for a, b in zip(dense, own, strict=True))
+        if reference is not None:
+            row["speed_up"] = statistics.median(a / b for a, b in zip(reference, own, strict=True))
         rows.append(row)
     return rows

@@ -120,6 +120,7 @@ def load_detector(
     """Load the detector of a checkpoint of any format, in eval mode, with its own options.
 
     Args:
+        path: the file or folder; a leading `~` is the home folder.
         options: options of inference, of which those named in `typed` must agree with the checkpoint.
         title: its name in tables.
 
@@ -127,7 +128,7 @@ def load_detector(
         UserError: the file cannot be read, or a typed option contradicts it.
     """
     options = options or PredictionOptions()
-    checkpoint = with_typed_layers(read_checkpoint(path), options.detector, typed)
+    checkpoint = with_typed_layers(read_checkpoint(os.path.expanduser(path)), options.detector, typed)
     theirs = options_for(options, checkpoint, typed)
     model, _, postprocessors = build_detector(theirs.detector, checkpoint)
     names = checkpoint.categories or {}

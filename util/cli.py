@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -141,7 +141,8 @@ def options_from_python(given: Mapping[str, Any], *config_classes: type[Config])
     """Return keyword arguments as if they had been typed, for calls of a script from Python; see `parse`.
 
     Args:
-        given: option names without `--`, and values; a `Path` may stand for a file.
+        given: option names without `--`, and values; a `Path` may stand for a file, also in a list. A leading `~` is
+        the home folder where it is one on the command line.
         config_classes: options of the script.
 
     Raises:
@@ -153,17 +154,21 @@ def options_from_python(given: Mapping[str, Any], *config_classes: type[Config])
             close = difflib.get_close_matches(name, known, n=1)
             hint = f", such as {close[0]}" if close else ""
             raise UserError(f"{shorten(name)}: found no such option, expected one of the command line{hint}")
-    values = {name: _plain(value) for name, value in given.items()}
+    values = {
+        name: _plain(value, is_path=known[name].metadata.get("type") is os.path.expanduser)
+        for name, value in given.items()
+    }
     return argparse.Namespace(**values), set(values)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, *, is_path: bool) -> Any:
     """Return a value as the command line gives it: text for a path, Python's number for numpy's."""
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [_plain(entry, is_path=is_path) for entry in value]
     if isinstance(value, np.generic):
         return value.item()
-    return str(value) if isinstance(value, Path) else value
+    value = str(value) if isinstance(value, PurePath) else value
+    return os.path.expanduser(value) if is_path and isinstance(value, str) else value
 
 
 def refuse(names: Iterable[str], typed: Collection[str], reason: str) -> None:

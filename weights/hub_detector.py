@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.detector import Detector
 from models.post_process import PostProcess
+from util.errors import UserError
 from weights.build import build_detector, options_for
 from weights.checkpoint_file import read_checkpoint
 from weights.model_card import LIBRARY_NAME, TAGS, TASK, model_card
@@ -43,12 +44,12 @@ class PretrainedDetector(
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> PretrainedDetector:
-        """Read a checkpoint of any format; the output of a search is cut.
+        """Read a checkpoint of any format; the output of a search is cut. A leading `~` is the home folder.
 
         Raises:
             UserError: it cannot be read.
         """
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(os.path.expanduser(path))
         options = options_for(ShareOptions(), checkpoint).with_values({"categories": checkpoint.categories})
         detector, _, postprocessors = build_detector(options.detector, checkpoint)
         return cls(detector, postprocessors["bbox"], options).eval()
@@ -57,17 +58,23 @@ class PretrainedDetector(
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **download: Any) -> PretrainedDetector:
         """Read a folder of `save_pretrained`, or a model of the Hub such as `user/name`.
 
-        Only safetensors and JSON are read, so no code in them runs.
+        Only safetensors and JSON are read, so no code in them runs. The Hub is asked for `user/name` unless `user` is a
+        file or folder here; anything else is a folder, in which a leading `~` is the home folder.
 
         Args:
             download: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, for the Hub.
 
         Raises:
-            UserError: a file is missing or damaged.
+            UserError: the folder or a file is missing, or a file is damaged.
         """
-        folder = str(pretrained_model_name_or_path)
+        folder = os.path.expanduser(pretrained_model_name_or_path)
         if not os.path.isdir(folder):
-            folder = snapshot_download(folder, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **download)
+            if not _can_be_on_hub(pretrained_model_name_or_path):
+                raise UserError(
+                    f"{folder}: found no such folder, expected one of save_pretrained, or a model of the Hub such as "
+                    "user/name"
+                )
+            folder = snapshot_download(str(folder), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **download)
         return cls.from_checkpoint(Path(folder) / WEIGHTS_NAME)
 
     def forward(self, images: list[Tensor] | Tensor) -> dict[str, Any]:
@@ -83,3 +90,11 @@ class PretrainedDetector(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_pretrained(save_directory, self.detector, self.options, self._card(save_directory.name))
+
+
+def _can_be_on_hub(name: str | Path) -> bool:
+    """Return whether a text is a user and a name, and not a path that exists in part."""
+    if not isinstance(name, str) or "\\" in name or name.startswith((".", "~")):
+        return False
+    user, *rest = name.split("/")
+    return len(rest) == 1 and user != "" and rest[0] != "" and not os.path.exists(user)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from html import escape
@@ -23,6 +24,8 @@ TAGS = ("object-detection", "dn-detr", "pruning")
 COMPARISON = "comparison.json"  # of fine-tuning
 TUNED = "fine-tuned"  # its row of the weights in checkpoint_best.pth
 COLUMNS = ("", "AP", "parameters", "GMACs, detector", "ms")
+# What Markdown or the Hub could read as markup; an underscore within a word is none.
+MARKUP = re.compile(r"[\\`*\[\]~|$#@]|:(?=\S)|(?<![^\W_])_|_(?![^\W_])")
 MILLISECONDS = "Milliseconds are for one image on the machine of the run."
 
 
@@ -92,7 +95,7 @@ def _results(checkpoint: Checkpoint, params: int) -> list[str]:
         return []
     cells = [
         (
-            f"**{row['title']}**" if row in ours else row["title"],
+            f"**{_text(row['title'])}**" if row in ours else _text(row["title"]),
             shown(row["ap"]) if isinstance(shown(row["ap"]), str) else f"{row['ap']:.4f}",
             "" if row["params"] is None else f"{row['params']:,}",
             "" if row["gmacs"] is None else f"{row['gmacs']:.3g}",
@@ -132,8 +135,8 @@ def _rows_of_search(text: str, checkpoint: Checkpoint) -> tuple[str, list[dict[s
     if "points" not in end and end["widths"] != checkpoint.widths.to_list():
         return None
     times = end.get("latency")
-    measured = "" if times is None else f" Milliseconds are for {times['setting']}."
-    split = start["args"].get("search_split") or "the split of the search"
+    measured = "" if times is None else f" Milliseconds are for {_text(str(times['setting']))}."
+    split = _text(start["args"].get("search_split") or "the split of the search")
     rows = [
         {
             "name": Path(point["file"] or "").stem,
@@ -157,7 +160,11 @@ def _number(value: Any) -> float | None:
 
 
 def _command(text: str, script: str) -> str | None:
-    """Return the last command in args.json, if it started that script; folders of the machine are left out."""
+    """Return the last command in args.json, if it started that script.
+
+    Cards are public. Relative paths stay as typed, as the command needs them. Of an absolute path, one that leaves the
+    working folder or a URL only the name stays: they name users and machines, and URLs can hold passwords.
+    """
     words = shlex.split(str(json.loads(text)["runs"][-1]["command"]))
     if not any(script in PurePosixPath(word).name for word in words[:5]):
         return None
@@ -166,9 +173,12 @@ def _command(text: str, script: str) -> str | None:
 
 def _without_folder(word: str) -> str:
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if "://" in value:
+        value = f"/{re.sub(r'^.*?://[^/?#]*|[?#].*$', '', value)}"
     for kind in (PurePosixPath, PureWindowsPath):
-        if kind(value).is_absolute() or value.startswith("~"):
-            value = kind(value).name
+        path = kind(value)
+        if path.anchor or value.startswith("~") or ".." in path.parts:
+            value = path.name
     return f"{option}{equals}{value}"
 
 
@@ -188,16 +198,12 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
 
 def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    return _text(str(value))
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _text(text: str) -> str:
-    """Return text of a file as one line of Markdown in which nothing is a table's border or HTML."""
-    return escape(one_line(text), quote=False).replace("|", "\\|")
+    """Return a text from a file as one line of Markdown that shows it as it is: no HTML, markup, link or mention."""
+    return MARKUP.sub(r"\\\g<0>", escape(one_line(text), quote=False))
 
 
 def _code(*lines: str) -> str:

@@ -39,7 +39,8 @@ def test_bars_are_as_high_as_the_widths(drawn, with_backbone):
 
 
 def test_points_are_the_accepted_and_the_tried_widths(drawn):
-    axis = plots.CostAxis("GMACs", 4, [(2, 0.2, False), (3, 0.4, True), (1.5, 0.375, True)])
+    points = [(2, 0.2, False), (1.5, 0.375, True), (3, 0.4, True)]  # a search by budgets finds the least first
+    axis = plots.CostAxis("GMACs", 4, points)
     plots.plot_ap_against_cost("a.png", axis, 0.5, "MGP searching on train2017")
     axes = drawn[0].axes[0]
     accepted, tried = axes.lines[:2]

@@ -19,7 +19,7 @@ from tests.pruning.tiny import VARIANTS
 from tests.soak import rest_in_soak
 from tests.tiny_run import run_script
 from tests.trust.forked import job, run_jobs
-from util import phases
+from util import distributed, phases
 from util.cli import parse
 from util.errors import UserError
 from util.lock import hold_folder
@@ -204,3 +204,22 @@ def test_two_processes_plan_alike(folder, tmp_path):
     training = f"{SMALL} --coco_path {folder} --resume {folder}/dense.pth --output_dir {tmp_path / 'tuned'} --epochs 2"
     run_jobs(tmp_path / "jobs.json", [job(2, "mgp", searching), job(2, "main", f"{training} --plan")])
     assert not (tmp_path / "out").exists() and not (tmp_path / "tuned").exists()
+
+
+def test_the_report_of_several_budgets_is_planned_and_written_after_the_other_processes_left(
+    folder, tmp_path, monkeypatch
+):
+    order = []
+    monkeypatch.setattr(distributed, "stop", lambda: order.append("left"))
+
+    def write_report(*given):
+        order.append("report")
+        assert lines_of(tmp_path / "two")[-1]["event"] == "end"
+
+    monkeypatch.setattr(search_results, "write_report", write_report)
+    run(folder, tmp_path / "two", f"{FAST} --keep 0.9 0.8")
+    assert order[:2] == ["left", "report"] and order.count("report") == 1
+    log = (tmp_path / "two" / "run.log").read_text()
+    assert "compares 3 detectors on the first 100 images of val2017 for the report: about " in log
+    run(folder, tmp_path / "one", f"{FAST} --keep 0.9")
+    assert "for the report" not in (tmp_path / "one" / "run.log").read_text()

@@ -20,6 +20,7 @@ from tests.pruning.tiny import pictures, randomise_norms, tiny_args, tiny_detect
 from tests.soak import rest_in_soak
 from tests.test_imports import MODULES
 from tests.tiny_run import run_script
+from tools.prediction import load_detector
 from util.checkpoint import rename_encoder_attention
 from util.cli import parse
 from util.errors import UserError, run_cli
@@ -327,6 +328,33 @@ def test_from_pretrained_and_save_pretrained_of_the_hub(tmp_path, monkeypatch):
     card = hub.ModelCard.load(tmp_path / "shared" / "README.md")
     assert card.data.library_name == "dn-detr-pruning" and card.data.pipeline_tag == "object-detection"
     assert "## Results" not in card.text and card.data.tags == hub.ModelCard(str(again.generate_model_card())).data.tags
+
+
+def test_only_what_can_be_a_name_of_the_hub_is_asked_for_there(tmp_path, folder, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    from weights import hub_detector
+
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append(name)
+        return str(folder)
+
+    monkeypatch.setattr(hub_detector, "snapshot_download", snapshot_download)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    read = hub_detector.PretrainedDetector.from_pretrained
+    names = ["shard", "./shard", "../shard/a", "~/shard", "a/b/c", str(tmp_path / "shard"), "shared/model", "user/",
+             "/name", "a.pth/b", r"shared\model", Path("user/name"), ""]  # fmt: skip
+    for name in names:
+        with pytest.raises(UserError, match="found no such folder, expected one of save_pretrained, or a model of"):
+            read(name)
+    assert asked == []
+    for name in ("shared", "./shared", "~/shared", Path("~/shared"), folder):
+        assert read(name).categories == CATEGORIES
+    assert asked == [] and read("user/name").categories == CATEGORIES and asked == ["user/name"]
+    assert hub_detector.PretrainedDetector.from_checkpoint("~/a.pth").categories == CATEGORIES
+    assert load_detector("~/shared").names == CATEGORIES
 
 
 def test_a_folder_of_pickles_is_not_read_from_pretrained(tmp_path, folder):
