@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from models.config import NETWORK_TITLE, DetectorConfig
 from models.detector import Detector
 from models.post_process import PostProcess
 from runs.config import FolderConfig
+from runs.export_plan import PlannedExport, plan_export
 from tools.export_check import TOLERANCE
 from tools.export_formats import (
     FORMATS,
@@ -73,8 +75,9 @@ from util.cli import (
 )
 from util.errors import UserError, run_cli
 from util.files import check_output_dir, write_atomic, write_json
-from util.lock import hold_folder
+from util.lock import check_unlocked, hold_folder
 from util.logging import bar_off, get_logger
+from util.phases import PhaseClock
 from weights.build import build_detector, options_for
 from weights.checkpoint_file import read_checkpoint
 from weights.decoder_layers import with_typed_layers
@@ -158,9 +161,19 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     for split in ("train2017", "val2017") if asked.int8 else ():
         split_of(options.data, split)
     model, _, postprocessors = build_detector(options.detector, checkpoint)
-    with hold_folder(output_dir):
+    began, plan = time.time(), None
+    if run.plan:
+        check_unlocked(output_dir)
+    if run.plan or asked.int8:
+        plan = plan_export(model, planned_of(options, model, form, sizes_hw))
+        get_logger().info("%s", plan.text())
+    if run.plan:
+        return []
+    with hold_folder(output_dir), PhaseClock(torch.device("cpu")).running() as clock:
         results, int8 = _write_files(options, checkpoint, model, postprocessors["bbox"], form, sizes_hw)
         older = older_files(output_dir, stem_of(checkpoint), results, int8)
+    if plan is not None:
+        get_logger().info("%s", plan.compared(clock, time.time() - began))
     if older:
         get_logger().info("of an earlier export, not of this one: %s", ", ".join(map(str, older)))
     _end_if_refused(results, int8, older)
@@ -172,14 +185,35 @@ def stem_of(checkpoint: Checkpoint) -> str:
     return Path(checkpoint.path.name.removesuffix(INDEX_SUFFIX)).stem
 
 
+def formats_of(asked: ExportConfig) -> list[str]:
+    """Return the formats of the files, without INT8."""
+    return [format_ for format_ in SUFFIXES if format_ in asked.format or (format_ == HALF and asked.fp16)]
+
+
+def planned_of(
+    options: ExportOptions, model: Detector, form: GraphForm, sizes_hw: Sequence[tuple[int, int]]
+) -> PlannedExport:
+    """Return what the export will do."""
+    asked = options.export
+    return PlannedExport(
+        formats=formats_of(asked),
+        sizes_hw=sizes_hw,
+        form=form,
+        output_dir=Path(options.run.output_dir),
+        calibrated_on=options.data if asked.int8 else None,
+        in_float=asked.int8_float,
+        turns=asked.timings or 0,
+        timed=[*detectors_to_time(options, model).values()] if asked.timings else [],
+    )
+
+
 def _write_files(
     options: ExportOptions, checkpoint: Checkpoint, model: Detector, postprocess: PostProcess, form: GraphForm,
     sizes_hw: Sequence[tuple[int, int]],
 ) -> tuple[list[ExportResult], Int8Result | None]:  # fmt: skip
     """Write and print files, INT8, times and export.json."""
     asked, output_dir = options.export, Path(options.run.output_dir)
-    formats = [format_ for format_ in SUFFIXES if format_ in asked.format or (format_ == HALF and asked.fp16)]
-    paths = {format_: output_dir / f"{stem_of(checkpoint)}.{SUFFIXES[format_]}" for format_ in formats}
+    paths = {format_: output_dir / f"{stem_of(checkpoint)}.{SUFFIXES[format_]}" for format_ in formats_of(asked)}
     steps = 1 + asked.int8 + (asked.timings is not None) + len(paths) * (2 + len(sizes_hw) * len(form.batch_sizes))
     with tqdm(total=steps, disable=bar_off(), leave=False) as bar:
 
@@ -286,18 +320,23 @@ def write_int8(options: ExportOptions, onnx_path: Path, model: Detector, postpro
     return found
 
 
-def timings_of(
-    options: ExportOptions, model: Detector, size_hw: tuple[int, int], form: GraphForm, show: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Time the detector and, if it is slim, one of full widths; see `tools.export_timing.time_calls`.
+def detectors_to_time(options: ExportOptions, model: Detector) -> dict[str, Detector]:
+    """Return the detector and, if it is slim, one of full widths.
 
     That one has random weights and as many layers and queries: a checkpoint does not tell how many its search began
     with.
     """
-    detectors = {FULL: model}
     full = build(dataclasses.replace(options.detector, cfgs=None))[0].eval()
-    if full.widths_in("detector") != model.widths_in("detector"):
-        detectors = {FULL: full, SLIM: model}
+    if full.widths_in("detector") == model.widths_in("detector"):
+        return {FULL: model}
+    return {FULL: full, SLIM: model}
+
+
+def timings_of(
+    options: ExportOptions, model: Detector, size_hw: tuple[int, int], form: GraphForm, show: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Time `detectors_to_time`; see `tools.export_timing.time_calls`."""
+    detectors = detectors_to_time(options, model)
     images = torch.randn(form.batch_size or 1, 3, *size_hw, generator=torch.Generator().manual_seed(0))
     form = dataclasses.replace(form, with_mask=False, with_detections=False)
     show("timing")

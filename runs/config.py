@@ -25,6 +25,8 @@ class FolderConfig(Config):
         "checkpoints, results, logs and report.html (`python -m reports FOLDER` rewrites it)")  # fmt: skip
     resume: str | None = option(None, type=os.path.expanduser, metavar="FILE", stored="run", help="checkpoint to start "
         "from, of any format the README lists")  # fmt: skip
+    plan: bool = option(False, stored="run", help="print how long the run will take, what it needs and what would make "
+        "it faster, from a few timed images; write nothing")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,6 @@ class DeviceConfig(FolderConfig):
     """Output folder, checkpoint and device."""
 
     device: str | None = option(None, "cpu, cuda or cuda:N, by default cuda if available", stored="run")
-    plan: bool = option(False, stored="run", help="print how long the run will take, what it needs and what would make "
-        "it faster, from a few timed images; write nothing")  # fmt: skip
 
 
 @dataclass(frozen=True)

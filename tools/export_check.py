@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.padding import PaddedImages, pad_images
 from models.post_process import PostProcess
+from util.phases import CHECKS, phase
 
 TOLERANCE = 1e-3
 BATCH_SIZES = (1, 3)
@@ -69,16 +70,22 @@ def check_export(
     generator = torch.Generator().manual_seed(0)
     for height, width in sizes_hw:
         for batch_size in batch_sizes:
-            batches = [[FILLED[i % len(FILLED)] if with_mask else FILLED[0] for i in range(batch_size)]]
-            if with_mask and batch_size == 1:
-                batches.append([FILLED[1]])
             differences = []
-            for filled in batches:
+            for filled in filled_by_images(batch_size, with_mask):
                 images = [torch.randn(3, int(h * height), int(w * width), generator=generator) for h, w in filled]
-                differences += _differences(run, model, postprocess, images, (height, width), with_mask, as_scores)
+                with phase(CHECKS, len(images)):
+                    differences += _differences(run, model, postprocess, images, (height, width), with_mask, as_scores)
             cases.append(Case((height, width), batch_size, max(differences), tolerance))
             progress()
     return cases
+
+
+def filled_by_images(batch_size: int, with_mask: bool) -> list[list[tuple[float, float]]]:
+    """Return, for the batches to check, which share of the input's height and width each image fills."""
+    batches = [[FILLED[i % len(FILLED)] if with_mask else FILLED[0] for i in range(batch_size)]]
+    if with_mask and batch_size == 1:
+        batches.append([FILLED[1]])
+    return batches
 
 
 @torch.no_grad()

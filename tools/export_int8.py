@@ -33,6 +33,7 @@ from tools.export_check import Runner
 from tools.export_formats import onnx_runner
 from tools.export_timing import one_thread
 from util.errors import UserError
+from util.phases import CALIBRATION, EVALUATION, TIMINGS, phase, timed
 from util.timing import seconds_side_by_side
 
 CPU = torch.device("cpu")
@@ -164,12 +165,12 @@ def export_int8(
         UserError: AP in float32 is too low to compare with.
     """
     folded = folded_copy(model)
-    for_ranges = _first_images("train2017", config, calibration_images)
-    loader = _first_images("val2017", config, images)
+    for_ranges, loader = first_images("train2017", config, calibration_images), first_images("val2017", config, images)
     truth = GroundTruth(split_of(config, "val2017").annotation_file)
 
     def ap_of(predict: Callable[[Any], dict[str, Any]], amp: str = "off") -> float:
-        return float(engine.evaluate(predict, postprocess, loader, truth, device=CPU, amp=amp).stats["AP"])
+        with phase(EVALUATION, len(loader.given)):
+            return float(engine.evaluate(predict, postprocess, loader, truth, device=CPU, amp=amp).stats["AP"])
 
     def runner_of(content: bytes, threads: int) -> Callable[[list[Tensor]], dict[str, Tensor]]:
         return predictor(onnx_runner(content, threads), with_mask)
@@ -181,10 +182,10 @@ def export_int8(
             f"{split_of(config, 'val2017').annotation_file}: found AP {100 * float_ap:.1f} in float32, expected at "
             f"least {100 * LEAST_AP:.0f} for --int8, to see a fall; is this the detector's data set?"
         )
-    batches = (inputs_of(group.batch, with_mask) for batch, _ in for_ranges for group in group_by_size(batch))
     trials = try_forms(
-        data, batches, float_ap, lambda content: ap_of(runner_of(content, threads)), in_float, max_ap_loss
-    )
+        data, _inputs_to_calibrate_on(for_ranges, with_mask), float_ap,
+        lambda content: ap_of(runner_of(content, threads)), in_float, max_ap_loss,
+    )  # fmt: skip
     shown = {trial.precision: trial for trial in (trials[0], best_of(trials))}
     precisions = {
         ("PyTorch", "float32"): (folded, ap_of(folded)),
@@ -212,12 +213,18 @@ def _in_bfloat16(detector: Detector) -> Callable[[list[Tensor]], dict[str, Any]]
 @torch.no_grad()
 def _time(calls: dict[tuple[str, str], Callable[[], Any]]) -> dict[tuple[str, str], float]:
     """Return the median milliseconds of each call, in turns on one thread."""
-    with one_thread():
+    with one_thread(), phase(TIMINGS, TIMED_ROUNDS):
         seconds = seconds_side_by_side({" ".join(key): call for key, call in calls.items()}, CPU, rounds=TIMED_ROUNDS)
     return {key: 1000 * statistics.median(seconds[" ".join(key)]) for key in calls}
 
 
-def _first_images(split: str, config: DataConfig, count: int) -> CocoLoader:
+def _inputs_to_calibrate_on(loader: CocoLoader, with_mask: bool) -> Iterator[dict[str, Tensor]]:
+    for images, _ in timed(loader, CALIBRATION, lambda batch: len(batch[1])):
+        for group in group_by_size(images):
+            yield inputs_of(group.batch, with_mask)
+
+
+def first_images(split: str, config: DataConfig, count: int) -> CocoLoader:
     """Return a loader of the first images of a split."""
     dataset = build_dataset(split, config)
     chosen = Subset(dataset, range(min(count, len(dataset))))
@@ -330,7 +337,8 @@ def try_forms(
 
         def holds_with(groups: Sequence[str]) -> bool:
             ordered = tuple(group for group in GROUPS if group in groups)
-            quantised = quantise(data, batches, ordered, Path(folder) / "ranges.json")
+            with phase(CALIBRATION):
+                quantised = quantise(data, batches, ordered, Path(folder) / "ranges.json")
             trials.append(Int8Trial(ordered, ap_of(quantised), quantised))
             return holds(trials[-1], float_ap, max_ap_loss)
 
@@ -341,6 +349,11 @@ def try_forms(
             worst = [trial.in_float[0] for trial in alone]
             any(holds_with(worst[:count]) for count in range(2, len(GROUPS)))
     return trials
+
+
+def most_trials(in_float: Sequence[str] | None) -> int:
+    """Return how many forms `try_forms` tries at most."""
+    return 1 if in_float is not None else 1 + len(GROUPS) + len(range(2, len(GROUPS)))
 
 
 def predictor(run: Runner, with_mask: bool) -> Callable[[list[Tensor]], dict[str, Tensor]]:

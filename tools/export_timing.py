@@ -18,6 +18,7 @@ from models.post_process import PostProcess
 from tools.export_check import Runner, greatest_difference
 from tools.export_formats import ExportModule, GraphForm, least_side, onnx_runner, to_onnx, trace
 from util.errors import UserError
+from util.phases import TIMINGS, phase
 from util.timing import seconds_side_by_side
 
 EAGER, ONNXRUNTIME, OPENVINO = "PyTorch", "onnxruntime", "OpenVINO"
@@ -102,7 +103,7 @@ def time_calls(
     `speed_up` is the median over the rounds of the time of the detector `baseline` / time in the same runtime.
     """
     named = {f"{runtime} {name}": call for (runtime, name), call in calls.items()}
-    with one_thread():
+    with one_thread(), phase(TIMINGS, rounds):
         seconds = seconds_side_by_side(named, CPU, rounds=rounds, on_turn=on_turn)
     rows = []
     for runtime, name in calls:

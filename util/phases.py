@@ -25,6 +25,8 @@ EVALUATION = "evaluation"
 DETECTION = "detection"
 DRAWING = "drawing"
 TIMINGS = "timings"
+CHECKS = "checks"
+CALIBRATION = "calibration"
 
 
 Batch = TypeVar("Batch")
