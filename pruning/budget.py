@@ -89,8 +89,12 @@ class BudgetSearch:
     trials: list[Trial] = field(default_factory=list)
     damages: Tables = field(default_factory=dict)
 
-    def run(self, keep: float | None, threshold_ap: float = 0.0) -> tuple[dict[str, Kept], Trial | None]:
+    def run(
+        self, keep: float | None, threshold_ap: float = 0.0, below: float | None = None
+    ) -> tuple[dict[str, Kept], Trial | None]:
         """Cut to the fraction `keep` of the cost, or (None) as far as mAP stays at or above `threshold_ap`.
+
+        With `below`, only trials that keep less than this fraction of the cost pass.
 
         Returns:
             The kept sets and the chosen trial; all channels and None if no trial passed.
@@ -101,7 +105,7 @@ class BudgetSearch:
         if keep is not None:
             return next(self.run_each([keep]))
         self._begin(ATTENTION_WIDTHS_MEASURED)
-        best, cut = self._least_that_passes(threshold_ap)
+        best, cut = self._least_that_passes(threshold_ap, below)
         return self._show(best, cut), best
 
     def run_each(self, keeps: Sequence[float]) -> Iterator[tuple[dict[str, Kept], Trial]]:
@@ -161,15 +165,20 @@ class BudgetSearch:
         other, other_cut = self._trial(keep, best.power, widths)
         return (other, other_cut) if other.full_ap > best.full_ap else (best, cut)
 
-    def _least_that_passes(self, threshold_ap: float) -> tuple[Trial | None, Cut | None]:
+    def _least_that_passes(self, threshold_ap: float, below: float | None) -> tuple[Trial | None, Cut | None]:
         """Return the trial with the least kept fraction that passes, and its cut; None if none passes.
 
         Each trial narrows the range of fractions; `_guess` chooses the next one. Widths that were measured before need
-        no evaluation.
+        no evaluation. Where decoder layers are dropped, the first trial is that of the others unpruned.
         """
-        fails, passes = self._kept_fraction({name: min(table) for name, table in self.costs.items()}), 1.0
+        fails = self._kept_fraction({name: min(table) for name, table in self.costs.items()})
+        passes = unpruned = self._kept_fraction(self._whole)
         best: Trial | None = None
         best_cut: Cut | None = None
+        if below is not None and unpruned >= below:
+            passes = below
+        elif self.dropped_cost and self.base_ap >= threshold_ap:
+            best, _ = self._trial(unpruned, self.powers[0], self._whole)
         allowed = self.base_ap - threshold_ap
         losses: dict[float, float] = {}
         evaluations = 0
@@ -280,11 +289,13 @@ class BudgetSearch:
             self._check_replayed(trial, power)
         else:
             known = self._trial_of(widths)
-            if known is None:
+            if known is not None:
+                ap = known.full_ap
+            elif widths == self._whole:
+                ap = self.base_ap
+            else:
                 kept, ap = self._cut(widths), self.bench.full_ap()
                 cut = Cut(kept, self.bench.save())
-            else:
-                ap = known.full_ap
             trial = Trial(
                 keep, power, widths, ap, self._kept_fraction(widths), self.keep_params, self._kept_params(widths),
                 self.decoder_layers, **self._effort.so_far(),

@@ -111,8 +111,8 @@ class TargetConfig(Config):
         "multiply-accumulates at the size of the first image, or the time measured on --device for a batch of "
         "--batch_size such images; by default params for --scope transformer, macs for --scope detector, latency with "
         "--target_ms")  # fmt: skip
-    min_dec_layers: int | None = option(None, type=whole(1), help="with --keep or --target_ms, also try to drop the "
-        "last decoder layers, and leave at least so many; by default none is dropped")  # fmt: skip
+    min_dec_layers: int | None = option(None, type=whole(1), help="also try to drop the last decoder layers, and "
+        "leave at least so many; by default none is dropped")  # fmt: skip
     latency_table: str | None = option(None, type=os.path.expanduser, metavar="FILE", stored="run", help="use the "
         "latency.json of an earlier search and measure nothing (--cost latency)")  # fmt: skip
 
@@ -252,10 +252,7 @@ def refuse_unused_by_search(config: SearchConfig, typed: Collection[str]) -> Non
         refuse([name], typed, f"--search {config.search} does not use it, expected --search {readers}")
     budgets = [f"--{name}" for name in ("keep", "target_ms") if getattr(config, name) is not None]
     if not budgets:
-        missing = "found neither --keep nor --target_ms, expected one of them as well"
-        refuse(["keep_params", "min_dec_layers"], typed, missing)
-    if config.keep_params is not None:
-        refuse(["min_dec_layers"], typed, "found --keep_params as well, expected one of them")
+        refuse(["keep_params"], typed, "found neither --keep nor --target_ms, expected one of them as well")
     if budgets:
         refuse(TARGETS, typed, f"found {budgets[0]} as well, which ignores mAP")
     for name, name_of in (("keep", _keep_name), ("target_ms", _ms_name)):

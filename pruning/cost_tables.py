@@ -62,6 +62,17 @@ class Prices:
         least = sum(min(table.values()) for table in self.costs.values())  # is affordable, whatever the rounding
         return Budget(self.costs, max((keep + ROUNDING) * self.total - fixed, least))
 
+    def allows(self, keep: float, keep_params: float | None) -> bool:
+        """Return whether some widths leave at most the fraction `keep`, and `keep_params` of the parameters, if any."""
+        if not is_affordable(keep, self.least, self.total):
+            return False
+        if keep_params is None:
+            return True
+        assert self.params is not None
+        if not is_affordable(keep_params, self.params.least, self.params.total):
+            return False
+        return self.params.budget(keep_params).fits(least_within(self.params.costs, self.budget(keep)))
+
     def fractions(self, config: SearchConfig) -> dict[str, float]:
         """Return the fraction of `total` that each of the search's budgets leaves, by the budgets' names.
 
@@ -83,10 +94,10 @@ class Prices:
     def _check_params(self, keep_params: float, keep: float, other: str) -> None:
         """Raise a `UserError` if no widths meet --keep_params and the budget `keep`, which is typed as `other`."""
         assert self.params is not None
-        check_affordable(keep_params, self.params.costs, self.params.total, "keep_params")
-        widths = least_within(self.params.costs, self.budget(keep))
-        least = self.params.kept_fraction(widths)
-        if not self.params.budget(keep_params).fits(widths):
+        params = self.params
+        check_affordable(keep_params, params.costs, params.total, "keep_params", dropped=params.dropped)
+        if not self.allows(keep, keep_params):
+            least = params.kept_fraction(least_within(params.costs, self.budget(keep)))
             raise UserError(
                 f"--keep_params {keep_params:g}: found less than is possible with {other}, expected at least "
                 f"{rounded_up(least)}"
@@ -94,7 +105,10 @@ class Prices:
 
     def with_layers(self, fewer: Prices) -> Prices:
         """Return these prices without the last decoder layers; `fewer` are those of the detector without them."""
-        return replace(self, costs=fewer.costs, dropped=self.total - fewer.total)
+        params = None
+        if self.params is not None and fewer.params is not None:
+            params = self.params.with_layers(fewer.params)
+        return replace(self, costs=fewer.costs, dropped=self.total - fewer.total, params=params)
 
     def fraction_in(self, target_ms: float) -> float:
         """Return the fraction of `total` with which the whole detector takes `target_ms`.

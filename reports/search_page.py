@@ -50,6 +50,7 @@ SEARCH_OPTIONS = (
     "keep",
     "target_ms",
     "keep_params",
+    "min_dec_layers",
     "cost",
     "scope",
     "map_tol",
@@ -222,6 +223,8 @@ def _lead(facts: SearchFacts, before: Cost, after: Cost) -> str:
         asked = f"--map_tol {config.map_tol:g}"
     if config.keep_params is not None:
         asked += f" and {100 * config.keep_params:g} % of its parameters"
+    if config.min_dec_layers is not None:
+        asked += f", --min_dec_layers {config.min_dec_layers}"
     text = f"{folder.detector.modelname}, {asked}, on {count} images of {facts.split} in {folder.data.coco_path}."
     base_ap = facts.start["base_ap"]
     figures = [

@@ -1,9 +1,4 @@
-"""Searches by budget that may drop the last decoder layers (`--min_dec_layers`).
-
-One pass gives mAP of the unpruned detector after each decoder layer. The budget is divided among the modules of each
-number of layers whose unpruned mAP is above the best found so far. Each division is cut and measured; the best one is
-chosen.
-"""
+"""Detectors with fewer decoder layers, their prices and their mAP, for searches with `--min_dec_layers`."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ from models import build
 from models.criterion import Criterion
 from models.detector import Detector
 from models.widths import Widths
-from pruning.cost_tables import Prices, latency_prices, prices_of
+from pruning.cost_tables import Prices, latency_prices, params_prices, prices_of
 from pruning.journal import Journal, Layers
 from pruning.latency import LatencyTable
 from pruning.search import Units
@@ -60,17 +55,21 @@ def prices_by_layers(
     options: SearchOptions, units: Units, model: Detector, image_size_hw: tuple[int, int]
 ) -> dict[int, Prices]:
     """Return the prices in parameters or multiply-accumulates by the number of decoder layers, the most first."""
-    whole = prices_of(options.search, units, model, image_size_hw)
-    widths, prices = model.widths_in(options.search.scope), {options.detector.dec_layers: whole}
-    for layers in fewer_layers(options):
-        fewer = model_with(options.detector, widths.first_layers(layers))
-        prices[layers] = whole.with_layers(prices_of(options.search, units, fewer, image_size_hw))
-    return prices
+    detectors = _by_layers(options, model)
+    return _of_all_layers({n: prices_of(options.search, units, d, image_size_hw) for n, d in detectors.items()})
+
+
+def params_by_layers(
+    options: SearchOptions, units: Units, model: Detector, image_size_hw: tuple[int, int]
+) -> dict[int, Prices | None]:
+    """Return the prices in parameters of the detector of each number of decoder layers; None without --keep_params."""
+    detectors = _by_layers(options, model)
+    return {n: params_prices(options.search, units, d, image_size_hw) for n, d in detectors.items()}
 
 
 def latencies_by_layers(
     options: SearchOptions, found: LatencyTable, widths: Mapping[str, Sequence[int]], full_widths: Widths,
-    params: Prices | None = None,
+    params: Mapping[int, Prices | None],
 ) -> dict[int, Prices]:  # fmt: skip
     """Return the prices in milliseconds by the number of decoder layers, the most first.
 
@@ -78,15 +77,27 @@ def latencies_by_layers(
         found: the latencies of all modules.
         widths: that the search may give each module.
         full_widths: of the detector before the search.
-        params: its prices in parameters, of a search with two budgets, which drops no layers.
+        params: of `params_by_layers`.
     """
-    whole = latency_prices(found, widths, params)
-    prices = {options.detector.dec_layers: whole}
-    for layers in fewer_layers(options):
+    prices = {}
+    for layers, of_params in params.items():
         left = full_widths.first_layers(layers).names()
         of_left = {name: of_module for name, of_module in widths.items() if name in left}
-        prices[layers] = whole.with_layers(latency_prices(found, of_left))
-    return prices
+        prices[layers] = latency_prices(found, of_left, of_params)
+    return _of_all_layers(prices)
+
+
+def _by_layers(options: SearchOptions, model: Detector) -> dict[int, Detector]:
+    """Return `model`, and detectors like it with the numbers of decoder layers to try, by these numbers."""
+    widths = model.widths_in(options.search.scope)
+    fewer = {layers: model_with(options.detector, widths.first_layers(layers)) for layers in fewer_layers(options)}
+    return {options.detector.dec_layers: model, **fewer}
+
+
+def _of_all_layers(prices: Mapping[int, Prices]) -> dict[int, Prices]:
+    """Return prices whose fractions are those of the detector with all layers; each is that of its own layers."""
+    whole = prices[max(prices)]
+    return {layers: whole.with_layers(of_layers) for layers, of_layers in prices.items()}
 
 
 def ap_by_layers(bench: DetectorBench, journal: Journal, past: Sequence[Layers], layers: int) -> dict[int, float]:

@@ -92,12 +92,12 @@ class Latencies:
         turns: Sequence[Turn],
         output_dir: Path,
         after_turn: Callable[[], Any],
-        params: Prices | None = None,
+        params: Mapping[int, Prices | None],
     ) -> dict[int, Prices]:
         """Return the prices in milliseconds by the number of decoder layers, the most first.
 
         What `turns` lack is measured, and the table written to `output_dir`. Each turn is written to the journal.
-        `after_turn` is called after each. `params` are the prices in parameters of a search with two budgets.
+        `after_turn` is called after each. `params` are those of `params_by_layers`.
         """
         log = get_logger()
         if self.table is None:

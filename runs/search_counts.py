@@ -127,7 +127,9 @@ class SearchTally(Tally):
             for name, module in self._modules.items():
                 to_measure = widths_to_measure(module, self._widths[name], measured)
                 self._damages(name, to_measure, bound)
-        left = max(0, cuts * len(counts) - len(trials))
+        # Without a budget, the first trial of fewer layers cuts nothing.
+        measured_trials = sum(any(width < self._modules[n].width for n, width in t.widths.items()) for t in trials)
+        left = max(0, cuts * len(counts) - measured_trials)
         self.evaluations(left, bound=AT_MOST)
         blocks = [name for name, module in self._modules.items() if module.kind == BLOCK]
         for _ in range(left + bool(trials)):  # a replayed trial that is chosen is cut again

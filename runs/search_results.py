@@ -17,6 +17,7 @@ from pruning.cost import Cost, cost_of, cost_table
 from pruning.journal import OUTPUT_NAME, Decision, Journal, Trial
 from pruning.kept_channels import Kept
 from pruning.schedule import Schedule
+from pruning.transplant import widths_after
 from reports import plots, search_log
 from reports.folder import model_with
 from reports.report import REPORT_NAME, write_report
@@ -84,6 +85,13 @@ class SearchResults:
         self._folder, self._full_widths = output_dir, model.widths_in(options.search.scope)
         self._log = get_logger()
 
+    def result(
+        self, base_ap: float, ap: float, kept: Mapping[str, Kept], model: Detector, file_name: str = OUTPUT_NAME
+    ) -> Result:
+        """Return the result of cutting `model` to `kept`."""
+        widths = widths_after(model.widths_in(self._options.search.scope), kept)
+        return Result(base_ap, ap, kept, widths, self._folder / file_name, model)
+
     def save(self, result: Result, left: Sequence[str] = ()) -> None:
         """Write an output file; `left` are the modules not yet visited, still unpruned.
 
@@ -109,8 +117,11 @@ class SearchResults:
         )
 
     def write(self, result: Result, journal: Journal, outcome: Mapping[str, Any]) -> None:
-        """Write output file, pictures and journal end; then log tables and the fine-tuning command."""
-        if not self._options.search.has_budget:
+        """Write pictures and journal end; then log tables and the fine-tuning command.
+
+        A search by visits also writes its output file; one by trials has written it when it found its result.
+        """
+        if self.decisions:
             self.save(result)
         before, after = self._costs(result.widths)
         caption = f"{self._schedule.name.upper()} searching on {self._options.search.split}"
@@ -128,7 +139,7 @@ class SearchResults:
                 plots.plot_curve(self._folder / f"ap_{name}.png", curve, label, caption)
         if self._options.search.keep_params is not None:
             outcome["budgets"] = [{key: getattr(trial, key) for key in BUDGET_KEYS} for trial in self.chosen]
-        if latency is not None or self.points or "budgets" in outcome:
+        if latency is not None or self.points or {"budgets", "decoder_layers"} & {*outcome}:
             write_json(self._folder / SUMMARY_NAME, {"environment": environment(self._device), **outcome})
         journal.end({**outcome, "chosen": [trial.name for trial in self.chosen]})
         self._log_result(result, before, after, outcome, latency)
@@ -140,7 +151,8 @@ class SearchResults:
         for (name, point), trial in reversed([*zip(self.points.items(), self.chosen, strict=True)]):
             about = {"name": name, "file": point.path.name, "ap": point.ap, "kept_fraction": trial.kept_fraction}
             two = {} if trial.keep_params is None else {key: getattr(trial, key) for key in BUDGET_KEYS}
-            found.append({**about, **two, "widths": point.widths.to_list()})
+            layers = {} if trial.decoder_layers is None else {"decoder_layers": trial.decoder_layers}
+            found.append({**about, **two, **layers, "widths": point.widths.to_list()})
             costs.append(self._costs(point.widths)[1])
         for entry, cost in zip(found, costs, strict=True):
             entry |= {"params": cost.params, "detector_gmacs": cost.detector_gmacs}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,6 @@ from datasets.notices import measured_notices
 from datasets.sizes import size_notices
 from models.criterion import Criterion
 from models.detector import Detector
-from pruning.allocation import is_affordable
-from pruning.budget import DETECTOR_POWERS, EVALUATIONS, BudgetSearch, cuts_at_most
 from pruning.checks import (
     check_base_ap,
     check_targets,
@@ -30,22 +26,21 @@ from pruning.checks import (
     warn_of_images,
     warn_of_low_target,
 )
-from pruning.cost_tables import Prices, params_prices
-from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Effort, Journal, Layers, Trial, Turn, read_events
-from pruning.kept_channels import Kept
+from pruning.cost_tables import Prices
+from pruning.journal import JOURNAL_NAME, OUTPUT_NAME, Decision, Journal, Layers, Trial, Turn, read_events
 from pruning.schedule import Schedule
 from pruning.search import Search
 from pruning.transplant import widths_after
-from pruning.workbench import DetectorBench
 from reports import search_log
 from runs.config import SearchOptions
-from runs.depth_search import ap_by_layers, first_layers_of, prices_by_layers
+from runs.depth_search import params_by_layers, prices_by_layers
 from runs.fewer_queries import KeptQueries
+from runs.global_search import GlobalSearch
 from runs.latencies import Latencies
 from runs.plan import RunPlan
 from runs.search_facts import ADDED, UNREAD, search_facts
 from runs.search_plan import Past, SearchPlanner, read_past
-from runs.search_results import Result, SearchResults, budget_file
+from runs.search_results import Result, SearchResults
 from runs.search_setup import SearchSetup
 from util import distributed
 from util.board import Board
@@ -209,7 +204,7 @@ class SearchRun:
 
             return latencies.prices(
                 self.journal, turns, self.output_dir, after_turn,
-                params_prices(self.config, self.units, self.model, self.image_size_hw),
+                params_by_layers(self.options, self.units, self.model, self.image_size_hw),
             )  # fmt: skip
 
     def _warn(self, base_ap: float) -> None:
@@ -271,113 +266,30 @@ class SearchRun:
                     self.log.info("%s", search_log.module_line(decision))
                     left = order[decision.visit + 1 :]
                     if left and widths_after(self.full_widths, search.kept) != self.full_widths:
-                        so_far = self._result(base_ap, decision.full_ap or 0.0, search.kept)
+                        so_far = self.results.result(base_ap, decision.full_ap or 0.0, search.kept, self.model)
                         distributed.on_main(lambda: self.results.save(so_far, left))
                 self.stop_if_asked()
 
             search = Search(self.bench, self.schedule, units, base_ap, record, replayed)
             kept = search.run()
         self.effort = search.effort
-        return self._result(base_ap, search.ap, kept)
+        return self.results.result(base_ap, search.ap, kept, self.model)
 
     def _search_globally(self, base_ap: float, past: list[dict[str, Any]]) -> Result:
         """Price all modules at once."""
-        budgets = distributed.on_main(lambda: self.prices[min(self.prices)].fractions(self.config))
         replayed = read_events(past, "trial", Trial, self.journal.path)
-        self.effort, self._numbers = Effort(self.bench.counter, replayed), itertools.count(len(past) + 1)
-        if budgets:
-            self.log.info("mAP to keep: any")
-            return self._search_budgets(base_ap, budgets, replayed)
-        threshold_ap = self.schedule.fast_threshold_ap(base_ap)
-        self.log.info("mAP to keep: %.4f", threshold_ap)
-        with self._budget_search(self.bench, max(self.prices), base_ap, replayed, EVALUATIONS, threshold_ap) as search:
-            kept, best = search.run(None, threshold_ap)
-        self.results.trials, self.results.chosen = search.trials, [] if best is None else [best]
-        return self._result(base_ap, base_ap if best is None else best.full_ap, kept)
+        search = GlobalSearch(
+            self.options, self.model, self.bench, self.prices, base_ap, self.results, self.journal, self.board,
+            replayed, self.past_layers, self.stop_if_asked,
+        )  # fmt: skip
+        self.effort = search.effort
+        return search.run(self.schedule.fast_threshold_ap(base_ap))
 
-    def _search_budgets(self, base_ap: float, budgets: Mapping[str, float], replayed: Sequence[Trial]) -> Result:
-        """Find and save the detector of each budget, with the decoder layers that give it most mAP.
-
-        Returns the result of the least budget.
-        """
-        layers_before, model, bench = max(self.prices), self.model, self.bench
-        unpruned_ap = {layers_before: base_ap}
-        if len(self.prices) > 1:
-            unpruned_ap = ap_by_layers(bench, self.journal, self.past_layers, layers_before)
-        found: dict[str, Result] = {}
-        chosen: dict[str, Trial] = {}
-        for layers, prices in self.prices.items():
-            wanted = {
-                name: keep
-                for name, keep in budgets.items()
-                if (layers == min(self.prices) or is_affordable(keep, prices.least, prices.total))
-                and (name not in found or unpruned_ap[layers] > found[name].ap)
-            }
-            if not wanted:
-                continue
-            if layers < layers_before:
-                bench.reset()
-                model, criterion = first_layers_of(self.options, model, layers)
-                bench = bench.shallower(model, criterion)
-            earlier, cuts = self.results.trials, cuts_at_most(len(wanted), self.config.min_units)
-            with self._budget_search(bench, layers, unpruned_ap[layers], replayed, cuts) as search:
-                for name, (kept, trial) in zip(wanted, search.run_each([*wanted.values()]), strict=True):
-                    self.results.trials = [*earlier, *search.trials]
-                    if name in found and trial.full_ap <= found[name].ap:
-                        continue
-                    file_name = budget_file(name) if len(budgets) > 1 else OUTPUT_NAME
-                    result = self._result(base_ap, trial.full_ap, kept, file_name, model)
-                    found[name], chosen[name] = result, trial
-                    distributed.on_main(functools.partial(self.results.save, result))
-        if self.config.min_dec_layers is not None:
-            for name in budgets:
-                left = len(found[name].widths.decoder)
-                self.log.info("budget %s: %d of %d decoder layers are left", name, left, layers_before)
-        self.results.chosen = [chosen[name] for name in budgets]
-        if len(budgets) > 1:
-            self.results.points = {name: found[name] for name in budgets}
-        return found[next(iter(budgets))]
-
-    @contextlib.contextmanager
-    def _budget_search(
-        self, bench: DetectorBench, layers: int, base_ap: float, replayed: Sequence[Trial], cuts: int,
-        threshold_ap: float | None = None,
-    ) -> Iterator[BudgetSearch]:  # fmt: skip
-        """Yield a search with `layers` decoder layers; each trial is shown, logged and written to the journal.
-
-        `base_ap` is the mAP of these layers unpruned, `cuts` the most that it makes; without a budget it keeps mAP at
-        `threshold_ap`.
-        """
-        prices, decoder_layers = self.prices[layers], None if self.config.min_dec_layers is None else layers
-        search = BudgetSearch(bench, prices.costs, prices.total, base_ap, dropped_cost=prices.dropped)
-        search.decoder_layers, search.effort = decoder_layers, self.effort
-        search.params, search.keep_params = prices.params, self.config.keep_params
-        search.replayed = [trial for trial in replayed if trial.decoder_layers == decoder_layers]
-        if self.config.scope == "detector":
-            search.powers = DETECTOR_POWERS
-        with tqdm(total=(1 + cuts) * len(bench.modules), unit="module", disable=bar_off(), leave=False) as bar:
-
-            def record(trial: Trial) -> None:
-                distributed.on_main(lambda: self.journal.trial(trial))
-                self.board.add(search_log.trial_scalars(trial), next(self._numbers))
-                self.log.info("%s", search_log.trial_line(trial))
-                bar.set_postfix_str(search_log.trial_summary(trial, threshold_ap))
-                self.stop_if_asked()
-
-            def show(name: str, width: int | None) -> None:
-                bar.set_description(f"{name} {'every width' if width is None else width}", refresh=False)
-                bar.update()
-
-            search.on_trial, search.progress = record, show
-            yield search
-
-    def _result(
-        self, base_ap: float, ap: float, kept: Mapping[str, Kept], file_name: str = OUTPUT_NAME,
-        model: Detector | None = None,
-    ) -> Result:  # fmt: skip
-        model = model or self.model
-        widths = widths_after(model.widths_in(self.config.scope), kept)
-        return Result(base_ap, ap, kept, widths, self.output_dir / file_name, model)
+    def _decoder_layers(self, result: Result) -> dict[str, Any]:
+        """Return the numbers of decoder layers of a search that may drop some, for the journal and the summary."""
+        if self.config.min_dec_layers is None:
+            return {}
+        return {"decoder_layers": {"before": len(self.full_widths.decoder), "after": len(result.widths.decoder)}}
 
     def _outcome(self, result: Result, passed: bool) -> dict[str, Any]:
         return {
@@ -386,6 +298,7 @@ class SearchRun:
             "widths": result.widths.to_list(),
             "images": self.setup.num_images,
             "image_size_hw": list(self.image_size_hw),
+            **self._decoder_layers(result),
             **self.effort.so_far(),
             "passes_since_resume": self.bench.counter.to_dict(),
             "phases": self.clock.to_dict() if self.plan is None else self.plan.to_dict(self.clock),
