@@ -194,7 +194,7 @@ def transformer_share(subject: Subject, keep: float) -> float:
 def uniform_detector(subject: Subject, keep: float) -> Detector:
     """Cut all modules to the same share of their channels, `keep` of the detector's MACs, with the same refit."""
     pruner = detector_pruner(subject)
-    costs, total = pruner.budget.costs, pruner.budget.total_cost
+    costs, total = pruner.budget.prices.costs, pruner.budget.prices.total
     rest = total - sum(max(table.values()) for table in costs.values())
 
     def at(share: float) -> tuple[float, dict[str, int]]:

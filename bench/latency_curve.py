@@ -28,7 +28,8 @@ from models.detector import Detector
 from models.folding import folded_copy
 from pruning.cost import cost_of
 from pruning.journal import OUTPUT_NAME
-from pruning.latency import TABLE_NAME, Setting, measure_whole
+from pruning.latency import measure_whole
+from pruning.latency_table import TABLE_NAME, Setting
 from reports.plots import new_figure, save_figure
 from runs.search_results import SUMMARY_NAME
 from tools.prediction import load_detector

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.sentences import paragraph
 from bench.tables import markdown, read_figures
-from pruning.latency import TABLE_NAME
+from pruning.latency_table import TABLE_NAME
 from util.cli import script_parser, user_path
 from util.errors import UserError, reason_of, run_cli
 from util.files import write_json

@@ -187,7 +187,7 @@ class Pruner:
         """The search by budget over this detector."""
         prices = prices_of(self._config, self.units, self.whole, self._image_size_hw)
         powers = DETECTOR_POWERS if self.scope == "detector" else POWERS
-        return self._search(self.bench, prices.costs, prices.total, self.bench.full_ap(), powers=powers)
+        return self._search(self.bench, prices, self.bench.full_ap(), powers=powers)
 
     def searched(self, fraction: float) -> Built:
         """Cut the detector to widths from a search by budget that removes `fraction` of parameters or, in all, MACs."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pruning.moments import TINY
-from util.errors import NonFiniteLossError, UserError
+from util.errors import NonFiniteLossError
 
 WIDTHS_TRIED = 16  # at least, of each module, if it has as many
 ROUNDING = 1e-9  # of the whole cost, by which a budget may be missed
@@ -31,6 +31,18 @@ class Budget:
     def fits(self, widths: Mapping[str, int]) -> bool:
         """Return whether the widths cost at most the limit."""
         return sum_of(self.costs, widths) <= self.limit
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A cost that several modules share: it is gone where all `users` have width 0, and only then."""
+
+    cost: float
+    users: tuple[str, ...]
+
+    def is_gone(self, widths: Mapping[str, int]) -> bool:
+        """Return whether no module uses it."""
+        return not any(widths[name] for name in self.users)
 
 
 def allocate(damages: Tables, costs: Tables, budget: float, power: float = 1.0) -> dict[str, int]:
@@ -119,27 +131,9 @@ def widths_tried(width: int, unit: int, min_units: int = 1) -> list[int]:
     return sorted({min(min_units * unit, width), min(unit, width), *range(step, width, step), width})
 
 
-def check_affordable(keep: float, costs: Tables, total_cost: float, option: str = "keep", dropped: float = 0.0) -> None:
-    """Raise a `UserError` if the smallest widths cost more than the fraction `keep` of `total_cost`.
-
-    `dropped` is the part of it in dropped decoder layers, whose modules `costs` lack.
-    """
-    least = least_cost(costs, total_cost - dropped)
-    if not is_affordable(keep, least, total_cost):
-        raise UserError(
-            f"--{option} {keep:g}: found less than the smallest widths cost, expected at least "
-            f"{rounded_up(least / total_cost)}"
-        )
-
-
 def is_affordable(keep: float, least: float, total_cost: float) -> bool:
     """Return whether the least widths, which cost `least`, leave at most the fraction `keep` of `total_cost`."""
     return least <= (keep + ROUNDING) * total_cost
-
-
-def least_cost(costs: Tables, total_cost: float) -> float:
-    """Return what is left of `total_cost` with the cheapest width of each module; the last one is whole."""
-    return total_cost - sum(table[max(table)] - min(table.values()) for table in costs.values())
 
 
 def rounded_up(fraction: float) -> str:

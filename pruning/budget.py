@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.prunable import PrunableModule
-from pruning.allocation import ROUNDING, Budget, Tables, allocate, between, check_affordable, sum_of
+from pruning.allocation import ROUNDING, Budget, Shared, Tables, allocate, between, sum_of
 from pruning.cost_tables import Prices
 from pruning.journal import Effort, Trial
 from pruning.kept_channels import Kept
@@ -57,12 +57,9 @@ class BudgetSearch:
 
     Attributes:
         bench: the whole network, without gates.
-        costs: of each module at each of its widths, in parameters or multiply-accumulates; see `pruning.allocation`.
-        total_cost: of the whole transformer or detector.
-        dropped_cost: the part of it in dropped decoder layers, whose modules `bench` and `costs` lack.
+        prices: of each module at each of its widths, and with two budgets also in parameters.
         decoder_layers: number of those that are left, for the trials; None if the search drops none.
         base_ap: mAP in [0, 1] of the whole split before the search.
-        params: the prices in parameters, with two budgets.
         keep_params: fraction of the parameters to keep, with two budgets.
         powers: of the damages, in the order in which they are tried.
         on_trial: called with each new trial.
@@ -74,15 +71,12 @@ class BudgetSearch:
     """
 
     bench: Workbench
-    costs: Tables
-    total_cost: float
+    prices: Prices
     base_ap: float
-    params: Prices | None = None
     keep_params: float | None = None
     powers: Sequence[float] = POWERS
     on_trial: Callable[[Trial], None] = lambda trial: None
     replayed: Sequence[Trial] = ()
-    dropped_cost: float = 0.0
     decoder_layers: int | None = None
     effort: Effort | None = None
     progress: Callable[[str, int | None], Any] = lambda name, width: None
@@ -118,7 +112,7 @@ class BudgetSearch:
             UserError: one unit of every module costs more than a fraction, or `replayed` belongs to another search.
         """
         for keep in keeps:
-            check_affordable(keep, self.costs, self.total_cost, dropped=self.dropped_cost)
+            self.prices.check(keep)
         # With a given fraction there are few trials and the prediction matters more, so every width is measured.
         self._begin(None)
         powers = self.powers if self.base_ap > 0 else self.powers[:1]  # an mAP of 0 cannot choose
@@ -171,13 +165,13 @@ class BudgetSearch:
         Each trial narrows the range of fractions; `_guess` chooses the next one. Widths that were measured before need
         no evaluation. Where decoder layers are dropped, the first trial is that of the others unpruned.
         """
-        fails = self._kept_fraction({name: min(table) for name, table in self.costs.items()})
-        passes = unpruned = self._kept_fraction(self._whole)
+        fails = self.prices.kept_fraction({name: min(table) for name, table in self.prices.costs.items()})
+        passes = unpruned = self.prices.kept_fraction(self._whole)
         best: Trial | None = None
         best_cut: Cut | None = None
         if below is not None and unpruned >= below:
             passes = below
-        elif self.dropped_cost and self.base_ap >= threshold_ap:
+        elif self.prices.dropped and self.base_ap >= threshold_ap:
             best, _ = self._trial(unpruned, self.powers[0], self._whole)
         allowed = self.base_ap - threshold_ap
         losses: dict[float, float] = {}
@@ -248,31 +242,36 @@ class BudgetSearch:
     def _allocate(self, keep: float, power: float, least_width: int = 0) -> dict[str, int]:
         """Return widths that cost at most the fraction `keep` of the whole, and `keep_params` of its parameters.
 
+        Where no user of a shared cost is left, the other modules may cost more instead.
+
         Raises:
             ValueError: no widths from `least_width` on do.
         """
-        damages = from_width(self.damages, least_width)
-        budget = self._prices.budget(keep)
-        if self.params is None or self.keep_params is None:
-            return allocate(damages, from_width(budget.costs, least_width), budget.limit, power)
-        budgets = budget, self.params.budget(self.keep_params)
-        first, second = (Budget(from_width(one.costs, least_width), one.limit) for one in budgets)
-        return allocate_both(damages, (first, second), power)
+        gone: list[Shared] = []
+        while True:
+            widths = self._divide(self.prices.budget(keep, gone), power, least_width)
+            found = self.prices.shared_gone(widths)
+            if found == gone:
+                return widths
+            gone = found
+
+    def _divide(self, budget: Budget, power: float, least_width: int) -> dict[str, int]:
+        costs = {name: {w: c for w, c in table.items() if w >= least_width} for name, table in budget.costs.items()}
+        damages = _same_widths(self.damages, costs)
+        if self.prices.params is None or self.keep_params is None:
+            return allocate(damages, costs, budget.limit, power)
+        params = self.prices.params.budget(self.keep_params)
+        budgets = Budget(costs, budget.limit), Budget(_same_widths(params.costs, costs), params.limit)
+        return allocate_both(damages, budgets, power)
 
     def _allocate_without_removals(self, keep: float, power: float) -> dict[str, int] | None:
         with contextlib.suppress(ValueError):
             return self._allocate(keep, power, least_width=1)
         return None
 
-    @property
-    def _prices(self) -> Prices:
-        return Prices(self.total_cost, self.costs, dropped=self.dropped_cost)
-
-    def _kept_fraction(self, widths: Mapping[str, int]) -> float:
-        return self._prices.kept_fraction(widths)
-
     def _kept_params(self, widths: Mapping[str, int]) -> float | None:
-        return None if self.params is None else self.params.kept_fraction(widths)
+        params = self.prices.params
+        return None if params is None else params.kept_fraction(widths)
 
     def _trial_of(self, widths: Mapping[str, int]) -> Trial | None:
         """Return the trial with these widths, or None."""
@@ -297,7 +296,7 @@ class BudgetSearch:
                 kept, ap = self._cut(widths), self.bench.full_ap()
                 cut = Cut(kept, self.bench.save())
             trial = Trial(
-                keep, power, widths, ap, self._kept_fraction(widths), self.keep_params, self._kept_params(widths),
+                keep, power, widths, ap, self.prices.kept_fraction(widths), self.keep_params, self._kept_params(widths),
                 self.decoder_layers, **self._effort.so_far(),
             )  # fmt: skip
             self.on_trial(trial)
@@ -309,12 +308,12 @@ class BudgetSearch:
 
         Its widths may differ from those predicted now, because damages are rounded differently on other devices.
         """
-        known = list(trial.widths) == list(self.costs) and all(
-            width in self.costs[name] for name, width in trial.widths.items()
+        known = list(trial.widths) == list(self.prices.costs) and all(
+            width in self.prices.costs[name] for name, width in trial.widths.items()
         )
         if not known or trial.power != power:
             raise UserError(f"journal: found a trial (power {trial.power:g}) of other modules or widths than these")
-        self._check_kept("cost", trial.keep, trial.kept_fraction, self._kept_fraction(trial.widths))
+        self._check_kept("cost", trial.keep, trial.kept_fraction, self.prices.kept_fraction(trial.widths))
         params = self._kept_params(trial.widths)
         if trial.keep_params != self.keep_params or (trial.kept_params is None) != (params is None):
             raise UserError(
@@ -342,7 +341,7 @@ class BudgetSearch:
         for name, module in self.bench.modules.items():
             self.bench.begin(name)
             order = orders[name] = self.bench.rank(name)
-            widths = list(self.costs[name])
+            widths = list(self.prices.costs[name])
             to_measure = widths_to_measure(module, widths, attention_widths)
             damages[name] = between(self.bench.damages(name, order, to_measure), widths)
             self.progress(name, None)
@@ -365,9 +364,9 @@ def cuts_at_most(budgets: int, min_units: int) -> int:
     return len(POWERS) + budgets - 1 + (0 if min_units else budgets)
 
 
-def from_width(tables: Tables, least: int) -> dict[str, dict[int, float]]:
-    """Return tables without the entries of widths below `least`."""
-    return {name: {width: value for width, value in of.items() if width >= least} for name, of in tables.items()}
+def _same_widths(tables: Tables, others: Tables) -> dict[str, dict[int, float]]:
+    """Return the entries of tables for the widths of the others."""
+    return {name: {width: tables[name][width] for width in table} for name, table in others.items()}
 
 
 def widths_to_measure(module: PrunableModule, widths: Sequence[int], attention_widths: int | None) -> list[int]:

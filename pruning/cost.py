@@ -35,6 +35,7 @@ from models.dn_dab_deformable_detr.detector import DnDabDeformableDetr
 from models.prunable import PrunableModule
 from models.residual import BLOCK
 from models.widths import Widths
+from pruning.allocation import Shared
 from pruning.macs import Product, convolutions, deformable_products, dense_products
 from util.logging import table
 
@@ -161,7 +162,7 @@ def module_params(model: Detector) -> dict[str, ModuleCost]:
 def module_macs(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, ModuleCost]:
     """Return the multiply-accumulates of each attention and FFN that a cut can remove, for one image of that size.
 
-    What several modules share is not counted: if all of them are removed, the detector costs less than this predicts.
+    What several modules share is not counted, see `shared_macs`.
     """
     tokens, _ = _run_front(model, image_size_hw)
     whole, widths, costs = _total_macs(model, model.widths, tokens), model.widths, {}
@@ -169,6 +170,24 @@ def module_macs(model: Detector, image_size_hw: tuple[int, int]) -> dict[str, Mo
         removed = whole - _total_macs(model, widths.replace(name, 0), tokens)
         costs[name] = ModuleCost(per_channel, removed - per_channel * widths.of(name))
     return costs
+
+
+def shared_macs(model: Detector, image_size_hw: tuple[int, int]) -> tuple[Shared, ...]:
+    """Return the multiply-accumulates that go only with both attentions of a decoder layer, for one image of that size.
+
+    These are products of the positions of the layer's queries.
+    """
+    tokens, _ = _run_front(model, image_size_hw)
+    whole, modules, found = _total_macs(model, model.widths, tokens), model.prunable_modules(), []
+    for layer in range(len(model.widths.decoder)):
+        users = tuple(f"decoder.{layer}.{block}" for block in ("self_attention", "cross_attention"))
+        if not {*users} <= {*modules}:
+            continue
+        widths = [model.widths.replace(name, 0) for name in users]
+        saved = [whole - _total_macs(model, w, tokens) for w in (*widths, widths[0].replace(users[1], 0))]
+        if cost := saved[2] - saved[0] - saved[1]:
+            found.append(Shared(cost, users))
+    return tuple(found)
 
 
 def _other_params(model: Detector, module: PrunableModule) -> int:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from models.detector import Detector
 from pruning.allocation import (
     ROUNDING,
     Budget,
+    Shared,
     Tables,
-    check_affordable,
     is_affordable,
-    least_cost,
     rounded_up,
     widths_tried,
 )
 from pruning.config import SearchConfig
-from pruning.cost import block_macs, block_params, cost_of, module_macs, module_params
-from pruning.latency import LatencyTable
+from pruning.cost import block_macs, block_params, cost_of, module_macs, module_params, shared_macs
+from pruning.latency_table import LatencyTable
 from pruning.search import Units
 from pruning.two_budgets import least_within
 from util.errors import UserError
@@ -35,6 +34,7 @@ class Prices:
         outside: milliseconds of the rest of the detector.
         params: the prices in parameters, with --keep_params.
         dropped: the part of `total` in dropped decoder layers, whose modules `costs` lack.
+        shared: the parts of `total` that are gone where several modules are; `costs` leave them out.
     """
 
     total: float
@@ -42,25 +42,45 @@ class Prices:
     outside: float = 0.0
     params: Prices | None = None
     dropped: float = 0.0
+    shared: tuple[Shared, ...] = ()
 
     @property
     def least(self) -> float:
         """Cost of the least widths."""
-        return least_cost(self.costs, self.total - self.dropped)
+        return self._cost({name: min(table, key=table.__getitem__) for name, table in self.costs.items()})
 
     def kept_fraction(self, widths: Mapping[str, int]) -> float:
         """Return the fraction of `total` that is left with these widths."""
-        gone = (table[max(table)] - table[widths[name]] for name, table in self.costs.items())
-        return (self.total - self.dropped - sum(gone)) / self.total
+        return self._cost(widths) / self.total
 
-    def budget(self, keep: float) -> Budget:
+    def _cost(self, widths: Mapping[str, int]) -> float:
+        gone = (table[max(table)] - table[widths[name]] for name, table in self.costs.items())
+        return self.total - self.dropped - sum(gone) - sum(shared.cost for shared in self.shared_gone(widths))
+
+    def shared_gone(self, widths: Mapping[str, int]) -> list[Shared]:
+        """Return the shared parts that no module of these widths uses."""
+        return [shared for shared in self.shared if shared.is_gone(widths)]
+
+    def check(self, keep: float, option: str = "keep") -> None:
+        """Raise a `UserError` if the smallest widths cost more than the fraction `keep` of `total`."""
+        if not is_affordable(keep, self.least, self.total):
+            raise UserError(
+                f"--{option} {keep:g}: found less than the smallest widths cost, expected at least "
+                f"{rounded_up(self.least / self.total)}"
+            )
+
+    def budget(self, keep: float, gone: Collection[Shared] = ()) -> Budget:
         """Return the limit for the modules that leaves the fraction `keep` of `total`, at least the least widths.
 
-        It may be missed by `ROUNDING`, so that a fraction that some widths leave exactly allows these widths.
+        It may be missed by `ROUNDING`, so that a fraction that some widths leave exactly allows these widths. Users of
+        the shared parts `gone` have width 0.
         """
         fixed = self.total - self.dropped - sum(table[max(table)] for table in self.costs.values())
-        least = sum(min(table.values()) for table in self.costs.values())  # is affordable, whatever the rounding
-        return Budget(self.costs, max((keep + ROUNDING) * self.total - fixed, least))
+        removed = {name for shared in gone for name in shared.users}
+        costs = {name: {0: table[0]} if name in removed else table for name, table in self.costs.items()}
+        least = sum(min(table.values()) for table in costs.values())  # is affordable, whatever the rounding
+        limit = (keep + ROUNDING) * self.total - fixed + sum(shared.cost for shared in gone)
+        return Budget(costs, max(limit, least))
 
     def allows(self, keep: float, keep_params: float | None) -> bool:
         """Return whether some widths leave at most the fraction `keep`, and `keep_params` of the parameters, if any."""
@@ -84,7 +104,7 @@ class Prices:
         else:
             fractions = config.budgets
             for value in fractions.values():
-                check_affordable(value, self.costs, self.total, dropped=self.dropped)
+                self.check(value)
         if config.keep_params is not None:
             option = "keep" if config.target_ms is None else "target_ms"
             for asked, keep in zip(config.budgets.values(), fractions.values(), strict=True):
@@ -95,7 +115,7 @@ class Prices:
         """Raise a `UserError` if no widths meet --keep_params and the budget `keep`, which is typed as `other`."""
         assert self.params is not None
         params = self.params
-        check_affordable(keep_params, params.costs, params.total, "keep_params", dropped=params.dropped)
+        params.check(keep_params, "keep_params")
         if not self.allows(keep, keep_params):
             least = params.kept_fraction(least_within(params.costs, self.budget(keep)))
             raise UserError(
@@ -108,7 +128,7 @@ class Prices:
         params = None
         if self.params is not None and fewer.params is not None:
             params = self.params.with_layers(fewer.params)
-        return replace(self, costs=fewer.costs, dropped=self.total - fewer.total, params=params)
+        return replace(self, costs=fewer.costs, dropped=self.total - fewer.total, shared=fewer.shared, params=params)
 
     def fraction_in(self, target_ms: float) -> float:
         """Return the fraction of `total` with which the whole detector takes `target_ms`.
@@ -144,8 +164,10 @@ def latency_prices(table: LatencyTable, widths: Mapping[str, Sequence[int]], par
     costs = table.costs(widths, every=params is not None)
     whole = {name: max(of_module) for name, of_module in widths.items()}
     detector = table.milliseconds(whole)
-    total = detector if table.scope == "detector" else sum(costs[name][width] for name, width in whole.items())
-    return Prices(total, costs, detector - total, params)
+    shared = table.shared(widths)
+    of_modules = sum(costs[name][width] for name, width in whole.items()) + sum(part.cost for part in shared)
+    total = detector if table.scope == "detector" else of_modules
+    return Prices(total, costs, detector - total, params, shared=shared)
 
 
 def prices_of(config: SearchConfig, steps: Units, model: Detector, image_size_hw: tuple[int, int]) -> Prices:
@@ -177,4 +199,4 @@ def _prices_in(cost_unit: str, scope: str, steps: Units, model: Detector, image_
         total: float = cost.params if is_detector else cost.transformer_params
     else:
         total = 1e9 * (cost.detector_gmacs if is_detector else cost.gmacs)
-    return Prices(total, costs)
+    return Prices(total, costs, shared=() if is_params else shared_macs(model, image_size_hw))

@@ -9,13 +9,9 @@ shapes.
 
 from __future__ import annotations
 
-import json
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,203 +21,16 @@ from models.detector import Detector
 from models.folding import fold_norms
 from pruning.gates import clear_gates
 from pruning.journal import Turn
+from pruning.latency_table import Entry, LatencyTable, Setting, blocks_of
 from pruning.selection import Order
-from pruning.step_timing import FRONT, HEADS, WHOLE, kinds_of, steps_of, time_steps, whole_of
+from pruning.step_timing import WHOLE, attentions_of, kinds_of, steps_of, time_steps, whole_of
 from pruning.transplant import cut_state_dict, slim_copy, widths_after
-from util.environment import environment
-from util.errors import UserError, reason_of, shorten
+from util.errors import UserError
 
-TABLE_NAME = "latency.json"
 PASSES = 3  # timed in a turn
 ROUNDS = (3, 12)  # least and most
 SECONDS = 20.0  # to measure for, cuts and passes that are not timed included, within these rounds
 END_TURNS = 7  # of the dense and the slim detector at the end
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a latency depends on, besides the detector.
-
-    Attributes:
-        device: name of the processor or GPU.
-        threads: of the CPU.
-        image_size_hw: height and width of the images in pixels.
-        batch_size: images in a forward pass.
-        amp: precision, a key of `engine.AMP_DTYPES`.
-        torch_version: of PyTorch.
-    """
-
-    device: str
-    threads: int
-    image_size_hw: tuple[int, int]
-    batch_size: int
-    amp: str
-    torch_version: str
-
-    @classmethod
-    def of(cls, device: torch.device, image_size_hw: tuple[int, int], batch_size: int, amp: str) -> Setting:
-        """Return the setting of this process."""
-        machine = environment(device)
-        return cls(machine["device"], machine["threads"], image_size_hw, batch_size, amp, machine["torch"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to JSON values."""
-        return {**asdict(self), "image_size_hw": list(self.image_size_hw)}
-
-    def __str__(self) -> str:
-        height, width = self.image_size_hw
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        precision = "float32" if self.amp == "off" else self.amp
-        images = f"{self.batch_size} image{'s' if self.batch_size > 1 else ''}"
-        return f"{images} of {height} x {width} pixels in {precision} on {self.device}, {threads}"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Median and interquartile range of some times in milliseconds, and their number."""
-
-    milliseconds: float
-    spread: float
-    samples: int
-
-    @classmethod
-    def of(cls, times: Sequence[float]) -> Entry:
-        """Return the figures of these times."""
-        quarter, _, three_quarters = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
-        return cls(statistics.median(times), three_quarters - quarter, len(times))
-
-
-@dataclass(frozen=True)
-class LatencyTable:
-    """Measured latencies.
-
-    Attributes:
-        setting: what they were measured with.
-        scope: one of `models.prunable.SCOPES`.
-        graphs: whether CUDA graphs were replayed.
-        kinds: kind of each step, see `pruning.step_timing.kinds_of`.
-        entries: of each kind at each width.
-        rest: of the steps without widths: the part before the scope's modules, what is left of modules that were
-            removed before the search, and the heads.
-    """
-
-    setting: Setting
-    scope: str
-    graphs: bool
-    kinds: Mapping[str, str]
-    entries: Mapping[str, Mapping[int, Entry]]
-    rest: Mapping[str, Entry]
-
-    def costs(self, widths: Mapping[str, Collection[int]], every: bool = False) -> dict[str, dict[int, float]]:
-        """Return the milliseconds of each module at those of its `widths` that are worth choosing.
-
-        These are the whole width, and each width that is faster than all larger ones, or `every` width.
-        """
-        costs = {}
-        for name, of_module in widths.items():
-            entries = self.entries[self.kinds[name]]
-            chosen: dict[int, float] = {}
-            for width in sorted(of_module, reverse=True):
-                milliseconds = entries[width].milliseconds
-                if every or milliseconds < min(chosen.values(), default=float("inf")):
-                    chosen[width] = milliseconds
-            costs[name] = dict(sorted(chosen.items()))
-        return costs
-
-    def milliseconds(self, widths: Mapping[str, int]) -> float:
-        """Return the predicted milliseconds of the whole detector with these widths of all modules of the scope."""
-        rest = sum(entry.milliseconds for entry in self.rest.values())
-        return rest + sum(self.entries[self.kinds[name]][width].milliseconds for name, width in widths.items())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to JSON values."""
-        kinds = [
-            {
-                "kind": kind,
-                "modules": [n for n, of_step in self.kinds.items() if of_step == kind and n not in self.rest],
-                "widths": {str(width): asdict(entry) for width, entry in entries.items()},
-            }
-            for kind, entries in self.entries.items()
-        ]
-        rest = {name: {"kind": self.kinds[name], **asdict(entry)} for name, entry in self.rest.items()}
-        about = {"scope": self.scope, "graphs": self.graphs, **self.setting.to_dict()}
-        return {**about, "rest": rest, "kinds": kinds}
-
-
-def read_table(path: Path, setting: Setting, scope: str) -> LatencyTable:
-    """Read a table from JSON.
-
-    Raises:
-        UserError: it cannot be read, or was measured with another setting or scope.
-    """
-    try:
-        found = json.loads(path.read_bytes())
-        expected = {"scope": scope, **setting.to_dict()}
-        for name, value in expected.items():
-            if found[name] != value:
-                raise UserError(
-                    f"--latency_table {path}: found {name} {shorten(found[name], 80)}, expected {shorten(value, 80)}, "
-                    "as in this run"
-                )
-        return _table(found, setting, scope)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"--latency_table {path}: cannot be read ({reason_of(error)}), expected the {TABLE_NAME} of a search"
-        ) from None
-
-
-def _table(found: Mapping[str, Any], setting: Setting, scope: str) -> LatencyTable:
-    entries: dict[str, dict[int, Entry]] = {}
-    kinds = {name: values["kind"] for name, values in found["rest"].items()}
-    for kind in found["kinds"]:
-        if kind["kind"] in entries:
-            raise ValueError(f"found the kind {shorten(kind['kind'], 80)} twice")
-        entries[kind["kind"]] = {int(width): _entry(entry) for width, entry in kind["widths"].items()}
-        for name in kind["modules"]:
-            if name in kinds:
-                raise ValueError(f"found {shorten(name, 80)} twice")
-            kinds[name] = kind["kind"]
-    if not {FRONT, HEADS} <= {*found["rest"]}:
-        raise ValueError(f"found no {FRONT} or {HEADS}")
-    if not isinstance(found["graphs"], bool):
-        raise ValueError(f"found graphs {shorten(found['graphs'], 80)}, expected true or false")
-    rest = {name: _entry(entry) for name, entry in found["rest"].items()}
-    return LatencyTable(setting, scope, found["graphs"], kinds, entries, rest)
-
-
-def _entry(values: Mapping[str, Any]) -> Entry:
-    entry = Entry(values["milliseconds"], values["spread"], values["samples"])
-    for name, is_valid in (
-        ("milliseconds", _is_number(entry.milliseconds) and 0 < entry.milliseconds < float("inf")),
-        ("spread", _is_number(entry.spread) and 0 <= entry.spread < float("inf")),
-        ("samples", type(entry.samples) is int and entry.samples > 0),
-    ):
-        if not is_valid:
-            raise ValueError(f"found {name} {shorten(values[name], 80)}")
-    return entry
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def check_table(
-    table: LatencyTable, kinds: Mapping[str, str], widths: Mapping[str, Collection[int]], source: object
-) -> None:
-    """Raise a `UserError` unless a table is of this detector's steps (`kinds`), with its modules at all `widths`."""
-    for name in (*kinds, *table.kinds):
-        if table.kinds.get(name) != kinds.get(name) or (name in table.rest) == (name in widths):
-            raise UserError(
-                f"--latency_table {source}: found another {name} than that of this detector, expected a table of this "
-                "detector"
-            )
-    for name, of_module in widths.items():
-        missing = sorted({*of_module} - {*table.entries[kinds[name]]})
-        if missing:
-            raise UserError(
-                f"--latency_table {source}: found no width {missing[0]} of {name}, expected a table measured with the "
-                "units of this run"
-            )
 
 
 class Measurement:
@@ -296,23 +105,35 @@ class Measurement:
             UserError: a turn has other modules or widths than this search.
         """
         times: dict[tuple[str, int], list[float]] = defaultdict(list)
+        of_positions: dict[tuple[str, str], list[float]] = defaultdict(list)
         rest: dict[str, list[float]] = defaultdict(list)
         for number, turn in enumerate(self.turns):
-            if turn.widths != self.turn_widths(number) or {*turn.milliseconds} != {*self.kinds}:
+            expected = self.turn_widths(number), self._timed(turn.widths), self.graphs
+            if (turn.widths, {*turn.milliseconds}, turn.graphs) != expected:
                 raise UserError(
                     f"journal: found turn {number} of the latencies with other modules or widths than these"
                 )
             for name, of_step in turn.milliseconds.items():
                 if name in self.widths:
                     times[self.kinds[name], turn.widths[name]] += of_step
+                elif users := attentions_of(name, turn.widths):
+                    of_positions[self.kinds[name], blocks_of(users)] += of_step
                 else:
                     rest[name] += of_step
         entries: dict[str, dict[int, Entry]] = defaultdict(dict)
         for (kind, width), of_kind in sorted(times.items(), key=lambda item: item[0][1]):
             entries[kind][width] = Entry.of(of_kind)
         ordered = {kind: entries[kind] for kind in dict.fromkeys(self.kinds[name] for name in self.widths)}
+        positions: dict[str, dict[str, Entry]] = defaultdict(dict)
+        for (kind, used_by), of_kind in of_positions.items():
+            positions[kind][used_by] = Entry.of(of_kind)
         of_rest = {name: Entry.of(of_step) for name, of_step in rest.items()}
-        return LatencyTable(self.setting, self.scope, self.graphs, self.kinds, ordered, of_rest)
+        return LatencyTable(self.setting, self.scope, self.graphs, self.kinds, ordered, of_rest, dict(positions))
+
+    def _timed(self, widths: Mapping[str, int]) -> set[str]:
+        """Return the names of the steps of a detector cut to these widths."""
+        whole = dict.fromkeys(widths, 1)
+        return {name for name in self.kinds if attentions_of(name, widths) or not attentions_of(name, whole)}
 
 
 def measure_whole(

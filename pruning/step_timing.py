@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,18 +23,35 @@ GRAPH_GAIN = 0.8
 
 Step = tuple[str, Callable[[Any], Any]]  # its name, and a function of the state before it
 
+POSITIONS, ATTENTIONS = "positions", ("self_attention", "cross_attention")  # of a decoder layer
+
 
 def steps_of(model: Detector, images: list[Tensor], scope: str) -> list[Step]:
     """Return the steps of a forward pass: the part before a scope, its modules in network order, and the heads.
 
-    The last residual block includes the projection and the positions, the first module of a layer the positions of
-    its queries, and the last one its boxes.
+    The last residual block includes the projection and the positions of pixels, the last module of a layer its boxes.
+    The positions of a decoder layer's queries, which its attentions share, are a step of their own before the
+    self-attention, unless both attentions are removed.
     """
     names = model.steps_in(scope)
+    decoder: Any = model.transformer.decoder
     steps: list[Step] = [(FRONT, lambda _: model.start(model.front(images, scope)))]
     for name, stop in zip(names, (*names[1:], None), strict=True):
-        steps.append((name, functools.partial(model.run_steps, start=name, stop=stop)))
+        layer, _, block = name.rpartition(".")
+        if layer.startswith("decoder.") and block == "self_attention":
+            index = int(layer.removeprefix("decoder."))
+            if any(model.widths.of(f"{layer}.{attention}") for attention in ATTENTIONS):
+                steps.append((f"{layer}.{POSITIONS}", functools.partial(decoder.position_queries, index)))
+            steps.append((name, functools.partial(decoder.self_attention, index)))
+        else:
+            steps.append((name, functools.partial(model.run_steps, start=name, stop=stop)))
     return [*steps, (HEADS, model.outputs)]
+
+
+def attentions_of(positions: str, widths: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the names of the attentions that use the positions of a layer's queries, of those with `widths`."""
+    layer = positions.removesuffix(POSITIONS)
+    return tuple(name for name in (f"{layer}{block}" for block in ATTENTIONS) if widths.get(name))
 
 
 def whole_of(model: Detector, images: list[Tensor]) -> list[Step]:

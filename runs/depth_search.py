@@ -12,7 +12,7 @@ from models.detector import Detector
 from models.widths import Widths
 from pruning.cost_tables import Prices, latency_prices, params_prices, prices_of
 from pruning.journal import Journal, Layers
-from pruning.latency import LatencyTable
+from pruning.latency_table import LatencyTable
 from pruning.search import Units
 from pruning.workbench import DetectorBench
 from reports.folder import model_with

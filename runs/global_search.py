@@ -161,9 +161,9 @@ class GlobalSearch:
             self.bench, self._layers = self.bench.shallower(self.model, criterion), layers
         config, prices = self.options.search, self.prices[layers]
         decoder_layers = None if config.min_dec_layers is None else layers
-        search = BudgetSearch(self.bench, prices.costs, prices.total, base_ap, dropped_cost=prices.dropped)
-        search.decoder_layers, search.effort = decoder_layers, self.effort
-        search.params, search.keep_params = prices.params, config.keep_params
+        search = BudgetSearch(
+            self.bench, prices, base_ap, config.keep_params, decoder_layers=decoder_layers, effort=self.effort
+        )
         search.replayed = [trial for trial in self.replayed if trial.decoder_layers == decoder_layers]
         if config.scope == "detector":
             search.powers = DETECTOR_POWERS

@@ -17,19 +17,8 @@ from models.detector import Detector
 from models.widths import Widths
 from pruning.cost_tables import Prices, widths_of
 from pruning.journal import Journal, Turn
-from pruning.latency import (
-    TABLE_NAME,
-    Entry,
-    LatencyTable,
-    Measurement,
-    Setting,
-    check_table,
-    cut_copy,
-    measure_whole,
-    random_images,
-    read_table,
-    unpruned_copy,
-)
+from pruning.latency import Measurement, cut_copy, measure_whole, random_images, unpruned_copy
+from pruning.latency_table import TABLE_NAME, Entry, LatencyTable, Setting, check_table, read_table
 from pruning.search import Units
 from pruning.step_timing import kinds_of, launches_dominate, steps_of
 from runs.config import SearchOptions

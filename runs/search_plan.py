@@ -16,7 +16,8 @@ from pruning.cost_tables import widths_of
 from pruning.gates import clear_gates
 from pruning.journal import Decision, Journal, Layers, Trial, Turn, read_events
 from pruning.kept_channels import Kept, none_kept
-from pruning.latency import Measurement, Setting
+from pruning.latency import Measurement
+from pruning.latency_table import Setting
 from pruning.schedule import Schedule
 from pruning.search import Units
 from pruning.workbench import DetectorBench, SearchImages

@@ -115,16 +115,23 @@ class Decoder(nn.Module):
         """Run one block (`self_attention`, `cross_attention` or `ffn`) of one layer."""
         layer, x = self.layers[index], state.queries
         if block == "self_attention":
-            if not (layer.is_removed("self_attention") and layer.is_removed("cross_attention")):
-                state = self._position_queries(index, state)
-            return state.replace(queries=layer.self_attention(x, state))
+            return self.self_attention(index, self.position_queries(index, state))
         if block == "cross_attention":
             return state.replace(queries=layer.cross_attention(x, state))
         return self._finish_layer(index, state.replace(queries=layer.ffn(x)))
 
-    def _position_queries(self, index: int, state: DeformableState) -> DeformableState:
-        """Compute positional queries from the anchors, scaled by the content except in the first layer."""
-        x, anchors = state.queries, state.anchors
+    def self_attention(self, index: int, state: DeformableState) -> DeformableState:
+        """Run the self-attention of a layer whose queries have their positions."""
+        return state.replace(queries=self.layers[index].self_attention(state.queries, state))
+
+    def position_queries(self, index: int, state: DeformableState) -> DeformableState:
+        """Compute positional queries from the anchors, scaled by the content except in the first layer.
+
+        Those that only removed attentions would use are not computed.
+        """
+        layer, x, anchors = self.layers[index], state.queries, state.anchors
+        if layer.is_removed("self_attention") and layer.is_removed("cross_attention"):
+            return state
         if self.anchors_on_padded_map:
             anchors = anchors * state.valid_ratios[:, :1].repeat(1, 1, 2)
         query_pos = self.ref_point_head(anchor_encoding(anchors, x.shape[-1]))

@@ -164,13 +164,16 @@ class Decoder(nn.Module):
         """Run one block (`self_attention`, `cross_attention` or `ffn`) of one layer."""
         layer, x = self.layers[index], state.queries
         if block == "self_attention":
-            state = self._position_queries(index, state)
-            return state.replace(queries=layer.self_attention(x, state))
+            return self.self_attention(index, self.position_queries(index, state))
         if block == "cross_attention":
             return state.replace(queries=layer.cross_attention(x, state))
         return self._finish_layer(index, state.replace(queries=layer.ffn(x)))
 
-    def _position_queries(self, index: int, state: DetectorState) -> DetectorState:
+    def self_attention(self, index: int, state: DetectorState) -> DetectorState:
+        """Run the self-attention of a layer whose queries have their positions."""
+        return state.replace(queries=self.layers[index].self_attention(state.queries, state))
+
+    def position_queries(self, index: int, state: DetectorState) -> DetectorState:
         """Compute positional queries from anchors, modulated by their sizes (arXiv 2201.12329, equations 5 and 6).
 
         Those that only removed attentions would use are not computed.

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from pruning.allocation import allocate, at_lowest_price, check_affordable, sum_of, widths_tried
+from pruning.allocation import allocate, at_lowest_price, sum_of, widths_tried
 from pruning.budget import POWERS
 from pruning.cost_tables import Prices
 from tests.pruning.samples import quick
@@ -145,9 +145,10 @@ def test_a_module_that_is_worth_nothing_before_it_is_whole_is_bought_whole():
 
 def test_what_cannot_be_cut_counts_in_the_whole():
     costs = {"a": table([1.0, 2.0, 3.0, 4.0])}
-    check_affordable(0.625, costs, 8.0)
+    prices = Prices(8.0, costs)
+    prices.check(0.625)
     with pytest.raises(UserError, match=r"--keep 0\.6: .* smallest widths cost, expected at least 0\.625"):
-        check_affordable(0.6, costs, 8.0)
+        prices.check(0.6)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_a_target_of_exactly_the_least_time_is_met(seed):
     prices = Prices(sum(table[4] for table in costs.values()), costs, outside=round(rng.uniform(1, 20), 6))
     for target_ms in (prices.outside + prices.least, math.ceil(1000 * (prices.outside + prices.least)) / 1000):
         keep = prices.fraction_in(target_ms)
-        check_affordable(keep, costs, prices.total)
+        prices.check(keep)
         widths = allocate(damages, costs, prices.budget(keep).limit)
         assert prices.outside + sum_of(costs, widths) <= target_ms * (1 + 1e-9)
     with pytest.raises(UserError, match=r"^--target_ms .*, expected at least "):

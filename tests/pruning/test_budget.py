@@ -7,16 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.allocation import widths_tried
+from pruning.allocation import Shared, widths_tried
 from pruning.budget import EVALUATIONS, POWERS, BudgetSearch, cuts_at_most, widths_to_measure
+from pruning.cost_tables import Prices
 from pruning.journal import Trial
 from tests.pruning.fakes import FakeBench, constant, fake_module, fake_modules
 from tests.pruning.samples import quick
 from util.errors import UserError
 
 
-def search_over(bench, units, base_ap=0.5, kind=BudgetSearch, min_units=1, **options):
-    """A search in which every channel costs 1; `units` are of all modules or of each."""
+def search_over(bench, units, base_ap=0.5, kind=BudgetSearch, min_units=1, of_prices=None, **options):
+    """A search in which every channel costs 1; `units` are of all modules or of each, `of_prices` for `Prices`."""
     if isinstance(units, int):
         units = dict.fromkeys(bench.modules, units)
     costs = {
@@ -24,7 +25,7 @@ def search_over(bench, units, base_ap=0.5, kind=BudgetSearch, min_units=1, **opt
         for name, module in bench.modules.items()
     }
     total = float(sum(module.width for module in bench.modules.values()))
-    return kind(bench, costs, total, base_ap, **options)
+    return kind(bench, Prices(total, costs, **of_prices or {}), base_ap, **options)
 
 
 def search_of(tables, kind=BudgetSearch):
@@ -51,7 +52,7 @@ def test_width_0_is_measured_besides_the_widths_of_an_attention():
 
 def test_what_cannot_be_cut_counts_in_the_whole():
     search = search_of({"encoder.0.ffn": [3.0, 2.0, 1.0, 0.0]})
-    search.total_cost += 4.0
+    search.prices = dataclasses.replace(search.prices, total=search.prices.total + 4.0)
     assert search._allocate(0.75, 1.0) == {"encoder.0.ffn": 2}
     with pytest.raises(UserError, match=r"--keep 0\.6: .* smallest widths cost, expected at least 0\.625"):
         search.run(0.6)
@@ -167,6 +168,13 @@ def test_without_a_fraction_a_search_finds_about_the_least_that_passes(needed):
     assert sum(widths_of(kept).values()) <= needed + 2
     assert widths_of(kept) == best.widths == bench.widths
     assert all(trial.full_ap < 0.45 for trial in trials if sum(trial.widths.values()) < needed)
+
+
+def test_a_budget_of_the_whole_cost_keeps_everything_and_measures_nothing():
+    bench, search, trials, kept, best = run(lambda widths, whole: 0.0, 1.0)
+    assert widths_of(kept) == bench.widths == best.widths == {"encoder.0.attention": 8, "encoder.0.ffn": 6}
+    assert best.full_ap == search.base_ap and {trial.kept_fraction for trial in trials} == {1.0}
+    assert not any(entry[0] == "full" for entry in bench.asked)
 
 
 def test_without_a_fraction_a_search_keeps_everything_where_nothing_less_passes():
@@ -295,3 +303,55 @@ def test_the_whole_network_is_no_trial_and_needs_no_measurement():
     kept, best = search.run(None, 0.45)
     assert best is None and widths_of(kept) == {"encoder.0.ffn": 4}
     assert search.trials == [] and not any(entry[0] == "full" for entry in bench.asked)
+
+
+def decoder_search(keep, ap=0.5, **of_prices):
+    """A search over a decoder layer whose attentions do little, and share a cost of 4, and an FFN."""
+    names = ("decoder.0.self_attention", "decoder.0.cross_attention", "decoder.0.ffn")
+    modules = {name: fake_module(name, width, 1, False) for name, width in zip(names, (8, 8, 16), strict=True)}
+    bench = FakeBench(
+        modules, constant(ap), damage=lambda name, width: (16 - width) * (100.0 if "ffn" in name else 1e-3)
+    )
+    shared = {"shared": (Shared(4.0, names[:2]),), **of_prices}
+    search = search_over(bench, 1, min_units=0, of_prices=shared)
+    search.prices = dataclasses.replace(search.prices, total=search.prices.total + 4.0)
+    return search, search.run(keep, 0.45)
+
+
+@pytest.mark.parametrize("kept", range(2, 15))
+def test_a_shared_cost_that_no_module_uses_is_spent_on_the_others(kept):
+    search, (_, best) = decoder_search(kept / 36)
+    assert best.widths == {"decoder.0.self_attention": 0, "decoder.0.cross_attention": 0, "decoder.0.ffn": kept}
+    assert best.kept_fraction == pytest.approx(kept / 36)
+    assert search.prices.least == 0
+
+
+def test_no_budget_is_exceeded_where_a_cost_is_shared():
+    for keep in (0.1, 0.4, 0.6, 0.8, 1.0):
+        search, (_, best) = decoder_search(keep)
+        for trial in search.trials:
+            used = any(width for name, width in trial.widths.items() if "attention" in name)
+            assert trial.kept_fraction == pytest.approx((sum(trial.widths.values()) + 4 * used) / 36)
+            assert trial.kept_fraction <= keep + 1e-9
+        assert best.widths["decoder.0.ffn"] >= min(16, 36 * keep - 4 - 1)
+
+
+def test_first_layers_alone_are_the_result_where_nothing_else_passes():
+    whole = {"decoder.0.self_attention": 8, "decoder.0.cross_attention": 8, "decoder.0.ffn": 16}
+    search, (kept, best) = decoder_search(None, ap=0.0, dropped=12.0)
+    assert best.widths == whole == widths_of(kept) and best.full_ap == 0.5
+    assert best.kept_fraction == best.keep == pytest.approx(24 / 36) and best is search.trials[0]
+    _, (_, none) = decoder_search(None, ap=0.0)
+    assert none is None
+
+
+@pytest.mark.parametrize("below", [0.66, 0.5, 0.3])
+def test_only_less_than_the_least_found_before_passes(below):
+    search, (_, best) = decoder_search(None, dropped=12.0)
+    assert best.kept_fraction < 0.3
+    for ap in (0.5, 0.0):
+        search, _ = decoder_search(None, ap=ap, dropped=12.0)
+        search.trials.clear()
+        _, found = search.run(None, 0.45, below)
+        assert all(trial.keep < below for trial in search.trials)
+        assert found is None if ap < 0.45 else found.kept_fraction < below

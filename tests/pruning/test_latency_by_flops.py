@@ -1,15 +1,19 @@
 """Latency tables by a clock without noise, which counts operations: what a module's time has of its neighbours'."""
 
+import random
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruning import latency
-from pruning.cost_tables import widths_of
+from pruning.config import SearchConfig
+from pruning.cost import cost_of
+from pruning.cost_tables import latency_prices, prices_of, widths_of
 from pruning.latency import cut_copy, random_images
 from pruning.step_timing import FRONT, HEADS, steps_of
 from tests.pruning.test_latency_table import CPU, SETTING, UNITS, measurement_for
-from tests.pruning.tiny import tiny_detector
+from tests.pruning.tiny import VARIANTS, tiny_detector
 
 
 def flops(steps, device, amp, *, repeats, warm_up=1, graphs=False):
@@ -37,20 +41,56 @@ def true_time(model, scope, widths):
     return sum(value for (value,) in flops(steps, CPU, "off", repeats=1).values())
 
 
-def test_work_that_two_modules_share_is_saved_only_with_the_last_of_them(monkeypatch):
-    model = tiny_detector("--dec_layers 3")[0].eval()
-    widths = {name: max(of_module) for name, of_module in widths_of(model, "transformer", UNITS).items()}
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_prediction_is_what_runs_whatever_is_removed(variant, monkeypatch):
+    """Also the positions of queries, which are computed for those attentions of a layer that are left."""
+    model = tiny_detector(f"{VARIANTS[variant]} --dec_layers 3")[0].eval()
     table = measured_by_flops(model, "transformer", monkeypatch)
+    widths = {name: max(of_module) for name, of_module in widths_of(model, "transformer", UNITS).items()}
 
-    def without(*blocks):
-        return {name: 0 if name.endswith(blocks) else width for name, width in widths.items()}
+    def without(*blocks, layers=""):
+        return {
+            name: 0 if name.endswith(blocks) and name.startswith(layers) else width for name, width in widths.items()
+        }
 
-    assert {len(of_module) for of_module in widths_of(model, "transformer", UNITS).values()} == {5}
-    for removed in (without("none"), without("self_attention"), without("ffn"), without("self_attention", "ffn")):
+    attentions = ("self_attention", "cross_attention")
+    for removed in (
+        without("none"), without("self_attention"), without("cross_attention"), without("ffn"), without(*attentions),
+        without(*attentions, layers=("decoder.0", "decoder.2")), without("self_attention", layers="decoder.1"),
+        without("cross_attention", layers="decoder.0"), without("attention", "ffn"),
+    ):  # fmt: skip
         assert table.milliseconds(removed) == pytest.approx(true_time(model, "transformer", removed))
-    # The positions of the queries stay in the self-attention's time, though only a cross-attention uses them.
-    for blocks in (("cross_attention",), ("attention",)):
-        assert table.milliseconds(without(*blocks)) > true_time(model, "transformer", without(*blocks))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_fractions_of_a_budget_are_those_of_what_runs(variant, monkeypatch):
+    model = tiny_detector(VARIANTS[variant])[0].eval()
+    widths = widths_of(model, "transformer", UNITS)
+    config = SearchConfig(cost="macs")
+    tables = {
+        "latency": latency_prices(measured_by_flops(model, "transformer", monkeypatch), widths),
+        "macs": prices_of(config, UNITS, model, SETTING.image_size_hw),
+    }
+    for cost, prices in tables.items():
+        draw, whole = random.Random(0), {name: max(of_module) for name, of_module in widths.items()}
+        of_rest = true_time(model, "transformer", whole) - prices.total
+        for _ in range(8):
+            removed = {name: draw.choice([0, 0, *table]) for name, table in prices.costs.items()}
+            if cost == "macs":
+                slim = tiny_detector(VARIANTS[variant], cfgs=widths_after_cut(model, removed))[0]
+                left = 1e9 * cost_of(slim, SETTING.image_size_hw).gmacs
+            else:
+                left = true_time(model, "transformer", removed) - of_rest
+            assert prices.kept_fraction(removed) == pytest.approx(left / prices.total)
+        assert prices.least == pytest.approx(prices.kept_fraction(dict.fromkeys(widths, 0)) * prices.total)
+
+
+def widths_after_cut(model, widths):
+    """The widths of a detector with these of its modules."""
+    found = model.widths
+    for name, width in widths.items():
+        found = found.replace(name, width)
+    return found
 
 
 @pytest.mark.parametrize("removed", ["encoder.0.attention", "decoder.1.cross_attention", "encoder.1.ffn",

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
+from models.detector import Detector
 from models.widths import Widths
 from pruning.latency import ROUNDS
 from tests.pruning.test_end_to_end import ROOT, folder  # noqa: F401
@@ -32,13 +33,10 @@ def noisy(steps, device, amp, *, repeats, warm_up=1, graphs=False):
 
 
 def by_width(steps, device, amp, *, repeats, warm_up=1, graphs=False):
-    """A millisecond for each channel of a module, without noise."""
-    times = {}
-    for name, run in steps:
-        model = getattr(run, "func", None)
-        module = None if model is None else model.__self__.prunable_modules("detector").get(name)
-        times[name] = [1.0 if module is None else float(module.width)] * repeats
-    return times
+    """A millisecond for each channel of a module and for other steps, without noise."""
+    owners = [getattr(getattr(run, "func", None), "__self__", None) for _, run in steps]
+    modules = next((owner.prunable_modules("detector") for owner in owners if isinstance(owner, Detector)), {})
+    return {name: [float(modules[name].width) if name in modules else 1.0] * repeats for name, _ in steps}
 
 
 def run(root, out, options, times=by_width):
@@ -56,8 +54,13 @@ def measuring(line):
 
 
 def time_of(widths):
-    """The time of a detector by `by_width`; front and heads take a millisecond each."""
-    return 2 + sum(width for _, width in widths.items())
+    """The time of a detector by `by_width`; front, heads and the positions of queries take a millisecond each."""
+    return 2 + positions_of(widths) + sum(width for _, width in widths.items())
+
+
+def positions_of(widths):
+    """The number of decoder layers with an attention, which needs positions."""
+    return sum(any(layer[:2]) for layer in widths.decoder)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def test_the_predicted_time_of_what_is_found_is_within_the_budget(folder, tmp_pa
     lines = [json.loads(line) for line in lines_of(result)]
     before = Widths.parse(lines[0]["full_widths"])
     outside = 0 if scope == "transformer" else 2  # front and heads
-    total, kept = (sum(dict(widths.items()).values()) + outside for widths in (before, result.widths))
+    total, kept = (time_of(widths) - 2 + outside for widths in (before, result.widths))
     best = max((line for line in lines if line["event"] == "trial"), key=lambda trial: trial["full_ap"])
     assert kept / total == pytest.approx(best["kept_fraction"]) and 0.5 < kept / total <= 0.7
     assert lines[0]["args"]["cost"] == "latency" and lines[0]["latency"]["batch_size"] == 2
@@ -210,7 +213,7 @@ def test_the_end_compares_what_was_predicted_with_what_is_measured(folder, tmp_p
 
     result = run(folder, tmp_path, "--keep 0.7", times)
     found = json.loads(lines_of(result)[-1])["latency"]
-    predicted = sum(dict(result.widths.items()).values()) + 2
+    predicted = time_of(result.widths)
     before, after = found["detectors"].values()
     assert before["milliseconds"] == 200 and after["milliseconds"] == 100
     assert after["predicted"] == predicted and after["ratio"] == predicted / 100

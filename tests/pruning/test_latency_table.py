@@ -15,17 +15,8 @@ from pruning import latency
 from pruning.config import SearchConfig
 from pruning.cost_tables import latency_prices, widths_of
 from pruning.journal import Turn
-from pruning.latency import (
-    Entry,
-    LatencyTable,
-    Measurement,
-    Setting,
-    check_table,
-    cut_copy,
-    random_images,
-    read_table,
-    unpruned_copy,
-)
+from pruning.latency import Measurement, cut_copy, random_images, unpruned_copy
+from pruning.latency_table import Entry, LatencyTable, Setting, check_table, read_table
 from pruning.search import Units
 from pruning.step_timing import FRONT, HEADS, WHOLE, kinds_of, steps_of, time_steps, whole_of
 from tests.pruning.tiny import VARIANTS, tiny_detector
@@ -62,10 +53,11 @@ def fake_times(steps, device, amp, *, repeats, warm_up=1, graphs=False):
 def test_modules_share_a_kind_where_they_compute_the_same(model):
     kinds = kinds_at(model)
     layers = len(model.widths.decoder)
-    assert {*kinds} == {FRONT, HEADS, *model.steps_in("detector")}
+    positions = [f"decoder.{layer}.positions" for layer in range(layers)]
+    assert {*kinds} == {FRONT, HEADS, *positions, *model.steps_in("detector")}
     assert len({kinds[f"encoder.{i}.ffn"] for i in range(len(model.widths.encoder))}) == 1
     # The first layer's queries are not scaled, and the last one refines no anchors.
-    assert kinds["decoder.0.self_attention"] != kinds["decoder.1.self_attention"]
+    assert kinds["decoder.0.positions"] != kinds["decoder.1.positions"]
     assert kinds["decoder.0.cross_attention"] != kinds["decoder.1.cross_attention"]
     assert kinds[f"decoder.{layers - 1}.ffn"] != kinds["decoder.0.ffn"]
     assert kinds["encoder.0.ffn"] != kinds["decoder.0.ffn"]
@@ -179,7 +171,8 @@ def test_a_table_has_the_median_of_all_modules_of_a_kind(monkeypatch):
     samples = [entry.samples for entry in table.entries[table.kinds["encoder.0.ffn"]].values()]
     assert len(shared) > 1 and sum(samples) == turns * len(shared) * latency.PASSES and len(samples) == in_round
     whole = {name: max(widths) for name, widths in measurement.widths.items()}
-    expected = len(FRONT) + len(HEADS) + sum(map(len, whole))
+    positions = [name for name in table.kinds if name.endswith(".positions")]
+    expected = len(FRONT) + len(HEADS) + sum(map(len, [*whole, *positions]))
     assert table.milliseconds(whole) == pytest.approx(expected)
 
 
@@ -187,9 +180,12 @@ def test_turns_of_another_search_are_refused(monkeypatch):
     measurement = measurement_of()
     monkeypatch.setattr(latency, "time_steps", fake_times)
     turn = measurement.measure()
-    measurement.add(Turn(False, {**turn.widths, "encoder.0.ffn": 1}, turn.milliseconds, 0.0))
-    with pytest.raises(UserError, match="journal: found turn 0 of the latencies with other modules or widths"):
-        measurement.table()
+    for wrong in (
+        {"widths": {**turn.widths, "encoder.0.ffn": 1}}, {"graphs": True}, {"milliseconds": {"front": [1.0]}},
+    ):  # fmt: skip
+        measurement.turns = [dataclasses.replace(turn, **wrong)]
+        with pytest.raises(UserError, match="journal: found turn 0 of the latencies with other modules or widths"):
+            measurement.table()
 
 
 def test_the_spread_is_the_interquartile_range():
@@ -227,8 +223,9 @@ def test_a_budget_counts_the_rest_of_the_detector_in_its_scope_alone(scope, tota
         with pytest.raises(UserError, match=rf"--target_ms {target_ms:g}: found no less .*, expected less than 11 ms$"):
             prices.fraction_in(target_ms)
     assert prices.fraction_in(8.0) * total == pytest.approx(prices.least) == pytest.approx(total - 3.0)
-    with pytest.raises(UserError, match=r"--target_ms 7\.99: found less than the smallest .* expected at least 8$"):
-        prices.fraction_in(7.99)
+    for less in ("7.99", "3.5", "0.001"):  # the last ones are below what no width changes
+        with pytest.raises(UserError, match=rf"--target_ms {less}: found less than the smallest .* at least 8$"):
+            prices.fraction_in(float(less))
     with pytest.raises(UserError, match=r"--keep 0\.5: found less than the smallest widths cost, expected at least"):
         prices.fractions(SearchConfig(keep=[0.9, 0.5]))
 
@@ -237,6 +234,12 @@ def kind_with(**values):
     """A kind as in a file, of the module m at width 8, with other `values`."""
     entry = {"milliseconds": 1.0, "spread": 0.0, "samples": 1, **values}
     return {"kind": "a", "modules": ["m"], "widths": {"8": entry}}
+
+
+def positions_with(milliseconds):
+    """Positions of a layer's queries as in a file, used by its self-attention."""
+    entry = {"milliseconds": milliseconds, "spread": 0.0, "samples": 1}
+    return {"kind": "p", "steps": ["decoder.0.positions"], "used_by": {"self_attention": entry}}
 
 
 def written(table, path):
@@ -261,8 +264,13 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
         ({"torch_version": "2.9.1"}, r"found torch_version '2\.9\.1', expected '2\.11\.0'"),
         ({"rest": {}}, r"cannot be read \(found no front or heads\), expected the latency\.json of a search"),
         ({"kinds": 3}, "cannot be read"),
+        ({"positions": 3}, "cannot be read"),
+        ({"positions": [positions_with(float("nan"))]}, r"cannot be read \(found milliseconds nan\)"),
+        ({"positions": [positions_with(1.0)] * 2}, r"cannot be read \(found the kind 'p' twice\)"),
         ({"graphs": "false"}, r"cannot be read \(found graphs 'false', expected true or false\)"),
         ({"kinds": [kind_with(milliseconds=-1)]}, r"cannot be read \(found milliseconds -1\)"),
+        ({"kinds": [kind_with(milliseconds=0)]}, r"cannot be read \(found milliseconds 0\)"),
+        ({"kinds": [kind_with(milliseconds=float("inf"))]}, r"cannot be read \(found milliseconds inf\)"),
         ({"kinds": [kind_with(milliseconds="1")]}, r"cannot be read \(found milliseconds '1'\)"),
         ({"kinds": [kind_with(milliseconds=float("nan"))]}, r"cannot be read \(found milliseconds nan\)"),
         ({"kinds": [kind_with(spread=-0.5)]}, r"cannot be read \(found spread -0\.5\)"),

@@ -104,10 +104,16 @@ def test_milliseconds_and_parameters_both_hold_where_slow_widths_are_smaller(roo
         for kind in json.loads((tmp_path / "latency.json").read_text())["kinds"]
         for name in kind["modules"]
     }
-    whole = sum(times[max(times)] for times in table.values())
+    positions = {
+        name: kind["used_by"]["self_attention and cross_attention"]["milliseconds"]
+        for kind in json.loads((tmp_path / "latency.json").read_text())["positions"]
+        for name in kind["steps"]
+    }
+    whole = sum(times[max(times)] for times in table.values()) + sum(positions.values())
     assert {trial.decoder_layers for trial in trials_of(tmp_path)} >= {3, 1}
     for trial in trials_of(tmp_path):
         milliseconds = sum(table[name][width] for name, width in trial.widths.items())
+        milliseconds += sum(positions[f"decoder.{layer}.positions"] for layer in range(trial.decoder_layers))
         assert trial.kept_fraction == pytest.approx(milliseconds / whole) and trial.kept_fraction <= 0.6
         params = cost_of(cut_to(root, tmp_path, trial)).transformer_params
         assert trial.kept_params == pytest.approx(params / dense) and trial.kept_params <= 0.7

@@ -13,8 +13,8 @@ import export
 import inference
 import main
 from models.widths import Widths
-from pruning.allocation import check_affordable
 from pruning.cost import cost_of, params_by_widths
+from pruning.cost_tables import Prices
 from pruning.journal import Trial
 from pruning.kept_channels import none_kept
 from pruning.schedule import MGP
@@ -27,7 +27,7 @@ from reports.search_log import trial_cells
 from reports.search_page import read_search
 from runs.config import TrainingOptions
 from runs.search_command import get_pruning_parser, search
-from tests.pruning.test_latency_search import by_width
+from tests.pruning.test_latency_search import by_width, time_of
 from tests.pruning.tiny import VARIANTS, tiny_args, tiny_detector
 from tests.test_main import SLOW
 from tests.tiny_run import options, write_self_annotated
@@ -84,7 +84,7 @@ def lines_of(out: Path, event: str) -> list[dict]:
         ("--keep 0.7", lambda model, size_hw: cost_of(model).transformer_params),
         ("--keep 0.97 --cost macs --scope detector", lambda model, size_hw: cost_of(model, size_hw).detector_gmacs),
         ("--keep 0.7 --cost latency --reconstruct none --ranking magnitude",
-         lambda model, size_hw: sum(width for _, width in model.widths.items())),
+         lambda model, size_hw: time_of(model.widths) - 2),
     ],
     ids=["params", "detector", "latency"],
 )  # fmt: skip
@@ -289,10 +289,10 @@ def test_what_cannot_be_searched_is_one_sentence(root, tmp_path, options, messag
 
 
 def test_dropped_layers_make_a_budget_affordable():
-    costs = {"a": {1: 1.0, 2: 2.0}}
-    check_affordable(0.5, costs, 10.0, dropped=4.0)
+    prices = Prices(10.0, {"a": {1: 1.0, 2: 2.0}}, dropped=4.0)
+    prices.check(0.5)
     with pytest.raises(UserError, match=r"--keep 0\.4: .* at least 0\.500$"):
-        check_affordable(0.4, costs, 10.0, dropped=4.0)
+        prices.check(0.4)
 
 
 def test_passes_end_before_dropped_layers():

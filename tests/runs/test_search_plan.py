@@ -34,6 +34,7 @@ KINDS = {
     "fast": f"{FAST} --map_tol 0.1 --search_split val2017",
     "budgets": f"{FAST} --keep 0.5 0.7 --reconstruct output",
     "layers": f"{FAST} --keep 0.5 --min_dec_layers 1",
+    "layers by tolerance": f"{FAST} --map_tol 0.3 --min_dec_layers 1 --search_split val2017",
     "removal": f"{FAST} --keep 0.45 --min_units 0",
     "latency": f"{FAST} --map_tol 0.5 --search_split val2017 --cost latency",
     "magnitude": "--keep 0.7 --reconstruct none --ranking magnitude --selection once --ffn_unit 8",
