@@ -2,8 +2,8 @@
 
     python -m bench.fits --output bench/results/fits.json
 
-Fits use moments only, so no detector, images or weights are needed. With several processes, the main one fits and the
-others wait for its results.
+Fits use moments only, so no detector, images or weights are needed. Then one, two and four processes make the fits of a
+whole search, divided as a search divides them; their CPU seconds need no machine with four idle cores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.layers import GatedModule
+from models.prunable import PrunableModule
 from pruning.budget import ATTENTION_WIDTHS_MEASURED
+from pruning.divided_fits import DividedFits
 from pruning.finite_checks import decided_on_main
 from pruning.least_squares import (
     ALTERNATIONS,
@@ -78,12 +81,14 @@ class Case:
 
     Attributes:
         count: how often a search of a detector with `LAYERS` + `LAYERS` layers makes it.
+        is_divided: whether processes make it for different modules at the same time; if not, the main one makes it.
     """
 
     name: str
     count: int
     before: Callable[[], Any]
     after: Callable[[], Any]
+    is_divided: bool = False
 
 
 def cases(sizes: Sizes) -> list[Case]:
@@ -132,8 +137,8 @@ def _ffn_cases(sizes: Sizes) -> list[Case]:
     ffns = 2 * LAYERS
     return [
         Case(f"moments of an FFN, {sizes.tokens:,} tokens", 0, sums(torch.float64), sums(torch.float32)),
-        Case("ranking of an FFN", ffns, rank, rank),
-        Case(f"{len(sets)} widths of an FFN", ffns, each_width, all_widths),
+        Case("ranking of an FFN", ffns, rank, rank, is_divided=True),
+        Case(f"{len(sets)} widths of an FFN", ffns, each_width, all_widths, is_divided=True),
         Case("refit of an FFN at half its width", CUTS * ffns, cut, cut),
     ]
 
@@ -225,10 +230,10 @@ def measure(found: Sequence[Case], rounds: int) -> list[dict[str, Any]]:
 
 
 def measure_processes(sizes: Sizes, processes: int) -> dict[str, Any]:
-    """Make each fit of a search once in several processes.
+    """Make the fits of a search in several processes.
 
     Returns:
-        `main` and `others`: CPU seconds of the main process and of each other one; `fits`: how many fits each made.
+        By process, the main one first: `cpu_seconds`, and `fits`, how many it made.
     """
     context = multiprocessing.get_context(START)
     results = context.SimpleQueue()
@@ -244,8 +249,7 @@ def measure_processes(sizes: Sizes, processes: int) -> dict[str, Any]:
     found = sorted(results.get() for _ in workers)
     return {
         "processes": processes,
-        "main": found[0][1],
-        "others": [seconds for _, seconds, _ in found[1:]],
+        "cpu_seconds": [seconds for _, seconds, _ in found],
         "fits": [made for *_, made in found],
     }
 
@@ -253,17 +257,25 @@ def measure_processes(sizes: Sizes, processes: int) -> dict[str, Any]:
 def _work(rank: int, processes: int, store: str, sizes: Sizes, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-    fits = [case.after for case in cases(sizes) if case.count]
+    of_search = [case for case in cases(sizes) if case.count]
     distributed.barrier()
     start, made = time.process_time(), 0
 
-    def counted(fit: Callable[[], Any]) -> None:
+    def make(fits: Sequence[Case]) -> None:
         nonlocal made
-        made += 1
-        fit()
+        for case in fits:
+            case.after()
+        made += len(fits)
 
-    for fit in fits:
-        decided_on_main("the fit", functools.partial(counted, fit), lambda found: [])
+    names = [f"{number}.ffn" for number in range(2 * LAYERS)]
+    ffns = {name: PrunableModule(name, "ffn", sizes.ffn, 1, GatedModule(), ()) for name in names}
+    of_ffns = DividedFits[None](ffns)
+    for name in ffns:
+        of_ffns.add(name, lambda: make([case for case in of_search if case.is_divided]), 0)
+    of_ffns.results()
+    for case in of_search:
+        for _ in range(0 if case.is_divided else case.count):
+            decided_on_main("the fit", functools.partial(make, [case]), lambda found: [])
     results.put((rank, time.process_time() - start, made))
     distributed.stop()
 

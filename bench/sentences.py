@@ -238,17 +238,19 @@ def pictures(results: Path) -> str:
 
 
 def fits(results: Path) -> str:
-    """Describe the measurement of the fits, and what each of several processes computes."""
+    """Describe the measurement of the fits, and what the busiest of several processes computes."""
     found = read_figures(results, "fits.json")
-    shares = [
-        f"{row['processes']}: {row['main']:.1f} in the main one"
-        + (f" and at most {max(row['others']):.2f} in each of the others" if row["others"] else "")
-        for row in found["processes"]
-    ]
+    busiest = {row["processes"]: max(row["cpu_seconds"]) for row in found["processes"]}
+    times = ", ".join(
+        f"{count}: {seconds:.1f}" + (f" ({busiest[1] / seconds:.1f} times less)" if count > 1 else "")
+        for count, seconds in busiest.items()
+    )
     return paragraph(
         f"Medians of {found['rounds']} rounds, in turns, so that machine load affects both alike. The second column is "
         f"how often a search of DN-DETR-R50 with {found['cuts']} cuts makes each fit. "
-        f"CPU seconds of one fit of each kind by the number of processes: {'; '.join(shares)}. {measured_with(found)}"
+        f"CPU seconds of the busiest process for all fits of a search, with one thread each, by the number of "
+        f"processes: {times}. The machine need not have as many cores: a process that waits takes no CPU time. "
+        f"{measured_with(found)}"
     )
 
 

@@ -27,7 +27,7 @@ from pruning.gates import set_gate
 from pruning.kept_channels import Kept, width_of
 from pruning.least_squares import OutputLayer, error_covariance, errors_of_prefixes, penalty, refit
 from pruning.moments import Moments
-from pruning.nested_sets import damages_of_sets, inputs_of_chain
+from pruning.nested_sets import Chain, Pricing, damages_of_sets, inputs_of_chain
 from pruning.state_cache import StateCache
 from util import distributed
 from util.logging import show
@@ -129,48 +129,33 @@ class BlockReconstruction:
         """Return the convolution after a part of the unpruned block, as a linear layer over patches."""
         if part not in self._layers:
             number = self._number_after(part)
-            first, second = self._halves_of(part)
             weight, _ = as_linear(*self._block.convolutions()[number - 1])
             self._layers[part] = OutputLayer(
-                weight, first + second, self._sensitivity(number).metric, self._area(number)
+                weight, self._halves_of(part), self._sensitivity(number).metric, self._area(number)
             )
         return self._layers[part]
 
-    def damages(self, kept_sets: Mapping[int, Kept]) -> dict[int, float]:
-        """Return the damage of each kept set while the other blocks are unpruned.
+    def pricing(self) -> Pricing:
+        """Measure the current, unpruned block; return what prices its kept sets while the other blocks are unpruned.
 
         Fits use half of the images and damages the others, since a fit of thousands of unknowns overfits its own
         images. With a single image, both use it.
         """
-        self._layers = {}  # the ranking no longer needs them
-        damages = dict.fromkeys(kept_sets, 0.0)
-        for part in self._module.parts:
-            # The errors of the last convolution are all that a removed block makes.
-            is_last = part == self._module.parts[-1]
-            of_part = {width: kept[part] for width, kept in kept_sets.items() if width or is_last}
-            price = functools.partial(self._damages_of_chain, part)
-            for width, damage in damages_of_sets(f"the fit of {self._module.name}", of_part, price).items():
-                damages[width] += damage
-        return damages
+        name, parts, is_fitted = self._module.name, self._module.parts, self.level != "none"
+        levels = {part: self._sensitivity(self._number_after(part)).level for part in parts}
+        layers = {part: self.layer_after(part) for part in parts}
 
-    def _damages_of_chain(self, part: str, chain: Mapping[int, Tensor]) -> Tensor:
-        """Return the damages at the layer after `part` for kept channels of which each set contains those before."""
-        number = self._number_after(part)
-        fitted_on, judged_on = self._halves_of(part)
-        if not float(judged_on.weight) or not float(fitted_on.weight):
-            fitted_on = judged_on = fitted_on + judged_on
-        weight, area = as_linear(*self._block.convolutions()[number - 1])[0], self._area(number)
-        inputs, sensitivity = inputs_of_chain(chain, self._module.width, area), self._sensitivity(number)
-        of_inputs, weight = (inputs[:, None], inputs), weight[:, inputs]
-        if self.level == "none":
-            second = (judged_on.xx / judged_on.weight)[of_inputs]
-            errors = errors_of_prefixes(weight, sensitivity.metric, second)
-        else:
-            covariance = fitted_on.covariance_xx
-            covariance.diagonal().add_(penalty(fitted_on, BLOCK_DAMPING))
-            covariance = covariance[of_inputs]
-            errors = errors_of_prefixes(weight, sensitivity.metric, judged_on.covariance_xx[of_inputs], covariance)
-        return sensitivity.level * errors[[len(channels) * area for channels in chain.values()]]
+        def price(kept_sets: Mapping[int, Kept]) -> dict[int, float]:
+            damages = dict.fromkeys(kept_sets, 0.0)
+            for part in parts:
+                # The errors of the last convolution are all that a removed block makes.
+                of_part = {width: kept[part] for width, kept in kept_sets.items() if width or part == parts[-1]}
+                of_chain = functools.partial(damages_of_chain, layers[part], levels[part], is_fitted)
+                for width, damage in damages_of_sets(f"the fit of {name}", of_part, of_chain).items():
+                    damages[width] += damage
+            return damages
+
+        return price
 
     def _halves_of(self, part: str) -> tuple[Moments, Moments]:
         """Return moments of the inputs of the layer after a part of the unpruned block, on each half of the images.
@@ -365,6 +350,30 @@ class BlockReconstruction:
 
     def _number_after(self, part: str) -> int:
         return self._module.parts.index(part) + 2
+
+
+def damages_of_chain(layer: OutputLayer, level: float, is_fitted: bool, chain: Chain) -> Tensor:
+    """Return the damages at the output of a convolution for each set of a chain of its input channels.
+
+    Args:
+        layer: the convolution, with moments on the images of the fits and on those of the errors.
+        level: that of its output's sensitivity.
+        is_fitted: whether its weight is fitted to each set.
+    """
+    fitted_on, judged_on = layer.moments
+    if not float(judged_on.weight) or not float(fitted_on.weight):
+        fitted_on = judged_on = fitted_on + judged_on
+    area = layer.inputs_per_channel
+    inputs = inputs_of_chain(chain, layer.weight.shape[1] // area, area)
+    of_inputs, weight = (inputs[:, None], inputs), layer.weight[:, inputs]
+    if is_fitted:
+        covariance = fitted_on.covariance_xx
+        covariance.diagonal().add_(penalty(fitted_on, BLOCK_DAMPING))
+        covariance = covariance[of_inputs]
+        errors = errors_of_prefixes(weight, layer.metric, judged_on.covariance_xx[of_inputs], covariance)
+    else:
+        errors = errors_of_prefixes(weight, layer.metric, (judged_on.xx / judged_on.weight)[of_inputs])
+    return level * errors[[len(kept) * area for kept in chain.values()]]
 
 
 def passes_of_fit(level: str, convolutions: int) -> int:

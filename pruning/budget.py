@@ -18,9 +18,10 @@ from typing import Any
 from models.prunable import PrunableModule
 from pruning.allocation import ROUNDING, Budget, Shared, Tables, allocate, between, sum_of
 from pruning.cost_tables import Prices
+from pruning.divided_fits import DividedFits
 from pruning.journal import Effort, Trial
 from pruning.kept_channels import Kept
-from pruning.search import Workbench
+from pruning.search import Prediction, Workbench
 from pruning.selection import Order
 from pruning.two_budgets import allocate_both
 from util import distributed
@@ -336,16 +337,16 @@ class BudgetSearch:
         Args:
             attention_widths: number of widths of an attention to measure; None for all.
         """
-        orders, damages = {}, {}
         self.bench.reset()
+        fits = DividedFits[Prediction](self.bench.modules)
         for name, module in self.bench.modules.items():
             self.bench.begin(name)
-            order = orders[name] = self.bench.rank(name)
-            widths = list(self.prices.costs[name])
-            to_measure = widths_to_measure(module, widths, attention_widths)
-            damages[name] = between(self.bench.damages(name, order, to_measure), widths)
+            to_measure = widths_to_measure(module, list(self.prices.costs[name]), attention_widths)
+            fits.add(name, self.bench.predict(name, to_measure), len(to_measure))
             self.progress(name, None)
-        return orders, damages
+        found = fits.results()
+        damages = {name: between(of_widths, list(self.prices.costs[name])) for name, (_, of_widths) in found.items()}
+        return {name: order for name, (order, _) in found.items()}, damages
 
     def _cut(self, widths: Mapping[str, int]) -> dict[str, Kept]:
         """Cut and reconstruct all modules in network order."""

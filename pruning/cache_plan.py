@@ -133,6 +133,7 @@ class Uses:
         reading, evaluation: see `Work`.
         images, calibrated_images: numbers of images and of calibration images of all processes.
         fits_layers: whether calibration also measures gradients at the modules' outputs and fits weights.
+        fitting_processes: those that the fits of all modules are divided among.
         amp, eval_amp: precision of passes with gradients, and of those without.
     """
 
@@ -145,6 +146,7 @@ class Uses:
     images: int
     calibrated_images: int
     fits_layers: bool = False
+    fitting_processes: int = 1
     amp: str = "off"
     eval_amp: str = "off"
 
@@ -254,6 +256,7 @@ class CachePlanner:
         fits = fit_memory(
             model, self._scope(one), {name: block.maps_hw for name, block in inputs.items()},
             [(images[batch], scales[batch]) for batch in uses.calibrated_batches], uses.calibrated_images,
+            uses.fitting_processes,
         )  # fmt: skip
         return need, Work(passes + fits.device, uses.reading, uses.evaluation, fits.ram)
 

@@ -90,6 +90,7 @@ def cache_uses(
         images=images,
         calibrated_images=calibrated_images,
         fits_layers=config.method.uses_sensitivities,
+        fitting_processes=distributed.world_size() if config.method.search == "global" else 1,
         amp=config.amp,
         eval_amp=config.eval_amp,
     )

@@ -45,25 +45,33 @@ def check_everywhere(bad_images: Mapping[str, Collection[int]]) -> None:
             raise NonFiniteLossError(f"calibration: {what} not finite, on the images {found}")
 
 
-def decided_on_main(what: str, fit: Callable[[], T], numbers_of: Callable[[T], Iterable[Tensor]]) -> T:
-    """Run `fit` in the main process, on idle cores too, and return its result in every process, bitwise equal.
+def checked(what: str, fit: Callable[[], T], numbers_of: Callable[[T], Iterable[Tensor]]) -> T:
+    """Run `fit` and return its result.
 
     Args:
         what: name of the fit in errors.
         numbers_of: returns the tensors of the result that must be finite.
 
     Raises:
-        NonFiniteLossError: in every process, if the fit fails or its result is not finite.
+        NonFiniteLossError: the fit fails or its result is not finite.
+    """
+    try:
+        outcome = fit()
+    except torch.linalg.LinAlgError as error:
+        raise NonFiniteLossError(f"calibration: {what} failed ({reason_of(error)})") from None
+    if not are_finite(numbers_of(outcome)):
+        raise NonFiniteLossError(f"calibration: {what} is not finite")
+    return outcome
+
+
+def decided_on_main(what: str, fit: Callable[[], T], numbers_of: Callable[[T], Iterable[Tensor]]) -> T:
+    """Run `fit` in the main process, on idle cores too, and return its result in every process, bitwise equal.
+
+    Arguments and errors are those of `checked`; an error is raised in every process.
     """
 
-    def checked() -> T:
-        try:
-            with idle_cores():
-                outcome = fit()
-        except torch.linalg.LinAlgError as error:
-            raise NonFiniteLossError(f"calibration: {what} failed ({reason_of(error)})") from None
-        if not are_finite(numbers_of(outcome)):
-            raise NonFiniteLossError(f"calibration: {what} is not finite")
-        return outcome
+    def on_idle_cores() -> T:
+        with idle_cores():
+            return checked(what, fit, numbers_of)
 
-    return distributed.on_main(checked)
+    return distributed.on_main(on_idle_cores)

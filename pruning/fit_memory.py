@@ -12,6 +12,7 @@ from models.prunable import PrunableModule
 from models.residual import ResidualBlock
 from pruning.convolution import kernel_area
 from pruning.convolution_moments import ROW_BYTES_AT_ONCE, output_size, positions_per_image
+from pruning.divided_fits import most_held_elements
 from util.memory import storage_bytes
 
 # Matrices held at the same time, measured in tests/pruning/test_fit_memory.py: float64 ones of inputs^2 while a module
@@ -63,6 +64,7 @@ def fit_memory(
     maps_hw: Mapping[str, tuple[int, int]],
     batches: Sequence[tuple[int, float]],
     images: int,
+    processes: int = 1,
 ) -> FitMemory:
     """Estimate the memory of fits, which are made for one module after the other.
 
@@ -70,9 +72,11 @@ def fit_memory(
         maps_hw: rows and columns at the input of each residual block, for an image of scale 1.
         batches: images of each calibration batch of this process, and their pixels relative to scale 1.
         images: calibration images of all processes, over which a fit draws its rows.
+        processes: those that the fits are divided among, see `pruning.divided_fits`.
     """
+    modules = model.prunable_modules(scope)
     matrices = joint = inputs = rows = targets = metrics = 0
-    for name, module in model.prunable_modules(scope).items():
+    for name, module in modules.items():
         if isinstance(module.layer, ResidualBlock):
             layers = [*_layers_of(module, maps_hw[name], batches, images)]
         else:
@@ -86,6 +90,7 @@ def fit_memory(
         rows += sum(layer.rows for layer in layers)
         targets = max(targets, sum(layer.rows * layer.outputs for layer in layers))
         metrics += sum(layer.outputs**2 for layer in layers[1:])
+    matrices += most_held_elements(modules, processes)
     patches = COPIES_OF_PATCHES * min(ROW_BYTES_AT_ONCE, 4 * inputs)
     # The weights before any cut, and for residual blocks the unpruned detector.
     copies = storage_bytes(model.parameters()) * (2 if maps_hw else 1)

@@ -9,6 +9,8 @@ gives the best ones.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -167,15 +169,21 @@ class OutputLayer:
 
     Attributes:
         weight: D x inputs, before any cut.
-        moments: of its inputs and outputs while the module is unpruned.
+        moments: of its inputs while the module is unpruned, on each part of the images.
         metric: D x D, metric of errors of its output.
         inputs_per_channel: kh * kw for a convolution.
     """
 
     weight: Tensor
-    moments: Moments
+    moments: Sequence[Moments]
     metric: Tensor
     inputs_per_channel: int = 1
+
+    def surgeon(self) -> Surgeon:
+        """Return a new surgeon of all channels, on all images."""
+        root, _ = square_root(self.metric)
+        covariance = functools.reduce(operator.add, self.moments).covariance_xx
+        return Surgeon(root @ self.weight, covariance, inputs_per_channel=self.inputs_per_channel)
 
 
 def errors_of_prefixes(weight: Tensor, metric: Tensor, judged_on: Tensor, fitted_on: Tensor | None = None) -> Tensor:

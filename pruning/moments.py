@@ -198,3 +198,16 @@ def square_root(covariance: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(covariance)
     roots = values.clamp(min=TINY).sqrt()[..., None, :]
     return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
+
+
+def per_head(x: Tensor, nheads: int, weights: Tensor) -> Tensor:
+    """Return the weighted sum over tokens of x x^T (heads x d x d), for x of shape B x L x (heads * d)."""
+    x = x.double().unflatten(-1, (nheads, -1))
+    return torch.einsum("blhi,bl,blhj->hij", x, weights.to(x), x).cpu()
+
+
+def centred_per_head(keys: Tensor, nheads: int, mask: Tensor | None) -> Tensor:
+    """Return the sum over unpadded tokens of k k^T (heads x d x d), with each image's mean key subtracted."""
+    on_image = keys.new_ones(keys.shape[:2]) if mask is None else mask[:, 0, 0].expand(keys.shape[:2]).to(keys)
+    mean = (keys * on_image[..., None]).sum(1, keepdim=True) / on_image.sum(1)[:, None, None]
+    return per_head(keys - mean, nheads, on_image)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from pruning.convolution import inputs_of_channels
-from pruning.finite_checks import decided_on_main
+from pruning.finite_checks import checked
+from pruning.kept_channels import Kept
 
 Chain = Mapping[int, Tensor]
+Pricing = Callable[[Mapping[int, Kept]], dict[int, float]]  # damages of kept sets by width
 
 
 def damages_of_sets(what: str, sets: Mapping[int, Tensor], price: Callable[[Chain], Tensor]) -> dict[int, float]:
-    """Return the damage of each kept set by width; the main process computes them.
+    """Return the damage of each kept set by width.
 
     Args:
         what: name of the fit in errors.
@@ -23,11 +25,11 @@ def damages_of_sets(what: str, sets: Mapping[int, Tensor], price: Callable[[Chai
         price: returns the damages of a chain.
 
     Raises:
-        NonFiniteLossError: in every process, if a factorisation fails or a damage is not finite.
+        NonFiniteLossError: a factorisation fails or a damage is not finite.
     """
     damages: dict[int, float] = {}
     for chain in chains(sets):
-        found = decided_on_main(what, functools.partial(price, chain), lambda found: [found])
+        found = checked(what, functools.partial(price, chain), lambda found: [found])
         damages |= zip(chain, found.tolist(), strict=True)
     return damages
 

@@ -41,8 +41,8 @@ from pruning.least_squares import (
     refit,
     value_directions,
 )
-from pruning.moments import DAMPING, Moments, square_root
-from pruning.nested_sets import damages_of_sets, inputs_of_chain
+from pruning.moments import DAMPING, Moments, centred_per_head, per_head, square_root
+from pruning.nested_sets import Pricing, damages_of_sets, inputs_of_chain
 from pruning.projected_rows import balance, logit_blocks, project_rows
 from util import distributed
 
@@ -88,6 +88,7 @@ class Reconstruction:
     def begin(self, name: str) -> None:
         """Make `name` the current module; the calibration's cache is at its input."""
         self._name = name
+        self._inputs: Moments | None = None
         self._hidden: Moments | None = None
         self._outputs: list[Tensor] | None = None
         self._second_moments: tuple[list[Tensor], list[Tensor]] | None = None
@@ -143,30 +144,45 @@ class Reconstruction:
     @torch.no_grad()
     def damages(self, kept_sets: Mapping[int, Kept]) -> dict[int, float]:
         """Return the damage of each kept set of the current module by width; `apply` has to be called afterwards."""
+        module, price = self._modules[self._name], self.pricing()
+        if price is None:
+            return {width: self._damage_of(module, kept) for width, kept in kept_sets.items()}
+        return decided_on_main(f"the fit of {module.name}", lambda: price(kept_sets), lambda found: [])
+
+    @torch.no_grad()
+    def pricing(self) -> Pricing | None:
+        """Measure the current module, which is unpruned then; return what prices its kept sets in this process alone.
+
+        None for an attention, where each set needs passes of its own.
+        """
         module = self._modules[self._name]
+        if module.is_attention:
+            return None
         if module.kind == BLOCK:
             self.restore(module.name)
-            return self._blocks.damages(kept_sets)
-        if module.kind == "ffn":
-            return self._ffn_damages(module, {width: kept["hidden"] for width, kept in kept_sets.items()})
-        return {width: self._damage_of(module, kept) for width, kept in kept_sets.items()}
+            return self._blocks.pricing()
+        return self._ffn_pricing(module)
 
-    def _ffn_damages(self, module: PrunableModule, sets: Mapping[int, Tensor]) -> dict[int, float]:
-        """Return the damages of an FFN for each set of hidden channels, all from one factorisation."""
-        moments, weight = self.hidden_moments(), self._output_layer(module)[0].double().cpu()
-        sensitivity = self._calibration.sensitivities[module.name]
+    def _ffn_pricing(self, module: PrunableModule) -> Pricing:
+        """Return what prices sets of hidden channels, all from one factorisation."""
+        moments, weight = self.input_moments(), self._output_layer(module)[0].double().cpu()
+        sensitivity, is_fitted = self._calibration.sensitivities[module.name], self.level != "none"
 
         def price(chain: Mapping[int, Tensor]) -> Tensor:
             inputs, fitted = inputs_of_chain(chain, module.width), None
             of_inputs = inputs[:, None], inputs
-            judged = (moments.xx / moments.weight if self.level == "none" else moments.covariance_xx)[of_inputs]
-            if self.level != "none":
+            judged = (moments.covariance_xx if is_fitted else moments.xx / moments.weight)[of_inputs]
+            if is_fitted:
                 fitted = judged.clone()
                 fitted.diagonal().add_(penalty(moments, DAMPING))
             errors = errors_of_prefixes(weight[:, inputs], sensitivity.metric, judged, fitted)
             return sensitivity.level * errors[[*map(len, chain.values())]]
 
-        return damages_of_sets(f"the fit of {module.name}", sets, price)
+        def price_sets(kept_sets: Mapping[int, Kept]) -> dict[int, float]:
+            sets = {width: kept["hidden"] for width, kept in kept_sets.items()}
+            return damages_of_sets(f"the fit of {module.name}", sets, price)
+
+        return price_sets
 
     def _damage_of(self, module: PrunableModule, kept: Kept) -> float:
         """Return the damage of one kept set of an attention."""
@@ -215,12 +231,18 @@ class Reconstruction:
             )
         }
 
+    def input_moments(self) -> Moments:
+        """Return the moments of the output layer's inputs in the whole module."""
+        if self._inputs is None:
+            module = self._modules[self._name]
+            self.restore(module.name)
+            self._inputs = self._measure(module, None)
+        return self._inputs
+
     def hidden_moments(self) -> Moments:
         """Return the moments of the output layer's inputs and outputs in the whole module."""
         if self._hidden is None:
-            module = self._modules[self._name]
-            self.restore(module.name)
-            self._hidden = self._measure(module, None).of_linear(*self._output_layer(module))
+            self._hidden = self.input_moments().of_linear(*self._output_layer(self._modules[self._name]))
         return self._hidden
 
     def logit_moments(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -237,7 +259,7 @@ class Reconstruction:
             self.restore(module.name)
             return self._blocks.layer_after(part)
         weight = self.original[f"{module.output_name}.weight"].double().cpu()
-        return OutputLayer(weight, self.hidden_moments(), self.metric())
+        return OutputLayer(weight, [self.input_moments()], self.metric())
 
     def metric(self) -> Tensor:
         """Return the D x D metric for errors of the output of an attention or FFN."""
@@ -263,12 +285,12 @@ class Reconstruction:
         sums: list[Tensor] = []
         for place, seen in self._calibration.activations(module):
             self._outputs.append(F.linear(seen["attended"], *layer))
-            squares = [_per_head(q, module.nheads, weights[place]) for q in seen["queries"]]
+            squares = [per_head(q, module.nheads, weights[place]) for q in seen["queries"]]
             images = len(seen["queries"][0])
             rows = sum(x.shape[1] for x in (*seen["queries"], *seen["keys"]))
             self._calibration.cache.counter.moment_macs += images * rows * module.width**2 // module.nheads
             keys = (key.expand(images, -1, -1) for key in seen["keys"])
-            squares += [_centred_per_head(key, module.nheads, seen["key_mask"]) for key in keys]
+            squares += [centred_per_head(key, module.nheads, seen["key_mask"]) for key in keys]
             sums = [a + b for a, b in zip(sums, squares, strict=True)] if sums else squares
         sums = distributed.sum_tensors(sums)
         half = len(sums) // 2
@@ -373,16 +395,3 @@ def _keys(module: PrunableModule) -> list[str]:
         fitted += [] if module.layer.downsample is None else ["downsample.0.weight"]
         return [f"{prefix}.{leaf}" for leaf in fitted]
     return [*(piece.key for piece in module.parameter_slices()), f"{module.output_name}.bias"]
-
-
-def _per_head(x: Tensor, nheads: int, weights: Tensor) -> Tensor:
-    """Return the weighted sum over tokens of x x^T (heads x d x d), for x of shape B x L x (heads * d)."""
-    x = x.double().unflatten(-1, (nheads, -1))
-    return torch.einsum("blhi,bl,blhj->hij", x, weights.to(x), x).cpu()
-
-
-def _centred_per_head(keys: Tensor, nheads: int, mask: Tensor | None) -> Tensor:
-    """Return the sum over unpadded tokens of k k^T (heads x d x d), with each image's mean key subtracted."""
-    on_image = keys.new_ones(keys.shape[:2]) if mask is None else mask[:, 0, 0].expand(keys.shape[:2]).to(keys)
-    mean = (keys * on_image[..., None]).sum(1, keepdim=True) / on_image.sum(1)[:, None, None]
-    return _per_head(keys - mean, nheads, on_image)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,11 @@ from models.detector import Detector
 from models.prunable import PrunableModule
 from models.residual import BLOCK
 from pruning.calibration import Calibration
-from pruning.finite_checks import are_finite, check_everywhere, decided_on_main, image_ids
+from pruning.finite_checks import are_finite, check_everywhere, checked, decided_on_main, image_ids
 from pruning.gates import gate_vector, set_candidate_gates, set_gate
 from pruning.kept_channels import Kept
 from pruning.least_squares import OutputLayer, Surgeon
-from pruning.moments import TINY, Moments, square_root
+from pruning.moments import TINY, Moments
 from pruning.reconstruction import Reconstruction
 from pruning.state_cache import StateCache, repeat_batch, split_outputs
 from util import distributed
@@ -188,12 +189,18 @@ class Elimination:
 
     def __call__(self, module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
         """Return the scores of `candidates`; those to be added are scored as if all of them were kept."""
-        # All processes sum their moments, the main one computes the scores.
-        layers = {part: self._reconstruction.layer_after(part) for part in joined if part != "query"}
-        self._surgeons = {part: kept_surgeon for part, kept_surgeon in self._surgeons.items() if part in module.parts}
-        logits = self._reconstruction.logit_moments() if "query" in joined else None
+        scores = self.measured(module, joined)
+        return decided_on_main(
+            f"the ranking of {module.name}", lambda: scores(module, joined, kept, candidates), lambda found: []
+        )
 
-        def judge() -> Tensor:
+    def measured(self, module: PrunableModule, parts: Sequence[str]) -> Ranking:
+        """Sum the moments of the current module over all processes; return its ranking in this process alone."""
+        layers = {part: self._reconstruction.layer_after(part) for part in parts if part != "query"}
+        logits = self._reconstruction.logit_moments() if "query" in parts else None
+
+        def scores(module: PrunableModule, joined: Sequence[str], kept: Kept, candidates: Tensor) -> Tensor:
+            self._surgeons = {part: of_part for part, of_part in self._surgeons.items() if part in module.parts}
             score = torch.zeros(module.width, dtype=torch.float64)
             for part in joined:
                 if part == "query":
@@ -204,7 +211,10 @@ class Elimination:
                 score += one / one[candidates].sum().clamp(min=TINY)
             return -score[candidates]
 
-        return decided_on_main(f"the ranking of {module.name}", judge, lambda scores: [scores])
+        def checked_scores(*given: Any) -> Tensor:
+            return checked(f"the ranking of {module.name}", lambda: scores(*given), lambda found: [found])
+
+        return checked_scores
 
     def forget(self) -> None:
         """Free the inverse matrices of the last module."""
@@ -221,12 +231,9 @@ class Elimination:
     def _surgeon_of(self, part: str, layer: OutputLayer, channels: Tensor) -> Surgeon:
         """Return the surgeon of the previous call if it has the same moments and all these channels, or a new one."""
         moments, surgeon = self._surgeons.get(part, (None, None))
-        if surgeon is None or moments is not layer.moments or not torch.isin(channels, surgeon.channels).all():
-            root, _ = square_root(layer.metric)
-            surgeon = Surgeon(
-                root @ layer.weight, layer.moments.covariance_xx, inputs_per_channel=layer.inputs_per_channel
-            )
-            self._surgeons[part] = layer.moments, surgeon
+        if surgeon is None or moments is not layer.moments[0] or not torch.isin(channels, surgeon.channels).all():
+            surgeon = layer.surgeon()
+            self._surgeons[part] = layer.moments[0], surgeon
         return surgeon
 
 

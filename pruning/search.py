@@ -27,6 +27,8 @@ from pruning.state_cache import PassCounter
 from util import distributed
 from util.errors import UserError
 
+Prediction = tuple[Order, dict[int, float]]  # the order of a module's channels, and its damage by width
+
 
 class Workbench(Protocol):
     """The network operations that a search needs."""
@@ -54,6 +56,9 @@ class Workbench(Protocol):
 
     def damages(self, name: str, order: Order, widths: Sequence[int]) -> dict[int, float]:
         """Return the predicted damage at each width; the current module is unpruned afterwards."""
+
+    def predict(self, name: str, widths: Sequence[int]) -> Callable[[], Prediction]:
+        """Measure the current module; return what gives its order and damages, which does not communicate."""
 
     def save(self) -> Any:
         """Return the state of the network, for `load`."""

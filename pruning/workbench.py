@@ -16,6 +16,7 @@ from datasets.coco_eval import GroundTruth
 from engine import EvalResult, evaluate
 from models.criterion import Criterion
 from models.detector import Detector
+from models.prunable import PrunableModule
 from models.residual import BLOCK
 from pruning.block_reconstruction import passes_of_fit
 from pruning.cache_plan import Plan
@@ -26,6 +27,7 @@ from pruning.kept_channels import Kept, all_kept, width_of
 from pruning.method import Method
 from pruning.reconstruction import Reconstruction
 from pruning.scores import Elimination, ExactLoss, GateGradient, Magnitude, RandomOrder, Ranking
+from pruning.search import Prediction
 from pruning.selection import Order, order_channels
 from pruning.state_cache import PassCounter, StateCache
 from util import distributed
@@ -210,10 +212,7 @@ class DetectorBench:
             return Order.natural(module)
         self.set_kept(name, all_kept(module))
         with phase(FITS):
-            order = order_channels(module, self.ranking, method.direction, module.nheads, method.share_sets)
-        if isinstance(self.ranking, Elimination):
-            self.ranking.forget()
-        return order
+            return self._order(module, self.ranking)
 
     def set_kept(self, name: str, kept: Kept) -> None:
         """Gate the current module to `kept` and reconstruct it at the method's level."""
@@ -232,6 +231,40 @@ class DetectorBench:
             damages = self._reconstruction.damages(kept_sets)
         self.set_kept(name, all_kept(self.modules[name]))
         return damages
+
+    def predict(self, name: str, widths: Sequence[int]) -> Callable[[], Prediction]:
+        """Measure the current module; return a function that orders its channels and prices these widths.
+
+        The function computes in this process alone, so that another process can skip it. What takes passes for each
+        step or width is done here.
+        """
+        module, ranking = self.modules[name], self.ranking
+        if module.is_attention:
+            order = self.rank(name)
+            damages = self.damages(name, order, widths)
+            return lambda: (order, damages)
+        ranked = None if isinstance(ranking, Elimination) else self.rank(name)
+        self.set_kept(name, all_kept(module))
+        assert self._reconstruction is not None
+        with phase(FITS):
+            if isinstance(ranking, Elimination):
+                ranking = ranking.measured(module, module.parts)
+            price = self._reconstruction.pricing()
+        assert price is not None
+
+        @torch.no_grad()
+        def fit() -> Prediction:
+            order = ranked or self._order(module, ranking)
+            return order, price({width: order.kept(width) for width in widths})
+
+        return fit
+
+    def _order(self, module: PrunableModule, ranking: Ranking) -> Order:
+        method = self.method
+        order = order_channels(module, ranking, method.direction, module.nheads, method.share_sets)
+        if isinstance(self.ranking, Elimination):
+            self.ranking.forget()
+        return order
 
     def save(self) -> Any:
         """Return the gates and weights of all modules, for `load`."""

@@ -11,10 +11,12 @@ from models.prunable import PrunableModule
 from models.residual import BLOCK
 from pruning.budget import ATTENTION_WIDTHS_MEASURED, EVALUATIONS, cuts_at_most, widths_to_measure
 from pruning.config import SearchConfig
+from pruning.divided_fits import busiest_share
 from pruning.journal import Decision, Layers, Trial
 from pruning.schedule import Schedule, role_of
 from pruning.search import Units
 from runs.plan import ABOUT, AT_MOST, Snapshot, Tally
+from util import distributed
 from util.phases import BACKBONE, FITS, MAP, MOMENTS, READING, SCORES, TRANSFORMER
 
 
@@ -25,7 +27,7 @@ class SampledModule:
     Attributes:
         name, width: of the module.
         images: calibration images of the sample in this process.
-        rank: of ordering its channels.
+        rank: of ordering its channels; of measuring them if one process orders them and prices all widths at once.
         first, more: of its first width and of another one: their damage, or a fit in a search by visits.
         removed: of width 0.
         cut: of the fit of a cut detector.
@@ -97,6 +99,7 @@ class SearchTally(Tally):
         self._config, self._images, self._rates = config, images, rates
         self._modules, self._widths, self._shares, self._costs = modules, widths, shares, costs
         self._steps = list(shares)
+        self._busiest = busiest_share(modules, distributed.world_size())
 
     def begin(self) -> None:
         """Add the reading of the images, their features and the mAP before the search."""
@@ -180,14 +183,19 @@ class SearchTally(Tally):
     def _damages(self, name: str, widths: Sequence[int], bound: str) -> None:
         cost = self._costs[group_of(name)]
         self._module(name, cost.rank, bound)
+        is_divided = not self._modules[name].is_attention and self._config.method.search == "global"
         above = sum(width > 0 for width in widths)
         for number in range(above):
-            self._module(name, cost.more if number else cost.first, bound)
+            spent, share = (cost.more, 1.0) if number else (cost.first, self._busiest if is_divided else 1.0)
+            self._module(name, spent, bound, share)
         if 0 in widths:
             self._module(name, cost.removed, bound)
 
-    def _module(self, name: str, spent: Snapshot, bound: str) -> None:
-        """Add what a module takes, by the sample of its group: per calibration image, but for fits."""
+    def _module(self, name: str, spent: Snapshot, bound: str, share: float = 1.0) -> None:
+        """Add what a module takes, by the sample of its group: per calibration image, but for fits.
+
+        `share` is that of one process in the fits.
+        """
         cost = self._costs[group_of(name)]
         scale = self._images.calibrated / cost.images if cost.images else 0.0
         wider = (self._modules[name].width / cost.width) ** 3  # matrices are inverted and multiplied
@@ -202,7 +210,7 @@ class SearchTally(Tally):
                 self._pass(count * scale * self._share(self._steps[0], name), AT_MOST)
                 self._read(math.ceil(passes) * self._images.uncached_calibrated, AT_MOST)
             of_images = 1.0 if phase == FITS else scale
-            self.add(phase, count * of_images, seconds * (wider if phase == FITS else of_images), bound)
+            self.add(phase, count * of_images, seconds * (wider * share if phase == FITS else of_images), bound)
 
     def _moves(self, order: Sequence[str], images: int, bound: str) -> None:
         """Add the passes that bring states to the inputs of the modules in this order."""

@@ -13,6 +13,7 @@ import torch
 from models.residual import BLOCK
 from pruning.cache_plan import Storage
 from pruning.cost_tables import widths_of
+from pruning.divided_fits import fit_everywhere
 from pruning.gates import clear_gates
 from pruning.journal import Decision, Journal, Layers, Trial, Turn, read_events
 from pruning.kept_channels import Kept, none_kept
@@ -185,15 +186,17 @@ class SearchPlanner:
         """Time the ranking of a module and two of its widths; return a kept set, too."""
         module, widths = bench.modules[name], self._widths(bench, name)
         bench.begin(name)
+        above = [width for width in widths if width] or [module.width]
+        place = int(TYPICAL * len(above))
+        if not module.is_attention and self._config.method.search == "global":  # one process fits all widths at once
+            fits, found = [], []
+            measured = spent_in(self._clock, lambda: fits.append(bench.predict(name, widths)))
+            fitted = spent_in(self._clock, lambda: found.append(fit_everywhere(fits[0], len(widths))))
+            return SampledModule(name, module.width, images, measured, fitted), found[0][0].kept(above[place])
         orders = []
         rank = spent_in(self._clock, lambda: orders.append(bench.rank(name)))
         (order,) = orders
-        above = [width for width in widths if width] or [module.width]
-        place = int(TYPICAL * len(above))
         kept = order.kept(above[place])
-        if not module.is_attention and self._config.method.search == "global":  # all widths are judged at once
-            first = spent_in(self._clock, lambda: bench.damages(name, order, widths))
-            return SampledModule(name, module.width, images, rank, first), kept
         pair = above[place], above[max(0, place - 1)]
 
         def try_width(width: int) -> Snapshot:

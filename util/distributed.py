@@ -136,6 +136,36 @@ def on_main(action: Callable[[], T]) -> T:
     return result
 
 
+def on_each(jobs: Mapping[str, Callable[[], T] | None]) -> dict[str, T]:
+    """Run each job in one process; return the results of all in every process, by name.
+
+    If jobs fail, every process raises the error of the first of them, as with `on_main`; none waits for another.
+
+    Args:
+        jobs: the same names in the same order in every process; each job is None in all processes but one.
+    """
+    done: dict[str, T] = {}
+    problem, failed = None, None
+    for name, job in jobs.items():
+        if job is None:
+            continue
+        try:
+            done[name] = job()
+        except Exception as error:
+            problem, failed = error, name
+            break
+    sent = _picklable(done, problem) if world_size() > 1 else (done, problem)
+    names, found, problems = list(jobs), {}, {}
+    for process, (name, results, other) in enumerate(gather_objects((failed, *sent))):
+        if other is not None:
+            own = problem if process == rank() else None  # not a copy
+            problems[len(names) if name is None else names.index(name)] = own or other
+        found |= results or {}
+    if problems:
+        raise problems[min(problems)]
+    return {name: found[name] for name in names}
+
+
 def _picklable(result: Any, problem: Exception | None) -> tuple[Any, Exception | None]:
     """Return both unchanged, or a `RuntimeError` with the text of the error if they cannot be pickled and read back."""
     try:

@@ -57,32 +57,44 @@ def _machine_bytes() -> float:
 
 def _cgroup_bytes() -> Iterator[float]:
     """Yield the free bytes of each control group of this process; a group's limit includes its subgroups."""
+    for version, folder in control_groups("memory"):
+        if version == 2:
+            yield from _room_of_group(folder, ("memory.max", "memory.high"), "memory.current", "")
+        else:
+            yield from _room_of_group(folder, ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_")
+
+
+def control_groups(controller: str) -> Iterator[tuple[int, Path]]:
+    """Yield the version (1 or 2) and the folder of each control group that may limit this process.
+
+    Args:
+        controller: of version 1, such as `memory` or `cpu`.
+    """
     try:
         lines = CGROUPS.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2
-            yield from _room_of_groups(CGROUP_ROOT, path, ("memory.max", "memory.high"), "memory.current", "")
-        elif "memory" in controllers.split(","):
-            limits, usage = ("memory.limit_in_bytes",), "memory.usage_in_bytes"
-            yield from _room_of_groups(CGROUP_ROOT / "memory", path, limits, usage, "total_")
+        if not controllers:
+            version, root = 2, CGROUP_ROOT
+        elif controller in controllers.split(","):
+            version, root = 1, CGROUP_ROOT / controller
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        # In a container the path may be the host's, and the container's own group is at the root.
+        for depth in range(len(parts) + 1):
+            yield version, root.joinpath(*parts[:depth])
 
 
-def _room_of_groups(
-    root: Path, path: str, limit_names: tuple[str, ...], usage_name: str, prefix: str
-) -> Iterator[float]:
-    parts = [part for part in path.split("/") if part]
-    # In a container the path may be the host's, and the container's own group is at the root.
-    for depth in range(len(parts) + 1):
-        folder = root.joinpath(*parts[:depth])
-        limit = min(_number(folder / name) for name in limit_names)
-        if math.isfinite(limit):
-            # The usage includes cached file pages, which are freed when memory is needed.
-            cached = _entry(folder / "memory.stat", f"{prefix}inactive_file")
-            usage = _number(folder / usage_name)
-            yield max(0.0, limit - (usage - cached if math.isfinite(usage) else 0))
+def _room_of_group(folder: Path, limit_names: tuple[str, ...], usage_name: str, prefix: str) -> Iterator[float]:
+    limit = min(_number(folder / name) for name in limit_names)
+    if math.isfinite(limit):
+        # The usage includes cached file pages, which are freed when memory is needed.
+        cached = _entry(folder / "memory.stat", f"{prefix}inactive_file")
+        usage = _number(folder / usage_name)
+        yield max(0.0, limit - (usage - cached if math.isfinite(usage) else 0))
 
 
 def _number(path: Path) -> float:

@@ -7,6 +7,7 @@ import torch
 
 from bench import fits
 from bench.fits import LAYERS, Sizes, cases, common_keys_by_one_system
+from bench.sentences import TEXTS
 from bench.tables import TABLES
 from pruning.least_squares import low_rank_products
 from util.files import write_json
@@ -32,8 +33,10 @@ def test_common_keys_are_the_same_by_one_system():
 
 
 def test_the_figures_fill_the_table(tmp_path, monkeypatch):
-    words = "--dim_feedforward 64 --hidden_dim 16 --nheads 2 --tokens 64 --rounds 1 --processes 1"
-    monkeypatch.setattr(fits, "measure_processes", lambda sizes, count: {"processes": count, "main": 1.0, "others": []})
+    words = "--dim_feedforward 64 --hidden_dim 16 --nheads 2 --tokens 64 --rounds 1 --processes 1 2"
+    monkeypatch.setattr(
+        fits, "measure_processes", lambda sizes, count: {"processes": count, "cpu_seconds": [2.0 / count]}
+    )
     found = fits.run(fits.get_parser().parse_args(words.split()))
     counts = {row["name"]: row["count"] for row in found["rows"]}
     assert counts["ranking of an FFN"] == 2 * LAYERS
@@ -44,11 +47,13 @@ def test_the_figures_fill_the_table(tmp_path, monkeypatch):
     assert found["search"]["before"] == pytest.approx(total)
     write_json(tmp_path / "fits.json", found)
     assert TABLES["fits"](tmp_path).count("\n") == len(found["rows"]) + 3
+    assert "by the number of processes: 1: 2.0, 2: 1.0 (2.0 times less)." in " ".join(TEXTS["fits"](tmp_path).split())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
-def test_only_the_main_process_fits(monkeypatch):
+def test_processes_divide_the_ranking_and_pricing_of_ffns(monkeypatch):
     monkeypatch.setattr(fits, "START", "fork")
-    found = fits.measure_processes(SMALL, 2)
-    assert found["fits"] == [sum(case.count > 0 for case in cases(SMALL)), 0]
-    assert found["processes"] == 2 and len(found["others"]) == 1
+    on_main = sum(case.count for case in cases(SMALL) if not case.is_divided)
+    found = fits.measure_processes(SMALL, 3)
+    assert found["fits"] == [on_main + 8, 8, 8]  # the ranking and pricing of four of twelve FFNs
+    assert found["processes"] == 3 and len(found["cpu_seconds"]) == 3 and min(found["cpu_seconds"]) > 0

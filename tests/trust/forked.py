@@ -24,13 +24,15 @@ import torch
 import main
 import tests.tiny_backbone  # noqa: F401
 from models.layers import GatedLayer
-from pruning import workbench
+from pruning import reconstruction, workbench
 from pruning.budget import BudgetSearch
+from pruning.least_squares import Surgeon
 from pruning.schedule import GP, MGP, Schedule
 from pruning.scores import Magnitude
 from reports import plots
 from runs.search_command import get_pruning_parser, search
 from runs.search_run import SearchRun
+from util import distributed
 from util.cli import parse
 from util.errors import run_cli
 
@@ -46,13 +48,17 @@ def prune(schedule: Schedule, words: Sequence[str]) -> None:
     search(schedule, *parse(get_pruning_parser(schedule, "a test"), list(words)))
 
 
-def prune_askew(error: float, words: Sequence[str]) -> None:
+def prune_askew(error: float, words: Sequence[str], *, in_own_fits: bool = False) -> None:
     """`prune` where every process but the first rounds as if on another machine, off by the relative `error`.
 
-    Each process leaves its weights and kept sets in --output_dir, as `rankN.pth`.
+    With `in_own_fits` it is also off in those fits that it computes for all, where it ranks channels upside down. Each
+    process leaves its weights and kept sets in --output_dir, as `rankN.pth`, and how many FFNs it has priced.
     """
+    is_own, priced = [], []
 
     def skewed(value):
+        if is_own and not in_own_fits:
+            return value
         if isinstance(value, torch.Tensor):
             signs = 1 - 2 * (torch.arange(value.numel()) % 2).view(value.shape)
             return value * (1 + error * signs)
@@ -64,19 +70,33 @@ def prune_askew(error: float, words: Sequence[str]) -> None:
         function = getattr(owner, name)
         return mock.patch.object(owner, name, lambda *args, **options: skewed(function(*args, **options)))
 
+    def on_each(jobs):
+        is_own.append(True)
+        try:
+            return on_each_as_is(jobs)
+        finally:
+            is_own.clear()
+
+    def price(*args):
+        priced.append(True)
+        return price_as_is(*args)
+
     def evaluate_askew(*args, **options):
         found = evaluate(*args, **options)
         return dataclasses.replace(found, stats={name: skewed(value) for name, value in found.stats.items()})
 
     def search_and_save(self, base_ap):
         result = search_as_is(self, base_ap)
-        saved = {"model": self.model.state_dict(), "kept": dict(result.kept), "ap": result.ap}
+        saved = {"model": self.model.state_dict(), "kept": dict(result.kept), "ap": result.ap, "priced": len(priced)}
         torch.save(saved, self.output_dir / f"rank{os.environ['RANK']}.pth")
         return result
 
     evaluate, search_as_is = workbench.evaluate, SearchRun.search
+    on_each_as_is, price_as_is, scores_as_is = distributed.on_each, reconstruction.errors_of_prefixes, Surgeon.scores
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(SearchRun, "search", search_and_save))
+        patches.enter_context(mock.patch.object(distributed, "on_each", on_each))
+        patches.enter_context(mock.patch.object(reconstruction, "errors_of_prefixes", price))
         if os.environ["RANK"] != "0":
             patches.enter_context(mock.patch.object(workbench, "evaluate", evaluate_askew))
             for name in ("solve", "svd", "eigh", "inv", "qr"):
@@ -85,11 +105,13 @@ def prune_askew(error: float, words: Sequence[str]) -> None:
                 patches.enter_context(skew(Schedule, name))
             patches.enter_context(skew(BudgetSearch, "_guess"))
             patches.enter_context(skew(Magnitude, "_scores"))
+            if in_own_fits:
+                patches.enter_context(mock.patch.object(Surgeon, "scores", lambda surgeon: -scores_as_is(surgeon)))
         prune(MGP, words)
 
 
 def prune_spoiled(where: str, words: Sequence[str]) -> None:
-    """`prune` as a command, where a fit fails in the first process, or activations are NaN in the second alone."""
+    """`prune` as a command, where a fit fails in one process, or activations are NaN in the second alone."""
 
     def observe_nan(self, block, **activations):
         if "hidden" in activations:
@@ -101,6 +123,8 @@ def prune_spoiled(where: str, words: Sequence[str]) -> None:
     with ExitStack() as patches:
         if where == "fit" and os.environ["RANK"] == "0":
             patches.enter_context(mock.patch("torch.linalg.svd", side_effect=refused))
+        if where == "own fit" and os.environ["RANK"] == "1":
+            patches.enter_context(mock.patch("torch.linalg.solve_triangular", side_effect=refused))
         if where == "activations" and os.environ["RANK"] == "1":
             patches.enter_context(mock.patch.object(GatedLayer, "observe", observe_nan))
         run_cli(functools.partial(prune, MGP, words))
@@ -113,7 +137,9 @@ SCRIPTS: dict[str, Callable[[Sequence[str]], None]] = {
     "mgp alike": functools.partial(prune_askew, 0.0),
     "mgp askew": functools.partial(prune_askew, 1e-7),
     "mgp far askew": functools.partial(prune_askew, 0.05),
+    "mgp all askew": functools.partial(prune_askew, 0.05, in_own_fits=True),
     "mgp, a fit fails": functools.partial(prune_spoiled, "fit"),
+    "mgp, a fit of the second process fails": functools.partial(prune_spoiled, "own fit"),
     "mgp, activations are NaN": functools.partial(prune_spoiled, "activations"),
 }
 

@@ -160,6 +160,11 @@ MUTANTS = (
         "return -scores if leaving else scores", "return scores", ("tests/pruning/test_scores.py",),
     ),
     Mutant(
+        "a process keeps the fits of the others", "pruning/divided_fits.py",
+        "fit if self._owners[name] == distributed.rank() else None",
+        "fit if self._owners[name] != distributed.rank() else None", ("tests/pruning/test_divided_fits.py",),
+    ),
+    Mutant(
         "a journal of another base mAP is taken", "pruning/journal.py",
         '<= BASE_AP_TOLERANCE', '>= BASE_AP_TOLERANCE', JOURNAL,
     ),

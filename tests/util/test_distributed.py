@@ -123,6 +123,79 @@ def test_an_error_that_cannot_be_pickled_reaches_every_process(tmp_path):
             assert line[2:].startswith(message), name
 
 
+def test_one_process_does_all_jobs_and_raises_an_error_unchanged():
+    assert distributed.on_each({"a": lambda: 1, "b": lambda: 2}) == {"a": 1, "b": 2}
+    assert distributed.on_each({}) == {}
+    with pytest.raises(ZeroDivisionError):
+        distributed.on_each({"a": lambda: 1, "b": lambda: 1 // 0})
+
+
+JOBS = """
+import datetime, multiprocessing, sys, threading
+import torch
+import torch.distributed as dist
+from util import distributed
+
+OWNERS = {"a": 2, "b": 0, "c": 2, "d": 1}  # of more jobs than processes
+done = []
+
+def fail(error):
+    raise error
+
+def work(rank, store):
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=3,
+                            timeout=datetime.timedelta(seconds=300))
+
+    def run(failing={}, owners=OWNERS, result=lambda name: torch.tensor([1 / 3, rank])):
+        def job(name):
+            done.append(name)
+            return fail(failing[name]) if name in failing else result(name)
+
+        done.clear()
+        return distributed.on_each({name: (lambda name=name: job(name)) if owner == rank else None
+                                    for name, owner in owners.items()})
+
+    def error_of(*given, **options):
+        try:
+            return run(*given, **options)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    found = run()
+    assert [*found] == [*OWNERS] and [int(value[1]) for value in found.values()] == [*OWNERS.values()]
+    assert all(torch.equal(value[:1], torch.tensor([1 / 3])) for value in found.values())
+    assert done == [name for name in OWNERS if OWNERS[name] == rank]
+    assert [*run(owners={"a": 1})] == ["a"] and run(owners={}) == {}  # fewer jobs than processes
+    # The first in the order of the jobs, whoever failed first.
+    assert error_of({"c": ValueError("of c"), "b": OSError(28, "disk full")}) == "OSError: [Errno 28] disk full"
+    assert error_of({"c": ValueError("of c"), "d": KeyError("of d")}) == "ValueError: of c"
+    assert done == [name for name in OWNERS if OWNERS[name] == rank]
+    assert error_of({"a": ValueError("of a")}) == "ValueError: of a" and (rank != 2 or done == ["a"])
+    own = ValueError("of d")
+    own.lock = threading.Lock()  # cannot be pickled
+    name = "ValueError" if rank == 1 else "RuntimeError: ValueError"
+    assert error_of({"d": own}) == f"{name}: of d"
+    unreadable = error_of(result=lambda name: threading.Lock() if name == "b" else 1)
+    assert unreadable.startswith("RuntimeError: TypeError: cannot pickle"), unreadable
+    assert distributed.gather_objects(rank) == [0, 1, 2]  # all are still there, and in step
+    distributed.stop()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(rank, sys.argv[1])) for rank in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    sys.exit(any(worker.exitcode for worker in workers))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+def test_each_job_is_done_by_its_process_and_the_first_error_reaches_all(tmp_path):
+    run(JOBS, tmp_path)
+
+
 SUMS = """
 import datetime, multiprocessing, sys
 import torch

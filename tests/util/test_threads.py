@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from util import distributed, threads
+from util import distributed, memory, threads
 from util.threads import idle_cores, usable_cores
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,6 +50,26 @@ def test_a_fit_has_the_cores_that_no_waiting_process_keeps_busy(monkeypatch, bac
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize(
+    ("backend", "cores", "processes", "expected"),
+    [
+        ("gloo", 8, 1, 1),
+        ("gloo", 9, 4, 2),
+        ("nccl", 8, 4, 2),
+        ("gloo", 2, 4, 1),
+        ("nccl", 256, 8, threads.MOST_THREADS),
+    ],
+)
+def test_processes_that_fit_at_the_same_time_share_the_cores(monkeypatch, backend, cores, processes, expected):
+    monkeypatch.setattr(threads, "usable_cores", lambda: cores)
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(threads.dist, "get_backend", lambda: backend)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with idle_cores(everywhere=True):
+        assert torch.get_num_threads() == expected
+    assert torch.get_num_threads() == 1
+
+
 def test_a_number_of_threads_that_was_chosen_stays(monkeypatch):
     monkeypatch.setattr(threads, "usable_cores", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -59,6 +80,11 @@ def test_a_number_of_threads_that_was_chosen_stays(monkeypatch):
     torch.set_num_threads(9)
     with idle_cores():
         assert torch.get_num_threads() == 9
+    torch.set_num_threads(1)
+    monkeypatch.setenv("MKL_NUM_THREADS", "1")  # which torchrun does not set
+    for everywhere in (False, True):
+        with idle_cores(everywhere=everywhere):
+            assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize(
@@ -67,8 +93,8 @@ def test_a_number_of_threads_that_was_chosen_stays(monkeypatch):
      ({"a": "900000 100000", "a/b": "300000 100000"}, 3), ({"a/b": "nonsense"}, 12), ({"a/b": "1 0"}, 12)],
 )  # fmt: skip
 def test_the_cpu_limit_of_a_container_counts(tmp_path, monkeypatch, limits, expected):
-    monkeypatch.setattr(threads, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(threads, "CGROUP_ROOT", tmp_path / "groups")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUP_ROOT", tmp_path / "groups")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
     assert usable_cores() == 12  # no control groups
     (tmp_path / "cgroup").write_text("4:memory:/elsewhere\n0::/a/b\n")
@@ -76,6 +102,24 @@ def test_the_cpu_limit_of_a_container_counts(tmp_path, monkeypatch, limits, expe
         folder = tmp_path / "groups" / group
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "cpu.max").write_text(f"{text}\n")
+    assert usable_cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("quotas", "expected"),
+    [({"": "-1"}, 12), ({"": "-1", "a": "250000"}, 2), ({"a": "300000", "a/b": "150000"}, 1), ({"": "400000"}, 4),
+     ({"a": "nonsense"}, 12), ({"a": "0"}, 12)],
+)  # fmt: skip
+def test_the_cpu_limit_of_control_groups_of_version_1_counts(tmp_path, monkeypatch, quotas, expected):
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUP_ROOT", tmp_path / "groups")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    (tmp_path / "cgroup").write_text("9:memory:/a/c\n5:cpuset:/a/c\n4:cpu,cpuacct:/a/b\n0::/\n")
+    for group, quota in {"c": "100000", **quotas}.items():  # c is not a group of this process
+        folder = tmp_path / "groups" / "cpu" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
     assert usable_cores() == expected
 
 
@@ -127,7 +171,8 @@ def test_the_main_process_fits_with_idle_cores_and_its_error_reaches_all(tmp_pat
     done = subprocess.run(
         [sys.executable, "-c", f"from tests.util import test_threads; test_threads.main({str(tmp_path / 'store')!r})"],
         cwd=Path(threads.__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"},
+        env={name: value for name, value in os.environ.items() if name != "MKL_NUM_THREADS"}
+        | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"},
         capture_output=True,
         text=True,
         timeout=120,
