@@ -23,8 +23,10 @@ from pruning.schedule import Schedule
 from pruning.search import Units
 from pruning.workbench import DetectorBench, SearchImages
 from reports.samples import COMPARED_IMAGES, SPLIT
+from runs.depth_search import fewer_layers
 from runs.plan import (
     ABOUT,
+    AT_MOST,
     RunPlan,
     Snapshot,
     Tally,
@@ -243,7 +245,10 @@ class SearchPlanner:
         )  # fmt: skip
         tally.begin()
         if self._config.method.uses_sensitivities:
-            tally.add(GRADIENTS, count(calibrated), count(calibrated) * clock.seconds_each(GRADIENTS))
+            gradients = count(calibrated), count(calibrated) * clock.seconds_each(GRADIENTS)
+            tally.add(GRADIENTS, *gradients)
+            for _ in fewer_layers(self._options):  # calibrated again
+                tally.add(GRADIENTS, *gradients, AT_MOST)
         if self._config.method.search == "global":
             tally.by_budget(self._past.trials, self._past.layers)
         else:

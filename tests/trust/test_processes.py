@@ -24,7 +24,6 @@ SEARCHES = {
     "fast": "--map_tol 0.1 --attention_unit 2 --ffn_unit 8",
     "visit": "--search visit --map_tol 0.1 --skip_eval_converge 0.05 --attention_unit 4 --ffn_unit 16",
     "layers": "--keep 0.5 --min_dec_layers 1 --attention_unit 4 --ffn_unit 16",
-    "layers by tolerance": "--map_tol 0.3 --min_dec_layers 1 --attention_unit 4 --ffn_unit 16",
 }
 
 COUNTS = {"one, two": (1, 2), "one, two, four": (1, 2, 4)}
