@@ -45,6 +45,7 @@ from tools.export_formats import (
     SUFFIXES,
     ExportResult,
     GraphForm,
+    check_sizes,
     export,
     require_packages,
 )
@@ -161,6 +162,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> list[ExportRe
     for split in ("train2017", "val2017") if asked.int8 else ():
         split_of(options.data, split)
     model, _, postprocessors = build_detector(options.detector, checkpoint)
+    check_sizes(model, sizes_hw)
     began, plan = time.time(), None
     if run.plan:
         check_unlocked(output_dir)

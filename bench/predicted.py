@@ -104,9 +104,15 @@ def predicted_latency_text(results: Path) -> str:
     searches, made = figures["searches"], figures["environment"]
     off = [abs(row["predicted_milliseconds"] / row["milliseconds"] - 1) for found in searches for row in found["rows"]]
     within = sum(share <= 0.1 for share in off)
+    spread, where = max(
+        (row["spread_milliseconds"] / row["milliseconds"], f"{found['name']}, threads: {found['threads']}")
+        for found in searches
+        for row in found["rows"]
+    )
     return paragraph(
         f"{within} of {len(off)} predictions are within a tenth of the measured time; the largest difference is "
-        f"{100 * max(off):.0f} %. Measured on {made['date']}: {made['device']}, PyTorch {made['torch']}."
+        f"{100 * max(off):.0f} %. The largest interquartile range of measured times is {100 * spread:.0f} % of their "
+        f"median ({where}). Measured on {made['date']}: {made['device']}, PyTorch {made['torch']}."
     )
 
 

@@ -120,14 +120,15 @@ class GlobalSearch:
     def _for_tolerance(self, threshold_ap: float, unpruned_ap: Mapping[int, float]) -> dict[str, Result]:
         """Find and save the detector that costs least and keeps mAP at `threshold_ap`.
 
-        Numbers of layers are not tried if their unpruned mAP is below it, or if they cannot cost less than the least
-        found before.
+        Fewer layers than before are not tried if their unpruned mAP is below it, and no number of layers that cannot
+        cost less than the least found so far.
         """
         result: Result | None = None
         best: Trial | None = None
         for layers, prices in self.prices.items():
             below = None if best is None else best.kept_fraction
-            if unpruned_ap[layers] < threshold_ap or (below is not None and prices.least >= below * prices.total):
+            is_too_low = layers < self._layers and unpruned_ap[layers] < threshold_ap
+            if is_too_low or (below is not None and prices.least >= below * prices.total):
                 continue
             with self._search(layers, unpruned_ap[layers], EVALUATIONS, threshold_ap) as search:
                 earlier = self.results.trials
@@ -140,7 +141,7 @@ class GlobalSearch:
             if trial is not None:
                 self.results.chosen = [trial]
                 distributed.on_main(functools.partial(self.results.save, result))
-        assert result is not None  # all layers have the mAP before the search
+        assert result is not None  # all layers are tried unless fewer have a result
         return {"": result}
 
     @contextlib.contextmanager

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from datasets.annotations import load_annotations
+from datasets.coco import split_of
 from models.residual import BLOCK
 from pruning.cache_plan import Storage
 from pruning.cost_tables import widths_of
@@ -319,9 +321,11 @@ class SearchPlanner:
             return []
         seconds = self._clock.seconds_each(BACKBONE) + self._clock.seconds_each(TRANSFORMER)
         detectors = 1 + len(budgets)
+        in_split = len(load_annotations(split_of(self._options.data, SPLIT).annotation_file).image_ids)
+        images = min(COMPARED_IMAGES, in_split)
         return [
-            f"after it, the main process compares {detectors} detectors on the first {COMPARED_IMAGES} images of "
-            f"{SPLIT} for the report: {ABOUT} {shown_time(detectors * COMPARED_IMAGES * seconds)}, not in the total"
+            f"after it, the main process compares {detectors} detectors on the first {images} images of {SPLIT} for "
+            f"the report: {ABOUT} {shown_time(detectors * images * seconds)}, not in the total"
         ]
 
     def _changes(self, plan: RunPlan) -> Iterator[tuple[str, float]]:

@@ -191,9 +191,10 @@ class SearchResults:
         self._log.info("next: %s", search_log.next_command(modelname, data, self._options.search.use_dn, result.path))
 
     def write_failure(self, journal: Journal, outcome: Mapping[str, Any]) -> None:
-        """Write journal end of a search in which no trial passed; log the table of trials."""
+        """Write journal end and report of a search in which no trial passed; log the table of trials."""
         self.move_aside()
         journal.end({**outcome, "chosen": [trial.name for trial in self.chosen]})
+        self.write_report()
         self._log_steps()
 
     def write_report(self) -> None:

@@ -140,7 +140,8 @@ class SearchRun:
 
         A search by visits writes its output file after each module that it narrows, so a killed search leaves its
         result so far. Every search keeps a journal, from which --resume_search continues. At the end the processes
-        leave their group, and the main one writes the report.
+        leave their group, and the main one writes the report. If nothing could be removed, the report comes first:
+        torchrun ends all processes when one fails.
 
         Raises:
             RunFailedError: nothing could be removed; this is recorded in the journal, and there is no output file.
@@ -182,16 +183,16 @@ class SearchRun:
         if self.plan is not None:
             self.log.info("%s", self.plan.compared(self.clock, time.perf_counter() - self._began))
         self.board.close()
-        is_main = distributed.is_main()
-        distributed.stop()  # the other processes are done, and would wait for the report
-        if is_main:
-            self.results.write_report()
         if not passed:
             target_ap = lowest_target_ap(self.schedule, base_ap, self._visits)
             raise RunFailedError(
                 f"no trial passed: none with fewer channels kept mAP at {target_ap:.4f} ({base_ap:.4f} before); no "
                 f"{OUTPUT_NAME} was written; {self.journal.path} lists the trials"
             )
+        is_main = distributed.is_main()
+        distributed.stop()  # the other processes are done, and would wait for the report
+        if is_main:
+            self.results.write_report()
         return result
 
     def _measured_prices(self, latencies: Latencies, turns: Sequence[Turn]) -> dict[int, Prices]:

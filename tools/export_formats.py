@@ -165,12 +165,9 @@ def export(
     """
     model = copy.deepcopy(model).eval()  # for the check, too
     module = ExportModule(folded_copy(model), postprocess if form.with_detections else None).eval()
-    least = least_side(model)
-    for height, width in sizes_hw:
-        if min(height, width) < least:
-            raise UserError(f"--image_size_hw {height} {width}: expected sides of at least {least} pixels")
+    check_sizes(model, sizes_hw)
     progress("tracing")
-    program = trace(module, sizes_hw[0], least, form)
+    program = trace(module, sizes_hw[0], least_side(model), form)
     results, contents = [], {}
     for format_, path in paths.items():
         progress(f"writing {format_}")
@@ -218,6 +215,14 @@ def _content(
 def runs_to_check(format_: str) -> int:
     """Return how many functions run a file of that format in its check: also the rounded twin of float16."""
     return 2 if format_ == HALF else 1
+
+
+def check_sizes(model: nn.Module, sizes_hw: Sequence[tuple[int, int]]) -> None:
+    """Raise a `UserError` for an image (height and width in pixels) that is too small for the detector."""
+    least = least_side(model)
+    for height, width in sizes_hw:
+        if min(height, width) < least:
+            raise UserError(f"--image_size_hw {height} {width}: expected sides of at least {least} pixels")
 
 
 def least_side(model: nn.Module) -> int:

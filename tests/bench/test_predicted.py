@@ -37,6 +37,7 @@ def test_each_detector_stands_beside_the_dense_one_of_its_search(tmp_path, capsy
     ]
     text = predicted_latency_text(tmp_path / "results").replace("\n", " ")
     assert "2 of 4 predictions are within a tenth of the measured time; the largest difference is 25 %" in text
+    assert "interquartile range of measured times is 20 % of their median (small, threads: 2)" in text
 
 
 @pytest.mark.parametrize("words", [["here"], ["=here"], ["name="]])

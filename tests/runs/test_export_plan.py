@@ -129,6 +129,7 @@ def test_plan_refuses_what_the_export_would(tmp_path):
         ("--int8 --format onnx --coco_path nowhere", "nowhere"),
         ("--static --image_size_hw 64 64", "--static"),
         ("--detections --num_select 0", "--num_select"),
+        ("--image_size_hw 32 128", "32 128: expected sides of at least 33 pixels"),
     ):
         words = f"--resume {tmp_path}/slim.pth --output_dir {tmp_path}/out {SIZES} --plan {more}"
         code, message = run_script("export.py", words)

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from pruning import budget
-from pruning.schedule import GP, MGP
+from pruning.schedule import GP, MGP, Schedule
 from reports import plots
 from runs import search_command, search_results
 from runs.plan import AT_MOST
 from runs.search_command import get_pruning_parser, search
-from tests.pruning.test_end_to_end import SMALL, write_folder
+from tests.pruning.test_end_to_end import IMAGES, SMALL, write_folder
 from tests.pruning.tiny import VARIANTS
 from tests.soak import rest_in_soak
 from tests.tiny_run import run_script
 from tests.trust.forked import job, run_jobs
 from util import distributed, phases
 from util.cli import parse
-from util.errors import UserError
+from util.errors import RunFailedError, UserError
 from util.lock import hold_folder
 
 FAST = "--calibration_images 3 --attention_unit 2 --ffn_unit 8"
@@ -221,6 +221,17 @@ def test_the_report_of_several_budgets_is_planned_and_written_after_the_other_pr
     run(folder, tmp_path / "two", f"{FAST} --keep 0.9 0.8")
     assert order[:2] == ["left", "report"] and order.count("report") == 1
     log = (tmp_path / "two" / "run.log").read_text()
-    assert "compares 3 detectors on the first 100 images of val2017 for the report: about " in log
+    assert f"compares 3 detectors on the first {IMAGES} images of val2017 for the report: about " in log
     run(folder, tmp_path / "one", f"{FAST} --keep 0.9")
     assert "for the report" not in (tmp_path / "one" / "run.log").read_text()
+
+
+def test_a_search_without_a_result_writes_its_report_before_the_other_processes_fail(folder, tmp_path, monkeypatch):
+    """When one process fails, torchrun ends the others."""
+    order = []
+    monkeypatch.setattr(distributed, "stop", lambda: order.append("left"))
+    monkeypatch.setattr(search_results, "write_report", lambda *given: order.append("report"))
+    monkeypatch.setattr(Schedule, "fast_threshold_ap", lambda *given: 1.1)
+    with pytest.raises(RunFailedError, match="no trial passed"):
+        run(folder, tmp_path / "out", f"{FAST} --map_tol 0.1 --search_split val2017")
+    assert order == ["report", "left"]
