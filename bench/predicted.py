@@ -84,11 +84,19 @@ def _cells(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
         cells.append(
             (
                 found["name"], str(found["threads"]), str(found["batch_size"]), f"{height} x {width}",
-                "dense" if row is dense else f"{100 * float(row['detector']):.0f} %", f"{predicted:.1f}",
+                "dense" if row is dense else _share(row["detector"]), f"{predicted:.1f}",
                 f"{measured:.1f}", f"{predicted / measured:.2f}", *(f"{ratio:.2f}" for ratio in faster),
             )
         )  # fmt: skip
     return cells
+
+
+def _share(detector: str) -> str:
+    """Return a budget of --keep in percent; other names as they are: `after` of one budget, `20ms` of --target_ms."""
+    try:
+        return f"{100 * float(detector):.0f} %"
+    except ValueError:
+        return detector
 
 
 def predicted_latency(results: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,11 @@ def off_line(
     return float(value(point) - constant - slope * values(point, "seconds")[0])
 
 
+def bound_in_percent(bound: float) -> str:
+    """Return the least whole percent that a fraction is within."""
+    return f"{math.ceil(round(100 * bound, 6))} %"
+
+
 def growth_text(results: Path) -> str:
     """Report how close the growth is to straight lines, and where it is not what is farthest from one."""
     found = read_figures(results, f"{NAME}.json")
@@ -120,8 +126,8 @@ def growth_text(results: Path) -> str:
         constant, slope, distance = line_through(points, "seconds")
         memory, more, off = line_through(points, "gigabytes")
         parts.append(
-            f"{name}: {constant:.1f} s and {slope * times:.1f} s for each {unit}, within {100 * distance:.0f} %; "
-            f"memory {memory:.2f} GB and {more * times:.3f} GB for each, within {100 * off:.0f} %"
+            f"{name}: {constant:.1f} s and {slope * times:.1f} s for each {unit}, within {bound_in_percent(distance)}; "
+            f"memory {memory:.2f} GB and {more * times:.3f} GB for each, within {bound_in_percent(off)}"
             f"{bend(points) if distance > STRAIGHT else ''}"
         )
     return paragraph(

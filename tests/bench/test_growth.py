@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bench import growth
-from bench.scale_page import bend, growth_text
+from bench.scale_page import bend, bound_in_percent, growth_text
 from bench.watched_run import Stage, WatchedRun
 from tests.tiny_run import write_self_annotated
 from util.errors import UserError
@@ -73,6 +73,12 @@ def test_a_line_and_the_largest_distance_from_it():
     assert growth.line_through(found, "seconds") == pytest.approx((1.0, 0.02, 0.0))
     found[1]["cpu_seconds"] = 8.0
     assert growth.line_through(found, "seconds")[2] == pytest.approx(2.0 / 8.0)
+
+
+def test_a_bound_is_rounded_up():
+    """1.25 % is not within 1 %."""
+    shares = {0.0: "0 %", 1e-15: "0 %", 0.0029: "1 %", 0.0125: "2 %", 0.07: "7 %"}
+    assert {share: bound_in_percent(share) for share in shares} == shares
 
 
 def test_a_series_that_bends_names_its_phase_and_the_speed_of_the_machine():

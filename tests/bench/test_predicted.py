@@ -40,6 +40,13 @@ def test_each_detector_stands_beside_the_dense_one_of_its_search(tmp_path, capsy
     assert "interquartile range of measured times is 20 % of their median (small, threads: 2)" in text
 
 
+@pytest.mark.parametrize("name", ["after", "20ms"])
+def test_a_search_by_one_budget_or_by_milliseconds_is_shown(tmp_path, name):
+    folder = write_search(tmp_path / "one", {"before": (10.0, 10.0), name: (5.0, 4.0)})
+    main([f"demo={folder}", "--output", str(tmp_path)])
+    assert predicted_latency(tmp_path).splitlines()[3].startswith(f"| demo | 2 | 3 | 64 x 96 | {name} | 5.0 | 4.0 |")
+
+
 @pytest.mark.parametrize("words", [["here"], ["=here"], ["name="]])
 def test_a_search_without_a_name_is_refused(words):
     with pytest.raises(UserError, match="NAME=OUTPUT_DIR"):
