@@ -189,6 +189,11 @@ def read_table(path: Path, setting: Setting, scope: str) -> LatencyTable:
                     f"--latency_table {path}: found {name} {shorten(found[name], 80)}, expected {shorten(value, 80)}, "
                     "as in this run"
                 )
+        if "positions" not in found:
+            raise UserError(
+                f"--latency_table {path}: found no times of the positions of queries, as in tables of older versions, "
+                "expected one of this version"
+            )
         return _table(found, setting, scope)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(

@@ -120,7 +120,7 @@ class SearchTally(Tally):
         measured = None if config.has_budget else ATTENTION_WIDTHS_MEASURED
         cuts = cuts_at_most(len(config.budgets), config.min_units) if config.has_budget else EVALUATIONS
         if config.min_dec_layers is not None:
-            most = 1 + max(int(name.split(".")[1]) for name in self._modules if name.startswith("decoder"))
+            most = 1 + max(int(name.split(".")[1]) for name in self._steps if name.startswith("decoder"))
             counts = range(most - config.min_dec_layers + 1)
             if len(counts) > 1 and not layers:
                 self.evaluations(1, layers=most)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 
@@ -49,6 +50,17 @@ def test_a_table_without_the_positions_of_both_attentions_is_refused():
     for positions in ({}, {"p": {"self_attention": Entry(1.0, 0.0, 1)}}):
         with pytest.raises(UserError, match=r"found no time of decoder\.0\.positions for self_attention and cross_att"):
             check_table(dataclasses.replace(table, positions=positions), table.kinds, widths, "a file")
+
+
+def test_a_table_of_an_older_version_is_refused_in_one_sentence(tmp_path):
+    path = written(table_with_positions(3.0, 2.0, 1.5), tmp_path / "latency.json")
+    older = json.loads(path.read_text())
+    del older["positions"]
+    path.write_text(json.dumps(older))
+    with pytest.raises(
+        UserError, match=r"latency\.json: found no times of the positions of queries, .* older versions"
+    ):
+        read_table(path, SETTING, "detector")
 
 
 def test_a_table_with_positions_is_read_as_it_was_written(tmp_path):

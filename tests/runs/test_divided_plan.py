@@ -2,11 +2,12 @@
 
 import pytest
 
+from pruning.budget import cuts_at_most
 from pruning.config import SearchConfig
 from runs.search_counts import Images, Rates, SampledModule, SearchTally
 from tests.pruning.fakes import fake_module
 from util import distributed
-from util.phases import FITS
+from util.phases import FITS, MAP
 
 WIDTHS = range(1, 8)
 
@@ -29,3 +30,19 @@ def test_the_seconds_of_fits_are_those_of_the_busiest_process(monkeypatch, proce
     of_attention = len(WIDTHS)
     assert tally.counts[FITS] == 3 * len(WIDTHS) + of_attention
     assert tally.seconds[FITS] == pytest.approx(3 * 6.0 * share + 0.5 * of_attention)
+
+
+@pytest.mark.parametrize("left", [["decoder.0.ffn"], ["encoder.0.ffn"]])
+def test_layers_whose_modules_were_removed_before_count_as_layers_to_drop(left):
+    modules = {name: fake_module(name, 8, 1, False) for name in left}
+    costs = {
+        f"{name.split('.')[0]}.ffn": SampledModule(name, 8, 2, first={FITS: (len(WIDTHS), 6.0)}) for name in modules
+    }
+    images = Images(read=0, own=0, calibrated=2, first_batch=0, subset_attention=0, subset_ffn=0, everywhere=5)
+    widths, shares = {name: list(WIDTHS) for name in modules}, dict.fromkeys([*left, "decoder.2.ffn"], 0.5)
+    config = SearchConfig(keep=[0.5], min_dec_layers=1)
+    tally = SearchTally(config, images, Rates(0, 0, 0, 0, 0), modules, widths, shares, costs)
+    tally.by_budget([], [])
+    most = 3
+    assert tally.counts[FITS] == most * len(WIDTHS)
+    assert tally.counts[MAP] == (most + most * cuts_at_most(1, config.min_units)) * images.everywhere
