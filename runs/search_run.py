@@ -189,11 +189,19 @@ class SearchRun:
                 f"no trial passed: none with fewer channels kept mAP at {target_ap:.4f} ({base_ap:.4f} before); no "
                 f"{OUTPUT_NAME} was written; {self.journal.path} lists the trials"
             )
-        is_main = distributed.is_main()
-        distributed.stop()  # the other processes are done, and would wait for the report
-        if is_main:
-            self.results.write_report()
+        self._report_alone()
         return result
+
+    def _report_alone(self) -> None:
+        """Leave the group of processes, and write the report in the main one: the others would wait for it."""
+        is_main = distributed.is_main()
+        distributed.stop()
+        if is_main:
+            try:
+                self.results.write_report()
+            except KeyboardInterrupt:
+                hint = f"the search has ended; python -m reports {self.output_dir} writes its report"
+                raise KeyboardInterrupt(f"interrupted: {hint}") from None
 
     def _measured_prices(self, latencies: Latencies, turns: Sequence[Turn]) -> dict[int, Prices]:
         """Return the prices in milliseconds by the number of decoder layers; `turns` are those of the journal."""

@@ -226,6 +226,16 @@ def test_the_report_of_several_budgets_is_planned_and_written_after_the_other_pr
     assert "for the report" not in (tmp_path / "one" / "run.log").read_text()
 
 
+def test_an_interrupted_report_says_that_the_search_has_ended(folder, tmp_path, monkeypatch):
+    def write_report(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_results, "write_report", write_report)
+    with pytest.raises(KeyboardInterrupt, match=r"the search has ended; python -m reports .*out writes its report"):
+        run(folder, tmp_path / "out", f"{FAST} --keep 0.9", is_long=False)
+    assert lines_of(tmp_path / "out")[-1]["event"] == "end" and (tmp_path / "out" / "pruned.pth").exists()
+
+
 def test_a_search_without_a_result_writes_its_report_before_the_other_processes_fail(folder, tmp_path, monkeypatch):
     """When one process fails, torchrun ends the others."""
     order = []
