@@ -206,6 +206,17 @@ def test_an_interrupted_search_by_tolerance_ends_as_it_would_have(root, tmp_path
         assert_same_weights(result.path, again.path)
 
 
+@pytest.mark.parametrize("target", rest_in_soak(["--keep 0.7", "--map_tol 0.1"], ["--map_tol 0.1"]))
+def test_a_single_decoder_layer_is_never_dropped(root, tmp_path, target):
+    single = root / "dense.pth"
+    found = prune(root, tmp_path / "found", f"{target} --min_dec_layers 1", single)
+    plain = prune(root, tmp_path / "plain", target, single)
+    assert found.widths == plain.widths and found.ap == plain.ap and not lines_of(tmp_path / "found", "layers")
+    assert_same_weights(found.path, plain.path)
+    summary = json.loads((tmp_path / "found" / "summary.json").read_text())
+    assert summary["decoder_layers"] == {"before": 1, "after": 1}
+
+
 def test_layers_without_enough_map_of_their_own_are_not_tried(needs_all, tmp_path):  # noqa: F811
     path = needs_all / "dense.pth"
     result = prune(needs_all, tmp_path / "found", TOLERANCE, path)
