@@ -33,7 +33,8 @@ def summary(results: Path) -> str:
     return paragraph(
         "Each cell is AP in points as cut / after a short fine-tuning / after the same fine-tuning with `--distill`. "
         f"Fine-tuning runs over up to {demo['train_images']:,} training images: epochs: {demo['epochs']} on the demo "
-        f"set, {bccd['epochs']} on BCCD. Searches see training images only; AP is that of the validation images."
+        f"set, {bccd['epochs']} on BCCD. Searches see training images only; AP is that of the validation images. "
+        f"{measured_with(demo)}"
     )
 
 

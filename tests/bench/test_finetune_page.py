@@ -1,0 +1,55 @@
+"""The tables of fine-tuning are of the figures in the files."""
+
+import json
+
+import pytest
+
+from bench.finetune_page import finetune, finetune_headline, finetune_text
+
+MACHINE = {"date": "2026-01-01", "device": "a CPU", "threads": 1, "torch": "2"}
+
+
+def row(subject, label, ap, finished=True):
+    return {"name": f"{subject}: {label}", "subject": subject, "ap": ap, "finished": finished, "options": {}}
+
+
+@pytest.fixture
+def results(tmp_path):
+    cut = {"dense": {"AP": 0.5}, "slim47": {"AP": 0.4}}
+    rows = [
+        row("slim47", "lr 4e-4", 0.52), row("dense", "lr 4e-4", 0.51), row("dense", "lr 1e-4", 0.515),
+        row("slim47", "lr 1e-4", 0.9, finished=False), row("slim70", "lr 4e-4", 0.6),
+    ]  # fmt: skip
+    for name, images in (("demo", 10000), ("bccd", None)):
+        found = {"name": name, "epochs": 2, "images": images, "cut": cut, "rows": rows, "environment": MACHINE}
+        (tmp_path / f"finetune_{name}.json").write_text(json.dumps(found))
+    return tmp_path
+
+
+def test_a_line_has_the_trainings_of_one_recipe_that_ended(results):
+    lines = finetune(results).splitlines()[2:]
+    assert lines[:3] == [
+        "| the demo set | as cut | 50.0 | 40.0 |  |  |",
+        "| the demo set | lr 1e-4 | 51.5 |  |  |  |",
+        "| the demo set | lr 4e-4 | 51.0 | 52.0 | 60.0 |  |",
+    ]
+    assert [line.split("|")[1].strip() for line in lines[3:]] == ["BCCD"] * 3
+    text = finetune_text(results).replace("\n", " ")
+    assert "the demo set: 2 epochs over 10,000 images." in text and "BCCD: 2 epochs." in text
+
+
+def test_the_headline_compares_the_best_of_each_detector(results):
+    text = finetune_headline(results).replace("\n", " ")
+    assert "goes from 40.0 AP as cut to 52.0." in text
+    assert "The dense one has 50.0 there, and 51.5 after as many epochs" in text
+
+
+def test_the_headline_names_a_teacher(results):
+    path = results / "finetune_demo.json"
+    found = json.loads(path.read_text())
+    assert "teacher" not in finetune_headline(results)
+    found["rows"][0]["options"] = {"distill_queries": "matching"}
+    path.write_text(json.dumps(found))
+    assert "2 epochs, with the dense one as teacher, the detector with 47 %" in finetune_headline(results).replace(
+        "\n", " "
+    )
