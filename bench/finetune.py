@@ -128,7 +128,7 @@ class Bench:
             if any(older.get(key) != value for key, value in self.settings.items()):
                 raise UserError(f"{self.path}: made with other settings, expected {self.settings} or another --output")
             self.result = older
-        self.result["environment"] = environment()
+        self.result["environment"] = {**environment(), "threads": 1}  # of each process, see `run_script`
 
     def run_script(self, words: Sequence[str], log: Path) -> None:
         """Run a script of the project until it ends, or until the time limit.

@@ -30,6 +30,8 @@ def finetune(results: Path) -> str:
         for row in found["rows"]:
             if row["finished"]:
                 label = row["name"].removeprefix(f"{row['subject']}: ")
+                if label.startswith("distilled"):
+                    label = f"lr {row['options']['lr']}, {label}"
                 cells.setdefault(label, {})[row["subject"]] = points(row["ap"])
         labels = ["as cut", *sorted(label for label in cells if label != "as cut")]
         rows += [(TITLES[name], label, *(cells[label].get(subject, "") for subject in SUBJECTS)) for label in labels]
@@ -41,7 +43,8 @@ def finetune_text(results: Path) -> str:
     parts = []
     for name, found in _sets(results).items():
         images = "" if found["images"] is None else f" over {found['images']:,} images"
-        parts.append(f"{TITLES[name]}: {found['epochs']} epochs{images}. {measured_with(found)}")
+        title = TITLES[name][0].upper() + TITLES[name][1:]
+        parts.append(f"{title}: {found['epochs']} epochs{images}. {measured_with(found)}")
     return paragraph(
         "AP of the averaged weights at the end, one run each, one seed; the column *dense* is the unpruned detector "
         f"trained on by the same recipe. {' '.join(parts)}"

@@ -10,7 +10,8 @@ MACHINE = {"date": "2026-01-01", "device": "a CPU", "threads": 1, "torch": "2"}
 
 
 def row(subject, label, ap, finished=True):
-    return {"name": f"{subject}: {label}", "subject": subject, "ap": ap, "finished": finished, "options": {}}
+    return {"name": f"{subject}: {label}", "subject": subject, "ap": ap, "finished": finished,
+            "options": {"lr": "2e-4"}}  # fmt: skip
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def results(tmp_path):
     rows = [
         row("slim47", "lr 4e-4", 0.52), row("dense", "lr 4e-4", 0.51), row("dense", "lr 1e-4", 0.515),
         row("slim47", "lr 1e-4", 0.9, finished=False), row("slim70", "lr 4e-4", 0.6),
+        row("whole50", "distilled, matching", 0.3),
     ]  # fmt: skip
     for name, images in (("demo", 10000), ("bccd", None)):
         found = {"name": name, "epochs": 2, "images": images, "cut": cut, "rows": rows, "environment": MACHINE}
@@ -28,14 +30,15 @@ def results(tmp_path):
 
 def test_a_line_has_the_trainings_of_one_recipe_that_ended(results):
     lines = finetune(results).splitlines()[2:]
-    assert lines[:3] == [
+    assert lines[:4] == [
         "| the demo set | as cut | 50.0 | 40.0 |  |  |",
         "| the demo set | lr 1e-4 | 51.5 |  |  |  |",
+        "| the demo set | lr 2e-4, distilled, matching |  |  |  | 30.0 |",
         "| the demo set | lr 4e-4 | 51.0 | 52.0 | 60.0 |  |",
     ]
-    assert [line.split("|")[1].strip() for line in lines[3:]] == ["BCCD"] * 3
+    assert [line.split("|")[1].strip() for line in lines[4:]] == ["BCCD"] * 4
     text = finetune_text(results).replace("\n", " ")
-    assert "the demo set: 2 epochs over 10,000 images." in text and "BCCD: 2 epochs." in text
+    assert "The demo set: 2 epochs over 10,000 images." in text and "BCCD: 2 epochs." in text
 
 
 def test_the_headline_compares_the_best_of_each_detector(results):
