@@ -17,6 +17,7 @@ import torch
 from datasets.coco_eval import evaluator_name, shown
 from runs.config import TrainingOptions
 from runs.fewer_queries import keep_best_queries
+from runs.past_training import noted_by_search
 from runs.recipe import recipe_of, recipe_table
 from runs.resolve_options import refuse_unused_by_start, resolve_training
 from runs.training_plan import TrainingPlanner, free_sample, is_long_run
@@ -81,6 +82,8 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
             new_parts=new_parts,
         )  # fmt: skip
         run = Run(options, detector, device, output_dir, kept_queries)
+        if checkpoint is not None:
+            run.past_training = noted_by_search(checkpoint.arguments)
         if not evaluating:
             run.prepare_training(checkpoint if continuing else None)
         if options.run.plan or is_long_run(run):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+NOTED = ("past_lr", "past_lr_backbone", "past_batch")  # names in the `args` of a search's output
+
 
 @dataclass(frozen=True)
 class PastTraining:
@@ -25,8 +27,8 @@ class PastTraining:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> PastTraining | None:
         """Return the training in a checkpoint's `args`, of a training or of a search, or None if there is none."""
-        if "past_lr" in arguments:
-            lr, lr_backbone, batch = (arguments.get(f"past_{name}") for name in ("lr", "lr_backbone", "batch"))
+        if NOTED[0] in arguments:
+            lr, lr_backbone, batch = (arguments.get(name) for name in NOTED)
         else:
             lr, lr_backbone = arguments.get("lr"), arguments.get("lr_backbone")
             factors: list[Any] = [arguments.get(name) for name in ("batch_size", "accumulate", "processes")]
@@ -36,7 +38,12 @@ class PastTraining:
 
     def to_arguments(self) -> dict[str, Any]:
         """Return the values under which a search's output keeps them in its `args`."""
-        return {"past_lr": self.lr, "past_lr_backbone": self.lr_backbone, "past_batch": self.batch}
+        return dict(zip(NOTED, (self.lr, self.lr_backbone, self.batch), strict=True))
+
+
+def noted_by_search(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a search noted of the dense detector's training in a checkpoint's `args`; empty if it noted none."""
+    return {name: arguments[name] for name in NOTED if name in arguments}
 
 
 def _rate(value: Any) -> float | None:

@@ -78,6 +78,7 @@ class Run:
         self.val_dataset = build_dataset("val2017", data)
         self.notices: list[Notice] = []
         self.kept_queries = kept_queries
+        self.past_training: dict[str, Any] = {}  # of the dense detector; a search of the fine-tuned one notes it again
         if kept_queries is not None:
             self._notice([kept_queries.notice])
         self._notice(measured_notices(self.val_dataset, options.detector.matching_queries))
@@ -325,7 +326,7 @@ class Run:
             "state_dict": self.state.best_model.state_dict(),
             "widths": self.model.widths,
             "full_widths": self.options.detector.full_widths,
-            "arguments": {**self.options.values(), "processes": distributed.world_size()},
+            "arguments": {**self.options.values(), "processes": distributed.world_size(), **self.past_training},
             "num_classes": self.options.detector.num_classes,
             "categories": self.options.detector.categories,
             "safetensors": self.options.run.save_safetensors,

@@ -86,6 +86,16 @@ def test_rates_are_those_of_the_dense_detectors_training(coco, folder, tmp_path,
     assert typed.lr == 1e-3 and typed.lr_backbone == pytest.approx(1e-3 * lr_backbone / lr, rel=0.05)
 
 
+def test_a_fine_tuned_detector_keeps_the_rates_of_the_dense_one_for_its_next_search(coco, folder, tmp_path):
+    past = PastTraining(4e-4, 6e-4, 12)
+    start = write_search(tmp_path / "pruned.pth", folder / "dense.pth", past)
+    words = "--epochs 1 --lr 1e-5 --distill none --batch_size 2 --augmentation flip"
+    main.main(*options("--coco_path", coco, MACHINE, words, "--resume", start, "--output_dir", tmp_path / "tuned"))
+    tuned = read_checkpoint(tmp_path / "tuned" / "checkpoint.pth")
+    assert tuned.arguments["lr"] == 1e-5 and tuned.arguments["processes"] == 1
+    assert PastTraining.of(tuned.arguments) == past
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("epochs", [None, 3, 1000, 100000])
