@@ -82,8 +82,7 @@ def main(args: argparse.Namespace, typed: Collection[str] = ()) -> dict[str, flo
             new_parts=new_parts,
         )  # fmt: skip
         run = Run(options, detector, device, output_dir, kept_queries)
-        if checkpoint is not None:
-            run.past_training = noted_by_search(checkpoint.arguments)
+        run.past_training = noted_by_search({} if checkpoint is None else checkpoint.arguments)
         if not evaluating:
             run.prepare_training(checkpoint if continuing else None)
         if options.run.plan or is_long_run(run):

@@ -94,7 +94,7 @@ class Watch(logging.Handler):
     [
         (evaluate, "category ", {"eval.json"}),
         (detect, "category ", {"images.json", "results.json"}),
-        (prune, "taken ", {"pruned.pth", "widths.png", "ap_params.png", "report.html"}),
+        (prune, "taken ", {"pruned.pth", "widths.png", "ap_params.png", "search.jsonl"}),  # the report comes last
     ],
 )
 def test_files_are_written_before_their_figures_are_printed(root, tmp_path, command, table, files):
