@@ -63,7 +63,7 @@ def finetune_headline(results: Path) -> str:
         f"With {found['images']:,} training images of the demo set and {found['epochs']} epochs{teacher} the detector "
         f"with 47 % of the transformer's parameters removed goes from {points(found['cut']['slim47']['AP'])} AP as cut "
         f"to {points(slim['ap'])}. The dense one has {points(found['cut']['dense']['AP'])} there, and "
-        f"{points(dense['ap'])} after as many epochs; both with the best of the learning rates that were tried."
+        f"{points(dense['ap'])} after as many epochs (learning rates {slim['options']['lr']} and {dense['options']['lr']})."
     )
 
 
