@@ -58,12 +58,13 @@ def finetune_headline(results: Path) -> str:
         max((row for row in found["rows"] if row["subject"] == subject and row["finished"]), key=lambda row: row["ap"])
         for subject in ("dense", "slim47")
     )
+    rates = " and ".join(row["options"]["lr"] for row in (slim, dense))
     teacher = ", with the dense one as teacher," if "distill_queries" in slim["options"] else ""
     return paragraph(
         f"With {found['images']:,} training images of the demo set and {found['epochs']} epochs{teacher} the detector "
         f"with 47 % of the transformer's parameters removed goes from {points(found['cut']['slim47']['AP'])} AP as cut "
         f"to {points(slim['ap'])}. The dense one has {points(found['cut']['dense']['AP'])} there, and "
-        f"{points(dense['ap'])} after as many epochs (learning rates {slim['options']['lr']} and {dense['options']['lr']})."
+        f"{points(dense['ap'])} after as many epochs (learning rates {rates})."
     )
 
 

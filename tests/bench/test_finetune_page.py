@@ -44,14 +44,14 @@ def test_a_line_has_the_trainings_of_one_recipe_that_ended(results):
 def test_the_headline_compares_the_best_of_each_detector(results):
     text = finetune_headline(results).replace("\n", " ")
     assert "goes from 40.0 AP as cut to 52.0." in text
-    assert "The dense one has 50.0 there, and 51.5 after as many epochs" in text
+    assert "The dense one has 50.0 there, and 51.5 after as many epochs (learning rates 2e-4 and 2e-4)." in text
 
 
 def test_the_headline_names_a_teacher(results):
     path = results / "finetune_demo.json"
     found = json.loads(path.read_text())
     assert "teacher" not in finetune_headline(results)
-    found["rows"][0]["options"] = {"distill_queries": "matching"}
+    found["rows"][0]["options"] |= {"distill_queries": "matching"}
     path.write_text(json.dumps(found))
     assert "2 epochs, with the dense one as teacher, the detector with 47 %" in finetune_headline(results).replace(
         "\n", " "
