@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -200,7 +201,7 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
             constant, slope, distance = line_through(found, quantity)
             x, y = zip(*sorted(values(point, quantity) for point in found), strict=True)
             axes.plot(x, [constant + slope * value for value in x], color="#aaaaaa",
-                      label=f"line, within {100 * distance:.0f} %")  # fmt: skip
+                      label=f"line, within {math.ceil(100 * distance)} %")  # fmt: skip
             axes.plot(x, y, "o", color="black", label="whole run" if quantity == "seconds" else "largest process")
             if quantity == "seconds" and name != PROCESSES:
                 for phase in dict.fromkeys(phase for point in found for phase in point["phases"]):
@@ -208,7 +209,7 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
                     axes.plot(*zip(*of_phase, strict=True), ".-", linewidth=1, label=phase)
             axes.set_xlabel(SERIES[name])
             axes.set_ylabel(label)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(y))
             axes.legend(fontsize=7)
     save_figure(figure, path)
 
