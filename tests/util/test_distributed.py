@@ -130,6 +130,18 @@ def test_one_process_does_all_jobs_and_raises_an_error_unchanged():
         distributed.on_each({"a": lambda: 1, "b": lambda: 1 // 0})
 
 
+# Appended to a script: `work` in three processes.
+IN_THREE = """
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(rank, sys.argv[1])) for rank in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    sys.exit(any(worker.exitcode for worker in workers))
+"""
+
 JOBS = """
 import datetime, multiprocessing, sys, threading
 import torch
@@ -179,21 +191,12 @@ def work(rank, store):
     assert unreadable.startswith("RuntimeError: TypeError: cannot pickle"), unreadable
     assert distributed.gather_objects(rank) == [0, 1, 2]  # all are still there, and in step
     distributed.stop()
-
-if __name__ == "__main__":
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(rank, sys.argv[1])) for rank in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    sys.exit(any(worker.exitcode for worker in workers))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 def test_each_job_is_done_by_its_process_and_the_first_error_reaches_all(tmp_path):
-    run(JOBS, tmp_path)
+    run(JOBS + IN_THREE, tmp_path)
 
 
 SUMS = """
@@ -213,15 +216,6 @@ def work(rank, store):
     assert torch.equal(sums[0], torch.arange(6.0).view(3, 2).T * 101) and float(sums[2]) == 3
     assert sums[1].shape == (0, 4) and (rank == 1 or sums[0] is own[0])
     distributed.stop()
-
-if __name__ == "__main__":
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(rank, sys.argv[1])) for rank in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    sys.exit(any(worker.exitcode for worker in workers))
 """
 
 
@@ -229,4 +223,4 @@ def test_tensors_are_added_also_over_processes_that_have_none(tmp_path):
     own = [torch.ones(2), torch.zeros(0, 0)]
     assert all(one is other for one, other in zip(distributed.sum_tensors(own), own, strict=True))
     if sys.platform == "linux":  # processes are forked
-        run(SUMS, tmp_path)
+        run(SUMS + IN_THREE, tmp_path)

@@ -25,48 +25,35 @@ def one_thread(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("backend", "cores", "processes", "expected"),
+    ("everywhere", "backend", "cores", "processes", "expected"),
     [
-        ("gloo", 8, 1, 1),
-        ("nccl", 8, 1, 1),
-        ("gloo", 8, 4, 8),
-        ("nccl", 8, 4, 5),
-        ("gloo", 2, 8, 2),
-        ("nccl", 4, 4, 1),
-        ("nccl", 2, 8, 1),
-        ("nccl", 64, 8, threads.MOST_THREADS),
+        (False, "gloo", 8, 1, 1),
+        (False, "nccl", 8, 1, 1),
+        (False, "gloo", 8, 4, 8),
+        (False, "nccl", 8, 4, 5),
+        (False, "gloo", 2, 8, 2),
+        (False, "nccl", 4, 4, 1),
+        (False, "nccl", 2, 8, 1),
+        (False, "nccl", 64, 8, threads.MOST_THREADS),
+        (True, "gloo", 8, 1, 1),
+        (True, "gloo", 9, 4, 2),
+        (True, "nccl", 8, 4, 2),
+        (True, "gloo", 2, 4, 1),
+        (True, "nccl", 256, 8, threads.MOST_THREADS),
     ],
 )
-def test_a_fit_has_the_cores_that_no_waiting_process_keeps_busy(monkeypatch, backend, cores, processes, expected):
+def test_a_fit_has_its_share_of_the_cores_that_no_waiting_process_keeps_busy(
+    monkeypatch, everywhere, backend, cores, processes, expected
+):
     monkeypatch.setattr(threads, "usable_cores", lambda: cores)
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     monkeypatch.setattr(threads.dist, "get_backend", lambda: backend)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    with idle_cores():
+    with idle_cores(everywhere=everywhere):
         assert torch.get_num_threads() == expected
     assert torch.get_num_threads() == 1
-    with pytest.raises(ValueError, match="inside"), idle_cores():
+    with pytest.raises(ValueError, match="inside"), idle_cores(everywhere=everywhere):
         raise ValueError("inside")
-    assert torch.get_num_threads() == 1
-
-
-@pytest.mark.parametrize(
-    ("backend", "cores", "processes", "expected"),
-    [
-        ("gloo", 8, 1, 1),
-        ("gloo", 9, 4, 2),
-        ("nccl", 8, 4, 2),
-        ("gloo", 2, 4, 1),
-        ("nccl", 256, 8, threads.MOST_THREADS),
-    ],
-)
-def test_processes_that_fit_at_the_same_time_share_the_cores(monkeypatch, backend, cores, processes, expected):
-    monkeypatch.setattr(threads, "usable_cores", lambda: cores)
-    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
-    monkeypatch.setattr(threads.dist, "get_backend", lambda: backend)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    with idle_cores(everywhere=True):
-        assert torch.get_num_threads() == expected
     assert torch.get_num_threads() == 1
 
 
