@@ -224,3 +224,17 @@ def test_tensors_are_added_also_over_processes_that_have_none(tmp_path):
     assert all(one is other for one, other in zip(distributed.sum_tensors(own), own, strict=True))
     if sys.platform == "linux":  # processes are forked
         run(SUMS + IN_THREE, tmp_path)
+
+
+def test_a_gpu_does_without_attention_that_is_planned_for_each_shape(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        distributed.choose_device("cpu")
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        assert distributed.choose_device("cuda") == torch.device("cuda", 0)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
