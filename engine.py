@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from datasets.coco import CocoLoader
 from datasets.coco_eval import GroundTruth, coco_stats, to_detections
 from models.criterion import Criterion
 from models.distillation import Distillation
@@ -22,10 +21,19 @@ from util.batch_record import BatchRecord, bad_gradient
 from util.ema import WeightAverage
 from util.errors import NonFiniteLossError, UserError
 from util.logging import bar_off
-from util.phases import MAP, TimedBatches, phase
+from util.phases import MAP, phase
 
 LEAST_SCALE = 2.0**-30  # of the fp16 loss; if the scale falls below it, the gradient is NaN and not an overflow
+USED_OF_TARGETS = ("labels", "boxes")  # by the losses
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Batches(Protocol):
+    """Batches (images, targets) of one pass; their number is an upper bound."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]: ...
 
 
 @dataclass
@@ -55,10 +63,11 @@ class Means:
         self._sums: Tensor | None = None
         self._weight = 0
 
+    @torch.no_grad()
     def add(self, values: Mapping[str, Tensor], weight: int = 1) -> None:
         """Add the scalar tensors of one batch, with this weight."""
         self._names = self._names or sorted(values)
-        stacked = weight * torch.stack([values[name].detach().double() for name in self._names])
+        stacked = weight * torch.stack([values[name] for name in self._names]).double()
         self._sums = stacked if self._sums is None else self._sums + stacked
         self._weight += weight
 
@@ -76,6 +85,19 @@ def move_to(value: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
+def targets_on(targets: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
+    """Return what the losses need of the targets of a batch on `device`.
+
+    A copy takes 10 us of a GPU's queue, however small it is, so those of all images are made at once.
+    """
+    moved: list[dict[str, Tensor]] = [{} for _ in targets]
+    for name in (name for name in USED_OF_TARGETS if name in targets[0]):
+        values = torch.cat([target[name] for target in targets]).to(device, non_blocking=True)
+        for target, value in zip(moved, values.split([len(target[name]) for target in targets]), strict=True):
+            target[name] = value
+    return moved
+
+
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
     """Return the autocast context of a forward pass; `amp` is off, bf16 or fp16."""
     dtype = AMP_DTYPES[amp]
@@ -85,7 +107,7 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 def train_one_epoch(
     model: nn.Module,
     criterion: Criterion,
-    loader: CocoLoader | TimedBatches,
+    loader: Batches,
     optimizer: torch.optim.Optimizer,
     *,
     device: torch.device,
@@ -126,11 +148,11 @@ def train_one_epoch(
     reports = _LateReports(bar, on_batch)
     for number, (images, targets) in enumerate(bar):
         pending += targets
-        images, targets = move_to(images, device), move_to(targets, device)
+        moved = move_to(images, device), targets_on(targets, device)
         in_step = min(accumulate, len(loader) - number // accumulate * accumulate)  # batches
         stepping = (number + 1) % accumulate == 0 or number + 1 == len(loader)
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not stepping else nullcontext():
-            loss, own = _losses(model, criterion, images, targets, autocast(device, amp), distillation)
+            loss, own = _losses(model, criterion, *moved, autocast(device, amp), distillation)
             place = f"epoch {epoch}, step {number + 1} of {len(loader)}"
             batch = BatchRecord(own, targets, [group["lr"] for group in optimizer.param_groups], place)
             reports.report_last(batch)
@@ -200,7 +222,7 @@ def evaluate(
             sizes = torch.stack([target["orig_size"] for target in targets])
             outputs, results = detect(predict, postprocess, inputs, sizes, device=device, amp=amp)
             if criterion is not None:
-                losses = criterion(outputs, move_to(targets, device))
+                losses = criterion(outputs, targets_on(targets, device))
                 means.add({**losses, "loss": criterion.weighted_sum(losses)}, weight=len(targets))
             earlier = [postprocess(layer, sizes.to(device)) for layer in outputs["aux_outputs"]] if by_layer else []
             for target, *of_layers in zip(targets, *earlier, results, strict=True):
@@ -305,10 +327,11 @@ def _optimizer_step(
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(parameter.grad for parameter in trained if parameter.grad is not None)
     batch.start_copy(norm if scaler is None else None, targets)
     if clip_max_norm > 0:
-        nn.utils.clip_grads_with_norm_(model.parameters(), clip_max_norm, norm)
+        nn.utils.clip_grads_with_norm_(trained, clip_max_norm, norm)
     stepped = True
     if scaler is not None:
         batch.check()  # reading the scale waits as long

@@ -74,11 +74,11 @@ def model_input(picture: Tensor, size_hw: Sequence[int]) -> Tensor:
     """Resize a picture and normalise it by ImageNet's mean and standard deviation, on the picture's device.
 
     Args:
-        picture: uint8 3 x H x W.
+        picture: uint8 3 x H x W, or several of one size, N x 3 x H x W.
         size_hw: height and width of the result.
 
     Returns:
-        float32 3 x h x w.
+        float32 3 x h x w or N x 3 x h x w.
 
     Raises:
         TypeError: the picture is not uint8, so it may be normalised already.
@@ -99,23 +99,25 @@ def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def resized(picture: Tensor, size_hw: Sequence[int]) -> Tensor:
-    """Resize a picture (uint8 3 x H x W) on its device, bilinearly with antialiasing.
+    """Resize a picture (uint8 ... x 3 x H x W) on its device, bilinearly with antialiasing.
 
     Devices differ by at most one grey level: on a CPU torchvision resizes in integers, on others in float32.
     """
+    if tuple(picture.shape[-2:]) == tuple(size_hw):
+        return picture
     if picture.device.type == "cpu":
         return functional.resize(picture, list(size_hw))
     return resized_in_float32(picture, size_hw)
 
 
 def resized_in_float32(picture: Tensor, size_hw: Sequence[int]) -> Tensor:
-    """Resize a picture (uint8 3 x H x W) in float32, in the order of torchvision's integer kernel for CPUs.
+    """Resize a picture (uint8 ... x 3 x H x W) in float32, in the order of torchvision's integer kernel for CPUs.
 
     Like the kernel it resizes rows, rounds halves up, resizes columns, and rounds again.
     """
     height, width = size_hw
     levels = picture.float()
-    for size in ([picture.shape[1], width], [height, width]):
+    for size in ([picture.shape[-2], width], [height, width]):
         levels = functional.resize(levels, size).add_(0.5).floor_()
     return levels.to(torch.uint8)
 

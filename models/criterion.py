@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,8 @@ def layer_suffix(layer: int, num_layers: int) -> str:
 
 def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """Return the sum of the losses that have a weight."""
-    return reduce(torch.add, (losses[name] * weight for name, weight in weights.items()))
+    values = torch.stack([losses[name] for name in weights])
+    return (values * numbers_on(values.device, [*weights.values()], values.dtype)).sum()
 
 
 def stacked_layers(outputs: dict) -> tuple[Tensor, Tensor]:

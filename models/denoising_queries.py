@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,15 +77,15 @@ class NoisedTargets:
 def slot_indices(targets: list[dict[str, Tensor]], layout: DenoisingQueries) -> tuple[Tensor, Tensor, Tensor]:
     """Return image, query and target indices (1-D) of all noised targets; targets are counted over the batch."""
     counts = [len(target["labels"]) for target in targets]
-    device = targets[0]["labels"].device
     slots_per_group = layout.num_queries // max(layout.groups, 1)
-    image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    within = torch.cat([torch.arange(count) for count in counts])
-    target = torch.arange(sum(counts))
-    offsets = torch.arange(layout.groups).repeat_interleave(len(target)) * slots_per_group
-    indices = (image.repeat(layout.groups), within.repeat(layout.groups) + offsets, target.repeat(layout.groups))
-    image, slot, target = (index.to(device, non_blocking=True) for index in indices)
-    return image, slot, target
+    # numpy, and one copy to the device: for arrays this small, the overhead of each operator dominates.
+    target = np.arange(sum(counts))
+    image = np.repeat(np.arange(len(counts)), counts)
+    within = target - np.repeat(np.cumsum(counts) - counts, counts)
+    slot = within + np.arange(layout.groups)[:, None] * slots_per_group
+    indices = np.stack((np.tile(image, layout.groups), slot.reshape(-1), np.tile(target, layout.groups)))
+    image_slot_target = torch.from_numpy(indices).to(targets[0]["labels"].device, non_blocking=True)
+    return image_slot_target[0], image_slot_target[1], image_slot_target[2]
 
 
 def add_noise(

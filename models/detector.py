@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -270,28 +269,25 @@ class Detector(nn.Module, ABC):
 
     def outputs(self, state: DetectorState) -> dict:
         """Return the outputs of a state after the last step; see `forward`."""
-        logits = [self.classify(layer, hidden) for layer, hidden in enumerate(state.hidden)]
-        split = state.denoising.num_extra if state.denoising else 0
-        layers = [
-            {"pred_logits": layer_logits[:, split:], "pred_boxes": boxes[:, split:]}
-            for layer_logits, boxes in zip(logits, state.boxes, strict=True)
-        ]
+        extra = [state.denoising.num_queries, *state.denoising.anchors] if state.denoising else []
+        logits = [_parts(self.classify(layer, hidden), extra) for layer, hidden in enumerate(state.hidden)]
+        boxes = [_parts(of_layer, extra) for of_layer in state.boxes]
+        layers = [{"pred_logits": a[-1], "pred_boxes": b[-1]} for a, b in zip(logits, boxes, strict=True)]
         outputs = {**layers[-1], "aux_outputs": layers[:-1]}
         if self.training:
             outputs["memory"] = state.memory
         if state.denoising:
-            ends = list(accumulate((state.denoising.num_queries, *state.denoising.anchors)))
-            parts = [
+            denoising, *anchors = (
                 {
-                    "pred_logits": torch.stack([layer_logits[:, start:end] for layer_logits in logits]),
-                    "pred_boxes": torch.stack([boxes[:, start:end] for boxes in state.boxes]),
+                    "pred_logits": torch.stack([parts[index] for parts in logits]),
+                    "pred_boxes": torch.stack([parts[index] for parts in boxes]),
                 }
-                for start, end in pairwise([0, *ends])
-            ]
+                for index in range(len(extra))
+            )
             if state.denoising.num_queries:
-                outputs["denoising"] = {"layout": state.denoising, **parts[0]}
-            if state.denoising.anchors:
-                outputs["anchors"] = parts[1:]
+                outputs["denoising"] = {"layout": state.denoising, **denoising}
+            if anchors:
+                outputs["anchors"] = anchors
         return outputs
 
     def keep_queries(self, indices: Tensor) -> None:
@@ -348,3 +344,8 @@ def _embed(extra: ExtraQueries, content: Tensor, label_enc: nn.Embedding) -> Noi
 def _pixels(maps: Sequence[Tensor]) -> Tensor:
     """Flatten the maps (B x D x h x w) of all levels to B x S x D, level after level, each row by row."""
     return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+
+
+def _parts(of_queries: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Split B x Q x C into the first queries, `sizes` of them, and the other ones."""
+    return of_queries.split([*sizes, of_queries.shape[1] - sum(sizes)], dim=1) if sizes else (of_queries,)

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.criterion import layer_suffix, stacked_layers, weighted_sum
 from models.denoising_queries import DenoisingSettings, ExtraQueries, Noise, draw_noise
 from models.detector import Detector
-from models.layers import at_least_float32
+from models.layers import at_least_float32, weights_converted
 from models.matcher import giou_loss
 from models.padding import PaddedImages
 from util import distributed
@@ -93,6 +93,7 @@ class Distillation:
         if student is not None and student.padding_rule == teacher.padding_rule:
             self.shared_layers = student.backbone[0].layers_shared_with(teacher.backbone[0])
         self.teacher = teacher.eval().requires_grad_(False)
+        self._converted: dict[torch.dtype, Detector] = {}
         last = len(teacher.widths.decoder) - 1
         num_layers = num_layers or last + 1
         self.queries = None if queries is None else queries.to(next(teacher.parameters()).device)
@@ -137,7 +138,7 @@ class Distillation:
         if not self.shared_layers:
             return images
         padded = self.teacher.pad(images)
-        return padded._replace(begun=self.teacher.backbone[0].run(padded.batch, self.shared_layers))
+        return padded._replace(begun=self._runner().backbone[0].run(padded.batch, self.shared_layers))
 
     @torch.no_grad()
     def teach(self, images: list[Tensor] | Tensor | PaddedImages, queries: ExtraQueries | None = None) -> Lesson:
@@ -150,8 +151,9 @@ class Distillation:
         noise = queries.noise if queries is not None and "denoising" in self.kinds else None
         if queries is not None:
             queries = replace(queries, noise=noise, content_queries=self.queries)
-        state = self.teacher.run_steps(self.teacher.prepare(images, queries))
-        outputs = self.teacher.outputs(state)
+        teacher = self._runner()
+        state = teacher.run_steps(teacher.prepare(images, queries))
+        outputs = teacher.outputs(state)
         found = {
             kind: (self._teaching(logits).sigmoid(), self._teaching(boxes))
             for kind, (logits, boxes) in self._answers(outputs, noise).items()
@@ -160,6 +162,16 @@ class Distillation:
             layers if self.queries is None else layers[:, :, self.queries] for layers in found.pop("matching")
         )
         return Lesson(probabilities, boxes, at_least_float32(state.memory), state.pixels.float(), found, noise)
+
+    def _runner(self) -> Detector:
+        """Return the teacher; under autocast a copy of it whose weights need not be converted again in each step."""
+        device_type = self.teacher.refpoint_embed.weight.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return self.teacher
+        dtype = torch.get_autocast_dtype(device_type)
+        if dtype not in self._converted:
+            self._converted = {dtype: weights_converted(self.teacher, dtype)}
+        return self._converted[dtype]
 
     def _teaching(self, layers: Tensor) -> Tensor:
         """Return those of the teacher's layers (L x ...) that the student's learn from.

@@ -1,5 +1,6 @@
 """Building blocks of the encoder, the decoder and the heads."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar, cast
@@ -15,6 +16,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # DN-DETR's bound of the coordinates of anchors and noised boxes before it computes their logits.
 ANCHOR_EPS = 1e-3
+PACKED = ("in_proj_weight", "in_proj_bias")  # parameters of linear layers whose projections are packed
 ACTIVATIONS: dict[str, type[nn.Module]] = {"prelu": nn.PReLU, "relu": nn.ReLU}
 
 
@@ -178,6 +180,16 @@ class GatedLayer(GatedModule):
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
     """Multiply `x` (B x L x width) by its gate; return `x` itself if `gate` is None."""
     return x if gate is None else x * gate
+
+
+def weights_converted(model: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """Return a copy of a model whose weights are those that autocast to `dtype` makes of them, with equal results."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Linear | nn.Conv2d) or name in PACKED:
+                parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def inverse_sigmoid(x: Tensor, eps: float = ANCHOR_EPS) -> Tensor:

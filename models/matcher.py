@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_convert
 
 from models.layers import at_least_float32, numbers_on
 
@@ -34,17 +34,25 @@ def giou_loss(boxes_cxcywh: Tensor, others_cxcywh: Tensor) -> Tensor:
 
     torchvision's `generalized_box_iou_loss` gives the same numbers, but its masks make the CPU wait for a GPU.
     """
-    boxes, others = (box_convert(given, "cxcywh", "xyxy") for given in (boxes_cxcywh, others_cxcywh))
-    shared_wh = torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])
-    hull_wh = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(boxes[..., :2], others[..., :2])
+    (first, last), (other_first, other_last) = _corners(boxes_cxcywh), _corners(others_cxcywh)
+    shared_wh = torch.minimum(last, other_last) - torch.maximum(first, other_first)
+    hull_wh = torch.maximum(last, other_last) - torch.minimum(first, other_first)
     intersection = _area(shared_wh).masked_fill((shared_wh <= 0).any(-1), 0)
-    union = _area(boxes[..., 2:] - boxes[..., :2]) + _area(others[..., 2:] - others[..., :2]) - intersection
+    union = _area(last - first) + _area(other_last - other_first) - intersection
     hull = _area(hull_wh)
     return 1 - (intersection / (union + LEAST_AREA) - (hull - union) / (hull + LEAST_AREA))
 
 
+def _corners(boxes_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first and the last corner (xy, ... x 2) of boxes (... x 4)."""
+    centres, sides = boxes_cxcywh.split(2, dim=-1)
+    half = 0.5 * sides
+    return centres - half, centres + half
+
+
 def _area(sides_wh: Tensor) -> Tensor:
-    return sides_wh[..., 0] * sides_wh[..., 1]
+    width, height = sides_wh.unbind(-1)
+    return width * height
 
 
 @dataclass(frozen=True)
@@ -82,13 +90,13 @@ class HungarianMatcher:
 
     def _costs(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
         """Return the costs, L x B x Q x (largest target count); columns beyond an image's count are not used."""
-        labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
-        target_boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True)
+        index = _columns([len(target["labels"]) for target in targets], logits.device)
+        labels, target_boxes = (torch.cat([target[name] for target in targets])[index] for name in ("labels", "boxes"))
         # The change of a query's focal loss if this class becomes its target.
         positive = self.alpha * (1 - logits.sigmoid()) ** self.gamma * -torch.nn.functional.logsigmoid(logits)
         negative = (1 - self.alpha) * logits.sigmoid() ** self.gamma * -torch.nn.functional.logsigmoid(-logits)
-        index = labels[None, :, None, :].expand(*logits.shape[:3], -1)
-        class_cost = (positive - negative).gather(3, index)
+        classes = labels[None, :, None, :].expand(*logits.shape[:3], -1)
+        class_cost = (positive - negative).gather(3, classes)
 
         queries = boxes.unsqueeze(3)
         columns = target_boxes[None, :, None]
@@ -97,3 +105,11 @@ class HungarianMatcher:
         cost = self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost
         # The assignment rejects NaN; the training loop reports losses that are not finite.
         return cost.nan_to_num(nan=UNMATCHABLE_COST, posinf=UNMATCHABLE_COST, neginf=UNMATCHABLE_COST)
+
+
+def _columns(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return the target of each column of each image (B x largest count), any target where an image has no more."""
+    most, last = max(counts), sum(counts) - 1
+    ends = accumulate(counts)
+    rows = [[min(end - count + place, last) for place in range(most)] for end, count in zip(ends, counts, strict=True)]
+    return numbers_on(device, rows)

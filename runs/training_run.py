@@ -364,7 +364,7 @@ class Run:
 
 
 def train_epoch(
-    options: TrainingOptions, model: nn.Module, criterion: Criterion, batches: TimedBatches, state: TrainingState,
+    options: TrainingOptions, model: nn.Module, criterion: Criterion, batches: engine.Batches, state: TrainingState,
     distillation: Distillation | None, device: torch.device, **more: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Train an epoch with the options of a run; see `engine.train_one_epoch`."""

@@ -33,8 +33,9 @@ class BatchRecord:
         rates: Sequence[float],
         place: str,
     ) -> None:
-        self.losses, self.targets, self.rates, self.place = distributed.average(own), targets, rates, place
-        self._own = {name: value.detach() for name, value in own.items()}
+        with torch.no_grad():
+            self._own = dict(zip(own, torch.stack([*own.values()]).unbind(), strict=True))
+        self.losses, self.targets, self.rates, self.place = distributed.average(self._own), targets, rates, place
         self._in_step: Sequence[Mapping[str, Tensor]] = ()
         self._on_cpu = torch.empty(0)
         self._copied: torch.cuda.Event | None = None

@@ -59,3 +59,11 @@ def test_the_order_of_a_file_and_back():
     flat = in_file_order(picture)
     assert flat.data_ptr() == picture.data_ptr()  # no copy
     assert flat[:3].tolist() == picture[:, 0, 0].tolist() and torch.equal(from_file_order(flat, (3, 4)), picture)
+
+
+@pytest.mark.parametrize("resized_hw", [(9, 7), (12, 10)])
+def test_pictures_of_one_size_are_each_resized_as_alone(resized_hw):
+    samples = [sample((9, 7), resized_hw) for _ in range(3)]
+    images, _ = unpack(pack(samples, resizes=False), CPU)
+    for image, (picture, size_hw, _) in zip(images, samples, strict=True):
+        assert image.is_contiguous() and torch.equal(image, model_input(picture, size_hw))

@@ -56,6 +56,22 @@ def test_teacher_and_student_see_the_same_padded_images(network):
     assert 0 < float(lesson.pixels.mean()) < 1
 
 
+@pytest.mark.filterwarnings("ignore:no compiled sampling")
+@each_variant
+def test_a_teacher_with_converted_weights_gives_the_same_bits(network, monkeypatch):
+    teaching = Distillation(tiny_detector(network)[0], WEIGHTS, kinds=("matching", "anchors"))
+    images, targets = pictures()
+    queries = teaching.draw(targets)
+    found = []
+    for runner in (teaching._runner, lambda: teaching.teacher):
+        monkeypatch.setattr(teaching, "_runner", runner)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(teaching.teach(images, queries))
+    assert {p.dtype for p in teaching.teacher.parameters()} == {torch.float32} and len(teaching._converted) == 1
+    one, other = ((lesson.probabilities, lesson.memory, *lesson.extra["anchors"]) for lesson in found)
+    assert all(map(torch.equal, one, other))
+
+
 @each_variant
 def test_gradients_reach_every_part_of_the_student_and_none_of_the_teacher(network):
     teaching = distillation(network)
