@@ -25,11 +25,12 @@ from runs.plan import (
     shown_time,
     waiting,
 )
+from runs.sampled_batches import Pace, SampledBatches
 from runs.training_run import Run, train_epoch
 from runs.training_state import TrainingState
 from util import distributed
 from util.memory import USABLE_SHARE, PeakMemory, available_ram, free_bytes, processes_here
-from util.phases import EVALUATION, MAP, READING, TRAINING, PhaseClock, TimedBatches, phase
+from util.phases import EVALUATION, MAP, READING, TRAINING, PhaseClock, phase
 
 SAMPLED_BATCHES = 3
 DECODED_IMAGES = 16
@@ -65,8 +66,7 @@ class TrainingPlanner:
     def __init__(self, run: Run, compares: bool) -> None:
         """Measure nothing yet; `compares` is that of `evaluations`."""
         self._run, self._compares, self._options = run, compares, run.options
-        self._training = PhaseClock(run.device, waits=True)
-        self._testing = PhaseClock(run.device, waits=True)
+        self._training, self._testing = Pace(), Pace()
         self._step_bytes = 0
 
     def plan(self) -> RunPlan:
@@ -88,8 +88,8 @@ class TrainingPlanner:
         self._trained = 0 if options.run.eval else epochs_left(run) * images_of(run.train_loader)
         self._tested = evaluations(run, self._compares) * images_of(run.val_loader)
         tally.add(READING, self._trained + self._tested, self._waiting(options.data.num_workers), bound)
-        tally.add(TRAINING, self._trained, self._trained * self._training.seconds_each(TRAINING), bound)
-        tally.add(EVALUATION, self._tested, self._tested * self._testing.seconds_each(EVALUATION), bound)
+        tally.add(TRAINING, self._trained, self._trained * self._training.computing, bound)
+        tally.add(EVALUATION, self._tested, self._tested * self._testing.computing, bound)
         layers = options.detector.dec_layers if options.run.ap_by_layer else 1
         measured = evaluations(run, self._compares) * layers * len(run.val_dataset)
         tally.add(MAP, measured, measured * self._map_each, bound)
@@ -116,40 +116,43 @@ class TrainingPlanner:
         run, options, memory = self._run, self._options, PeakMemory()
         self._train_on(spread(run.train_loader.coco, options.data.batch_size, run.device, batches=1), options, memory)
         self._step_bytes = memory.peak_bytes
-        with self._training.running():
-            self._train_on(spread(run.train_loader.coco, options.data.batch_size, run.device), options)
+        self._training = self._pace_of_training(options)
+
+    def _pace_of_training(self, options: TrainingOptions) -> Pace:
+        run = self._run
+        loader = spread(run.train_loader.coco, options.data.batch_size, run.device)
+        batches = SampledBatches(loader, TRAINING, run.device)
+        self._train_on(batches, options)
+        return batches.pace
 
     def _train_on(
-        self, loader: CocoLoader, options: TrainingOptions, memory: contextlib.AbstractContextManager | None = None
+        self,
+        batches: CocoLoader | SampledBatches,
+        options: TrainingOptions,
+        memory: contextlib.AbstractContextManager | None = None,
     ) -> None:
-        """Train a copy of the detector on `loader`; `memory` counts what that takes besides what a run has anyway."""
+        """Train a copy of the detector on `batches`; `memory` counts what that takes besides what a run has anyway."""
         run = self._run
         model = copy.deepcopy(run.model)
         state = TrainingState(model, options.training, run.state.steps_per_epoch, amp=options.run.amp)
         state.optimizer.load_state_dict(copy.deepcopy(run.state.optimizer.state_dict()))  # of a resumed run
-        wrapped, batches = run.wrap(model), TimedBatches(loader)
-        with memory or contextlib.nullcontext(), phase(TRAINING) as entry:
+        wrapped = run.wrap(model)
+        with memory or contextlib.nullcontext():
             train_epoch(options, wrapped, run.criterion, batches, state, run.distillation, run.device, progress=False)
-            entry.count = batches.images
         del model, state, wrapped
         free_sample()
 
     def _test(self) -> None:
-        """Evaluate a few batches, after one that warms up."""
+        """Evaluate a few batches."""
         run, options = self._run, self._options
-
-        def evaluate(batches: TimedBatches) -> engine.EvalResult:
-            return engine.evaluate(
-                run.model, run.postprocess, batches, run.ground_truth, device=run.device,
-                criterion=None if options.run.eval else run.criterion, amp=options.run.eval_amp, progress=False,
-                by_layer=options.run.ap_by_layer,
-            )  # fmt: skip
-
-        evaluate(TimedBatches(spread(run.val_loader.given, options.data.batch_size, run.device, batches=1)))
-        batches = TimedBatches(spread(run.val_loader.given, options.data.batch_size, run.device))
-        with self._testing.running(), phase(EVALUATION) as entry:
-            result = evaluate(batches)
-            entry.count = batches.images
+        loader = spread(run.val_loader.given, options.data.batch_size, run.device)
+        batches = SampledBatches(loader, EVALUATION, run.device)
+        result = engine.evaluate(
+            run.model, run.postprocess, batches, run.ground_truth, device=run.device,
+            criterion=None if options.run.eval else run.criterion, amp=options.run.eval_amp, progress=False,
+            by_layer=options.run.ap_by_layer,
+        )  # fmt: skip
+        self._testing = batches.pace
         self._map_each = seconds_of_map(run.ground_truth, run.val_dataset.ids, result)
 
     @property
@@ -167,10 +170,8 @@ class TrainingPlanner:
         run, size = self._run, self._options.data.batch_size
         if self._options.run.eval:
             return []
-        seconds = images_of(run.train_loader) * self._each(self._training, TRAINING)
-        tested = (
-            images_of(run.val_loader) * self._each(self._testing, EVALUATION) + len(run.val_dataset) * self._map_each
-        )
+        seconds = images_of(run.train_loader) * self._each(self._training)
+        tested = images_of(run.val_loader) * self._each(self._testing) + len(run.val_dataset) * self._map_each
         free, needed = free_bytes(run.device), self._step_bytes
         fits = "fits" if needed <= USABLE_SHARE * free else "does not fit"
         facts = [
@@ -182,10 +183,9 @@ class TrainingPlanner:
             facts.append(f"--cache_images decodes the images once, in about {shown_time(self._decoding)}")
         return facts
 
-    def _each(self, clock: PhaseClock, computing: str) -> float:
+    def _each(self, pace: Pace) -> float:
         """Return the seconds for an image, with what the run waits for it."""
-        each = clock.seconds_each(computing)
-        return each + waiting(self._reading_each(clock), each, self._options.data.num_workers)
+        return pace.computing + waiting(self._reading(pace), pace.computing, self._options.data.num_workers)
 
     def _changes(self, plan: RunPlan) -> Iterator[tuple[str, float]]:
         """Yield options that would change the plan, and the seconds that they would save by its figures."""
@@ -193,7 +193,7 @@ class TrainingPlanner:
         run, training = self._run, self._options.training
         if self._options.run.eval:
             return
-        testing = plan.seconds - self._trained * self._each(self._training, TRAINING)
+        testing = plan.seconds - self._trained * self._each(self._training)
         for every in (2, 5):
             if training.eval_every < every <= training.epochs:
                 fewer = dataclasses.replace(training, eval_every=every)
@@ -201,14 +201,9 @@ class TrainingPlanner:
                 yield f"--eval_every {every}", testing * (1 - left)
         if run.device.type == "cuda":
             if self._options.run.amp == "off":
-                clock = PhaseClock(run.device, waits=True)
-                options = self._options.with_values({"amp": "bf16"})
-                dataset, size = run.train_loader.coco, options.data.batch_size
                 with generators_kept():
-                    self._train_on(spread(dataset, size, run.device, batches=1), options)
-                    with clock.running():
-                        self._train_on(spread(dataset, size, run.device), options)
-                yield "--amp", self._trained * (self._each(self._training, TRAINING) - self._each(clock, TRAINING))
+                    faster = self._pace_of_training(self._options.with_values({"amp": "bf16"}))
+                yield "--amp", self._trained * (self._each(self._training) - self._each(faster))
             if torch.cuda.device_count() > distributed.world_size():
                 count = torch.cuda.device_count()
                 yield f"torchrun --nproc_per_node {count}", plan.seconds * (1 - distributed.world_size() / count)
@@ -227,17 +222,15 @@ class TrainingPlanner:
 
     def _waiting(self, workers: int, saved_each: float = 0.0) -> float:
         """Return the seconds that the whole run waits for images; `saved_each` is saved in reading one."""
-        parts = ((self._trained, self._training, TRAINING), (self._tested, self._testing, EVALUATION))
         return sum(
-            images * waiting(max(0.0, self._reading_each(clock) - saved_each), clock.seconds_each(computing), workers)
-            for images, clock, computing in parts
+            images * waiting(max(0.0, self._reading(pace) - saved_each), pace.computing, workers)
+            for images, pace in ((self._trained, self._training), (self._tested, self._testing))
         )
 
-    def _reading_each(self, clock: PhaseClock) -> float:
+    def _reading(self, pace: Pace) -> float:
         """Return the seconds that one core takes to read an image; with --cache_images it is decoded already."""
         is_decoded = not self._options.run.eval and self._options.training.cache_images
-        each = clock.seconds_each(READING)
-        return max(0.0, each - self._decoding_each) if is_decoded else each
+        return max(0.0, pace.reading - self._decoding_each) if is_decoded else pace.reading
 
 
 def free_sample() -> None:
