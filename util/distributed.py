@@ -59,7 +59,7 @@ def choose_device(name: str | None) -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise UserError(f"--device {name}: GPU {index} was asked for, found {torch.cuda.device_count()}")
-    # Since PyTorch 2.11, 16-bit attention on Hopper and Blackwell is cuDNN's unless that is off. cuDNN plans anew for
+    # Since PyTorch 2.11, 16-bit attention on Hopper and Blackwell is cuDNN's unless that is off. cuDNN makes a plan for
     # each shape, in 0.44 s forward and 0.55 s backward on a B200 (modelscope/FunASR, issue 3704). Here shapes vary from
     # batch to batch with denoising queries and image sizes, and in a search with the heads' widths.
     torch.backends.cuda.enable_cudnn_sdp(False)
