@@ -21,7 +21,7 @@ from models.dn_dab_deformable_detr.ops import sampling
 INCLUDE = Path(__file__).parent / "include"
 OPS = Path(sampling.__file__).parent
 # All but src/cpu.cpp, which registers kernels for the same tensors.
-OPERATOR = [OPS / "src" / name for name in ("operator.cpp", "cuda.cu", "forward.cu", "backward.cu")]
+OPERATOR = [OPS / "src" / name for name in ("autograd.cpp", "operator.cpp", "cuda.cu", "forward.cu", "backward.cu")]
 SANITIZERS = "address,undefined,float-cast-overflow"
 REWRITES = (
     # A launch: kernel<T><<<grid, block, bytes, stream>>>(arguments).

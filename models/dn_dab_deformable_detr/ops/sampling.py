@@ -7,7 +7,6 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,15 +148,18 @@ def load_operator() -> frozenset[str]:
     if _compiled_for is not None:
         return _compiled_for
     expected = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     reason, found = "it was built without CUDA", frozenset[str]()
     try:
         importlib.import_module(MODULE)
     except ImportError as error:  # not built, or built for another PyTorch
         reason = str(error)
     else:
-        _register()
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        found = frozenset(type_ for type_ in ("cpu", "cuda") if has_kernel(OPERATOR, type_.upper()))
+        if has_kernel(OPERATOR, "Autograd"):
+            _register()
+            found = frozenset(type_ for type_ in ("cpu", "cuda") if has_kernel(OPERATOR, type_.upper()))
+        else:
+            reason = "it was built from older sources, without gradients"
     _compiled_for = found
     if expected - found:
         warnings.warn(
@@ -170,7 +172,7 @@ def load_operator() -> frozenset[str]:
 
 @functools.cache
 def _register() -> None:
-    """Register output shapes, for compilers and exporters, and the backward formula of the compiled operator."""
+    """Register the output shapes of the compiled operator, for compilers and exporters."""
 
     @torch.library.register_fake(OPERATOR)
     def _(value: Tensor, level_sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
@@ -183,14 +185,3 @@ def _register() -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         value, locations, weights = (tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
         return value, locations, weights
-
-    def keep_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        value, ctx.level_sizes, locations, weights = inputs
-        ctx.save_for_backward(value, locations, weights)
-
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        value, locations, weights = ctx.saved_tensors
-        gradients = torch.ops.dn_detr.sample_backward(gradient, value, ctx.level_sizes, locations, weights)
-        return gradients[0], None, gradients[1], gradients[2]
-
-    torch.library.register_autograd(OPERATOR, backward, setup_context=keep_inputs)

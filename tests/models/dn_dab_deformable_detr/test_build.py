@@ -152,7 +152,7 @@ def test_without_a_gpu_it_is_compiled_for_all_that_nvcc_knows(toolkit):
     last = done.stdout.splitlines()[-1]
     assert last.endswith("built deformable_sampling for the CPU and for CUDA, compute capabilities 8.0;9.0+PTX")
     objects, options = compiled(run)
-    assert objects == {"operator", "cpu", "cuda", "forward", "backward"}
+    assert objects == {"autograd", "operator", "cpu", "cuda", "forward", "backward"}
     calls = options.splitlines()
     assert len(calls) == 3
     for call in calls:

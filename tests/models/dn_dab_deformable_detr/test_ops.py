@@ -165,6 +165,55 @@ def test_compiled_and_exported_it_gives_the_same():
 
 
 @pytest.mark.usefixtures("compiled")
+def test_compiled_for_any_size_of_a_level_its_gradients_are_the_same():
+    def weighted(value, locations, weights, height, width):
+        return sample(value, [height, width], locations, weights) ** 2
+
+    compiled = torch.compile(weighted, backend="aot_eager", fullgraph=True, dynamic=True)
+    for height, width in ((4, 6), (5, 7), (2, 9)):
+        value, _, locations, weights = arguments(sizes=[height, width])
+        inputs = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+        found, expected = (
+            torch.autograd.grad(form(*inputs, height, width).sum(), inputs) for form in (compiled, weighted)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("differentiated", [0, 2, 3])
+def test_any_of_the_arguments_may_need_no_gradient(differentiated):
+    given = list(arguments())
+    given[differentiated].requires_grad_()
+    found, expected = (
+        torch.autograd.grad(form(*given).sum(), given[differentiated]) for form in (sample, sample_in_pytorch)
+    )
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert not sample(*given).requires_grad
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_second_derivative_is_refused():
+    value, sizes, locations, weights = arguments()
+    value.requires_grad_()
+    (gradient,) = torch.autograd.grad((sample(value, sizes, locations, weights) ** 2).sum(), value, create_graph=True)
+    with pytest.raises(RuntimeError, match="the derivative of the backward is not implemented"):
+        torch.autograd.grad(gradient.sum(), value)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_an_operator_without_gradients_is_not_used(monkeypatch):
+    """Versions before registered them in Python, and such a library may still be installed."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    monkeypatch.setattr(sampling, "_compiled_for", None)
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *words: words[1] != "Autograd" and has_kernel(*words)
+    )
+    with pytest.warns(UserWarning, match="older sources"):
+        assert not sampling.load_operator()
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("training", [False, True])
 def test_a_detector_computes_the_same_with_and_without_it(training, monkeypatch):
     model, criterion, _ = tiny_detector(VARIANTS["deformable"])

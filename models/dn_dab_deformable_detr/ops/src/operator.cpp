@@ -22,6 +22,7 @@ std::vector<Level> checked_levels(at::IntArrayRef level_sizes, int64_t pixels) {
       !level_sizes.empty() && level_sizes.size() % 2 == 0,
       message("sample: level_sizes has ", level_sizes.size(), " entries, expected height and width of each level"));
   std::vector<Level> levels;
+  levels.reserve(level_sizes.size() / 2);
   int64_t start = 0;
   for (size_t i = 0; i < level_sizes.size(); i += 2) {
     const int64_t height = level_sizes[i], width = level_sizes[i + 1];
