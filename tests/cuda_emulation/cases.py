@@ -43,6 +43,11 @@ class Case:
     nan_values: bool
 
 
+def pixels_of(sizes: tuple[int, ...]) -> int:
+    """The pixels of all levels."""
+    return sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
+
+
 def drawn(seed: int) -> Case:
     """The case of a seed; consecutive seeds have each channels with each type."""
     rng = random.Random(seed)
@@ -58,6 +63,9 @@ def drawn(seed: int) -> Case:
     while batch * queries * heads * levels * points > 3000:
         queries = (queries + 1) // 2
         heads = (heads + 1) // 2
+    sizes = tuple(rng.choice(sides) for _ in range(2 * levels))
+    if rng.random() < 0.25 and pixels_of(sizes) * levels * points <= 3000:
+        batch, queries, heads = min(batch, 2), pixels_of(sizes), min(heads, 2)  # an encoder
     return Case(
         dtype=dtypes[seed % len(dtypes)],
         channels=CHANNELS[seed // len(dtypes) % len(CHANNELS)],
@@ -65,7 +73,7 @@ def drawn(seed: int) -> Case:
         batch=batch,
         queries=queries,
         points=points,
-        sizes=tuple(rng.choice(sides) for _ in range(2 * levels)),
+        sizes=sizes,
         places=places,
         layout=rng.choice(LAYOUTS),
         nan_values=rng.random() < 0.4,
@@ -115,10 +123,9 @@ def arguments(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Value, locations, weights and the gradient of the result."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(case.dtype, torch.float32)
-    pixels = sum(h * w for h, w in zip(case.sizes[::2], case.sizes[1::2], strict=True))
     locations = locations_of(case, generator).to(wide)
     weights = torch.rand(locations.shape[:-1], generator=generator).to(wide) - 0.2
-    value = 2 * torch.rand(case.batch, pixels, case.heads, case.channels, generator=generator) - 1
+    value = 2 * torch.rand(case.batch, pixels_of(case.sizes), case.heads, case.channels, generator=generator) - 1
     upstream = torch.rand(case.batch, case.queries, case.heads, case.channels, generator=generator) - 0.5
     value, upstream = value.to(case.dtype), upstream.to(case.dtype)
     # NaN in pixels that no point touches. Points on quarters of a pixel may touch one with the weight 0.

@@ -47,6 +47,9 @@ def test_the_quick_cases_have_every_kind():
         assert {getattr(case, name) for case in drawn} == set(expected)
     assert {case.queries for case in drawn} >= {0, 1} and {case.batch for case in drawn} >= {0, 1, 3}
     assert {len(case.sizes) // 2 for case in drawn} >= {1, 4, 16}
+    encoders = [case for case in drawn if case.queries == cases.pixels_of(case.sizes)]
+    assert len(encoders) > 10 and max(max(case.sizes[::2]) for case in encoders) > 8  # more than one strip of pixels
+    assert len(encoders) < len(drawn) / 2
     assert max(case.points for case in drawn) > 64  # the points of a row that a group of 32 lanes places at once
 
 
@@ -132,6 +135,8 @@ WRONG = {
     "forward, places overwritten": ("forward.cu", "__syncwarp();  // all lanes have", "// all lanes have"),
     "backward, places not awaited": ("backward.cu", "      __syncwarp();\n      const int count", "const int count"),
     "backward, sums not awaited": ("backward.cu", "      __syncwarp();\n#pragma unroll\n      for", "for"),
+    "strips beyond a level": ("cuda_common.cuh", "min(kStrip, problem.height[level] - top)", "kStrip"),
+    "large blocks counted as small": ("forward.cu", "blocks_of(problem, Group, threads)", "blocks_of(problem, Group)"),
     "rows behind the last": ("cuda_common.cuh", "min(group_of_grid, problem.rows - 1)", "group_of_grid"),
     "unaligned vectors": ("cuda_common.cuh", "addresses % (vec * sizeof(T)) == 0", "addresses != 1"),
     "one point too many": ("forward.cu", "if (k < samples)", "if (k <= samples)"),

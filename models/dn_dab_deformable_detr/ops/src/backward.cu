@@ -74,6 +74,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
   for (int first = 0; first < problem.channels; first += Group * Vec) {
     const int channel = first + lane * Vec;
     const bool has_channels = row.written && channel < problem.channels;
+    const T* channels = computed_once(value + base + channel);
+    A* grad_channels = computed_once(grad_value + base + channel);
     A upstream[Vec] = {};
     if (has_channels) {
       const auto pack = *reinterpret_cast<const Pack<T, Vec>*>(
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
           A at_sample[Vec];
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
-            corners[corner] = read_corner<Vec>(value + base + channel, place, corner);
+            corners[corner] = read_corner<Vec>(channels, place, corner);
           }
 #pragma unroll
           for (int i = 0; i < Vec; ++i) at_sample[i] = place.attention * upstream[i];
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
               dot[corner] += upstream[i] * static_cast<A>(corners[corner].item[i]);
               shares[i] = place.weight[corner] * at_sample[i];
             }
-            if (place.has(corner)) add_atomically<Vec>(grad_value + base + place.offset(corner) + channel, shares);
+            if (place.has(corner)) add_atomically<Vec>(grad_channels + place.offset(corner), shares);
           }
         }
         const A sum = sum_of_four<Group>(dot, lane);

@@ -26,7 +26,8 @@ Problem problem_of(const Sizes& sizes) {
           " elements an image, expected at most ", kMostCounted, " of each on CUDA"));
   Problem problem{
       static_cast<int>(rows), static_cast<int>(sizes.queries), static_cast<int>(sizes.heads),
-      static_cast<int>(sizes.channels), static_cast<int>(sizes.points), static_cast<int>(levels), image_elements};
+      static_cast<int>(sizes.channels), static_cast<int>(sizes.points), static_cast<int>(levels), image_elements,
+      sizes.queries == sizes.pixels};
   for (int64_t level = 0; level < levels; ++level) {
     problem.height[level] = sizes.levels[level].height;
     problem.width[level] = sizes.levels[level].width;

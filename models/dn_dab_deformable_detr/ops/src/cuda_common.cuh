@@ -3,7 +3,8 @@
 // A group of 4 to 32 lanes of a warp computes a row, the output of one image, query and head. First each lane computes
 // the corners and weights of different points and writes them to shared memory. Then all lanes loop over the points,
 // each for its own `Vec` adjacent channels. Groups of a block compute adjacent queries of one head, because the points
-// of neighbouring pixels are near each other and share corners in the L1 cache.
+// of neighbouring pixels are near each other and share corners in the L1 cache. If the queries are pixels, they are
+// neighbours in both directions.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -12,6 +13,7 @@
 #include <c10/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "cuda_kernels.h"
@@ -55,6 +57,22 @@ struct Fractions {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+constexpr int kStrip = 8;  // height of a strip of pixels
+
+// The pixel of a number that counts the pixels of each level in strips of full width, and in a strip column by column,
+// so that consecutive numbers are near each other in both directions. It is a permutation of all pixels.
+__device__ __forceinline__ int pixel_in_strips(const Problem& problem, int number) {
+  int level = 0;
+  while (level + 1 < problem.levels && number >= problem.start[level + 1]) ++level;
+  const int width = problem.width[level], start = problem.start[level];
+  const int in_level = number - start;
+  const int top = in_level / (width * kStrip) * kStrip;
+  const int in_strip = in_level - top * width;
+  const int rows = min(kStrip, problem.height[level] - top);
+  const int column = in_strip / rows;
+  return start + (top + in_strip - column * rows) * width + column;
+}
+
 // The row that a group computes. Groups behind the last row compute it too, and write nothing, so that all lanes of a
 // warp take part in every exchange.
 struct Row {
@@ -66,6 +84,7 @@ struct Row {
     written = group_of_grid < problem.rows;
     const int number = min(group_of_grid, problem.rows - 1);
     query = number % problem.queries;
+    if (problem.queries_are_pixels) query = pixel_in_strips(problem, query);
     head = number / problem.queries % problem.heads;
     image = number / problem.queries / problem.heads;
     index = (static_cast<int64_t>(image) * problem.queries + query) * problem.heads + head;
@@ -108,11 +127,28 @@ __device__ __forceinline__ Fractions<A> place(
   return f;
 }
 
-// Reads the channels of one corner; zeros if it is outside of the map.
+// Returns a pointer to global memory without telling the compiler how it was computed. Otherwise the compiler repeats a
+// part of that for each offset: five instructions instead of one.
+template <typename T>
+__device__ __forceinline__ T* computed_once(T* pointer) {
+#ifdef __CUDACC__
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+// Reads the channels of one corner; zeros if it is outside of the map. They are read as words, because the compiler
+// keeps numbers of 16 bits that may have been read or not in a register each.
 template <int Vec, typename T, typename A>
 __device__ __forceinline__ Pack<T, Vec> read_corner(const T* channels, const Place<A>& place, int corner) {
-  Pack<T, Vec> pack = {};
-  if (place.has(corner)) pack = *reinterpret_cast<const Pack<T, Vec>*>(channels + place.offset(corner));
+  constexpr int kBytes = sizeof(T) * Vec;
+  using Word = std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t>;
+  using Words = Pack<Word, kBytes / sizeof(Word)>;
+  Words words = {};
+  if (place.has(corner)) words = *reinterpret_cast<const Words*>(channels + place.offset(corner));
+  Pack<T, Vec> pack;
+  memcpy(&pack, &words, kBytes);
   return pack;
 }
 
@@ -146,8 +182,8 @@ void launch_vectors(const Problem& problem, uintptr_t addresses, const Arguments
   }
 }
 
-inline int blocks_of(const Problem& problem, int group) {
-  const int rows_per_block = kThreads / group;
+inline int blocks_of(const Problem& problem, int group, int threads = kThreads) {
+  const int rows_per_block = threads / group;
   return (problem.rows + rows_per_block - 1) / rows_per_block;
 }
 

@@ -16,6 +16,7 @@ constexpr int64_t kMostCounted = std::numeric_limits<int>::max() - 1024;
 struct Problem {
   int rows, queries, heads, channels, points, levels;
   int64_t image_elements;  // elements of value per image
+  bool queries_are_pixels;  // as many queries as pixels: those of an encoder, in the order of the pixels
   int height[kMaxLevels], width[kMaxLevels], start[kMaxLevels];
 };
 

@@ -5,15 +5,21 @@ namespace deformable {
 
 namespace {
 
+// Threads of a block if the queries are pixels: the larger their rectangle, the more corners they share.
+template <typename A>
+constexpr int kMostThreads = sizeof(A) == 8 ? 256 : 512;  // as many as the shared memory of a block allows
+
+constexpr int kThreadsPerProcessor = 1024;  // at least; leaves 64 registers for each
+
 template <typename T, int Vec, int Group>
-__global__ void __launch_bounds__(kThreads) forward_kernel(
+__global__ void __launch_bounds__(kMostThreads<wide<T>>, kThreadsPerProcessor / kMostThreads<wide<T>>) forward_kernel(
     const __grid_constant__ Problem problem, const T* __restrict__ value, const wide<T>* __restrict__ locations,
     const wide<T>* __restrict__ weights, T* __restrict__ out) {
   using A = wide<T>;
   constexpr int kTile = Group * kPointsPerLane;
-  __shared__ Place<A> shared[kThreads / Group][kTile];
+  __shared__ Place<A> shared[kMostThreads<A> / Group][kTile];
   const int lane = threadIdx.x % Group, group = threadIdx.x / Group;
-  const Row row(problem, blockIdx.x * (kThreads / Group) + group);
+  const Row row(problem, blockIdx.x * (blockDim.x / Group) + group);
   Place<A>* places = shared[group];
   const int samples = problem.levels * problem.points;
   const int64_t first_sample = row.index * samples;
@@ -22,6 +28,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   for (int first = 0; first < problem.channels; first += Group * Vec) {
     const int channel = first + lane * Vec;
     const bool has_channels = channel < problem.channels;
+    const T* channels = computed_once(base + channel);
     A sums[Vec] = {};
     for (int tile = 0; tile < samples; tile += kTile) {
       __syncwarp();  // all lanes have read the places of the previous tile
@@ -41,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
         A sample[Vec] = {};
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
-          const Pack<T, Vec> pack = read_corner<Vec>(base + channel, place, corner);
+          const Pack<T, Vec> pack = read_corner<Vec>(channels, place, corner);
 #pragma unroll
           for (int i = 0; i < Vec; ++i) sample[i] += place.weight[corner] * static_cast<A>(pack.item[i]);
         }
@@ -62,7 +69,9 @@ struct Forward {
   template <typename T, int Vec, int Group>
   static void launch(
       const Problem& problem, const T* value, const wide<T>* locations, const wide<T>* weights, T* out) {
-    forward_kernel<T, Vec, Group><<<blocks_of(problem, Group), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+    const int threads = problem.queries_are_pixels ? kMostThreads<wide<T>> : kThreads;
+    const int blocks = blocks_of(problem, Group, threads);
+    forward_kernel<T, Vec, Group><<<blocks, threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
         problem, value, locations, weights, out);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
