@@ -5,8 +5,13 @@
 Shapes are those of DN-Deformable-DETR at 800 x 1333 pixels in batches of 2: the encoder, whose queries are the pixels
 of all levels, and the decoder with 300 queries, without and with 5 denoising groups of 20 targets. The implementations
 take turns so that machine load affects all alike; figures are medians.
+
+Milliseconds are wall time from the call to the end of its work, through autograd for all forms. The original's kernels
+are called by a `torch.autograd.Function`, as in Deformable DETR. On a GPU there is also the time of the kernels alone:
+that of calls without autograd that wait in the GPU's queue, so that it never waits for the CPU.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -30,9 +35,14 @@ SHAPES = {"encoder": None, "decoder": 300, "decoder with denoising": 400}
 SPREAD_PIXELS = 3.0  # standard deviation of the points around their reference
 COPY_BYTES = 1 << 28
 FORMS = ("operator", "PyTorch", "original")
+QUEUED_CALLS = 20  # for the time of the kernels
+QUEUE_CYCLES = 10_000_000  # of the GPU, several milliseconds, more than the CPU needs for these calls
+KERNEL_ROUNDS = 5
 
 Arguments = tuple[Tensor, list[int], Tensor, Tensor]
-Form = tuple[Callable[[Arguments], Tensor], Callable[[Tensor, Arguments, Tensor], Any]]
+Form = Callable[[Arguments], Tensor]
+# The forward and the backward without autograd; the backward also takes the gradient of the result.
+Kernels = tuple[Callable[[Arguments], Any], Callable[[Tensor, Arguments], Any]]
 
 
 def reference_points() -> Tensor:
@@ -61,29 +71,65 @@ def arguments(queries: int | None, dtype: torch.dtype, device: torch.device) -> 
     return tensors[0], SIZES, tensors[1], tensors[2]
 
 
-def _differentiate(out: Tensor, given: Arguments, gradient: Tensor) -> Any:
-    return torch.autograd.grad(out, (given[0], given[2], given[3]), gradient)
+def load_original() -> Any:
+    """Compile the original's algorithm; returns its operators."""
+    from torch.utils.cpp_extension import load
+
+    load("original_sampling", [str(Path(__file__).with_name("original_sampling.cu"))], is_python_module=False)
+    return torch.ops.dn_detr_bench
+
+
+class OriginalFunction(torch.autograd.Function):
+    """The original's algorithm with autograd, like Deformable DETR's `MSDeformAttnFunction`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, sizes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        """Compute the result; `sizes` is L x 2 (h, w) on the device."""
+        ctx.save_for_backward(value, sizes, locations, weights)
+        return torch.ops.dn_detr_bench.original_sample(value, sizes, locations, weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of value, locations and weights."""
+        value, locations, weights = torch.ops.dn_detr_bench.original_backward(gradient, *ctx.saved_tensors)
+        return value, None, locations, weights
 
 
 def forms(device: torch.device, dtype: torch.dtype) -> dict[str, Form]:
-    """Return the forward and backward of each implementation to time."""
+    """Return the implementations to time."""
     found: dict[str, Form] = {
-        "operator": (lambda given: torch.ops.dn_detr.sample(*given), _differentiate),
-        "PyTorch": (lambda given: sample_in_pytorch(*given), _differentiate),
+        "operator": lambda given: torch.ops.dn_detr.sample(*given),
+        "PyTorch": lambda given: sample_in_pytorch(*given),
     }
-    if device.type == "cuda" and dtype == torch.float32:
-        from torch.utils.cpp_extension import load
+    if _has_original(device, dtype):
+        load_original()
+        sizes = torch.tensor(SIZES, device=device).view(-1, 2)
+        found["original"] = lambda given: OriginalFunction.apply(given[0], sizes, given[2], given[3])
+    return found
 
-        load("original_sampling", [str(Path(__file__).with_name("original_sampling.cu"))], is_python_module=False)
-        original = torch.ops.dn_detr_bench
-        sizes = torch.tensor(SIZES, device=device)
+
+def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Kernels]:
+    """Return the calls whose time on the device is that of the kernels."""
+    operator = torch.ops.dn_detr
+    found: dict[str, Kernels] = {
+        "operator": (
+            lambda given: operator.sample(*given),
+            lambda gradient, given: operator.sample_backward(gradient, *given),
+        )
+    }
+    if _has_original(device, dtype):
+        original = load_original()
+        sizes = torch.tensor(SIZES, device=device).view(-1, 2)
         found["original"] = (
-            lambda given: original.original_sample(given[0].detach(), sizes, given[2].detach(), given[3].detach()),
-            lambda out, given, gradient: original.original_backward(
-                gradient, given[0].detach(), sizes, given[2].detach(), given[3].detach()
-            ),
+            lambda given: original.original_sample(given[0], sizes, *given[2:]),
+            lambda gradient, given: original.original_backward(gradient, given[0], sizes, *given[2:]),
         )
     return found
+
+
+def _has_original(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype == torch.float32
 
 
 def measure(given: Arguments, named: dict[str, Form], rounds: int) -> dict[str, dict[str, float]]:
@@ -92,11 +138,11 @@ def measure(given: Arguments, named: dict[str, Form], rounds: int) -> dict[str, 
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in named}
     results: dict[str, list[Tensor]] = {}
     for turn in range(rounds + 1):
-        for name, (forward, backward) in named.items():
+        for name, form in named.items():
             start = _now(device)
-            out = forward(given)
+            out = form(given)
             middle = _now(device)
-            gradients = backward(out, given, torch.ones_like(out))
+            gradients = torch.autograd.grad(out, (given[0], given[2], given[3]), torch.ones_like(out))
             end = _now(device)
             if turn == 0:  # the first turn is for warm-up and comparison of the results
                 results[name] = [t.detach().double() for t in (out, *gradients)]
@@ -113,6 +159,38 @@ def measure(given: Arguments, named: dict[str, Form], rounds: int) -> dict[str, 
         }
         for name in named
     }
+
+
+def kernel_milliseconds(given: Arguments, named: dict[str, Kernels]) -> dict[str, dict[str, float]]:
+    """Return the median milliseconds of a call on the GPU, forward and backward, filling with zeros included."""
+    value, sizes, locations, weights = given
+    detached = (value.detach(), sizes, locations.detach(), weights.detach())
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name, (forward, backward) in named.items():
+        gradient = torch.ones_like(forward(detached))
+        calls[name, "forward"] = functools.partial(forward, detached)
+        calls[name, "backward"] = functools.partial(backward, gradient, detached)
+    found: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    for call in calls.values():
+        call()
+    for _ in range(KERNEL_ROUNDS):
+        for key, call in calls.items():
+            found[key].append(_queued_milliseconds(call, value.device))
+    return {name: {part: statistics.median(found[name, part]) for part in ("forward", "backward")} for name in named}
+
+
+def _queued_milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the milliseconds on the GPU of one of many calls that were all queued before the first one started."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(QUEUE_CYCLES)
+        start.record()
+        for _ in range(QUEUED_CALLS):
+            call()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / QUEUED_CALLS
 
 
 def bytes_moved(given: Arguments) -> dict[str, int]:
@@ -150,11 +228,14 @@ def run(device: torch.device, rounds: int) -> dict[str, Any]:
         for dtype in dtypes:
             given = arguments(queries, dtype, device)
             measured = measure(given, forms(device, dtype), rounds)
+            queued = kernel_milliseconds(given, kernels(device, dtype)) if device.type == "cuda" else {}
             for part, count in bytes_moved(given).items():
                 own = measured["operator"][part]
-                case = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "part": part}
+                case: dict[str, Any] = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "part": part}
                 case["milliseconds"] = {form: 1000 * figures[part] for form, figures in measured.items()}
                 case["times_as_quick_as"] = {f: v[part] / own for f, v in measured.items() if f != "operator"}
+                if queued:
+                    case["kernel_milliseconds"] = {name: figures[part] for name, figures in queued.items()}
                 case["share_of_copy_bandwidth"] = count / own / bandwidth
                 case["difference_from_pytorch"] = measured["operator"]["difference"]
                 found["cases"].append(case)
@@ -168,10 +249,12 @@ def result_table(found: dict[str, Any]) -> str:
         milliseconds, ratios = case["milliseconds"], case["times_as_quick_as"]
         cells = [f"{milliseconds[form]:.2f}" if form in milliseconds else "-" for form in FORMS]
         cells += [f"{ratios[form]:.1f}" if form in ratios else "-" for form in FORMS[1:]]
+        kernel = case.get("kernel_milliseconds", {})
+        cells += [f"{kernel[form]:.3f}" if form in kernel else "-" for form in ("operator", "original")]
         share = f"{100 * case['share_of_copy_bandwidth']:.0f}%"
         rows.append((case["shape"], case["dtype"], case["part"], *cells, share))
-    header = ("shape", "type", "part", "operator ms", "PyTorch ms", "original ms", "x PyTorch", "x original", "of copy")
-    return table(header, rows)
+    titles = ("operator ms", "PyTorch ms", "original ms", "x PyTorch", "x original", "kernel ms", "original kernel ms")
+    return table(("shape", "type", "part", *titles, "of copy"), rows)
 
 
 def main() -> None:

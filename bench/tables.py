@@ -255,16 +255,24 @@ def pictures(results: Path) -> str:
 
 
 def ops(results: Path) -> str:
-    """Compare the sampling operator with PyTorch operations, in milliseconds; on CUDA if its figures exist."""
+    """Compare the sampling operator with PyTorch operations, in milliseconds; on CUDA if its figures exist.
+
+    Times of the kernels alone are shown if a figure has them.
+    """
+    devices = ("cpu", *(("cuda",) if (results / "ops_cuda.json").exists() else ()))
+    cases = [(device, case) for device in devices for case in read_figures(results, f"ops_{device}.json")["cases"]]
+    has_kernels = any("kernel_milliseconds" in case for _, case in cases)
     rows: dict[tuple[str, ...], list[str]] = {}
-    for device in ("cpu", *(("cuda",) if (results / "ops_cuda.json").exists() else ())):
-        for case in read_figures(results, f"ops_{device}.json")["cases"]:
-            milliseconds, ratio = case["milliseconds"], case["times_as_quick_as"]["PyTorch"]
-            digits = 1 if device == "cpu" else 2
-            cells = rows.setdefault((f"{device.upper()}, {case['dtype']}", case["shape"]), [])
-            cells += [f"{milliseconds['operator']:.{digits}f}", f"{milliseconds['PyTorch']:.{digits}f}", f"{ratio:.1f}"]
-    titles = ("", "", "forward", "PyTorch", "ratio", "backward", "PyTorch", "ratio")
-    return markdown(titles, [(*key, *cells) for key, cells in rows.items()])
+    for device, case in cases:
+        milliseconds, ratio = case["milliseconds"], case["times_as_quick_as"]["PyTorch"]
+        digits = 1 if device == "cpu" else 2
+        cells = rows.setdefault((f"{device.upper()}, {case['dtype']}", case["shape"]), [])
+        cells += [f"{milliseconds['operator']:.{digits}f}", f"{milliseconds['PyTorch']:.{digits}f}", f"{ratio:.1f}"]
+        if has_kernels:
+            kernel = case.get("kernel_milliseconds")
+            cells.append(f"{kernel['operator']:.3f}" if kernel else "")
+    part = ("PyTorch", "ratio", *(("kernel",) if has_kernels else ()))
+    return markdown(("", "", "forward", *part, "backward", *part), [(*key, *cells) for key, cells in rows.items()])
 
 
 def latency(results: Path) -> str:

@@ -51,6 +51,24 @@ def test_tables_and_sentences_follow_the_files(tmp_path):
     assert "12.3 at searched widths" in " ".join(FRAGMENTS["text"]["defaults"](results).split())
 
 
+def test_times_of_the_samplings_kernels_are_shown_where_they_were_measured(tmp_path):
+    results = shutil.copytree(RESULTS, tmp_path / "results")
+    path = results / "ops_cuda.json"
+    figures = json.loads(path.read_text())
+    for with_kernels in (False, True):
+        figures.pop("commit", None)
+        for case in figures["cases"]:
+            case.pop("kernel_milliseconds", None)
+            if with_kernels:
+                case["kernel_milliseconds"] = {"operator": 0.1234, "original": 0.9872}
+        path.write_text(json.dumps(figures))
+        table, text = TABLES["ops"](results), " ".join(FRAGMENTS["text"]["ops"](results).split())
+        assert ("| 0.123 |" in table) == with_kernels
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+        assert ("took 8.0 times as long forward and 8.0 times backward" in text) == with_kernels
+        assert "at commit" not in text
+
+
 def test_a_marker_without_a_fragment_is_an_error(tmp_path):
     with pytest.raises(UserError, match="found table lunch"):
         fill("<!-- table lunch -->\n<!-- end -->")
