@@ -11,7 +11,7 @@
 # LIMIT    seconds for each step; default 240
 # COCO     COCO-format data for the ResNet-50 detector; default: a small set drawn to OUT
 set -u
-STEPS="environment operator tests ops latency search training r50_search r50_training compiled"
+STEPS="environment operator tests ops latency graphs search training r50_search r50_training compiled"
 OUT=${1:?usage: sh bench/gpu.sh OUT [STEP ...]}
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
@@ -49,13 +49,11 @@ tests() { run -m pytest -m gpu -n 6 --dist load -rs --durations 10 -p no:cachepr
 ops() { run -m bench.ops --device "$DEVICE" --rounds $((2 * rounds)) --output "$OUT/ops_$DEVICE.json"; }
 latency() {
     # shellcheck disable=SC2086
-    run -m bench.latency --device "$DEVICE" --subjects $subjects --batches $batches --repeats $rounds --output "$OUT"
-}
-compiled() {
-    # shellcheck disable=SC2086
     run -m bench.latency --device "$DEVICE" --subjects $subjects --batches $batches --repeats $rounds --output "$OUT" \
-        --modes compiled compiled-bf16
+        --modes ${1:-eager bf16}
 }
+graphs() { latency "graph graph-bf16"; }
+compiled() { latency "compiled compiled-bf16"; }
 demo() { # SCRIPT FOLDER CHECKPOINT OPTIONS...
     script=$1 folder=$2 checkpoint=$3
     shift 3

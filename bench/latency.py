@@ -41,6 +41,7 @@ from models.folding import fold_norms
 from models.state import Features
 from models.widths import Widths
 from pruning.cost import cost_of
+from pruning.step_timing import Step, captured
 from tools.prediction import PredictionOptions
 from util.cli import user_path, whole
 from util.environment import environment
@@ -67,12 +68,14 @@ class Mode:
     Attributes:
         amp: key of `engine.AMP_DTYPES`.
         compiled: use `torch.compile`, on CUDA with CUDA graphs (`reduce-overhead`).
+        replayed: replay a CUDA graph of the eager detector, so that launching its kernels takes no time.
         padded: pad head widths to those of fused kernels, see `models.attention.fused_widths`.
         folded: fold batch norms into convolutions, as `inference.py` does; see `models.folding`.
     """
 
     amp: str = "off"
     compiled: bool = False
+    replayed: bool = False
     padded: bool = True
     folded: bool = False
 
@@ -81,6 +84,8 @@ MODES = {
     "eager": Mode(),
     "folded": Mode(folded=True),
     "bf16": Mode("bf16"),
+    "graph": Mode(replayed=True),
+    "graph-bf16": Mode("bf16", replayed=True),
     "compiled": Mode(compiled=True),
     "compiled-bf16": Mode("bf16", compiled=True),
     "eager-unpadded": Mode(padded=False),
@@ -184,12 +189,26 @@ def _in_mode(function: Callable[[Any], Any], mode: Mode, device: torch.device) -
         # CUDA graphs avoid the launch of each kernel, which dominates the time of small ones.
         options = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
         function = torch.compile(function, dynamic=False, **options)
+    if mode.replayed:
+        return _replayed(function, mode.amp, device)
 
     def run(given: Any) -> Any:
         if mode.compiled:
             torch.compiler.cudagraph_mark_step_begin()
         with autocast(device, mode.amp):
             return function(given)
+
+    return run
+
+
+def _replayed(function: Callable[[Any], Any], amp: str, device: torch.device) -> Callable[[Any], Any]:
+    """Return a function that captures a CUDA graph of its first call and replays it in all others."""
+    replays: list[Step] = []
+
+    def run(given: Any) -> Any:
+        if not replays:
+            replays.extend(captured([("all", lambda _: function(given))], device, amp))
+        return replays[0][1](None)
 
     return run
 
@@ -302,8 +321,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS[:-1]), help="slim detectors to measure")
     add("--modes", nargs="+", choices=tuple(MODES), default=["eager", "bf16"],
-        help="float32, float32 with folded batch norms, bfloat16 by autocast, torch.compile (on a CPU minutes for each "
-        "detector and batch), or without padded head widths")  # fmt: skip
+        help="float32, float32 with folded batch norms, bfloat16 by autocast, CUDA graphs (not on a CPU), "
+        "torch.compile (minutes for each detector and batch), or without padded head widths")  # fmt: skip
     add("--batches", nargs="+", type=whole(1), default=[1, 8], help="batch sizes")
     add("--repeats", type=whole(1), default=5, help="turns of each detector, after a warm-up turn")
     add("--threads", type=whole(1), default=1, help="CPU threads; with one, only CPU time is counted")
@@ -321,6 +340,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: found no CUDA device, expected cpu")
+    if device.type != "cuda" and any(MODES[mode].replayed for mode in args.modes):
+        raise UserError(f"--modes: found a CUDA graph for --device {args.device}, expected --device cuda")
     if any(MODES[mode].compiled for mode in args.modes) and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--modes: found no C++ compiler for torch.compile, expected g++, or the name of one in CXX")
     groups = []

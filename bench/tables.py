@@ -315,6 +315,24 @@ def latency_whole(results: Path) -> str:
     return markdown(titles, [(*key, *(cells.get(name, "") for name in columns)) for key, cells in rows.items()])
 
 
+def latency_gpu(results: Path) -> str:
+    """Show how much faster whole slim detectors are on a GPU in each mode, of how many times fewer GMACs."""
+    columns = ("GP", "MGP", "75%", "50%", "35%")
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for case in read_figures(results, "latency_cuda.json")["cases"]:
+        cells = rows.setdefault((case["mode"], case["batch"]), {})
+        if case["image_size_hw"] != list(COCO_IMAGE_HW):
+            continue
+        if case["subject"] == "dense":
+            cells["dense"] = f"{case['ms_detector']:.1f}"
+        else:
+            cells[case["subject"]] = f"{case['speed_up_detector']:.2f} of {case['detector_gmacs_ratio']:.2f}"
+    titles = ("mode", "images at once", "dense: ms", "GP", "MGP", "75 %", "50 %", "35 %")
+    return markdown(
+        titles, [(*key, *(cells.get(name, "") for name in ("dense", *columns))) for key, cells in rows.items()]
+    )
+
+
 def latency_curve(results: Path) -> str:
     """Show AP as cut against measured milliseconds after searches by multiply-accumulates and by latency.
 
@@ -357,6 +375,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         ops,
         latency,
         latency_whole,
+        latency_gpu,
         latency_curve,
         published,
     )

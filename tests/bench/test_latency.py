@@ -108,12 +108,12 @@ def test_calls_take_turns_and_the_first_is_not_counted():
 
 
 def test_modes_compute_the_same(demo):
-    """That of bfloat16 as far as 8 bits go; compiled ones are left out, for they need a compiler."""
+    """That of bfloat16 as far as 8 bits go; compiled ones and graphs are left out: they need a compiler or a GPU."""
     features = demo.dense.features(torch.randn(1, 3, 128, 128))
     with torch.no_grad():
         expected = latency.transformer_of(demo.dense, MODES["eager"])(features)
         for name, mode in MODES.items():
-            if not mode.compiled:
+            if not mode.compiled and not mode.replayed:
                 found = latency.transformer_of(demo.dense, mode)(features)
                 tolerance = 1e-5 if mode.amp == "off" else 0.2
                 torch.testing.assert_close(found["pred_logits"].float(), expected["pred_logits"],
@@ -129,6 +129,19 @@ def test_a_compiled_mode_is_compiled_with_graphs_on_cuda(demo, device, monkeypat
     assert asked == [{"dynamic": False} | ({"mode": "reduce-overhead"} if device == "cuda" else {})]
     latency._in_mode(len, MODES["eager"], torch.device(device))
     assert len(asked) == 1
+
+
+def test_a_graph_is_captured_once_and_replayed(monkeypatch):
+    captures = []
+
+    def captured(steps, device, amp):
+        captures.append((device, amp))
+        results = [(name, run(None)) for name, run in steps]
+        return [(name, lambda state, result=result: result) for name, result in results]
+
+    monkeypatch.setattr(latency, "captured", captured)
+    run = latency._in_mode(len, MODES["graph-bf16"], torch.device("cuda"))
+    assert [run("ab"), run("ab")] == [2, 2] and captures == [(torch.device("cuda"), "bf16")]
 
 
 def test_unpadded_modes_pad_nothing(demo, monkeypatch):
@@ -149,6 +162,8 @@ def test_missing_requirements_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: found no CUDA device"):
         latency.main(["--device", "cuda"])
+    with pytest.raises(UserError, match="--modes: found a CUDA graph for --device cpu, expected --device cuda"):
+        latency.main(["--device", "cpu", "--modes", "graph"])
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     with pytest.raises(UserError, match="--modes: found no C\\+\\+ compiler"):
         latency.main(["--device", "cpu", "--modes", "compiled"])

@@ -101,7 +101,7 @@ def test_gradients_go_through_the_padding():
 
 @needs_gpu
 def test_the_benchmark_runs_with_graphs(tmp_path):
-    modes = ("eager", "compiled-bf16")
+    modes = ("eager", "graph", "compiled-bf16")
     words = ["--device", "cuda", "--subjects", "demo", "--batches", "1", "--repeats", "2"]
     latency.main([*words, "--modes", *modes, "--output", str(tmp_path)])
     message = json.loads((tmp_path / "latency_cuda.json").read_text())
