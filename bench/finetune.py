@@ -25,7 +25,7 @@ from typing import Any
 
 from datasets.demo import draw_set
 from util.cli import parse, script_parser, user_path, whole
-from util.environment import environment
+from util.environment import environment, program_commit
 from util.errors import UserError, run_cli
 from util.files import file_digest, write_json
 from util.logging import table
@@ -100,6 +100,7 @@ def configurations() -> list[Configuration]:
             distill_queries="matching denoising")  # fmt: skip
     for seed in (43, 44):
         for subject in ("slim47", "dense"):
+            add(f"rates of the dense training, seed {seed}", subject, seed, lr="4e-4", lr_backbone="6e-4")
             add(f"lr 4e-4, seed {seed}", subject, seed, lr="4e-4", lr_backbone="4e-5")
             add(f"lr 1e-4, seed {seed}", subject, seed)
             add(f"distilled, matching denoising, seed {seed}", subject, seed, distill_queries="matching denoising")
@@ -201,7 +202,7 @@ class Bench:
         row = {
             "name": configuration.name, "subject": configuration.subject, "options": options,
             "seed": configuration.seed, "finished": finished, "ap": curve[-1]["test_AP"] if curve else None,
-            "seconds": round(time.perf_counter() - began, 1), "curve": curve,
+            "seconds": round(time.perf_counter() - began, 1), "curve": curve, "commit": program_commit(),
         }  # fmt: skip
         self._keep(row=row)
 

@@ -47,6 +47,18 @@ def test_the_headline_compares_the_best_of_each_detector(results):
     assert "The dense one has 50.0 there, and 51.5 after as many epochs (learning rates 2e-4 and 2e-4)." in text
 
 
+def test_seeds_of_a_recipe_are_one_cell_and_commits_are_named(results):
+    path = results / "finetune_demo.json"
+    found = json.loads(path.read_text())
+    more = [row("slim47", f"lr 4e-4, seed {seed}", ap) for seed, ap in ((43, 0.5), (44, 0.54))]
+    found["rows"] += [{**one, "commit": commit} for one, commit in zip(more, ("a" * 40, "b" * 40), strict=True)]
+    path.write_text(json.dumps(found))
+    assert "| the demo set | lr 4e-4 | 51.0 | 52.0 (50.0 to 54.0) | 60.0 |  |" in finetune(results).splitlines()
+    text = finetune_headline(results).replace("\n", " ")
+    assert "to 52.0." in text and "(learning rates 2e-4 and 2e-4, means of 3 and 1 seeds)" in text
+    assert "Rows are of the commits aaaaaaa, bbbbbbb." in finetune_text(results).replace("\n", " ")
+
+
 def test_the_headline_names_a_teacher(results):
     path = results / "finetune_demo.json"
     found = json.loads(path.read_text())
