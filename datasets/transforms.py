@@ -101,7 +101,8 @@ def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
 def resized(picture: Tensor, size_hw: Sequence[int]) -> Tensor:
     """Resize a picture (uint8 ... x 3 x H x W) on its device, bilinearly with antialiasing.
 
-    Devices differ by at most one grey level: on a CPU torchvision resizes in integers, on others in float32.
+    Devices differ by one grey level in few values, and rarely by two: on a CPU torchvision resizes in integers, on
+    others in float32.
     """
     if tuple(picture.shape[-2:]) == tuple(size_hw):
         return picture

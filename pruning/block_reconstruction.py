@@ -22,7 +22,7 @@ from models.residual import ResidualBlock
 from pruning.calibration import Calibration, Sensitivity
 from pruning.convolution import as_linear, convolution_weights, inputs_of_channels, kernel_area, one_sided
 from pruning.convolution_moments import block_positions, moments_at, output_size, outputs_at
-from pruning.finite_checks import are_finite, check_everywhere, decided_on_main
+from pruning.finite_checks import BadImages, check_everywhere, decided_on_main
 from pruning.gates import set_gate
 from pruning.kept_channels import Kept, width_of
 from pruning.least_squares import OutputLayer, error_covariance, errors_of_prefixes, penalty, refit
@@ -79,12 +79,13 @@ class BlockReconstruction:
         self._halves: dict[str, tuple[Moments, Moments]] = {}
         self._layers: dict[str, OutputLayer] = {}
         self._targets: list[list[Tensor]] = []
+        self._drawn: dict[tuple[int, int], Tensor] = {}
         if self._follows_a_cut and self.level != "none":
             self._unpruned_cache.move_to(module.name)
 
     def end(self) -> None:
         """Free what was kept for the last block; modules of the transformer follow."""
-        self._halves, self._layers, self._targets = {}, {}, []
+        self._halves, self._layers, self._targets, self._drawn = {}, {}, [], {}
         if self.changed and self.level != "none":
             self._unpruned_cache.forget()
 
@@ -181,9 +182,12 @@ class BlockReconstruction:
             positions, weights = self._positions(number, inputs, stream), self._weights(number, stream, inputs)
             for half in (False, True):
                 rows = [row for row, i in enumerate(stream.image_ids) if (i in self._second_half) == half]
+                if not rows:
+                    yield None
+                    continue
                 nothing = inputs.new_zeros(len(rows), positions.shape[1], 0)
                 source = inputs[rows], convolution
-                yield self._moments_at([source], nothing, weights[rows], positions[rows]) if rows else None
+                yield self._moments_at([source], nothing, weights[rows], positions[rows])
 
     def _measure_targets(self, numbers: Sequence[int]) -> None:
         """Store the outputs of these convolutions in the unpruned detector, at the positions of the fits.
@@ -261,7 +265,9 @@ class BlockReconstruction:
             channels: kept input channels of the first.
             last: weight and constant of the last fit, for one-sided targets.
         """
-        is_last = number == len(self._block.convolutions())
+        is_last, channels = number == len(self._block.convolutions()), channels.to(self._calibration.device)
+        if last is not None and self._targets:  # else this process has no images
+            last = last[0].to(self._targets[0][number - 1]), last[1].to(self._targets[0][number - 1])
 
         def moments_of(stream: Stream) -> Iterator[Moments]:
             all_inputs = self._block.input_of(number, stream.maps)
@@ -276,9 +282,8 @@ class BlockReconstruction:
 
             def change(y: Tensor, x: Tensor, part: slice) -> Tensor:
                 assert last is not None
-                weight, constant = (tensor.to(x) for tensor in last)
                 beside = 0.0 if added is None else added[:, part]
-                return one_sided(y + beside, x @ weight.T + constant + beside) - beside
+                return one_sided(y + beside, x @ last[0].T + last[1] + beside) - beside
 
             yield self._moments_at(sources, targets, weights, positions, None if last is None else change)
 
@@ -305,16 +310,15 @@ class BlockReconstruction:
             NonFiniteLossError: an activation is not finite; raised in every process.
         """
         totals: list[Moments | None] = [None] * count
-        bad: set[int] = set()
+        bad = BadImages()
         for stream in self._streams(self._calibration.cache):
             for place, found in enumerate(measure(stream)):
                 if found is None:
                     continue
-                if not are_finite([found.x, found.y]):
-                    bad.update(stream.image_ids)
+                bad.check([found.x, found.y], functools.partial(list, stream.image_ids))
                 total = totals[place]
                 totals[place] = found if total is None else total.add_(found)
-        check_everywhere({f"activations of {self._module.name} are": bad})
+        check_everywhere({f"activations of {self._module.name} are": bad.found()})
         return [Moments.over_processes(total) for total in totals]
 
     def _streams(self, cache: StateCache) -> Iterator[Stream]:
@@ -330,10 +334,16 @@ class BlockReconstruction:
         return self._unpruned.backbone[0].residual_blocks()[self._module.name.partition(".")[2]]
 
     def _positions(self, number: int, inputs: Tensor, stream: Stream) -> Tensor:
-        """Return the output positions for the fits of convolution `number`, whose input is `inputs`: B x P."""
-        rows, columns = output_size(self._block.convolutions()[number - 1][0], inputs.shape[-2:])
-        positions = block_positions(self._block, number, rows * columns, stream.image_ids, self._images)
-        return positions.to(inputs.device)
+        """Return the output positions for the fits of convolution `number`, whose input is `inputs`: B x P.
+
+        They are drawn once for all passes over the block.
+        """
+        found = self._drawn.get((number, stream.place))
+        if found is None:
+            rows, columns = output_size(self._block.convolutions()[number - 1][0], inputs.shape[-2:])
+            found = block_positions(self._block, number, rows * columns, stream.image_ids, self._images)
+            found = self._drawn[number, stream.place] = found.to(inputs.device)
+        return found
 
     def _weights(self, number: int, stream: Stream, inputs: Tensor) -> Tensor:
         """Return the weights of the positions, B x P, each position for as many as were not drawn."""

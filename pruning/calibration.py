@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from models.residual import ResidualBlock
 from models.state import BackboneState, State
 from pruning.backward import LossGradients
 from pruning.convolution_moments import block_positions
-from pruning.finite_checks import are_finite, check_everywhere, image_ids
+from pruning.finite_checks import BadImages, check_everywhere, image_ids
 from pruning.layer_outputs import kept_outputs, outputs_of
 from pruning.moments import TINY, sum_of_products
 from pruning.state_cache import StateCache, Targets
@@ -103,7 +104,7 @@ class Calibration:
         Raises:
             NonFiniteLossError: an activation is not finite; raised in every process after the last batch.
         """
-        bad: set[int] = set()
+        bad = BadImages()
         stop = self.cache.step_after(module.name)
         block = module.block
         for place, (state, _) in enumerate(self._states()):
@@ -116,10 +117,10 @@ class Calibration:
                 finally:
                     module.layer.observer = None
                 self.cache.counter.add(module.name, stop, state.num_images)
-                if not are_finite(tensor for value in seen.values() for tensor in _as_list(value)):
-                    bad.update(self.image_ids(place))
+                seen_tensors = (tensor for value in seen.values() for tensor in _as_list(value))
+                bad.check(seen_tensors, partial(self.image_ids, place))
                 yield place, seen
-        check_everywhere({f"activations of {module.name} are": bad})
+        check_everywhere({f"activations of {module.name} are": bad.found()})
 
     def gradients(
         self,
@@ -135,7 +136,7 @@ class Calibration:
         Raises:
             NonFiniteLossError: a loss is not finite; raised in every process after the last batch.
         """
-        bad: set[int] = set()
+        bad = BadImages()
         for place, (state, targets) in enumerate(self._states()):
             whole = self.cache.split_batch(self.batches[place])
             with phase(GRADIENTS) as entry:  # what the caller computes from them is part of it
@@ -143,10 +144,9 @@ class Calibration:
                     entry.count += images
                     # A backward pass costs about two forward passes.
                     self.cache.counter.add(start, None, 3 * images)
-                    if not are_finite([loss]):
-                        bad.update(image_ids(targets))
+                    bad.check([loss], partial(image_ids, targets))
                     yield place, state, loss, found
-        check_everywhere({f"the loss after {start} is": bad})
+        check_everywhere({f"the loss after {start} is": bad.found()})
 
     def image_ids(self, place: int) -> list[int]:
         """Return the image ids of a calibration batch."""
@@ -161,18 +161,17 @@ class Calibration:
         names = [key for module in self._modules.values() for key in outputs_of(module)]
         found = {key: _Gradients([[] for _ in self.batches], [[] for _ in self.batches]) for key in names}
         loss_sum = 0.0
-        bad: dict[str, set[int]] = {key: set() for key in names}
+        bad = {key: BadImages() for key in names}
         with kept_outputs(self.model, self._modules.values()) as outputs:
             for place, state, loss, gradients in self.gradients(
                 self.cache.steps[0], lambda: list(outputs.values()), lambda images: outputs.clear()
             ):
                 loss_sum += float(loss)
                 for key, gradient in zip(outputs, gradients, strict=True):
-                    if not are_finite([gradient]):
-                        bad[key].update(self.image_ids(place))
+                    bad[key].check([gradient], partial(self.image_ids, place))
                     self._add(found[key], key, place, gradient, state)
         # A gradient that is not finite spoils those of all earlier modules, so the error names the last module.
-        check_everywhere({f"the loss's gradient at {key} is": bad[key] for key in reversed(bad)})
+        check_everywhere({f"the loss's gradient at {key} is": bad[key].found() for key in reversed(bad)})
         images = self.num_images
         self.loss = sum(distributed.gather_objects(loss_sum)) / images
         self.sensitivities = {key: _sensitivity(found.pop(key), images) for key in names}
@@ -185,11 +184,11 @@ class Calibration:
         scale = rows.abs().amax().clamp(min=SMALLEST)
         rows = rows / scale  # squares of small gradients would be 0 in float32
         squares = rows.square().sum(-1)
-        found.energy += float(squares.sum(dtype=torch.float64) * scale.double() ** 2)
+        found.energy += squares.sum(dtype=torch.float64) * scale.double() ** 2
         if not key.endswith(".bn1"):
             self.cache.counter.moment_macs += rows.numel() * rows.shape[-1]
-            moment = sum_of_products(rows.flatten(0, 1), rows.flatten(0, 1)).cpu() * float(scale) ** 2
-            found.metric = moment if found.metric is None else found.metric + moment
+            moment = sum_of_products(rows.flatten(0, 1), rows.flatten(0, 1)) * scale.double() ** 2
+            found.metric = moment if found.metric is None else found.metric.add_(moment)
         if gradient.dim() == 4:
             block, _, norm = key.rpartition(".")
             layer = self._modules[block].layer
@@ -199,8 +198,8 @@ class Calibration:
                 squares.device
             )
             squares, real = squares.gather(1, positions), real.gather(1, positions)
-        found.squares[place].append((squares.double() * scale.double() ** 2).cpu())
-        found.real[place].append(real.cpu())
+        found.squares[place].append(squares.double() * scale.double() ** 2)
+        found.real[place].append(real)
 
     def _real_tokens(self, key: str, gradient: Tensor, state: State, done: int) -> Tensor:
         """Return B x L of a piece's gradient, 1 on tokens and 0 on padding; `done` images precede it in the batch."""
@@ -216,7 +215,7 @@ class Calibration:
 
 @dataclass
 class _Gradients:
-    """Sums of the loss's gradients at one output over the calibration images of this process.
+    """Sums of the loss's gradients at one output over the calibration images of this process, on the device.
 
     Attributes:
         squares: for each batch and piece B x L, squared norms at the tokens or drawn positions, float64.
@@ -228,18 +227,18 @@ class _Gradients:
     squares: list[list[Tensor]]
     real: list[list[Tensor]]
     metric: Tensor | None = None
-    energy: float = 0.0
+    energy: Tensor | float = 0.0
 
 
 def _sensitivity(own: _Gradients, images: int) -> Sensitivity:
     """Return the sensitivity with token weights of this process; means are over all processes, with `images` images."""
-    squares, real = ([*map(torch.cat, batches)] for batches in (own.squares, own.real))
+    squares, real = ([torch.cat(pieces).cpu() for pieces in batches] for batches in (own.squares, own.real))
     weights = [batch.float() for batch in token_weights(squares, real)]
     metrics = distributed.sum_tensors([] if own.metric is None else [own.metric])
     metric = metrics[0] if metrics else torch.zeros(0, 0, dtype=torch.float64)
     width, trace = len(metric), metric.diagonal().sum()
     metric = metric / trace if trace > 0 else torch.eye(width, dtype=torch.float64) / max(width, 1)
-    return Sensitivity(weights, metric, _over_processes(own.energy)[0] / images)
+    return Sensitivity(weights, metric, _over_processes(float(own.energy))[0] / images)
 
 
 def _over_processes(*own: float) -> list[float]:

@@ -24,6 +24,29 @@ def are_finite(tensors: Iterable[Any]) -> bool:
     )
 
 
+class BadImages:
+    """Images on which values are not finite. A GPU computes that, and the CPU reads it once, in `found`."""
+
+    def __init__(self) -> None:
+        self._flags: list[Tensor] = []
+        self._image_ids: list[Callable[[], Collection[int]]] = []
+
+    def check(self, tensors: Iterable[Any], image_ids: Callable[[], Collection[int]]) -> None:
+        """Note whether all floating-point tensors among `tensors` are finite; `image_ids` returns their images."""
+        flags = [torch.isfinite(t).all() for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+        if flags:
+            self._flags.append(torch.stack(flags).all())
+            self._image_ids.append(image_ids)
+
+    def found(self) -> set[int]:
+        """Return the ids of the images where a value was not finite."""
+        if not self._flags:
+            return set()
+        flags = torch.stack(self._flags).cpu().tolist()
+        bad = [ids for ids, is_finite in zip(self._image_ids, flags, strict=True) if not is_finite]
+        return {image for ids in bad for image in ids()}
+
+
 def image_ids(targets: Sequence[Any]) -> list[int]:
     """Return the image ids of a batch."""
     return [int(target["image_id"]) for target in targets]

@@ -21,6 +21,7 @@ PRICING_MATRICES = 8
 FIT_MATRICES = 4
 DEVICE_MATRICES = 3
 COPIES_OF_PATCHES = 4  # as gathered, centred and weighted
+BYTES_PER_POSITION = 8  # drawn for a fit
 BYTES_PER_ROW = 12  # of a drawn position: its squared gradient and whether it is on padding
 
 
@@ -65,6 +66,8 @@ def fit_memory(
     batches: Sequence[tuple[int, float]],
     images: int,
     processes: int = 1,
+    *,
+    is_apart: bool = False,
 ) -> FitMemory:
     """Estimate the memory of fits, which are made for one module after the other.
 
@@ -73,9 +76,10 @@ def fit_memory(
         batches: images of each calibration batch of this process, and their pixels relative to scale 1.
         images: calibration images of all processes, over which a fit draws its rows.
         processes: those that the fits are divided among, see `pruning.divided_fits`.
+        is_apart: the device has memory of its own, where moments are summed before they are copied to RAM.
     """
     modules = model.prunable_modules(scope)
-    matrices = joint = inputs = rows = targets = metrics = 0
+    matrices = joint = inputs = rows = targets = metrics = summed = 0
     for name, module in modules.items():
         if isinstance(module.layer, ResidualBlock):
             layers = [*_layers_of(module, maps_hw[name], batches, images)]
@@ -85,7 +89,7 @@ def fit_memory(
         priced = sum(layer.own_inputs**2 for layer in layers[1:])
         fitted = max(layer.fit_elements for layer in layers)
         matrices = max(matrices, PRICING_MATRICES * priced, 2 * priced + FIT_MATRICES * fitted)
-        joint = max(joint, fitted)
+        joint, summed = max(joint, fitted), max(summed, 2 * priced)
         inputs = max(inputs, *(layer.rows * layer.inputs for layer in layers))
         rows += sum(layer.rows for layer in layers)
         targets = max(targets, sum(layer.rows * layer.outputs for layer in layers))
@@ -94,9 +98,11 @@ def fit_memory(
     patches = COPIES_OF_PATCHES * min(ROW_BYTES_AT_ONCE, 4 * inputs)
     # The weights before any cut, and for residual blocks the unpruned detector.
     copies = storage_bytes(model.parameters()) * (2 if maps_hw else 1)
+    if is_apart:  # sums of all batches and of one, and gradients
+        copies += 8 * (max(summed, joint) + joint + metrics) + BYTES_PER_ROW * rows
     return FitMemory(
         ram=8 * (matrices + metrics) + BYTES_PER_ROW * rows,
-        device=4 * (DEVICE_MATRICES * joint + targets) + patches + copies,
+        device=4 * (DEVICE_MATRICES * joint + targets) + BYTES_PER_POSITION * rows + patches + copies,
     )
 
 

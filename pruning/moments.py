@@ -18,7 +18,10 @@ DAMPING = 1e-4  # of the mean diagonal; keeps a fit from following the noise of 
 
 @dataclass(frozen=True)
 class Moments:
-    """Weighted sums over tokens of inputs x (C channels) and targets y (D channels), float64 on the CPU.
+    """Weighted sums over tokens of inputs x (C channels) and targets y (D channels), float64.
+
+    They stay on the device of the rows while batches are added, since a copy of C x C sums for each batch would take
+    longer than the products. `over_processes` brings them to the CPU.
 
     Attributes:
         weight: sum of the weights.
@@ -49,7 +52,7 @@ class Moments:
             has_xx: False leaves out the inputs' second moments, for `with_targets_of`.
         """
         weights = weights.flatten().to(x.device, dtype)
-        roots, total = weights.sqrt(), weights.sum().double().cpu()
+        roots, total = weights.sqrt(), weights.sum().double()
         # Products of centred values: means are often far larger than deviations, whose sums would be rounded away.
         with full_float32():
             in_x, in_y = (_Centred.of(t.detach().flatten(0, -2).to(dtype), weights, roots) for t in (x, y))
@@ -68,9 +71,9 @@ class Moments:
 
     @staticmethod
     def over_processes(own: Moments | None) -> Moments | None:
-        """Return the sum of the moments of all processes, in every process; None if none has any.
+        """Return the sum of the moments of all processes, on the CPU of every process; None if none has any.
 
-        The tensors of `own` are used for it.
+        The tensors of `own` may be used for it.
         """
         sums = distributed.sum_tensors([] if own is None else own._sums())
         return Moments(*sums) if sums else None
@@ -132,7 +135,7 @@ class _Centred:
     Attributes:
         rows: N x C, divided by `scale`, so that no square overflows or becomes 0.
         scale: a power of two.
-        mean, rest: C, the mean, and the weighted sum of the centred rows (nearly 0); float64 on the CPU.
+        mean, rest: C, the mean, and the weighted sum of the centred rows (nearly 0); float64.
     """
 
     rows: Tensor
@@ -150,13 +153,13 @@ class _Centred:
         mean = (weights @ values) / weights.sum().clamp(min=limits.tiny)
         values -= mean
         rest = weights @ values
-        mean, rest = ((scale.double() * t.double()).cpu() for t in (mean, rest))
+        mean, rest = (scale.double() * t.double() for t in (mean, rest))
         return cls(values.mul_(roots[:, None]), scale, mean, rest)
 
     def products(self, other: _Centred, total: Tensor) -> Tensor:
         """Return the weighted sum of a b^T over the rows a of these values, before centring, and b of `other`'s."""
         centred = sum_of_products(self.rows, other.rows)
-        products = centred.mul_(self.scale.double() * other.scale.double()).cpu()
+        products = centred.mul_(self.scale.double() * other.scale.double())
         return products.addr_(self.mean, other.rest).addr_(self.rest + total * self.mean, other.mean)
 
 
@@ -203,7 +206,7 @@ def square_root(covariance: Tensor) -> tuple[Tensor, Tensor]:
 def per_head(x: Tensor, nheads: int, weights: Tensor) -> Tensor:
     """Return the weighted sum over tokens of x x^T (heads x d x d), for x of shape B x L x (heads * d)."""
     x = x.double().unflatten(-1, (nheads, -1))
-    return torch.einsum("blhi,bl,blhj->hij", x, weights.to(x), x).cpu()
+    return torch.einsum("blhi,bl,blhj->hij", x, weights.to(x), x)
 
 
 def centred_per_head(keys: Tensor, nheads: int, mask: Tensor | None) -> Tensor:

@@ -310,7 +310,7 @@ class Reconstruction:
             y = x[..., :0] if targets is None else targets[place]
             part = Moments.of(x, y, weights[place], dtype)
             self._calibration.cache.counter.moment_macs += weights[place].numel() * part.macs_per_row
-            total = part if total is None else total + part
+            total = part if total is None else total.add_(part)
         total = Moments.over_processes(total)
         assert total is not None
         return total

@@ -96,19 +96,21 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def sum_tensors(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Add CPU tensors over the processes, in place; return the sums in every process, none if no process has any.
+    """Add tensors over the processes; return the sums on the CPU of every process, none if no process has any.
 
-    The processes that have any pass equally many, of the same shapes and dtypes.
+    The processes that have any pass equally many, of the same shapes and dtypes. Those on the CPU are
+    summed in place.
     """
     if world_size() == 1:
-        return list(own)
+        return [tensor.cpu() for tensor in own]
     kinds = next((kinds for kinds in gather_objects([(t.shape, t.dtype) for t in own]) if kinds), [])
     sums = list(own) or [torch.zeros(shape, dtype=dtype) for shape, dtype in kinds]
     on_gpu = dist.get_backend() == "nccl"
-    for tensor in (tensor for tensor in sums if tensor.numel()):
-        sent = tensor.cuda() if on_gpu else tensor.contiguous()
-        dist.all_reduce(sent)
-        tensor.copy_(sent)
+    for place, tensor in enumerate(sums):
+        sent = tensor.cuda() if on_gpu else tensor.cpu().contiguous()
+        if sent.numel():
+            dist.all_reduce(sent)
+        sums[place] = sent.cpu() if tensor.is_cuda else tensor.copy_(sent)
     return sums
 
 

@@ -81,7 +81,7 @@ def test_a_picture_is_resized_and_normalised_as_by_torchvisions_transforms(size)
 @pytest.mark.parametrize("old", [(48, 64), (75, 40)])
 @pytest.mark.parametrize("new", [(80, 107), (48, 64), (20, 31), (48, 100), (9, 13)])
 def test_resizing_in_float32_gives_the_integers_of_the_cpu_kernel_to_one_level(old, new):
-    """What a GPU does, on the CPU: few values differ, and none by more than one grey level.
+    """What a GPU does, on the CPU: few values of a photograph differ, and none by more than one grey level.
 
     Most of those lie halfway between two levels, so they are many where the ratio of the sizes is round.
     """

@@ -57,7 +57,9 @@ def test_moments_of_float32_products_are_those_of_float64_also_with_tf32():
     x = torch.relu(torch.randn(4000, 256, generator=generator)) + 10
     weights = torch.rand(4000, generator=generator)
     torch.backends.cuda.matmul.allow_tf32 = True  # the fixture restores it
-    found = Moments.of(x.to(CUDA), x[:, :8].to(CUDA), weights.to(CUDA), torch.float32)
+    there = Moments.of(x.to(CUDA), x[:, :8].to(CUDA), weights.to(CUDA), torch.float32)
+    found = Moments.over_processes(there)
+    assert there.xx.is_cuda and not found.xx.is_cuda
     expected = Moments.of(x, x[:, :8], weights)
     for name in ("covariance_xx", "covariance_yx", "covariance_yy"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6)
@@ -104,7 +106,7 @@ def test_evaluation_gives_the_figures_of_the_cpu(annotated, tmp_path):
 
 @pytest.mark.parametrize("augmentation", [None, "detr"])
 @pytest.mark.parametrize("image_size", [40, 200])  # below and above those of the pictures
-def test_images_resized_on_a_gpu_are_those_of_the_cpu_to_a_grey_level(coco, augmentation, image_size):
+def test_images_resized_on_a_gpu_are_nearly_those_of_the_cpu(coco, augmentation, image_size):
     args, _ = tiny_options("--coco_path", coco, "--image_size", image_size)
     dataset = build_dataset("val2017", args, augmentation=augmentation)
     plain, there = (build_loader(dataset, 2, shuffle=False, num_workers=1, device=device) for device in (CPU, CUDA))
@@ -112,7 +114,8 @@ def test_images_resized_on_a_gpu_are_those_of_the_cpu_to_a_grey_level(coco, augm
         for image, expected in zip(images, expected_images, strict=True):
             assert image.device.type == CUDA.type and image.shape == expected.shape
             levels = (image.cpu() - expected).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
-            assert levels.max() <= 1.001 and (levels > 0.5).float().mean() <= 0.05
+            assert levels.max() <= 2.001 and (levels > 1.5).float().mean() <= 1e-3
+            assert (levels > 0.5).float().mean() <= 0.05
         for target, expected in zip(targets, expected_targets, strict=True):
             assert all(torch.equal(target[key], value) for key, value in expected.items())
 

@@ -28,7 +28,8 @@ def built():
 
 
 def run(built, *words, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(built)}
+    path = os.pathsep.join(filter(None, (str(built), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

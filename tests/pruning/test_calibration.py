@@ -151,4 +151,4 @@ def test_metric_and_level_of_padded_images_count_the_same_pixels(monkeypatch):
     assert not all(own.real[0][0].all() for own in sums) and {"backbone.layer4.0.bn2"} <= {*found.sensitivities}
     for own in sums:
         if own.metric is not None:
-            assert float(own.metric.trace()) == pytest.approx(own.energy, rel=1e-5)
+            assert float(own.metric.trace()) == pytest.approx(float(own.energy), rel=1e-5)
