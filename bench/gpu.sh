@@ -29,7 +29,7 @@ done
 if [ -n "$QUICK" ]; then
     images=16 val_images=8 size=64 rounds=1 subjects=demo batches=1 epochs=1 r50="--image_size 64"
 else
-    images=1000 val_images=400 size=128 rounds=10 subjects="gp mgp whole demo" batches="1 8" epochs=3 r50=
+    images=400 val_images=400 size=128 rounds=10 subjects="gp mgp whole demo" batches="1 8" epochs=3 r50=
 fi
 
 keep() { # FOLDER: the figures of a run
