@@ -43,7 +43,7 @@ SERIES = {
     IMAGES: "images of the search, 128 of them to calibrate",
     PIXELS: "pixels of an image",
     LAYERS: "layers of encoder and decoder together",
-    PROCESSES: "1 / processes (gloo); seconds of the busiest process",
+    PROCESSES: "1 / processes; seconds of the busiest",
 }
 TITLES = ("", "", "images", "CPU seconds", "of the busiest process", "GB", "trials")
 
