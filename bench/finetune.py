@@ -84,6 +84,9 @@ def configurations() -> list[Configuration]:
     add("backbone at the full rate", "slim47", lr_backbone="1e-4")
     for subject in ("slim47", "dense", "whole50", "slim70"):
         add("rates of the dense training", subject, lr="4e-4", lr_backbone="6e-4")  # of checkpoints/demo.pth
+    for subject in ("slim47", "dense"):
+        add("twice the rates of the dense training", subject, lr="8e-4", lr_backbone="1.2e-3")
+        add("half the rates of the dense training", subject, lr="2e-4", lr_backbone="3e-4")
     add("backbone frozen", "slim47", lr_backbone="0")
     add("no averaging", "slim47", ema_decay="0")
     add("averaging 0.99", "slim47", ema_decay="0.99")

@@ -69,8 +69,10 @@ def finetune_text(results: Path) -> str:
     for name, found in _sets(results).items():
         images = "" if found["images"] is None else f" over {found['images']:,} images"
         title = TITLES[name][0].upper() + TITLES[name][1:]
-        commits = list(dict.fromkeys(row["commit"][:7] for row in found["rows"] if row.get("commit")))
-        of_commits = f" Rows are of the commits {', '.join(commits)}." if len(commits) > 1 else ""
+        commits = list(
+            dict.fromkeys(row["commit"][:7] if row.get("commit") else "an older one" for row in found["rows"])
+        )
+        of_commits = f" The runs are of the commits {', '.join(commits)}." if len(commits) > 1 else ""
         parts.append(f"{title}: {found['epochs']} epochs{images}. {measured_with(found)}{of_commits}")
     return paragraph(
         "AP of the averaged weights at the end. A cell is one run, or the mean of several seeds and their range; the "

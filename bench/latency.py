@@ -43,6 +43,7 @@ from models.widths import Widths
 from pruning.cost import cost_of
 from pruning.step_timing import Step, captured
 from tools.prediction import PredictionOptions
+from util import distributed
 from util.cli import user_path, whole
 from util.environment import environment
 from util.errors import UserError, run_cli
@@ -203,12 +204,14 @@ def _in_mode(function: Callable[[Any], Any], mode: Mode, device: torch.device) -
 
 def _replayed(function: Callable[[Any], Any], amp: str, device: torch.device) -> Callable[[Any], Any]:
     """Return a function that captures a CUDA graph of its first call and replays it in all others."""
-    replays: list[Step] = []
+    first: list[tuple[Any, Step]] = []  # its argument, which the graph reads
 
     def run(given: Any) -> Any:
-        if not replays:
-            replays.extend(captured([("all", lambda _: function(given))], device, amp))
-        return replays[0][1](None)
+        if not first:
+            first.append((given, captured([("all", lambda _: function(given))], device, amp)[0]))
+        argument, (_, replay) = first[0]
+        assert given is argument
+        return replay(None)
 
     return run
 
@@ -337,9 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_flush_denormal(True)
     args = get_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: found no CUDA device, expected cpu")
+    device = distributed.choose_device(args.device)
     if device.type != "cuda" and any(MODES[mode].replayed for mode in args.modes):
         raise UserError(f"--modes: found a CUDA graph for --device {args.device}, expected --device cuda")
     if any(MODES[mode].compiled for mode in args.modes) and not shutil.which(os.environ.get("CXX", "g++")):

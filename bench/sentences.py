@@ -185,8 +185,8 @@ def _on_gpu(results: Path) -> str:
     found = read_figures(results, "latency_cuda.json")
     mgp = _latency_case(found, "MGP")
     return (
-        f" On a GPU, eager PyTorch spends its time on launches: MGP's transformer, with {mgp['gmacs_ratio']:.2f} times "
-        f"fewer GMACs, is {mgp['speed_up']:.2f} times as fast. {measured_with(found)}"
+        f" One image does not fill a GPU: MGP's transformer, with {mgp['gmacs_ratio']:.2f} times fewer GMACs, is "
+        f"{mgp['speed_up']:.2f} times as fast there in eager PyTorch. {measured_with(found)}"
     )
 
 

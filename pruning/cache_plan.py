@@ -256,7 +256,7 @@ class CachePlanner:
         fits = fit_memory(
             model, self._scope(one), {name: block.maps_hw for name, block in inputs.items()},
             [(images[batch], scales[batch]) for batch in uses.calibrated_batches], uses.calibrated_images,
-            uses.fitting_processes, is_apart=self._device.type != "cpu",
+            uses.fitting_processes, sums_on_device=self._device.type != "cpu",
         )  # fmt: skip
         return need, Work(passes + fits.device, uses.reading, uses.evaluation, fits.ram)
 

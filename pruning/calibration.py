@@ -160,20 +160,20 @@ class Calibration:
     def _measure_sensitivities(self) -> None:
         names = [key for module in self._modules.values() for key in outputs_of(module)]
         found = {key: _Gradients([[] for _ in self.batches], [[] for _ in self.batches]) for key in names}
-        loss_sum = 0.0
+        loss_sum: Tensor | float = 0.0
         bad = {key: BadImages() for key in names}
         with kept_outputs(self.model, self._modules.values()) as outputs:
             for place, state, loss, gradients in self.gradients(
                 self.cache.steps[0], lambda: list(outputs.values()), lambda images: outputs.clear()
             ):
-                loss_sum += float(loss)
+                loss_sum += loss.double()
                 for key, gradient in zip(outputs, gradients, strict=True):
                     bad[key].check([gradient], partial(self.image_ids, place))
                     self._add(found[key], key, place, gradient, state)
         # A gradient that is not finite spoils those of all earlier modules, so the error names the last module.
         check_everywhere({f"the loss's gradient at {key} is": bad[key].found() for key in reversed(bad)})
         images = self.num_images
-        self.loss = sum(distributed.gather_objects(loss_sum)) / images
+        self.loss = sum(distributed.gather_objects(float(loss_sum))) / images
         self.sensitivities = {key: _sensitivity(found.pop(key), images) for key in names}
 
     def _add(self, found: _Gradients, key: str, place: int, gradient: Tensor, state: State) -> None:

@@ -67,7 +67,7 @@ def fit_memory(
     images: int,
     processes: int = 1,
     *,
-    is_apart: bool = False,
+    sums_on_device: bool = False,
 ) -> FitMemory:
     """Estimate the memory of fits, which are made for one module after the other.
 
@@ -76,7 +76,7 @@ def fit_memory(
         batches: images of each calibration batch of this process, and their pixels relative to scale 1.
         images: calibration images of all processes, over which a fit draws its rows.
         processes: those that the fits are divided among, see `pruning.divided_fits`.
-        is_apart: the device has memory of its own, where moments are summed before they are copied to RAM.
+        sums_on_device: moments are summed in the memory of a GPU before they are copied to RAM.
     """
     modules = model.prunable_modules(scope)
     matrices = joint = inputs = rows = targets = metrics = summed = 0
@@ -98,7 +98,7 @@ def fit_memory(
     patches = COPIES_OF_PATCHES * min(ROW_BYTES_AT_ONCE, 4 * inputs)
     # The weights before any cut, and for residual blocks the unpruned detector.
     copies = storage_bytes(model.parameters()) * (2 if maps_hw else 1)
-    if is_apart:  # sums of all batches and of one, and gradients
+    if sums_on_device:  # sums of all batches and of one, and gradients
         copies += 8 * (max(summed, joint) + joint + metrics) + BYTES_PER_ROW * rows
     return FitMemory(
         ram=8 * (matrices + metrics) + BYTES_PER_ROW * rows,

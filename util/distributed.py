@@ -110,7 +110,7 @@ def sum_tensors(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         sent = tensor.cuda() if on_gpu else tensor.cpu().contiguous()
         if sent.numel():
             dist.all_reduce(sent)
-        sums[place] = sent.cpu() if tensor.is_cuda else tensor.copy_(sent)
+        sums[place] = tensor.copy_(sent) if tensor.device.type == "cpu" else sent.cpu()
     return sums
 
 

@@ -56,7 +56,7 @@ def test_seeds_of_a_recipe_are_one_cell_and_commits_are_named(results):
     assert "| the demo set | lr 4e-4 | 51.0 | 52.0 (50.0 to 54.0) | 60.0 |  |" in finetune(results).splitlines()
     text = finetune_headline(results).replace("\n", " ")
     assert "to 52.0." in text and "(learning rates 2e-4 and 2e-4, means of 3 and 1 seeds)" in text
-    assert "Rows are of the commits aaaaaaa, bbbbbbb." in finetune_text(results).replace("\n", " ")
+    assert "The runs are of the commits an older one, aaaaaaa, bbbbbbb." in finetune_text(results).replace("\n", " ")
 
 
 def test_the_headline_names_a_teacher(results):

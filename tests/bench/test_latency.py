@@ -142,6 +142,8 @@ def test_a_graph_is_captured_once_and_replayed(monkeypatch):
     monkeypatch.setattr(latency, "captured", captured)
     run = latency._in_mode(len, MODES["graph-bf16"], torch.device("cuda"))
     assert [run("ab"), run("ab")] == [2, 2] and captures == [(torch.device("cuda"), "bf16")]
+    with pytest.raises(AssertionError):  # a graph reads the memory of its first argument
+        run("abc")
 
 
 def test_unpadded_modes_pad_nothing(demo, monkeypatch):
@@ -160,7 +162,7 @@ def test_unpadded_modes_pad_nothing(demo, monkeypatch):
 
 def test_missing_requirements_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device cuda: found no CUDA device"):
+    with pytest.raises(UserError, match="--device cuda: this machine or this build of torch has no CUDA"):
         latency.main(["--device", "cuda"])
     with pytest.raises(UserError, match="--modes: found a CUDA graph for --device cpu, expected --device cuda"):
         latency.main(["--device", "cpu", "--modes", "graph"])

@@ -37,7 +37,7 @@ def test_sums_of_batches_are_copied_to_the_cpu_once():
 
 
 def damages(device, groups):
-    """The damage of each of `NAMES` at half of its width, and the waits of its ranking and fit."""
+    """The damage of each of `NAMES` at half of its width, and the waits of the gradients and of its ranking and fit."""
     model, criterion, _ = tiny_detector(WORDS)
     randomise_norms(model)
     model.eval(), criterion.eval()
@@ -48,7 +48,9 @@ def damages(device, groups):
         given = [([image.to(device) for image in images], targets) for images, targets in batches_of(groups)]
         counter = PassCounter(dict.fromkeys(model.steps_in("detector"), 1.0))
         cache = StateCache(model, ListedBatches(given), counter, device=device, scope="detector")
+        other.waits.clear()
         reconstruction = Reconstruction(Calibration(model, criterion, cache, range(len(given)), device), "full")
+        waits["gradients"] = collections.Counter(wait for wait in other.waits if "_local_scalar_dense" in wait)
         for name in NAMES:
             module = model.prunable_modules("detector")[name]
             cache.move_to(name)
@@ -67,6 +69,7 @@ def test_fits_are_those_of_the_cpu_and_more_batches_need_no_more_sums():
     expected, none = damages(CPU, SPLITS[2])
     assert found == pytest.approx(expected, rel=1e-6) and not any(none.values())
     assert min(found.values()) > 0
+    assert of_four.pop("gradients") == of_two.pop("gradients")  # no number is read for a batch
     for name in NAMES:
         assert of_four[name]["util/distributed.py"] == of_two[name]["util/distributed.py"] > 0
         passes = 6 if name.startswith("backbone") else 3

@@ -53,6 +53,21 @@ def test_ranking_pricing_and_fitting_take_what_is_planned(setting):
     assert 0.5 * found.ram < max(peaks) < found.ram + 0.1 * found.device
 
 
+def test_a_gpu_holds_the_sums_before_they_are_copied(setting):
+    plain, found = (
+        fit_memory(setting.model, "detector", maps_of(setting), BATCHES, 4, sums_on_device=on) for on in (False, True)
+    )
+    reconstruction, held = setting.reconstruction("full"), []
+    for name in setting.blocks:
+        module = setting.begin(reconstruction, name)
+        order_channels(module, Elimination(reconstruction), "backward", 1, False)
+        halves = reconstruction._blocks._halves.values()
+        held.append(sum(storage_bytes(half._sums()) for pair in halves for half in pair))
+    metrics = sum(sensitivity.metric.nbytes for sensitivity in setting.calibration.sensitivities.values())
+    assert found.ram == plain.ram
+    assert max(held) < found.device - plain.device < 3 * (max(held) + metrics)
+
+
 def test_targets_and_gradients_have_the_planned_rows(setting):
     maps, reconstruction = maps_of(setting), setting.reconstruction("full")
     first, name = setting.blocks[0], setting.blocks[-1]
