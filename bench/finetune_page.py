@@ -19,9 +19,17 @@ SUBJECTS = {
 }
 
 
+# The first two are always there.
+SET_TITLES = {**TITLES, "bccd_trained": "BCCD, cut from the dense detector trained on at lr 8e-4"}
+
+
 def _sets(results: Path) -> dict[str, dict[str, Any]]:
-    """Return the figures of each data set."""
-    return {name: read_figures(results, f"finetune_{name}.json") for name in QUALITY_SETS}
+    """Return the figures of each data set by its title."""
+    return {
+        title: read_figures(results, f"finetune_{name}.json")
+        for name, title in SET_TITLES.items()
+        if name in QUALITY_SETS or (results / f"finetune_{name}.json").exists()
+    }
 
 
 def _label(row: Mapping[str, Any]) -> str:
@@ -54,26 +62,27 @@ def _cell(rows: Sequence[Mapping[str, Any]]) -> str:
 def finetune(results: Path) -> str:
     """Show AP as cut and after each training, a column for each detector."""
     rows = []
-    for name, found in _sets(results).items():
+    for title, found in _sets(results).items():
         cells: dict[str, dict[str, str]] = {"as cut": {cut: points(of["AP"]) for cut, of in found["cut"].items()}}
         for (label, subject), of_recipe in _by_recipe(found).items():
             cells.setdefault(label, {})[subject] = _cell(of_recipe)
         labels = ["as cut", *sorted(label for label in cells if label != "as cut")]
-        rows += [(TITLES[name], label, *(cells[label].get(subject, "") for subject in SUBJECTS)) for label in labels]
+        rows += [(title, label, *(cells[label].get(subject, "") for subject in SUBJECTS)) for label in labels]
     return markdown(("", "", *SUBJECTS.values()), rows)
 
 
 def finetune_text(results: Path) -> str:
     """Describe the trainings."""
     parts = []
-    for name, found in _sets(results).items():
+    for title, found in _sets(results).items():
         images = "" if found["images"] is None else f" over {found['images']:,} images"
-        title = TITLES[name][0].upper() + TITLES[name][1:]
         commits = list(
             dict.fromkeys(row["commit"][:7] if row.get("commit") else "an older one" for row in found["rows"])
         )
         of_commits = f" The runs are of the commits {', '.join(commits)}." if len(commits) > 1 else ""
-        parts.append(f"{title}: {found['epochs']} epochs{images}. {measured_with(found)}{of_commits}")
+        parts.append(
+            f"{title[0].upper()}{title[1:]}: {found['epochs']} epochs{images}. {measured_with(found)}{of_commits}"
+        )
     return paragraph(
         "AP of the averaged weights at the end. A cell is one run, or the mean of several seeds and their range; the "
         f"column *dense* is the unpruned detector trained on by the same recipe. {' '.join(parts)}"
@@ -82,7 +91,7 @@ def finetune_text(results: Path) -> str:
 
 def finetune_headline(results: Path) -> str:
     """Compare the best recipes of the dense and of a slim detector, for the README."""
-    found = _sets(results)["demo"]
+    found = _sets(results)[TITLES["demo"]]
     dense, slim = (
         max((rows for (_, of), rows in _by_recipe(found).items() if of == subject), key=_mean)
         for subject in ("dense", "slim47")

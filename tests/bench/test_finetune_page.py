@@ -41,6 +41,15 @@ def test_a_line_has_the_trainings_of_one_recipe_that_ended(results):
     assert "The demo set: 2 epochs over 10,000 images." in text and "BCCD: 2 epochs." in text
 
 
+def test_detectors_cut_from_a_trained_one_have_lines_of_their_own_if_measured(results):
+    before = finetune(results)
+    (results / "finetune_bccd_trained.json").write_text((results / "finetune_bccd.json").read_text())
+    more = finetune(results).removeprefix(before).splitlines()
+    assert [line.split("|")[1].strip() for line in more if line] == [
+        "BCCD, cut from the dense detector trained on at lr 8e-4"
+    ] * 4
+
+
 def test_the_headline_compares_the_best_of_each_detector(results):
     text = finetune_headline(results).replace("\n", " ")
     assert "goes from 40.0 AP as cut to 52.0." in text
