@@ -29,7 +29,10 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Batches(Protocol):
-    """Batches (images, targets) of one pass; their number is an upper bound."""
+    """Batches (images, targets) of one pass.
+
+    Their length may be more than their number if `accumulate` divides both: the last step must have all its batches.
+    """
 
     def __len__(self) -> int: ...
 

@@ -173,6 +173,10 @@ class Distillation:
             self._converted = {dtype: weights_converted(self.teacher, dtype)}
         return self._converted[dtype]
 
+    def free_converted(self) -> None:
+        """Free the copy of the teacher with converted weights; the next batch under autocast makes one again."""
+        self._converted = {}
+
     def _teaching(self, layers: Tensor) -> Tensor:
         """Return those of the teacher's layers (L x ...) that the student's learn from.
 

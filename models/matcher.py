@@ -90,7 +90,7 @@ class HungarianMatcher:
 
     def _costs(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
         """Return the costs, L x B x Q x (largest target count); columns beyond an image's count are not used."""
-        index = _columns([len(target["labels"]) for target in targets], logits.device)
+        index = _targets_of_columns([len(target["labels"]) for target in targets], logits.device)
         labels, target_boxes = (torch.cat([target[name] for target in targets])[index] for name in ("labels", "boxes"))
         # The change of a query's focal loss if this class becomes its target.
         positive = self.alpha * (1 - logits.sigmoid()) ** self.gamma * -torch.nn.functional.logsigmoid(logits)
@@ -107,7 +107,7 @@ class HungarianMatcher:
         return cost.nan_to_num(nan=UNMATCHABLE_COST, posinf=UNMATCHABLE_COST, neginf=UNMATCHABLE_COST)
 
 
-def _columns(counts: Sequence[int], device: torch.device) -> Tensor:
+def _targets_of_columns(counts: Sequence[int], device: torch.device) -> Tensor:
     """Return the target of each column of each image (B x largest count), any target where an image has no more."""
     most, last = max(counts), sum(counts) - 1
     ends = accumulate(counts)

@@ -315,7 +315,7 @@ class BlockReconstruction:
             for place, found in enumerate(measure(stream)):
                 if found is None:
                     continue
-                bad.check([found.x, found.y], functools.partial(list, stream.image_ids))
+                bad.note([found.x, found.y], functools.partial(list, stream.image_ids))
                 total = totals[place]
                 totals[place] = found if total is None else total.add_(found)
         check_everywhere({f"activations of {self._module.name} are": bad.found()})

@@ -118,7 +118,7 @@ class Calibration:
                     module.layer.observer = None
                 self.cache.counter.add(module.name, stop, state.num_images)
                 seen_tensors = (tensor for value in seen.values() for tensor in _as_list(value))
-                bad.check(seen_tensors, partial(self.image_ids, place))
+                bad.note(seen_tensors, partial(self.image_ids, place))
                 yield place, seen
         check_everywhere({f"activations of {module.name} are": bad.found()})
 
@@ -144,7 +144,7 @@ class Calibration:
                     entry.count += images
                     # A backward pass costs about two forward passes.
                     self.cache.counter.add(start, None, 3 * images)
-                    bad.check([loss], partial(image_ids, targets))
+                    bad.note([loss], partial(image_ids, targets))
                     yield place, state, loss, found
         check_everywhere({f"the loss after {start} is": bad.found()})
 
@@ -168,7 +168,7 @@ class Calibration:
             ):
                 loss_sum += loss.double()
                 for key, gradient in zip(outputs, gradients, strict=True):
-                    bad[key].check([gradient], partial(self.image_ids, place))
+                    bad[key].note([gradient], partial(self.image_ids, place))
                     self._add(found[key], key, place, gradient, state)
         # A gradient that is not finite spoils those of all earlier modules, so the error names the last module.
         check_everywhere({f"the loss's gradient at {key} is": bad[key].found() for key in reversed(bad)})

@@ -31,7 +31,7 @@ class BadImages:
         self._flags: list[Tensor] = []
         self._image_ids: list[Callable[[], Collection[int]]] = []
 
-    def check(self, tensors: Iterable[Any], image_ids: Callable[[], Collection[int]]) -> None:
+    def note(self, tensors: Iterable[Any], image_ids: Callable[[], Collection[int]]) -> None:
         """Note whether all floating-point tensors among `tensors` are finite; `image_ids` returns their images."""
         flags = [torch.isfinite(t).all() for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
         if flags:

@@ -119,10 +119,12 @@ class TrainingPlanner:
         self._training = self._pace_of_training(options)
 
     def _pace_of_training(self, options: TrainingOptions) -> Pace:
+        """Train a copy of the detector for a few batches."""
         run = self._run
         loader = spread(run.train_loader.coco, options.data.batch_size, run.device)
-        batches = SampledBatches(loader, TRAINING, run.device)
-        self._train_on(batches, options)
+        steps_each = run.state.steps_per_epoch / len(run.train_loader)
+        batches = SampledBatches(loader, TRAINING, run.device, steps_each)
+        self._train_on(batches, options.with_values({"accumulate": batches.accumulate}))
         return batches.pace
 
     def _train_on(
@@ -131,14 +133,22 @@ class TrainingPlanner:
         options: TrainingOptions,
         memory: contextlib.AbstractContextManager | None = None,
     ) -> None:
-        """Train a copy of the detector on `batches`; `memory` counts what that takes besides what a run has anyway."""
+        """Train a copy of the detector on `batches`; `memory` counts what that takes besides what a run has anyway.
+
+        The teacher's weights in 16 bits are freed, too: the run may not need them.
+        """
         run = self._run
         model = copy.deepcopy(run.model)
         state = TrainingState(model, options.training, run.state.steps_per_epoch, amp=options.run.amp)
         state.optimizer.load_state_dict(copy.deepcopy(run.state.optimizer.state_dict()))  # of a resumed run
         wrapped = run.wrap(model)
-        with memory or contextlib.nullcontext():
-            train_epoch(options, wrapped, run.criterion, batches, state, run.distillation, run.device, progress=False)
+        teaching = run.distillation
+        try:
+            with memory or contextlib.nullcontext():
+                train_epoch(options, wrapped, run.criterion, batches, state, teaching, run.device, progress=False)
+        finally:
+            if teaching is not None:
+                teaching.free_converted()
         del model, state, wrapped
         free_sample()
 

@@ -34,12 +34,13 @@ class WeightAverage:
         """Update the average after an optimizer step."""
         self.steps += 1
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(*_columns(self._averaged), weight)
+        torch._foreach_lerp_(*_unzipped(self._averaged), weight)
         if self._copied:
-            torch._foreach_copy_(*_columns(self._copied))
+            torch._foreach_copy_(*_unzipped(self._copied))
 
 
-def _columns(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _unzipped(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the first tensor of each pair, and the second of each."""
     return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
 
 

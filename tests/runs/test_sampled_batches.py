@@ -1,4 +1,4 @@
-"""A sample's pace is that of a run in its course, without what a run does once."""
+"""The pace of a sample leaves out what a run does only once, and counts optimizer steps as often as the run."""
 
 import types
 from collections import Counter
@@ -17,7 +17,7 @@ BATCHES = [(["a", "b"], [{}, {}]), (["c", "d"], [{}, {}]), (["e"], [{}])]  # 5 i
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock that moves when it is told to."""
+    """A clock that shows `seconds`, which only the test changes."""
     now = types.SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(phases, "time", types.SimpleNamespace(perf_counter=lambda: now.seconds))
     return now
@@ -48,6 +48,27 @@ def test_passes_that_never_agree_end(now):
     assert paced(now, lambda first, number: 0.1 * 0.5**number)[1] == [MOST_PASSES] * 3
     assert paced(now, lambda first, number: 2.0 / number)[1] == [6, 6, 6]
     assert paced(now, lambda first, number: 4.0 / number)[1] == [2, 2, 2]  # 6 s
+
+
+@pytest.mark.parametrize("steps_each", [1 / 2, 1 / 3, 1 / 16])
+def test_a_step_counts_as_often_as_the_run_takes_one(now, steps_each):
+    each = {"a": 0.1, "c": 0.2, "e": 0.3}
+    batches, passes = SampledBatches(BATCHES, TRAINING, CPU, steps_each), Counter()
+    assert batches.accumulate == 2
+    for (first, *_), _ in batches:
+        passes[first] += 1
+        now.seconds += each[first] + (0 if passes[first] % 2 else 1.0) + (4.0 if passes[first] == 1 else 0.0)
+    assert batches.pace.computing == pytest.approx((0.6 + 3 * steps_each) / 5)
+    assert [*passes.values()] == [6, 6, 6] and len(batches) == 2 * 3 * MOST_PASSES
+
+
+def test_the_passes_of_a_batch_end_with_a_step(now):
+    """Else the next batch would have its steps in the passes without one."""
+    batches, passes = SampledBatches(BATCHES, TRAINING, CPU, 0.5), Counter()
+    for (first, *_), _ in batches:
+        passes[first] += 1
+        now.seconds += 6.0 if first == "a" else 2.0 / sum(passes.values())
+    assert passes["a"] == 2 and all(count % 2 == 0 for count in passes.values())
 
 
 def test_processes_give_a_batch_equally_often(now, monkeypatch):

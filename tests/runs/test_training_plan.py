@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+import engine
 import main
 from models.detector import Detector
 from runs import training_run
@@ -81,6 +82,26 @@ def test_counts_of_a_training_are_those_of_its_plan(run, tmp_path):
     assert found == exactly(waiting_for_images=3 * IMAGES + tested, training=15, evaluation=tested, mAP=tested)
     log = (tmp_path / "out" / "run.log").read_text()
     assert log.index("plan of 3 epochs of 2 optimizer steps on 5 images") < log.index("epoch 0") < log.index("the rest")
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 5), (2, 3), (4, 2), (16, 1)])
+def test_a_plan_counts_the_optimizer_steps_of_the_run(run, monkeypatch, accumulate, steps):
+    """By a clock where a forward pass takes 1 s and a step 10 s, for two epochs of 5 batches."""
+    seconds, planned, plan = [0.0], [], main.TrainingPlanner.plan
+
+    def taking(duration, function):
+        def timed(*given):
+            seconds[0] += duration
+            return function(*given)
+
+        return timed
+
+    monkeypatch.setattr(phases, "time", types.SimpleNamespace(perf_counter=lambda: seconds[0]))
+    monkeypatch.setattr(engine, "_losses", taking(1.0, engine._losses))
+    monkeypatch.setattr(engine, "_optimizer_step", taking(10.0, engine._optimizer_step))
+    monkeypatch.setattr(main.TrainingPlanner, "plan", lambda self: planned.append(plan(self)) or planned[-1])
+    run(f"--epochs 2 --batch_size 1 --plan --accumulate {accumulate}")
+    assert planned[0].seconds_of(phases.TRAINING) == pytest.approx(2 * (5 * 1.0 + steps * 10.0))
 
 
 def test_a_resumed_training_plans_the_epochs_that_are_left(run, trained):
@@ -163,8 +184,11 @@ def alive(kind):
     return sum(isinstance(found, kind) for found in gc.get_objects())
 
 
+@pytest.mark.parametrize("teachers", [0, 1])
 @pytest.mark.parametrize("fails", [None, torch.OutOfMemoryError, NonFiniteLossError("epoch 0: loss is nan")])
-def test_nothing_of_the_sample_is_left_when_the_run_begins(run, monkeypatch, fails):
+def test_nothing_of_the_sample_is_left_when_the_run_begins(run, trained, monkeypatch, fails, teachers):
+    """Not even the teacher's weights in 16 bits."""
+    more = ["--amp bf16 --distill", trained / "checkpoint.pth"] if teachers else []
     gc.collect()
     before, seen = (alive(Detector), alive(TrainingState)), []
     finish = main.TrainingPlanner._facts
@@ -176,8 +200,8 @@ def test_nothing_of_the_sample_is_left_when_the_run_begins(run, monkeypatch, fai
 
     monkeypatch.setattr(main.TrainingPlanner, "_facts", facts)
     monkeypatch.setattr(main.Run, "train", lambda _: seen.append((alive(Detector), alive(TrainingState))))
-    run("--epochs 1")
-    assert seen == [(before[0] + 1, before[1] + 1)]
+    run("--epochs 1", *more)
+    assert seen == [(before[0] + 1 + teachers, before[1] + 1)]
 
 
 def test_several_gpus_have_no_plan_of_a_training_unless_asked(run, monkeypatch):
