@@ -266,9 +266,10 @@ def ops(results: Path) -> str:
     text = f"Milliseconds, medians of {found['rounds']} rounds. {measured_with(found)}"
     if (results / "ops_cuda.json").exists():
         on_gpu = read_figures(results, "ops_cuda.json")
-        commit = f", of the kernels at commit {on_gpu['commit']}" if "commit" in on_gpu else ""
-        text += f" CUDA: medians of {on_gpu['rounds']} rounds{commit}. {_original(on_gpu['cases'])} "
-        text += measured_with(on_gpu)
+        text += f" CUDA: medians of {on_gpu['rounds']} rounds"
+        if "commit" in on_gpu:
+            text += f" of commit {on_gpu['commit']}, before the latest changes of the kernels"
+        text += f". {_original(on_gpu['cases'])} {measured_with(on_gpu)}"
     return paragraph(text)
 
 
@@ -278,10 +279,8 @@ def _original(cases: list[dict[str, Any]]) -> str:
     kernels = all("kernel_milliseconds" in case for case in found.values())
     key = "kernel_milliseconds" if kernels else "milliseconds"
     forward, backward = (found[p][key]["original"] / found[p][key]["operator"] for p in ("forward", "backward"))
-    text = f"the original's algorithm took {forward:.1f} times as long forward and {backward:.1f} times backward."
-    if kernels:
-        return f"Kernel: calls without autograd that wait in the GPU's queue. By them, in the encoder {text}"
-    return f"In the encoder {text}"
+    text = f"In the encoder the original's algorithm took {forward:.1f} times as long forward, {backward:.1f} backward."
+    return f"Kernel: time of the kernels alone, without the calls around them. {text}" if kernels else text
 
 
 def demo_checkpoint(results: Path) -> str:

@@ -65,8 +65,12 @@ def test_times_of_the_samplings_kernels_are_shown_where_they_were_measured(tmp_p
         table, text = TABLES["ops"](results), " ".join(FRAGMENTS["text"]["ops"](results).split())
         assert ("| 0.123 |" in table) == with_kernels
         assert len({line.count("|") for line in table.splitlines()}) == 1
-        assert ("took 8.0 times as long forward and 8.0 times backward" in text) == with_kernels
-        assert "at commit" not in text
+        assert ("took 8.0 times as long forward, 8.0 backward" in text) == with_kernels
+        assert ("the kernels alone" in text) == with_kernels
+        assert "of commit" not in text
+    path.write_text(json.dumps({**figures, "commit": "0123abc"}))
+    text = " ".join(FRAGMENTS["text"]["ops"](results).split())
+    assert "rounds of commit 0123abc, before the latest changes of the kernels." in text
 
 
 def test_a_marker_without_a_fragment_is_an_error(tmp_path):

@@ -115,7 +115,7 @@ def test_the_sanitizers_see_shared_memory(kernel, error):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.parametrize("capability", [75, 86, 90])
 def test_many_random_cases(capability):
     library = emulated_build.build(FOLDER, OPERATOR, MODULE, capability=capability)
     code, output = run_cases(library, QUICK, QUICK + 600)
@@ -136,7 +136,7 @@ WRONG = {
     "backward, places not awaited": ("backward.cu", "      __syncwarp();\n      const int count", "const int count"),
     "backward, sums not awaited": ("backward.cu", "      __syncwarp();\n#pragma unroll\n      for", "for"),
     "strips beyond a level": ("cuda_common.cuh", "min(kStrip, problem.height[level] - top)", "kStrip"),
-    "too few blocks": ("forward.cu", "blocks_of(problem, Group, threads)", "blocks_of(problem, Group, 512)"),
+    "too few blocks": ("forward.cu", "blocks_of(problem, Group, Threads)", "blocks_of(problem, Group, 512)"),
     "rows behind the last": ("cuda_common.cuh", "min(group_of_grid, problem.rows - 1)", "group_of_grid"),
     "unaligned vectors": ("cuda_common.cuh", "addresses % (vec * sizeof(T)) == 0", "addresses != 1"),
     "one point too many": ("forward.cu", "if (k < samples)", "if (k <= samples)"),

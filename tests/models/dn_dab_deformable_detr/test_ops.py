@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from models.dn_dab_deformable_detr.ops import sample, sample_by_gather, sample_in_pytorch, sampling
 from tests.pruning.tiny import VARIANTS, pictures, tiny_detector
@@ -199,6 +200,22 @@ def test_a_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad((sample(value, sizes, locations, weights) ** 2).sum(), value, create_graph=True)
     with pytest.raises(RuntimeError, match="the derivative of the backward is not implemented"):
         torch.autograd.grad(gradient.sum(), value)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_transforms_that_differentiate_are_refused():
+    value, sizes, locations, weights = arguments()
+
+    def summed(given):
+        return sample(given, sizes, locations, weights).sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            transform(summed)(value)
+    with pytest.raises(RuntimeError, match="forward-mode derivatives are not implemented"):
+        torch.func.jvp(summed, (value,), (value,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode derivatives are not implemented"):
+        summed(forward_ad.make_dual(value, value))
 
 
 @pytest.mark.usefixtures("compiled")

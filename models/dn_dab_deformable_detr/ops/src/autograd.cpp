@@ -75,9 +75,10 @@ struct SampleBackwardFunction : torch::autograd::Function<SampleBackwardFunction
   }
 };
 
-// Whether autograd records a call with these tensors.
+// Whether autograd records a call with these tensors. Refuses those with tangents, which would be lost.
 template <typename... Tensors>
 bool records(const Tensors&... tensors) {
+  TORCH_CHECK(!(tensors._fw_grad(0).defined() || ...), "sample: forward-mode derivatives are not implemented");
   return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
 }
 

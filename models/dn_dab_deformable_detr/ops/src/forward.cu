@@ -5,21 +5,25 @@ namespace deformable {
 
 namespace {
 
-// Threads of a block if the queries are pixels: the larger their rectangle, the more corners they share.
+// Threads of a block for the queries of an encoder, at most: the larger a block's rectangle of pixels, the more corners
+// its rows share.
 template <typename A>
-constexpr int kMostThreads = sizeof(A) == 8 ? 256 : 512;  // as many as the shared memory of a block allows
+constexpr int kMostThreads = sizeof(A) == 8 ? kThreads : 512;
 
-constexpr int kThreadsPerProcessor = 1024;  // at least; leaves 64 registers for each
+// Blocks on a multiprocessor, at least; 0 leaves it to the compiler. With 64 registers a thread, two large blocks take
+// all 65,536; without a limit they would take up to 127, so that one block fits.
+template <int Threads>
+constexpr int kLeastBlocks = Threads > kThreads ? 2 : 0;
 
-template <typename T, int Vec, int Group>
-__global__ void __launch_bounds__(kMostThreads<wide<T>>, kThreadsPerProcessor / kMostThreads<wide<T>>) forward_kernel(
+template <typename T, int Vec, int Group, int Threads>
+__global__ void __launch_bounds__(Threads, kLeastBlocks<Threads>) forward_kernel(
     const __grid_constant__ Problem problem, const T* __restrict__ value, const wide<T>* __restrict__ locations,
     const wide<T>* __restrict__ weights, T* __restrict__ out) {
   using A = wide<T>;
   constexpr int kTile = Group * kPointsPerLane;
-  __shared__ Place<A> shared[kMostThreads<A> / Group][kTile];
+  __shared__ Place<A> shared[Threads / Group][kTile];
   const int lane = threadIdx.x % Group, group = threadIdx.x / Group;
-  const Row row(problem, blockIdx.x * (blockDim.x / Group) + group);
+  const Row row(problem, blockIdx.x * (Threads / Group) + group);
   Place<A>* places = shared[group];
   const int samples = problem.levels * problem.points;
   const int64_t first_sample = row.index * samples;
@@ -65,13 +69,32 @@ __global__ void __launch_bounds__(kMostThreads<wide<T>>, kThreadsPerProcessor / 
   }
 }
 
+// Whether large blocks fill a multiprocessor of the current GPU as well as small ones. They do not where it holds 1,536
+// threads (compute capabilities 8.6, 8.9 and 12.0): two large blocks have 1,024, and five small ones
+// 1,280 with float and bfloat16.
+bool suits_large_blocks() {
+  int device = 0, threads = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device));
+  return threads % 1024 == 0;
+}
+
 struct Forward {
   template <typename T, int Vec, int Group>
   static void launch(
       const Problem& problem, const T* value, const wide<T>* locations, const wide<T>* weights, T* out) {
-    const int threads = problem.queries_are_pixels ? kMostThreads<wide<T>> : kThreads;
-    const int blocks = blocks_of(problem, Group, threads);
-    forward_kernel<T, Vec, Group><<<blocks, threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+    if (problem.queries_are_pixels && suits_large_blocks()) {
+      launch_blocks<T, Vec, Group, kMostThreads<wide<T>>>(problem, value, locations, weights, out);
+    } else {
+      launch_blocks<T, Vec, Group, kThreads>(problem, value, locations, weights, out);
+    }
+  }
+
+  template <typename T, int Vec, int Group, int Threads>
+  static void launch_blocks(
+      const Problem& problem, const T* value, const wide<T>* locations, const wide<T>* weights, T* out) {
+    const int blocks = blocks_of(problem, Group, Threads);
+    forward_kernel<T, Vec, Group, Threads><<<blocks, Threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
         problem, value, locations, weights, out);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -41,6 +41,18 @@ inline dim3 gridDim, blockDim;
 inline constexpr unsigned warpSize = cuda_emulation::kWarp;
 using cudaStream_t = const void*;
 
+// The GPU has as many threads on a multiprocessor as those of the emulated compute capability.
+enum cudaError_t { cudaSuccess };
+enum cudaDeviceAttr { cudaDevAttrMaxThreadsPerMultiProcessor };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int /*device*/) {
+  *value = EMULATED_CUDA_ARCH < 800 ? 1024 : EMULATED_CUDA_ARCH % 100 > 0 || EMULATED_CUDA_ARCH >= 1200 ? 1536 : 2048;
+  return cudaSuccess;
+}
+
 namespace cuda_emulation {
 
 using Where = std::source_location;
