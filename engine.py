@@ -91,7 +91,7 @@ def move_to(value: Any, device: torch.device) -> Any:
 def targets_on(targets: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
     """Return what the losses need of the targets of a batch on `device`.
 
-    A copy takes 10 us of a GPU's queue, however small it is, so those of all images are made at once.
+    A small copy to a GPU costs as much as a large one, so those of all images are made at once.
     """
     moved: list[dict[str, Tensor]] = [{} for _ in targets]
     for name in (name for name in USED_OF_TARGETS if name in targets[0]):

@@ -78,7 +78,7 @@ def pack(samples: Sequence[RawSample], *, resizes: bool) -> PackedBatch:
 def unpack(batch: PackedBatch, device: torch.device) -> tuple[list[Tensor], list[Target]]:
     """Return the normalised images of a batch (each float32 3 x h x w) on `device`, and their targets on the CPU."""
     levels, sizes = batch.levels.to(device, non_blocking=True), [*zip(batch.packed_hw, batch.sizes_hw, strict=True)]
-    if all(size == sizes[0] for size in sizes):  # operators of all pictures at once, as each takes a GPU 10 us
+    if all(size == sizes[0] for size in sizes):  # a GPU computes on all pictures at once
         packed_hw, size_hw = sizes[0]
         pictures = levels.view(len(sizes), *packed_hw, 3).permute(0, 3, 1, 2)
         images = [*model_input(pictures, size_hw).unbind()]

@@ -186,6 +186,20 @@ def test_the_readmes_table_is_made_of_the_cases(tmp_path):
     ]
     (tmp_path / "latency_cuda.json").write_text(json.dumps({"cases": cases}))
     assert tables.latency(tmp_path).splitlines()[3].startswith("| CUDA, eager | 1 | 300 / 800 |")
+    # Another detector than in the rows above has no place in its column.
+    others = [*cases, case("demo", [128, 128], gmacs_ratio=1.3)]
+    (tmp_path / "latency_cuda.json").write_text(json.dumps({"cases": others}))
+    assert tables.latency(tmp_path).splitlines()[3] == "| CUDA, eager | 1 | 300 / 800 |  | 1.50 of 2.00 (0.75) |  |"
+
+
+def test_the_table_of_a_gpu_has_whole_detectors_of_one_size(tmp_path):
+    def case(subject, size, mode="eager"):
+        return {"mode": mode, "batch": 8, "subject": subject, "image_size_hw": size, "speed_up_detector": 1.17,
+                "detector_gmacs_ratio": 2.88, "ms_detector": 42.6}  # fmt: skip
+
+    cases = [case("dense", [800, 1066]), case("35%", [800, 1066]), case("dense", [128, 128], "graph")]
+    (tmp_path / "latency_cuda.json").write_text(json.dumps({"cases": cases}))
+    assert tables.latency_gpu(tmp_path).splitlines()[2:] == ["| eager | 8 | 42.6 |  |  |  |  | 1.17 of 2.88 |"]
 
 
 def test_the_table_of_whole_detectors_has_a_row_for_each_number_of_threads_and_images(tmp_path):
